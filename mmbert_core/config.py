@@ -1,0 +1,138 @@
+"""Every setting of a run, once: name, type, default, meaning and range. Floor 0; imports only errors.
+
+Names and defaults of the original module's keys are kept. `config_reader` turns files and flags into a `Config`.
+"""
+
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from mmbert_core.errors import InputError
+
+# Keys that may change between a checkpoint and its resume: none of them touches what is computed.
+FREE_ON_RESUME = frozenset(
+    {"log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume"}
+)
+
+
+def setting(default: Any, group: str, meaning: str) -> Any:
+    """A dataclass field with its help text; `...` as default means required."""
+    metadata = {"group": group, "meaning": meaning}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one run. Raises `InputError` when a value is out of its range or two values contradict.
+
+    Every rank holds the same one. `encoder` is called `tokenizer` in configs of the original module; both names are read.
+    """
+
+    # ---- data ----
+    train_path: tuple[str, ...] = setting((), "data", "training rows: a file, several files, or a glob (.csv .tsv .jsonl .parquet, .gz)")
+    val_path: tuple[str, ...] = setting((), "data", "validation rows; none: val_fraction of the training rows")
+    test_path: tuple[str, ...] = setting((), "data", "test rows, scored after training; the label column may be absent")
+    text_name: tuple[str, ...] = setting(..., "data", "text column(s), joined in order with one space; [] for a columns-only model")
+    label_name: str = setting(..., "data", "label column; its cells are read as text")
+    id_name: str | None = setting(None, "data", "id column, carried through to the predictions byte for byte")
+    tab_field_list: tuple[str, ...] = setting((), "data", "numeric columns; none: a text-only model")
+    cat_field_list: tuple[str, ...] = setting((), "data", "categorical columns")
+    group_name: str | None = setting(None, "data", "column whose groups are never split between training and validation")
+    val_fraction: float = setting(0.1, "data", "share of training rows for validation when val_path is not set, 0..0.9; 0: no validation")
+    max_train_rows: int | None = setting(None, "data", "train on a seeded random sample of so many rows")
+    cache_path: str | None = setting(None, "data", "folder of the token cache; none: MODEL_PATH/cache")
+    # ---- task ----
+    is_binary: bool = setting(True, "task", "two classes, one probability; false: num_classes probabilities")
+    num_classes: int = setting(2, "task", "number of classes, at least 2")
+    positive_label: str | None = setting(None, "task", "label that is class 1 of a binary task; none: the second in order")
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = setting(None, "task", "one loss weight per class in label order, or 'balanced'")
+    metric_choices: tuple[str, ...] = setting(("accuracy", "f1_score"), "task", "metrics shown at each validation")
+    # ---- model ----
+    encoder: str = setting("bert-base-cased", "model", "pretrained encoder and tokenizer: a folder, or a name on the hub (key of the original: tokenizer)")
+    pooling: Literal["auto", "pooler", "cls", "mean"] = setting("auto", "model", "text vector; auto: pooler if the encoder has one with stored weights, else cls")
+    hidden_common_dim: int = setting(100, "model", "width of the text part and of the column part before they are joined")
+    reinit_pooler: bool = setting(False, "model", "re-draw the pooler's weights")
+    reinit_layers: int = setting(0, "model", "re-draw the last so many encoder layers")
+    max_length: int = setting(256, "model", "tokens of one chunk of text, special tokens included")
+    max_chunks: int = setting(1, "model", "chunks of one text, averaged; 1 truncates long texts")
+    # ---- optimisation ----
+    max_epochs: int = setting(10, "optimisation", "passes over the training rows")
+    batch_size: int = setting(32, "optimisation", "rows of one optimizer step over all processes")
+    microbatches_per_step: int | Literal["auto"] = setting("auto", "optimisation", "length-sorted parts of a step; auto is settled before step 1 and printed")
+    lr: float = setting(2e-5, "optimisation", "peak learning rate of AdamW; small encoders need more, such as 2e-4")
+    head_lr: float | None = setting(None, "optimisation", "peak learning rate of everything but the encoder; none: lr")
+    weight_decay: float = setting(0.0, "optimisation", "AdamW weight decay; never on biases and normalisation weights")
+    adam_epsilon: float = setting(1e-8, "optimisation", "AdamW epsilon")
+    run_scheduler: bool = setting(True, "optimisation", "linear decay to 0 after warm-up; false: constant after warm-up")
+    warmup_steps: int | float = setting(0, "optimisation", "optimizer steps of linear warm-up; below 1: share of all steps")
+    gradient_clip_val: float = setting(0.0, "optimisation", "largest gradient norm; 0: no clipping")
+    # ---- validation ----
+    val_check_interval: int | float = setting(1.0, "validation", "validate every so many steps (an int) or every share of an epoch (a float such as 0.5)")
+    early_stop_metric: str = setting("val/f1_score", "validation", "chooses the best step and stops early: val_loss or val/<metric>")
+    early_stop_patience: int = setting(10, "validation", "stop after so many validations in a row without a better early_stop_metric")
+    # ---- run ----
+    model_path: str = setting(..., "run", "folder of everything this run writes")
+    resume: Literal["auto", "never"] | int = setting("auto", "run", "auto: go on from the newest checkpoint of model_path; never; or a step")
+    save_every: int = setting(500, "run", "optimizer steps between checkpoints")
+    keep_checkpoints: int = setting(2, "run", "newest checkpoints to keep, besides the best")
+    log_every: int = setting(10, "run", "optimizer steps between lines of metrics.jsonl")
+    seed: int = setting(0, "run", "order, dropout, initialisation and sampling")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "run", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU (key of the original: fp16: true)")
+    deterministic: bool = setting(False, "run", "bit-equal reruns on CUDA too, slower")
+    num_threads: int | Literal["auto"] = setting("auto", "run", "CPU threads of a process; auto: cores divided by the processes of the node")
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_columns()
+        if self.is_binary and self.num_classes != 2:
+            raise InputError(f"num_classes is {self.num_classes} but is_binary is true: set is_binary to false, or num_classes to 2")
+        if isinstance(self.class_weights, tuple):
+            if len(self.class_weights) != self.num_classes:
+                raise InputError(f"class_weights: expected {self.num_classes} weights (num_classes), found {len(self.class_weights)}")
+            if min(self.class_weights) < 0 or sum(self.class_weights) <= 0:
+                raise InputError(f"class_weights: expected weights of at least 0, not all 0, found {list(self.class_weights)}")
+        if self.early_stop_metric != "val_loss" and not self.early_stop_metric.startswith("val/"):
+            raise InputError(f"early_stop_metric: expected val_loss or val/<metric>, found {self.early_stop_metric!r}")
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "num_classes": 2, "hidden_common_dim": 1, "reinit_layers": 0, "max_length": 4, "max_chunks": 1, "max_epochs": 1,
+            "batch_size": 1, "microbatches_per_step": 1, "lr": 0, "head_lr": 0, "weight_decay": 0, "adam_epsilon": 0,
+            "warmup_steps": 0, "gradient_clip_val": 0, "early_stop_patience": 1, "save_every": 1, "keep_checkpoints": 1,
+            "log_every": 1, "seed": 0, "num_threads": 1, "val_fraction": 0, "max_train_rows": 2, "resume": 0,
+        }  # fmt: skip
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not low <= value < float("inf"):  # NaN fails the comparison too
+                raise InputError(f"{name}: expected a number of at least {low}, found {value}")
+        if self.val_fraction > 0.9:
+            raise InputError(f"val_fraction: expected a share of 0 to 0.9, found {self.val_fraction}")
+        interval = self.val_check_interval
+        if not 0 < interval < float("inf") or (isinstance(interval, float) and interval > 1):
+            raise InputError(f"val_check_interval: expected a share of an epoch above 0 and up to 1.0, or a whole number of steps, found {interval}")
+        if not self.model_path.strip() or "\0" in self.model_path:
+            raise InputError("model_path: expected a folder, found an empty value")
+
+    def _check_columns(self) -> None:
+        if not self.text_name and not self.tab_field_list and not self.cat_field_list:
+            raise InputError("text_name is empty and there are no tab_field_list or cat_field_list: there is nothing to learn from")
+        roles: dict[str, str] = {}
+        for key in ("text_name", "tab_field_list", "cat_field_list", "label_name"):
+            value = getattr(self, key)
+            for column in (value,) if isinstance(value, str) else value:
+                if column in roles:
+                    raise InputError(f"column {column!r} stands in {roles[column]} and in {key}: expected one role for each column")
+                roles[column] = key
+
+    @property
+    def task(self) -> str:
+        """'binary' or 'multiclass', as torchmetrics and the original call it."""
+        return "binary" if self.is_binary else "multiclass"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `Config(**config_reader.coerce_all(d))` reads them back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def config_fields() -> dict[str, Field]:
+    """The settings by name, in the order of this file."""
+    return {item.name: item for item in fields(Config)}

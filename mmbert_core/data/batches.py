@@ -1,0 +1,103 @@
+"""Which rows are learned from or scored together, as pure functions of lengths, seed and step. Floor 1; imports nothing of ours.
+
+N rows, B rows of a step, M micro-batches of a step, R ranks. Nothing here knows which rank asks, so that the same
+steps come out for any number of ranks.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation [N] int64 of all rows in an epoch, from (seed, epoch) alone."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch; the last may be short."""
+    return -(-num_rows // batch_size)
+
+
+def step_rows(order: np.ndarray, index: int, batch_size: int) -> np.ndarray:
+    """Rows of step `index` of an epoch: a random sample, never sorted by length across steps."""
+    return order[index * batch_size : (index + 1) * batch_size]
+
+
+def micro_batches(rows: np.ndarray, lengths: np.ndarray, count: int) -> list[np.ndarray]:
+    """A step's rows [B], sorted by length and cut into min(count, B) parts whose largest padded area is least.
+
+    `lengths` [B] int are the tokens of these rows; the padded area of a part is its rows times its longest row.
+    """
+    sorting = np.lexsort((rows, lengths))
+    rows, lengths = rows[sorting], np.maximum(lengths[sorting], 1)
+    count = min(count, len(rows))
+    low, high = int(lengths[-1]), int(lengths[-1]) * len(rows)
+    while low < high:  # the smallest area limit with which a greedy cut from the long end needs no more parts
+        limit = (low + high) // 2
+        low, high = (low, limit) if len(_greedy_cuts(lengths, limit)) <= count else (limit + 1, high)
+    cuts = _greedy_cuts(lengths, low)
+    while len(cuts) < count:  # parts to spare: halve the one with the largest area
+        starts = [*sorted(cuts), len(rows)]
+        areas = [(stop - start) * lengths[stop - 1] if stop - start > 1 else 0 for start, stop in zip(starts, starts[1:])]
+        widest = int(np.argmax(areas))
+        cuts.append((starts[widest] + starts[widest + 1]) // 2)
+    starts = [*sorted(cuts), len(rows)]
+    return [rows[start:stop] for start, stop in zip(starts, starts[1:])]
+
+
+def _greedy_cuts(lengths: np.ndarray, limit: int) -> list[int]:
+    """First positions of parts of ascending `lengths`, filled from the long end up to the area `limit`."""
+    cuts, stop = [], len(lengths)
+    while stop > 0:
+        stop = max(0, stop - limit // int(lengths[stop - 1]))
+        cuts.append(stop)
+    return cuts
+
+
+def deal(areas: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Micro-batch indices for each rank: the largest first, each to the rank with least so far (Graham's LPT rule).
+
+    A rank's list ascends. A rank may get none when there are fewer micro-batches than ranks.
+    """
+    loads: list[int] = [0] * num_ranks
+    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    for index in sorted(range(len(areas)), key=lambda i: (-areas[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += areas[index]
+        hands[rank].append(index)
+    return [sorted(hand) for hand in hands]
+
+
+def settle_micro_batches(asked: int | str, *, batch_size: int, num_ranks: int, rows_at_once: int) -> int:
+    """The number of micro-batches of a step: as asked, or for `auto` a multiple of the ranks, about `rows_at_once` rows each."""
+    if asked != "auto":
+        return int(asked)
+    wanted = max(num_ranks, -(-batch_size // rows_at_once))
+    return -(-wanted // num_ranks) * num_ranks
+
+
+def evaluation_batches(lengths: np.ndarray, *, token_budget: int = 8192, max_rows: int = 256, window: int = 8192) -> list[np.ndarray]:
+    """All rows [N] in batches of at most `token_budget` padded tokens, sorted by length inside each window of rows.
+
+    A reader that streams windows of `window` rows makes the same batches, so predictions of a stream equal those of a
+    table in memory, bit for bit.
+    """
+    batches = []
+    for start in range(0, len(lengths), window):
+        part = np.asarray(lengths[start : start + window])
+        order = np.argsort(part, kind="stable")
+        first = 0
+        for position, row in enumerate(order):
+            rows_with = position - first + 1
+            if rows_with > 1 and (rows_with > max_rows or rows_with * max(1, part[row]) > token_budget):
+                batches.append(start + order[first:position])
+                first = position
+        if len(order):
+            batches.append(start + order[first:])
+    return batches
+
+
+def micro_batch_seed(seed: int, step: int, index: int) -> int:
+    """Seed of the dropout of one micro-batch, the same wherever it runs; below 2**63."""
+    return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))

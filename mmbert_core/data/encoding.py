@@ -1,0 +1,212 @@
+"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes. Floor 1; imports errors, table, tokens.
+
+N rows, F numeric columns, K categorical columns. Codes count distinct texts in order of first appearance; code 0 is ""
+(missing). What a code means to the model is decided later, by what was fitted on the training rows.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from mmbert_core.data.table import Chunk, Roles, place_of, shown
+from mmbert_core.data.tokens import Tokens, join_texts, tokenise
+from mmbert_core.errors import InputError
+
+MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
+LARGEST_NUMBER = float(np.finfo(np.float32).max)  # the model computes in float32
+
+Arrays = dict[str, np.ndarray]
+
+
+class CodeBook:
+    """The distinct texts of one column. It grows from chunk to chunk."""
+
+    def __init__(self) -> None:
+        self.code_of: dict[str, int] = {"": 0}
+
+    def encode(self, cells: Sequence[str]) -> np.ndarray:
+        """Codes [N] int32; new texts get the next codes."""
+        code_of = self.code_of
+        return np.fromiter((code_of.setdefault(cell, len(code_of)) for cell in cells), dtype=np.int32, count=len(cells))
+
+    def values(self) -> list[str]:
+        """Text of each code."""
+        return list(self.code_of)
+
+
+@dataclass
+class StringColumn:
+    """Texts byte for byte: text n is `data[offsets[n]:offsets[n + 1]]` in UTF-8."""
+
+    data: np.ndarray  # uint8, all texts end to end
+    offsets: np.ndarray  # [N + 1] int64
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "StringColumn":
+        encoded = [text.encode("utf-8") for text in texts]
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(text) for text in encoded], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
+
+    def take(self, positions: np.ndarray) -> list[str]:
+        starts, ends = self.offsets[positions], self.offsets[positions + 1]
+        return [self.data[start:end].tobytes().decode("utf-8") for start, end in zip(starts, ends, strict=True)]
+
+
+@dataclass
+class EncodedRows:
+    """All rows of a table as arrays, in memory or memory-mapped. N rows in input order."""
+
+    num_rows: int
+    max_chunks: int
+    tokens: Tokens | None  # None: a columns-only model
+    numbers: np.ndarray  # [N, F] float64, NaN = missing
+    category_codes: np.ndarray  # [N, K] int32
+    vocabularies: list[list[str]]  # K, text of each code
+    label_codes: np.ndarray | None  # [N] int32; None: the table has no label column
+    label_values: list[str]  # text of each label code
+    group_codes: np.ndarray | None  # [N] int64, equal where the group is; a missing group is a group of its own
+    ids: StringColumn | None
+    id_codes: np.ndarray | None  # [N] int64, equal where the id is
+    paths: list[str]
+    file_index: np.ndarray  # [N] int32 into paths
+    file_rows: np.ndarray  # [N] int64, counted from 1 in the row's file
+    lines: np.ndarray  # [N] int64, 0 where the format has no lines
+    fingerprints: dict[str, dict[str, int | str]] = field(default_factory=dict)  # path -> bytes, sha256; {} in memory
+
+    @property
+    def num_cut(self) -> int:
+        """Rows whose text did not fit into the chunks."""
+        return self.tokens.num_cut if self.tokens else 0
+
+    def where(self, index: int) -> str:
+        """Place of a row for messages, as `Chunk.where`."""
+        return place_of(self.paths[self.file_index[index]], int(self.file_rows[index]), int(self.lines[index]))
+
+
+def encode_chunk(
+    chunk: Chunk, roles: Roles, tokenizer: PreTrainedTokenizerFast | None, *, max_length: int, max_chunks: int
+) -> EncodedRows:
+    """One chunk in memory. Label and group are encoded if the chunk has their columns.
+
+    Raises `InputError` with place, column and content for a cell of a numeric column that is no finite float32 number.
+    """
+    books: dict[str, CodeBook] = defaultdict(CodeBook)
+    arrays, num_cut = encode_arrays(chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books)
+    return assemble(
+        arrays,
+        vocabularies=[books[name].values() for name in roles.categories],
+        label_values=books[roles.label].values() if roles.label is not None else [],
+        paths=chunk.paths,
+        max_chunks=max_chunks,
+        num_cut=num_cut,
+    )
+
+
+def encode_arrays(
+    chunk: Chunk,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    max_length: int,
+    max_chunks: int,
+    books: dict[str, CodeBook],
+    first_row: int = 0,
+) -> tuple[Arrays, int]:
+    """The arrays of one chunk by name, and how many texts were cut. `books` (by column) grow; the chunk begins at `first_row`."""
+    cells = {name: chunk.frame[name].tolist() for name in chunk.frame.columns}
+    numbers = np.empty((len(chunk), len(roles.numbers)), dtype=np.float64)
+    for place, name in enumerate(roles.numbers):
+        numbers[:, place] = _parse_column(cells[name], column=name, where=chunk.where)
+    codes = np.empty((len(chunk), len(roles.categories)), dtype=np.int32)
+    for place, name in enumerate(roles.categories):
+        codes[:, place] = books[name].encode(cells[name])
+    arrays = {
+        "numbers": numbers,
+        "category_codes": codes,
+        "file_index": chunk.file_index.astype(np.int32),
+        "file_rows": chunk.row,
+        "lines": chunk.line,
+    }
+    if roles.label in cells:
+        arrays["label_codes"] = books[roles.label].encode(cells[roles.label])
+    if roles.group in cells:
+        arrays["group_codes"] = _hash_cells(cells[roles.group], first_row)
+    if roles.id in cells:
+        ids = StringColumn.of(cells[roles.id])
+        arrays |= {"id_bytes": ids.data, "id_offsets": ids.offsets, "id_codes": _hash_cells(cells[roles.id], first_row)}
+    num_cut = 0
+    if roles.text:
+        tokens = tokenise(tokenizer, join_texts(chunk.frame, roles.text), max_length=max_length, max_chunks=max_chunks)
+        arrays |= {"token_ids": tokens.ids, "chunk_offsets": tokens.chunk_offsets, "row_chunks": tokens.row_chunks}
+        num_cut = tokens.num_cut
+    return arrays, num_cut
+
+
+def assemble(
+    arrays: Arrays, *, vocabularies: list[list[str]], label_values: list[str], paths: list[str], max_chunks: int, num_cut: int
+) -> EncodedRows:
+    """The arrays of `encode_arrays` under their names."""
+    tokens = None
+    if "token_ids" in arrays:
+        tokens = Tokens(arrays["token_ids"], arrays["chunk_offsets"], arrays["row_chunks"], num_cut)
+    return EncodedRows(
+        num_rows=len(arrays["file_rows"]),
+        max_chunks=max_chunks,
+        tokens=tokens,
+        numbers=arrays["numbers"],
+        category_codes=arrays["category_codes"],
+        vocabularies=vocabularies,
+        label_codes=arrays.get("label_codes"),
+        label_values=label_values,
+        group_codes=arrays.get("group_codes"),
+        ids=StringColumn(arrays["id_bytes"], arrays["id_offsets"]) if "id_bytes" in arrays else None,
+        id_codes=arrays.get("id_codes"),
+        paths=paths,
+        file_index=arrays["file_index"],
+        file_rows=arrays["file_rows"],
+        lines=arrays["lines"],
+    )
+
+
+def _number_of(cell: str) -> float:
+    """A number as Python writes it, without digit grouping; NaN for the words that mean missing."""
+    try:
+        number = float(cell)
+    except ValueError:
+        if cell.strip().lower() in MISSING_NUMBERS:
+            return math.nan
+        raise
+    if "_" in cell or abs(number) > LARGEST_NUMBER:
+        raise ValueError(cell)
+    return number
+
+
+def _parse_column(cells: Sequence[str], *, column: str, where: Callable[[int], str]) -> np.ndarray:
+    """A numeric column -> float64 [N], NaN = missing."""
+    numbers = np.empty(len(cells), dtype=np.float64)
+    for index, cell in enumerate(cells):
+        try:
+            numbers[index] = _number_of(cell)
+        except ValueError:
+            expected = "expected a finite number (such as 3.5 or 1e5, at most 3.4e38) or an empty cell"
+            raise InputError(f"{where(index)}, column {column!r}: {expected}, found {shown(cell)}") from None
+    return numbers
+
+
+def _hash_cells(cells: Sequence[str], first_row: int) -> np.ndarray:
+    """63-bit hashes [N] int64 that stand for the cells where only equality counts; an empty cell equals no other.
+
+    Codes would need a dictionary of as many texts as a table of ten million rows has groups or ids. Among ten million
+    hashes the chance that any two texts share one is below 1e-5.
+    """
+    hashes = np.empty(len(cells), dtype=np.int64)
+    for index, cell in enumerate(cells):
+        digest = blake2b(cell.encode("utf-8"), digest_size=8).digest()
+        hashes[index] = int.from_bytes(digest, "little") >> 1 if cell else -1 - (first_row + index)
+    return hashes

@@ -1,0 +1,226 @@
+"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, files, readers, table, tokens, encoding.
+
+A store is a folder named by a hash of all that decides its content, so it is never out of date: another file, column,
+tokenizer or length is another folder. It is raw arrays and a meta.json; it appears by a rename, whole or not at all.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerFast
+
+from mmbert_core.data.encoding import Arrays, CodeBook, EncodedRows, assemble, encode_arrays
+from mmbert_core.data.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
+from mmbert_core.data.tokens import tokenizer_fingerprint
+from mmbert_core.errors import InputError
+from mmbert_core.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_of, write_json
+
+STORE_FORMAT = 1  # counts up when the arrays or what decides their content change
+META = "meta.json"
+# Ends of variable-length pieces: they begin with 0, and a later chunk's go on from the last value.
+RUNNING_ENDS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
+
+logger = logging.getLogger(__name__)
+
+
+def fingerprint_files(paths: Sequence[str]) -> dict[str, dict[str, int | str]]:
+    """path -> its size in bytes and SHA-256. Raises `InputError` for a file that cannot be read."""
+    fingerprints = {}
+    for path in paths:
+        try:
+            fingerprints[path] = {"bytes": os.path.getsize(path), "sha256": sha256_of(Path(path))}
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return fingerprints
+
+
+def check_columns(paths: Sequence[str], roles: Roles, *, label_optional: bool = False) -> list[str]:
+    """The columns that a store of `paths` holds. Reads headers only; raises the `InputError`s of `columns_kept`."""
+    required = [*roles.inputs(), *([roles.group] if roles.group is not None else [])]
+    label = [roles.label] if roles.label is not None else []
+    return columns_kept(paths, required if label_optional else required + label, label)
+
+
+def open_or_build(
+    paths: Sequence[str],
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    max_length: int,
+    max_chunks: int,
+    cache_path: str | Path,
+    label_optional: bool = False,
+    chunk_rows: int = CHUNK_ROWS,
+    progress: Callable[[int], None] | None = None,
+) -> EncodedRows:
+    """The rows of `paths`, memory-mapped from `cache_path`; built there first if no process has done so.
+
+    Needs no process group: the first process to take the lock of the store builds, the others of the node wait for it.
+    Memory stays bounded by `chunk_rows`. `progress` hears the number of rows done after every chunk of a build.
+    Raises the `InputError`s of `read_chunks` and `encode_arrays`; nothing is left behind by a build that failed.
+    """
+    files = expand_paths(paths)
+    columns = check_columns(files, roles, label_optional=label_optional)
+    stats = [_stat_of(path) for path in files]
+    fingerprints = fingerprint_files(files)
+    identity = {
+        "format": STORE_FORMAT,
+        "files": [[fingerprints[path]["sha256"], "".join(Path(path).suffixes[-2:]).lower()] for path in files],
+        "columns": columns,
+        "roles": asdict(roles),
+        "tokenizer": tokenizer_fingerprint(tokenizer) if roles.text else None,
+        "lengths": [max_length, max_chunks] if roles.text else None,
+    }
+    folder = Path(cache_path) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    if not _is_whole(folder):
+        with _locked(folder):
+            if not _is_whole(folder):  # another process may have built it while this one waited
+                _clear(folder)
+                chunks = read_chunks(files, columns, chunk_rows=chunk_rows)
+                with atomic_folder(folder) as temporary:
+                    _build(
+                        temporary, chunks, roles, tokenizer,
+                        columns=columns, max_length=max_length, max_chunks=max_chunks, progress=progress,
+                    )  # fmt: skip
+                    for path, stat in zip(files, stats, strict=True):
+                        if _stat_of(path) != stat:
+                            raise InputError(f"{path}: the file changed while it was read")
+    rows = _open(folder, files)
+    rows.fingerprints = fingerprints
+    return rows
+
+
+def _stat_of(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process of the node at a time; the lock goes with the process that holds it, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that builds %s", folder)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed build or a damaged disk left. Only under the lock."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.parent.glob(f"{TEMPORARY_PREFIX}{folder.name}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- writing ----
+
+
+class _ArrayFiles:
+    """Arrays that grow at their end, one raw file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, dict[str, Any]] = {}
+        self.last: dict[str, int] = {}
+
+    def append(self, arrays: Arrays) -> None:
+        for name, array in arrays.items():
+            if name in RUNNING_ENDS:
+                if name in self.last:
+                    array = array[1:] + self.last[name]
+                self.last[name] = int(array[-1]) if len(array) else self.last[name]
+            shape = self.shapes.setdefault(name, {"dtype": array.dtype.str, "shape": [0, *array.shape[1:]]})
+            shape["shape"][0] += len(array)
+            with open(self.folder / f"{name}.bin", "ab") as stream:
+                stream.write(array.tobytes())
+
+
+def _build(
+    folder: Path,
+    chunks: Iterator[Chunk],
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    columns: Sequence[str],
+    max_length: int,
+    max_chunks: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    books: dict[str, CodeBook] = defaultdict(CodeBook)
+    files = _ArrayFiles(folder)
+    num_rows = num_cut = 0
+    nothing = np.zeros(0, dtype=np.int64)
+    empty = Chunk(pd.DataFrame(columns=list(columns), dtype=object), [], nothing, nothing, nothing)
+    for chunk in _after(empty, chunks):  # the empty chunk gives a table without rows its arrays
+        arrays, cut = encode_arrays(
+            chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
+        )
+        files.append(arrays)
+        num_rows += len(chunk)
+        num_cut += cut
+        if progress is not None and len(chunk):
+            progress(num_rows)
+    meta = {
+        "arrays": files.shapes,
+        "vocabularies": [books[name].values() for name in roles.categories],
+        "label_values": books[roles.label].values() if roles.label is not None else [],
+        "max_chunks": max_chunks,
+        "num_cut": num_cut,
+    }
+    write_json(folder / META, meta)
+
+
+def _after(first: Chunk, others: Iterator[Chunk]) -> Iterator[Chunk]:
+    yield first
+    yield from others
+
+
+# ---- reading ----
+
+
+def _num_bytes(array: dict[str, Any]) -> int:
+    return int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is there in its full size; a folder that somebody thinned out is built again."""
+    try:
+        arrays = read_json(folder / META)["arrays"]
+        return all((folder / f"{name}.bin").stat().st_size == _num_bytes(array) for name, array in arrays.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _open(folder: Path, paths: list[str]) -> EncodedRows:
+    meta = read_json(folder / META)
+    arrays = {}
+    for name, array in meta["arrays"].items():
+        shape, dtype = tuple(array["shape"]), np.dtype(array["dtype"])
+        if _num_bytes(array):
+            # a plain array over the mapping: indexing np.memmap itself costs microseconds more
+            arrays[name] = np.asarray(np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape))
+        else:  # nothing cannot be mapped
+            arrays[name] = np.zeros(shape, dtype=dtype)
+    return assemble(
+        arrays,
+        vocabularies=meta["vocabularies"],
+        label_values=meta["label_values"],
+        paths=paths,
+        max_chunks=meta["max_chunks"],
+        num_cut=meta["num_cut"],
+    )

@@ -1,0 +1,185 @@
+"""Chunks of rows of one or several files, columns by role, every row with its place. Floor 1; imports errors, config, readers."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+import pandas as pd
+
+from mmbert_core.config import Config
+from mmbert_core.data.readers import header_of, rows_of, text_of
+from mmbert_core.errors import InputError
+
+CHUNK_ROWS = 8192
+MEMORY_PATH = "data frame"  # what stands for the path of rows that come from no file
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which column is what. Types come from here, never from looking at the cells."""
+
+    text: tuple[str, ...]
+    numbers: tuple[str, ...]
+    categories: tuple[str, ...]
+    label: str | None
+    id: str | None
+    group: str | None
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Roles":
+        return cls(
+            text=config.text_name,
+            numbers=config.tab_field_list,
+            categories=config.cat_field_list,
+            label=config.label_name,
+            id=config.id_name,
+            group=config.group_name,
+        )
+
+    def inputs(self) -> list[str]:
+        """Columns that scoring needs: text, numbers, categories, id. Each once."""
+        return list(dict.fromkeys([*self.text, *self.numbers, *self.categories, *([self.id] if self.id is not None else [])]))
+
+
+@dataclass
+class Chunk:
+    """Consecutive rows. N rows; `frame` has object columns of str, a missing cell is ""."""
+
+    frame: pd.DataFrame
+    paths: list[str]  # all files of the table, as the user gave them
+    file_index: np.ndarray  # [N] int64 into paths
+    row: np.ndarray  # [N] int64, counted from 1 in the row's file
+    line: np.ndarray  # [N] int64, 0 where the format has no lines
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def where(self, index: int) -> str:
+        """Place of a row for messages: `reviews.csv row 17 (line 23)`."""
+        return place_of(self.paths[self.file_index[index]], int(self.row[index]), int(self.line[index]))
+
+
+def place_of(path: str, row: int, line: int) -> str:
+    return f"{path} row {row} (line {line})" if line else f"{path} row {row}"
+
+
+def shown(cell: str) -> str:
+    """A cell in a message: quoted, on one line, not longer than a line should be."""
+    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+
+
+def expand_paths(paths: Sequence[str]) -> list[str]:
+    """Files in the given order; a glob stands for its matches in sorted order.
+
+    Raises `InputError` for a missing file, a folder, a glob without a match, a file named twice.
+    """
+    files: list[str] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        if os.path.exists(path):  # first, because a real name may hold [ or ?
+            matches = [path]
+        else:
+            matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+        if not matches:
+            raise InputError(f"{path}: {'no file matches this pattern' if glob.has_magic(path) else 'there is no such file'}")
+        files += matches
+    seen: dict[str, str] = {}
+    for path in files:
+        if os.path.isdir(path):
+            raise InputError(f"{path}: expected a file, found a folder (all its files: {os.path.join(path, '*.csv')})")
+        real = os.path.realpath(path)
+        if real in seen:
+            raise InputError(f"{path}: the same file is given twice (also as {seen[real]})")
+        seen[real] = path
+    return files
+
+
+def columns_kept(paths: Sequence[str], columns: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+    """The `columns`, then those of `optional` that the files have. Reads headers only.
+
+    Raises `InputError` for a missing column (with the nearest name) and for an optional one that only some files have.
+    """
+    kept: list[str] = []
+    files = expand_paths(paths)
+    for path in files:
+        found = _columns_of(path, header_of(path), columns, optional)
+        if path != files[0] and found != kept:
+            [name, *_] = set(found) ^ set(kept)
+            with_it, without = (path, files[0]) if name in found else (files[0], path)
+            raise InputError(f"{without}: column {name!r} not found, but {with_it} has it: expected the same columns in all files")
+        kept = found
+    return kept
+
+
+def read_chunks(
+    paths: Sequence[str], columns: Sequence[str], *, optional: Sequence[str] = (), chunk_rows: int = CHUNK_ROWS
+) -> Iterator[Chunk]:
+    """Rows of all files in order, in chunks of exactly `chunk_rows` (the last may be short; no rows: no chunk).
+
+    Only the asked columns are kept; the headers of all files are checked before the first row is read.
+    Raises the `InputError`s of `expand_paths`, `columns_kept` and `readers.rows_of`.
+    """
+    files = expand_paths(paths)
+    kept = columns_kept(files, columns, optional)
+    rows: list[Sequence[str]] = []
+    places: list[tuple[int, int, int]] = []  # file index, row, line
+    for file_index, path in enumerate(files):
+        for row, (line, cells) in enumerate(rows_of(path, kept), start=1):
+            rows.append(cells)
+            places.append((file_index, row, line))
+            if len(rows) == chunk_rows:
+                yield _chunk_of(rows, kept, files, places)
+                rows, places = [], []
+    if rows:
+        yield _chunk_of(rows, kept, files, places)
+
+
+def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
+    """The same from a frame in memory: cells become the text that `readers.text_of` gives them.
+
+    pandas turns whole numbers beside a missing one into floats: 7 then reads "7.0". Read files with `dtype=str` to keep them.
+    Raises `InputError` for a missing or repeated column and for a cell that is no single value.
+    """
+    names = [str(name) for name in frame.columns]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{MEMORY_PATH}: column {name!r} stands {names.count(name)} times in it, expected once")
+    texts = {}
+    for name in _columns_of(MEMORY_PATH, names, columns, optional):
+        values = frame.iloc[:, names.index(name)].astype(object)
+        texts[name] = [_frame_cell(value, name, row) for row, value in enumerate(values, start=1)]
+    return Chunk(
+        frame=pd.DataFrame(texts, dtype=object, index=range(len(frame))),
+        paths=[MEMORY_PATH],
+        file_index=np.zeros(len(frame), dtype=np.int64),
+        row=np.arange(1, len(frame) + 1, dtype=np.int64),
+        line=np.zeros(len(frame), dtype=np.int64),
+    )
+
+
+def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    for column in columns:
+        if column not in header:
+            by_lower = {name.lower(): name for name in header}
+            near = get_close_matches(column.lower(), by_lower, n=1, cutoff=0.5)
+            hint = f"; nearest is {by_lower[near[0]]!r}" if near else ""
+            names = ", ".join(repr(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
+            raise InputError(f"{path}: column {column!r} not found{hint}; columns are {names}")
+    return list(dict.fromkeys([*columns, *(name for name in optional if name in header)]))
+
+
+def _chunk_of(rows: list[Sequence[str]], columns: list[str], files: list[str], places: list[tuple[int, int, int]]) -> Chunk:
+    file_index, row, line = np.array(places, dtype=np.int64).T.copy()
+    frame = pd.DataFrame(dict(zip(columns, zip(*rows, strict=True), strict=True)), dtype=object)
+    return Chunk(frame=frame, paths=files, file_index=file_index, row=row, line=line)
+
+
+def _frame_cell(value: object, column: str, row: int) -> str:
+    try:
+        text = text_of(value)
+        text.encode("utf-8")  # half a surrogate pair is no text
+        return text
+    except ValueError as error:
+        raise InputError(f"{MEMORY_PATH} row {row}, column {column!r}: expected a single value, found {error}") from None

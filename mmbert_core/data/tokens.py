@@ -1,0 +1,109 @@
+"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors.
+
+N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mmbert_core.errors import InputError
+
+# Cutting before tokenising bounds the time of a text of any size; English has 4 to 5 characters a token.
+CHARACTERS_PER_TOKEN = 20
+ENCODED_AT_ONCE = 1024  # texts; their Rust encodings take a few hundred bytes a token
+
+
+@dataclass
+class Tokens:
+    """Chunk q is `ids[chunk_offsets[q]:chunk_offsets[q + 1]]`; row n has the chunks `row_chunks[n]` to `row_chunks[n + 1]`."""
+
+    ids: np.ndarray  # [L] int32
+    chunk_offsets: np.ndarray  # [Q + 1] int64
+    row_chunks: np.ndarray  # [N + 1] int64
+    num_cut: int  # rows whose text did not fit
+
+
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a pretrained encoder, from a folder or by name.
+
+    Raises `InputError` (one line) when there is none or it cannot be loaded without running code of its author.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers a bare Exception
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"encoder: no tokenizer could be loaded from {str(name_or_folder)!r} ({reason})") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"encoder: expected a fast tokenizer (tokenizer.json), found a slow one in {str(name_or_folder)!r}")
+    # A folder without vocabulary files loads as a tokenizer that knows nothing but its special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"encoder: expected a tokenizer with a vocabulary, found {len(tokenizer)} tokens in {str(name_or_folder)!r}")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hex hash of all that decides its token ids; lengths set by an earlier call do not count."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def join_texts(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """The text columns of each row, in order, non-empty cells joined by one space."""
+    if len(columns) == 1:
+        return frame[columns[0]].tolist()
+    return [" ".join(filter(None, cells)) for cells in zip(*(frame[column].tolist() for column in columns), strict=True)]
+
+
+def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_length: int, max_chunks: int) -> Tokens:
+    """Token ids of each text in at most `max_chunks` chunks of at most `max_length` tokens, special tokens in every chunk.
+
+    The ids are those of `tokenizer(text, truncation=True, max_length=..., return_overflowing_tokens=True)`, taken from the
+    Rust tokenizer below it, which works in parallel and without that call's Python lists. An empty text is one chunk.
+    Raises `InputError` when `max_length` has no room for a token beside the special ones.
+    """
+    if max_length <= tokenizer.num_special_tokens_to_add():
+        raise InputError(f"max_length: expected more than {tokenizer.num_special_tokens_to_add()} (the special tokens), found {max_length}")
+    most_characters = CHARACTERS_PER_TOKEN * max_length * max_chunks
+    row_chunks = np.zeros(len(texts) + 1, dtype=np.int64)
+    lengths: list[int] = []  # of every chunk so far
+    ids: list[np.ndarray] = []
+    num_cut = 0
+    with _truncating(tokenizer.backend_tokenizer, max_length) as backend:
+        for start in range(0, len(texts), ENCODED_AT_ONCE):
+            some = texts[start : start + ENCODED_AT_ONCE]
+            chunks: list[list[int]] = []
+            for row, encoding in enumerate(backend.encode_batch_fast([text[:most_characters] for text in some])):
+                more = encoding.overflowing
+                # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
+                chunks.append(encoding.ids or [tokenizer.pad_token_id or 0])
+                chunks.extend(part.ids for part in more[: max_chunks - 1])
+                row_chunks[start + row + 1] = len(lengths) + len(chunks)
+                num_cut += len(more) > max_chunks - 1 or len(some[row]) > most_characters
+            lengths.extend(map(len, chunks))
+            ids.append(np.fromiter(chain.from_iterable(chunks), dtype=np.int32))
+    chunk_offsets = np.concatenate([[0], np.cumsum(np.array(lengths, dtype=np.int64))]).astype(np.int64)
+    return Tokens(ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]), chunk_offsets=chunk_offsets, row_chunks=row_chunks, num_cut=num_cut)
+
+
+@contextmanager
+def _truncating(backend: Any, max_length: int) -> Iterator[Any]:
+    """The Rust tokenizer set to chunks of `max_length`; left as it was, because it is saved with the model."""
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        backend.no_padding()
+        backend.enable_truncation(max_length=max_length, stride=0, strategy="longest_first", direction="right")
+        yield backend
+    finally:
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+        backend.enable_padding(**padding) if padding else backend.no_padding()

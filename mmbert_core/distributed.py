@@ -1,0 +1,188 @@
+"""Ranks, device, process groups and collectives. Floor 0; imports errors; the only user of `torch.distributed`.
+
+Every helper is an identity in a single process, so callers have one path. "Collective" in a docstring means that
+every rank must reach the call, in the same order.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401 - wraps the main function of a worker
+from torch.nn.parallel import DistributedDataParallel
+
+from mmbert_core.errors import InputError
+
+T = TypeVar("T")
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ITEMS_PER_ROUND = 64  # lists of batch results: 64 batches of at most 256 rows bound what one round pickles
+_object_group: Any = None  # gloo group for Python objects and CPU tensors; the default group itself on the CPU
+
+
+@dataclass(frozen=True)
+class DistContext:
+    """Who this process is. `device` is this rank's own."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_context() -> DistContext:
+    """This process's place as torchrun's environment tells it; without torchrun, a single process.
+
+    Raises `RuntimeError` when only some of torchrun's variables are set: guessing would hang the other ranks.
+    """
+    found = [name for name in TORCHRUN_VARIABLES if name in os.environ]
+    if "RANK" in found or "WORLD_SIZE" in found:
+        if missing := sorted(set(TORCHRUN_VARIABLES) - set(found)):
+            raise RuntimeError(f"torchrun environment is incomplete: {', '.join(found)} set, {', '.join(missing)} missing")
+        rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
+    else:
+        rank, local_rank, world_size, local_world_size = 0, 0, 1, 1
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return DistContext(rank, local_rank, world_size, local_world_size, device)
+
+
+def set_threads(num_threads: int | str, context: DistContext) -> int:
+    """Set PyTorch's CPU threads explicitly, because their number changes bits; `auto` shares the cores of the node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // context.local_world_size) if num_threads == "auto" else int(num_threads)
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextmanager
+def process_group(context: DistContext, timeout: timedelta = timedelta(minutes=30)) -> Iterator[DistContext]:
+    """Collective. NCCL on CUDA, gloo on the CPU, and always a gloo group for objects; nothing in a single process.
+
+    On an error the group is left as it is: destroying it may wait for ranks that are gone.
+    """
+    global _object_group
+    if context.world_size == 1:
+        yield context
+        return
+    on_cuda = context.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(context.device)  # before any collective: object collectives use the current device
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=context.device if on_cuda else None)
+    _object_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
+    yield context
+    barrier()
+    dist.destroy_process_group()
+    _object_group = None
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def barrier() -> None:
+    """Collective."""
+    if is_distributed():
+        dist.barrier(group=_object_group)
+
+
+def broadcast_object(value: T, *, source: int = 0) -> T:
+    """Collective. The small Python object of rank `source` on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=_object_group)
+    return box[0]
+
+
+def all_gather_objects(items: Sequence[T], *, per_round: int = ITEMS_PER_ROUND) -> list[list[T]]:
+    """Collective. Every rank's list of items, by rank; the lists may differ in length.
+
+    Goes through `torch.distributed.all_gather_object` on a CPU group in rounds of `per_round` items, so that no round
+    pickles more than that. Put numpy arrays in, never tensors: a pickled CUDA tensor opens a context on its own device.
+    """
+    if not is_distributed():
+        return [list(items)]
+    world_size = dist.get_world_size()
+    counts: list[Any] = [None] * world_size
+    dist.all_gather_object(counts, len(items), group=_object_group)
+    gathered: list[list[T]] = [[] for _ in range(world_size)]
+    for start in range(0, max(counts), per_round):
+        parts: list[Any] = [None] * world_size
+        dist.all_gather_object(parts, list(items[start : start + per_round]), group=_object_group)
+        for whole, part in zip(gathered, parts):
+            whole.extend(part)
+    return gathered
+
+
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Collective. Sums of a few numbers over all ranks, in float64 on the CPU."""
+    if not is_distributed():
+        return list(map(float, values))
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=_object_group)
+    return tensor.tolist()
+
+
+def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 0) -> dict[str, torch.Tensor]:
+    """Collective. CPU tensors of rank `source` on every rank, so that other nodes need not read its disk."""
+    shapes = broadcast_object({name: (tuple(t.shape), t.dtype) for name, t in (tensors or {}).items()}, source=source)
+    if not is_distributed():
+        return dict(tensors or {})
+    result = {}
+    for name, (shape, dtype) in shapes.items():
+        result[name] = tensors[name].contiguous() if dist.get_rank() == source and tensors else torch.empty(shape, dtype=dtype)
+        dist.broadcast(result[name], src=source, group=_object_group)
+    return result
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Collective. Rank 0 runs `action`; all ranks get its result, or all raise when it fails."""
+    if not is_distributed():
+        return action()
+    failure, value = None, None
+    if dist.get_rank() == 0:
+        try:
+            value = action()
+        except Exception as error:  # noqa: BLE001 - any failure must reach the ranks that wait
+            failure = error
+    report = broadcast_object((None if failure is None else f"{type(failure).__name__}: {failure}", isinstance(failure, InputError), value))
+    if failure is not None:
+        raise failure
+    message, is_input_error, value = report
+    if message is not None:
+        raise InputError(message) if is_input_error else RuntimeError(f"rank 0: {message}")
+    return value  # type: ignore[return-value]
+
+
+def wrap_ddp(model: nn.Module, context: DistContext) -> nn.Module:
+    """Collective. The module behind DDP, or itself in a single process. Parameters become rank 0's.
+
+    Buffers are constants here (column statistics), so DDP need not broadcast them at every forward. Evaluate and save
+    the unwrapped module: DDP's forward is a collective.
+    """
+    if not is_distributed():
+        return model
+    device_ids = [context.device] if context.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def no_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
+    """Gradients of this backward stay on the rank when `enabled`; the rank's last micro-batch synchronises."""
+    return model.no_sync() if enabled and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def wait_for_local_main(seconds: float = 30.0) -> None:
+    """Let local rank 0 print the one error line; torchrun ends this process as soon as that one has left."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(seconds)

@@ -1,0 +1,1 @@
+"""Tensors to logits: text encoder, tabular encoder, fusion, loss. Floor 1; reads no files but pretrained encoders."""

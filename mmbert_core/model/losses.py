@@ -1,0 +1,56 @@
+"""Loss per row and weight per row, so that means are taken once, over whole steps. Floor 1; imports nothing of ours."""
+
+# B rows, K classes
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+LossOp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def build_loss_op(class_weights: Sequence[float] | None = None) -> nn.CrossEntropyLoss:
+    """Cross entropy with one loss per row; ``class_weights``: one positive weight per class, in class order."""
+    weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+    return nn.CrossEntropyLoss(weight=weight, reduction="none")
+
+
+def add_loss_op(loss_op: LossOp) -> LossOp:
+    """A user's ``loss_op(logits [B, K], labels [B])`` made to return one loss per row, [B].
+
+    A loss with a ``reduction`` (torch's own have one) is copied with reduction "none"; any other must return [B] by
+    itself, which row_losses checks at the first use.
+    """
+    if not hasattr(loss_op, "reduction"):
+        return loss_op
+    loss_op = copy.deepcopy(loss_op)
+    loss_op.reduction = "none"
+    return loss_op
+
+
+def row_losses(loss_op: LossOp, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Losses [B] float32, class weights already in. Raises ValueError when the loss op returns another shape."""
+    losses = loss_op(logits.float(), labels)
+    if losses.shape != labels.shape:
+        expected, found = tuple(labels.shape), tuple(losses.shape)
+        raise ValueError(f"loss_op: expected one loss per row, shape {expected}, found {found}")
+    return losses
+
+
+def row_weights(loss_op: LossOp, labels: torch.Tensor) -> torch.Tensor:
+    """Weights [B] float32 whose sum divides the summed losses, as torch's "mean" does.
+
+    The class weight of the row's label for CrossEntropyLoss and NLLLoss (0 for their ``ignore_index``), the two whose
+    "mean" is weighted; 1 for every other loss.
+    """
+    weights = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
+    if not isinstance(loss_op, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        return weights
+    ignored = labels == loss_op.ignore_index
+    if loss_op.weight is not None:
+        weights = loss_op.weight.to(labels.device).float()[labels.masked_fill(ignored, 0)]
+    return weights.masked_fill(ignored, 0.0)

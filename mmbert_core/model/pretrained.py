@@ -1,0 +1,185 @@
+"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from mmbert_core.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# Keys of a config.json with which transformers would run code, or load weights, that we never want.
+REFUSED_KEYS = {
+    "auto_map": "it needs code of its own (auto_map), which is never run; choose one that transformers knows",
+    "quantization_config": "its weights are quantised and cannot be fine-tuned; choose the full-precision one",
+    "transformers_weights": "its config names a weight file of its own; expected model.safetensors",
+}
+
+
+def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
+    """Load an encoder in float32 and eval mode: ``(encoder, has_stored_pooler)``.
+
+    A name is looked up in the local cache first and on the hub only if it is not there, so that a second start needs
+    no network. ``has_stored_pooler`` is true when the encoder has a pooler whose weights came from the file; many
+    checkpoints (RoBERTa's, for one) leave it out and transformers then makes a random one.
+
+    Raises InputError (one line) when the folder or name does not exist, holds only pickled weights, needs code of its
+    own, lacks weights of the encoder, or cannot be fetched.
+    """
+    name = os.fspath(name_or_folder)
+    if os.path.isdir(name):
+        _check_weight_files(name)
+        return _load(name, local_files_only=True)
+    if os.path.exists(name) or HUB_NAME.fullmatch(name) is None:
+        raise InputError(f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder")
+    try:
+        return _load(name, local_files_only=True)
+    except _NotCached as error:
+        if not _hub_answers():
+            raise InputError(
+                f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached"
+            ) from error.__cause__
+    logger.info("encoder %s: not in the local cache, downloading it", name)
+    return _load(name, local_files_only=False)
+
+
+def build_encoder(folder: str) -> nn.Module:
+    """An encoder with random weights, float32, eval mode, from the config.json of a model folder (no weights read)."""
+    name = os.fspath(folder)
+    with _quiet_transformers(), _one_line(name):
+        _check_config(name, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+class _NotCached(InputError):
+    """The hub's local cache does not have the files (yet)."""
+
+
+def _load(name: str, *, local_files_only: bool) -> tuple[nn.Module, bool]:
+    with _quiet_transformers(), _one_line(name, not_cached=local_files_only and not os.path.isdir(name)):
+        _check_config(name, local_files_only=local_files_only)
+        encoder, report = AutoModel.from_pretrained(
+            name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local_files_only,
+            output_loading_info=True,
+        )
+    if getattr(encoder.config, "is_encoder_decoder", False):
+        raise InputError(f"encoder {name!r}: expected an encoder alone, found {type(encoder).__name__} with a decoder")
+    missing = sorted(report["missing_keys"])
+    missing_pooler = [key for key in missing if "pooler" in key.split(".")]
+    if len(missing) > len(missing_pooler):
+        # transformers fills these with random numbers: a model that only looks pretrained.
+        key = next(key for key in missing if key not in missing_pooler)
+        raise InputError(
+            f"encoder {name!r}: its weight file lacks {len(missing) - len(missing_pooler)} tensors of "
+            f"{type(encoder).__name__}, such as {key}"
+        )
+    has_stored_pooler = getattr(encoder, "pooler", None) is not None and not missing_pooler
+    millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    what = f"{type(encoder).__name__}, {millions:.1f} million weights, {'a' if has_stored_pooler else 'no'} stored pooler"
+    logger.info("encoder %s: %s", name, what)
+    return encoder, has_stored_pooler
+
+
+def _check_weight_files(folder: str) -> None:
+    names = set(os.listdir(folder))
+    if "config.json" not in names:
+        raise InputError(f"encoder {folder!r}: expected config.json and model.safetensors in it, found no config.json")
+    if "adapter_config.json" in names:
+        raise InputError(f"encoder {folder!r}: it is a PEFT adapter; merge it into its encoder and save that first")
+    if any(name in names for name in SAFE_WEIGHTS):
+        return
+    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+    found = f"only pickled weights ({pickled[0]}), which are never loaded" if pickled else "none"
+    raise InputError(f"encoder {folder!r}: expected weights in model.safetensors, found {found}")
+
+
+def _check_config(name: str, *, local_files_only: bool) -> None:
+    config, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
+    for key, reason in REFUSED_KEYS.items():
+        if config.get(key):
+            raise InputError(f"encoder {name!r}: {reason}")
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(f"encoder {name!r}: its config.json names no model_type")
+
+
+@contextmanager
+def _one_line(name: str, *, not_cached: bool = False) -> Iterator[None]:
+    """Whatever transformers raises while loading becomes one InputError line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the hub, JSON, safetensors and transformers each raise classes of their own
+        message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        wanted = _NotCached if not_cached and isinstance(error, OSError) else InputError
+        if isinstance(error, json.JSONDecodeError):
+            message = f"its config.json is not JSON ({message})"
+        raise wanted(f"encoder {name!r}: cannot be loaded: {message[:300]}") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' report on missing and unused heads and its progress bar; both are restored.
+
+    What the report says that matters is checked above. Not thread-safe: both switches are global there.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    show_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if show_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _hub_answers(timeout: float = 5.0) -> bool:
+    """Whether the hub gives any answer within ``timeout`` seconds; false at once in offline mode.
+
+    Asked first because the hub's client retries for half a minute, with a line each time, before it gives up.
+    """
+    switches = [os.environ.get(key, "").upper() for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
+    if not {"1", "ON", "YES", "TRUE"}.isdisjoint(switches):
+        return False
+    answered: list[bool] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=timeout).close()
+            answered.append(True)
+        except urllib.error.HTTPError:
+            answered.append(True)  # an unfriendly answer is an answer
+        except urllib.error.URLError as error:
+            answered.append(isinstance(error.reason, ssl.SSLError))  # the client may know another CA
+        except (OSError, ValueError):
+            answered.append(False)
+
+    # In a thread: name resolution has no timeout of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout + 1.0)
+    return bool(answered and answered[0])

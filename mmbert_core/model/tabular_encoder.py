@@ -1,0 +1,77 @@
+"""The tabular half: numbers standardised, categories embedded, one linear layer. Floor 1; imports nothing of ours."""
+
+# B rows, F numeric inputs (imputed columns, then missing indicators), K categorical columns, D hidden_common_dim
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+UNSEEN = 1  # index of a category that training never had; 0 is a missing cell, 2.. are the training categories
+LIMIT = 1e4  # of a standardised number: a cell of 3.4e38 must not become an infinite logit
+
+
+def embedding_dim(cardinality: int) -> int:
+    """Width of a category's embedding: fastai's rule of thumb, min(50, round(1.6 n^0.56))."""
+    return min(50, round(1.6 * cardinality**0.56))
+
+
+class TabAE(nn.Module):
+    """Numeric and categorical columns to a vector of ``hidden_common_dim`` per row.
+
+    ``means``, ``stds``: one each per numeric input, fitted on the training rows; they are buffers, saved with the
+    weights. The original's BatchNorm made a row's output depend on its neighbours in the batch.
+    ``cardinalities``: rows of each column's embedding, the two reserved indices included. The row of UNSEEN is zero
+    and gets no gradient, so an unseen category adds nothing; the row of a missing cell starts at zero and is learned.
+
+    Attribute: ``output_tab_dim``. Raises ValueError without any column, or when the lengths do not agree.
+    """
+
+    def __init__(
+        self,
+        num_numbers: int,
+        cardinalities: Sequence[int],
+        *,
+        hidden_common_dim: int,
+        means: Sequence[float],
+        stds: Sequence[float],
+    ) -> None:
+        super().__init__()
+        if num_numbers == 0 and not cardinalities:
+            raise ValueError("TabAE: expected at least one numeric or categorical column, found none")
+        if not len(means) == len(stds) == num_numbers:
+            raise ValueError(f"TabAE: expected {num_numbers} means and stds, found {len(means)} and {len(stds)}")
+        if any(cardinality < 2 for cardinality in cardinalities):
+            raise ValueError(f"TabAE: expected cardinalities of 2 or more, found {list(cardinalities)}")
+        mean = torch.tensor(means, dtype=torch.float64).to(torch.float32)
+        std = torch.tensor(stds, dtype=torch.float64).to(torch.float32)
+        self.register_buffer("mean", mean)
+        # A constant column divides by 1; so does one whose spread float32 cannot hold.
+        self.register_buffer("std", torch.where(std > 0, std, 1.0))
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(cardinality, embedding_dim(cardinality), padding_idx=UNSEEN) for cardinality in cardinalities
+        )
+        for embedding in self.embeddings:
+            nn.init.zeros_(embedding.weight.data[0])
+        width = num_numbers + sum(embedding.embedding_dim for embedding in self.embeddings)
+        self.linear = nn.Linear(width, hidden_common_dim)
+        self.relu = nn.ReLU()
+        self.output_tab_dim = hidden_common_dim
+
+    @staticmethod
+    def combine_tab_data(batch: Any) -> torch.Tensor:
+        """The numeric part of a batch, ``batch.numbers``, as float32 [B, F]."""
+        return batch.numbers.float()
+
+    def forward(self, tab_data: torch.Tensor, cat_data: torch.Tensor | None = None) -> torch.Tensor:
+        """``tab_data`` float [B, F], imputed and in the columns' own units; ``cat_data`` int64 [B, K] -> [B, D]."""
+        parts = [((tab_data.float() - self.mean) / self.std).clamp(-LIMIT, LIMIT)]
+        if len(self.embeddings):
+            if cat_data is None or cat_data.shape[1] != len(self.embeddings):
+                found = "none" if cat_data is None else cat_data.shape[1]
+                raise ValueError(f"TabAE: expected {len(self.embeddings)} categorical columns, found {found}")
+            parts += [embedding(cat_data[:, column]) for column, embedding in enumerate(self.embeddings)]
+        return self.relu(self.linear(torch.cat(parts, dim=1)))

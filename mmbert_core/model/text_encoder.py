@@ -1,0 +1,148 @@
+"""The text half: a pretrained encoder, its pooling and its projection. Floor 1; imports errors and model.pretrained."""
+
+# B rows, C chunks of a row, N real chunks of the batch, T tokens, H hidden size of the encoder, D hidden_common_dim
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import torch
+from torch import nn
+
+from mmbert_core.errors import InputError
+from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder
+
+__all__ = ["TextBertBase", "build_encoder", "load_pretrained_encoder", "reinitialise", "resolve_pooling"]
+
+logger = logging.getLogger(__name__)
+
+POOLINGS = ("auto", "pooler", "cls", "mean")
+
+
+def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool) -> str:
+    """The pooling in use, "pooler", "cls" or "mean", from the config's key (which may be "auto").
+
+    auto: the pooler if its weights were stored with the encoder, else cls, said in one line.
+    Raises InputError for an unknown word, and for "pooler" where the encoder has none.
+    """
+    if asked not in POOLINGS:
+        raise InputError(f"pooling: expected one of {', '.join(POOLINGS)}, found {asked!r}")
+    name = type(encoder).__name__
+    if asked == "auto":
+        pooling = "pooler" if has_stored_pooler else "cls"
+        logger.info("pooling: %s (%s has %s stored pooler)", pooling, name, "a" if has_stored_pooler else "no")
+        return pooling
+    if asked == "pooler":
+        if getattr(encoder, "pooler", None) is None:
+            raise InputError(f"pooling: expected an encoder with a pooler, found {name} without (use cls or mean)")
+        if not has_stored_pooler:
+            logger.warning("pooling: the pooler of %s was not stored with it: its weights are random", name)
+    return asked
+
+
+def reinitialise(encoder: nn.Module, *, pooler: bool, layers: int) -> None:
+    """Re-draw the pooler and the last ``layers`` layers in place, with the encoder's own initialiser.
+
+    transformers 5 marks every loaded tensor (``_is_hf_initialized``) and its initialisers skip marked tensors without
+    a word, so the marks are cleared first. Draws from torch's global generator.
+
+    No pooler where one is asked for: one warning. Raises InputError when the encoder has fewer layers, or no list of
+    separate layers (ALBERT shares one among all).
+    """
+    targets: list[tuple[str, nn.Module]] = []
+    if pooler:
+        module = getattr(encoder, "pooler", None)
+        if module is None:
+            logger.warning("reinit_pooler: %s has no pooler in use; nothing to re-draw", type(encoder).__name__)
+        else:
+            targets.append(("pooler", module))
+    if layers:
+        stack = _encoder_layers(encoder)
+        if not 0 < layers <= len(stack):
+            name = type(encoder).__name__
+            raise InputError(f"reinit_layers: expected 0 to {len(stack)} (layers of {name}), found {layers}")
+        targets += [(f"layer {index}", stack[index]) for index in range(len(stack) - layers, len(stack))]
+    for name, module in targets:
+        _redraw(encoder, module, name=name)
+
+
+def _redraw(encoder: nn.Module, module: nn.Module, *, name: str) -> None:
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
+    before = [matrix.detach().clone() for matrix in matrices]
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor._is_hf_initialized = False
+    with torch.no_grad():
+        module.apply(encoder._init_weights)
+    if matrices and all(torch.equal(old, new) for old, new in zip(before, matrices)):
+        raise RuntimeError(f"{type(encoder).__name__}: {name} was not re-drawn by this version of transformers")
+
+
+def _encoder_layers(encoder: nn.Module) -> nn.ModuleList:
+    """The encoder's stack of layers, in order: the ModuleList as long as the config says, the outermost of equals."""
+    count = getattr(encoder.config, "num_hidden_layers", None)
+    stacks = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not stacks:
+        raise InputError(
+            f"reinit_layers: {type(encoder).__name__} has no list of {count} separate layers "
+            "(it shares weights between layers); expected 0"
+        )
+    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
+
+
+class TextBertBase(nn.Module):
+    """Token ids to a vector of ``hidden_common_dim`` per row: encoder, pooling, mean over chunks, Dropout, Linear.
+
+    ``pooling`` is what resolve_pooling returned. A pooler that is not used is removed: parameters without a gradient
+    would stop DDP at the second step. The encoder's train or eval mode is left as it comes.
+
+    Attributes: ``encoder``, ``dropout``, ``linear``, ``output_text_dim``.
+    """
+
+    def __init__(self, encoder: nn.Module, *, pooling: str, hidden_common_dim: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        if pooling not in POOLINGS[1:]:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS[1:])}, found {pooling!r}")
+        has_pooler = getattr(encoder, "pooler", None) is not None
+        if pooling == "pooler" and not has_pooler:
+            raise ValueError(f"pooling: {type(encoder).__name__} has no pooler")
+        if pooling != "pooler" and has_pooler:
+            encoder.pooler = None
+        self.encoder = encoder
+        self.pooling = pooling
+        # Longformer and its kin: the row's vector is read at the first token, which must see the whole text.
+        self.has_global_attention = "global_attention_mask" in inspect.signature(encoder.forward).parameters
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(encoder.config.hidden_size, hidden_common_dim)
+        self.output_text_dim = hidden_common_dim
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """``input_ids``, ``attention_mask`` int64 [B, T], or [B, C, T] for rows of several chunks -> [B, D].
+
+        A chunk without a real token is padding of the chunk axis: it is not encoded and does not count in the mean.
+        """
+        if input_ids.ndim == 2:
+            pooled = self._pool(input_ids, attention_mask)  # [B, H]
+        else:
+            real = attention_mask.any(dim=2)  # [B, C]
+            chunks = self._pool(input_ids[real], attention_mask[real])  # [N, H]
+            # Scattered back rather than index_add: every slot is written once, so the sum's order is fixed.
+            by_row = chunks.new_zeros(*real.shape, chunks.shape[-1])  # [B, C, H]
+            by_row[real] = chunks
+            pooled = by_row.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)  # [B, H]
+        return self.linear(self.dropout(pooled))
+
+    def _pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[N, T] -> [N, H]"""
+        extra = {}
+        if self.has_global_attention:
+            extra["global_attention_mask"] = torch.zeros_like(attention_mask)
+            extra["global_attention_mask"][:, 0] = 1
+        outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
+        if self.pooling == "pooler":
+            return outputs.pooler_output
+        hidden = outputs.last_hidden_state  # [N, T, H]
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -1,0 +1,120 @@
+"""A loaded model scores new rows: a file, in windows of constant memory, on one process or several. Floor 3.
+
+Imports distributed, data, evaluation, model, model_folder, training.hooks.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from mmbert_core import distributed
+from mmbert_core.data.batches import deal, evaluation_batches
+from mmbert_core.data.dataset import Dataset, encode_for_prediction
+from mmbert_core.data.table import Roles, columns_kept, expand_paths, read_chunks
+from mmbert_core.distributed import DistContext
+from mmbert_core.errors import InputError
+from mmbert_core.evaluation.predictions import header, prediction_rows, tsv_line
+from mmbert_core.files import TEMPORARY_PREFIX, sync_path
+from mmbert_core.model.losses import build_loss_op
+from mmbert_core.model_folder import LoadedModel, load_model_folder
+from mmbert_core.training import hooks
+from mmbert_core.training.hooks import BatchResult, EpochResult, Task
+from mmbert_core.training.optim import resolve_precision
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 8192  # rows in memory at a time; the same as `evaluation_batches`, so a stream scores as a table does
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Predictor:
+    """A model folder ready to score rows. Needs neither training data nor labels nor network."""
+
+    def __init__(self, loaded: LoadedModel, context: DistContext, *, precision: str = "auto") -> None:
+        self.loaded = loaded
+        self.context = context
+        config = loaded.config
+        self.task = Task(config.is_binary, build_loss_op(None), resolve_precision(precision, context.device), context.device)
+        loaded.model.to(context.device).eval()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, context: DistContext | None = None, *, precision: str = "auto") -> "Predictor":
+        """Load a model folder. Raises `InputError` when it is not a whole one."""
+        return cls(load_model_folder(folder), context or distributed.read_context(), precision=precision)
+
+    def predict_file(self, paths: Sequence[str], output: str | Path) -> int:
+        """Collective. Score every row of the input once, in its order, into a TSV file; returns the number of rows.
+
+        The file appears whole or not at all. Labels, when the input has the label column, are copied as they are.
+        Raises `InputError` for input that cannot be read, a missing column, or an output that cannot be written.
+        """
+        inputs, output = expand_paths(paths), Path(output)
+        check_output(inputs, output)
+        config = self.loaded.config
+        roles = Roles.from_config(config)
+        kept = columns_kept(inputs, roles.inputs(), (config.label_name,))
+        windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), chunk_rows=WINDOW)
+        temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
+        names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
+        num_rows, started, last_line = 0, time.monotonic(), time.monotonic()
+        try:
+            with open(temporary if self.context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
+                stream.write(tsv_line(names))
+                for window in windows:
+                    dataset = encode_for_prediction(
+                        window, roles, self.loaded.tokenizer, self.loaded.features, self.loaded.labels,
+                        max_length=config.max_length, max_chunks=config.max_chunks,
+                    )  # fmt: skip
+                    self._write(dataset, self.score(dataset), stream)
+                    num_rows += len(dataset)
+                    if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                        last_line = time.monotonic()
+                        logger.info("%d rows scored, %.0f rows/s", num_rows, num_rows / (last_line - started))
+                stream.flush()
+                os.fsync(stream.fileno()) if self.context.is_main else None
+            distributed.on_main(lambda: publish(temporary, output))
+        finally:
+            if self.context.is_main:
+                temporary.unlink(missing_ok=True)
+        return num_rows
+
+    def score(self, dataset: Dataset) -> EpochResult:
+        """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""
+        plan = evaluation_batches(dataset.lengths, window=WINDOW)
+        hand = deal([len(rows) * int(dataset.lengths[rows].max()) for rows in plan], self.context.world_size)[self.context.rank]
+        results = []
+        with torch.inference_mode():
+            for index in hand:
+                batch = dataset.batch(plan[index])
+                made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
+                preds = made[0] if isinstance(made, tuple) else made
+                results.append(BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0))
+        return hooks.gather_results(results, len(dataset))
+
+    def _write(self, dataset: Dataset, result: EpochResult, stream: TextIO) -> None:
+        """Rank 0's stream gets the window's lines; the other ranks' goes nowhere."""
+        if self.context.is_main:
+            labels = dataset.label_strings(range(len(dataset))) if dataset.has_labels else None
+            ids = result.ids if self.loaded.config.id_name else None
+            stream.writelines(map(tsv_line, prediction_rows(result.preds, self.loaded.labels.names, ids=ids, labels=labels)))
+
+
+def check_output(inputs: Sequence[str], output: Path) -> None:
+    """Refuse an output that is an input, a folder, or in a folder that is not there."""
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: the folder {output.parent} does not exist")
+    if output.is_dir():
+        raise InputError(f"{output}: expected a file to write, found a folder")
+    if output.exists() and any(os.path.samefile(path, output) for path in inputs):
+        raise InputError(f"{output}: is the input file; choose another output")
+
+
+def publish(temporary: Path, output: Path) -> None:
+    """Rank 0 only. The finished file takes its name."""
+    os.replace(temporary, output)
+    sync_path(output.parent)

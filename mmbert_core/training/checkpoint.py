@@ -1,0 +1,223 @@
+"""Checkpoints that are whole or not there: written aside, synced, manifest last, renamed. Floor 2; imports errors and files.
+
+    checkpoints/step-00000400/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+
+Nothing is pickled. Only rank 0 calls this file; `loop` spreads what was read to the other ranks.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mmbert_core.errors import InputError
+from mmbert_core.files import atomic_folder, read_json, remove_stale_temporaries, sha256_of, sync_path, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST = "MANIFEST.json"
+PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; all of it is in `state.json`. Counts are absolute, from the first start of the run."""
+
+    step: int = 0  # optimizer steps of the plan that are behind us
+    epoch: int = 0
+    rows_consumed: int = 0  # rows of this epoch's permutation that are behind us
+    skipped_steps: int = 0  # steps whose gradient overflowed in fp16: neither optimizer nor schedule moved
+    best_metric: str | None = None
+    best_value: float | None = None
+    best_step: int | None = None
+    bad_validations: int = 0
+    finished: bool = False
+    train_seconds: float = 0.0
+    rows_trained: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read: CPU tensors by parameter name, and `state.json`."""
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return Path(folder) / f"step-{step:08d}"
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of parameters and buffers on the CPU, contiguous, no memory shared between names."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file whose bytes depend on the tensors alone: more metadata keys would come in random order."""
+    save_file(dict(tensors), str(path), metadata={"format": "pt"})
+
+
+# ---- optimizer by parameter name ----
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state as `<parameter>.<entry>` CPU tensors (entries of AdamW: step, exp_avg, exp_avg_sq)."""
+    moments = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}.{entry}"] = value.detach().to("cpu", copy=True).contiguous()
+    return moments
+
+
+def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, torch.Tensor]) -> None:
+    """Put the moments back by name, never by position."""
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in moments.items():
+        name, entry = key.rsplit(".", 1)
+        by_parameter.setdefault(name, {})[entry] = value
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    state = {index: by_parameter[name] for index, name in enumerate(ordered) if name in by_parameter}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+# ---- writing ----
+
+
+def save_checkpoint(folder: Path, *, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+    """Rank 0 only. Write `step-<step>` whole; an existing folder of that step is replaced only by a complete one."""
+    if not_finite := [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
+        raise FloatingPointError(f"step {state['step']}: {not_finite[0]} is not finite; no checkpoint written")
+    final = step_folder(folder, state["step"])
+    if final.exists():  # of an earlier life of this run, found damaged or left behind by a fallback
+        shutil.rmtree(final)
+    with atomic_folder(final) as temporary:
+        save_tensors(weights, temporary / "model.safetensors")
+        save_tensors(moments, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
+        for name in PARTS:
+            sync_path(temporary / name)
+        files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in PARTS}
+        write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+    return final
+
+
+def rotate(folder: Path, *, keep: int, best_step: int | None) -> None:
+    """Rank 0 only. Remove all but the newest `keep` checkpoints and the best one."""
+    steps = sorted(list_steps(folder))
+    for step in steps[:-keep]:
+        if step != best_step:
+            shutil.rmtree(step_folder(folder, step))
+
+
+# ---- reading ----
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps that have a folder, whether valid or not, newest first. Links are not followed."""
+    if not Path(folder).is_dir():
+        return []
+    found = [STEP_FOLDER.fullmatch(path.name) for path in Path(folder).iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+
+
+def why_invalid(path: Path) -> str | None:
+    """The first reason not to believe a checkpoint folder, naming the file; None when it is whole."""
+    try:
+        files = read_json(path / MANIFEST)["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST}: {error}"
+    if sorted(files) != sorted(PARTS):
+        return f"{MANIFEST}: expected the files {', '.join(PARTS)}"
+    for name in PARTS:
+        file = path / name
+        if not file.is_file() or file.is_symlink():
+            return f"{name}: missing"
+        if file.stat().st_size != files[name].get("bytes"):
+            return f"{name}: expected {files[name].get('bytes')} bytes, found {file.stat().st_size}"
+        if sha256_of(file) != files[name].get("sha256"):
+            return f"{name}: content differs from the manifest"
+    return None
+
+
+def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
+    """The checkpoint to go on from: the newest whole one, or the asked step. None: a fresh start.
+
+    Warns for each newer checkpoint it passes over. Raises `InputError` when `resume` cannot be met, or when there are
+    checkpoints but none is whole: starting anew would silently lose the run.
+    """
+    steps = list_steps(folder)
+    if resume == "never":
+        if steps:
+            raise InputError(f"resume is never, but {folder} has checkpoints up to step {steps[0]}: choose another model_path, or resume: auto")
+        return None
+    if isinstance(resume, int):
+        if resume not in steps:
+            raise InputError(f"resume: expected a step that has a checkpoint in {folder} ({', '.join(map(str, sorted(steps))) or 'none'}), found {resume}")
+        steps = [resume]
+    for step in steps:
+        reason = why_invalid(step_folder(folder, step))
+        if reason is None:
+            return step_folder(folder, step)
+        logger.warning("checkpoint %s is damaged and passed over: %s", step_folder(folder, step), reason)
+    if steps:
+        raise InputError(f"{folder}: none of the checkpoints is whole; remove the folder to start anew")
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The tensors and the state of a valid checkpoint folder."""
+    state = read_json(path / "state.json")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {state.get('format_version')}")
+    return Checkpoint(path, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
+
+
+def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights alone of a step's checkpoint, after checking it against its manifest."""
+    path = step_folder(folder, step)
+    if reason := why_invalid(path):
+        raise InputError(f"{path}: the checkpoint of the best step is damaged: {reason}")
+    return load_file(path / "model.safetensors")
+
+
+def clean_up(folder: Path) -> None:
+    """Rank 0 only, at the start: remove what an interrupted write left behind."""
+    for path in remove_stale_temporaries(folder):
+        logger.info("removed %s, left by an interrupted write", path)
+
+
+# ---- what a resume must agree with ----
+
+
+def check_resumable(state: Mapping[str, Any], *, config: Mapping[str, Any], fingerprints: Mapping[str, Any], free_keys: frozenset[str]) -> None:
+    """Raise `InputError` naming key, old and new value when config or data differ from the checkpoint's."""
+    for key, new in config.items():
+        old = state["config"].get(key)
+        if key not in free_keys and old != new:
+            raise InputError(f"{key} was {old!r} in the checkpoint at step {state['step']} and is {new!r} now: set it back, or choose another model_path")
+    for path, new in fingerprints.items():
+        old = state["fingerprints"].get(path)
+        if old != new:
+            raise InputError(f"{path} has changed since the checkpoint at step {state['step']} (sha256 was {_short(old)}, is {_short(new)}): restore it, or choose another model_path")
+
+
+def _short(fingerprint: Mapping[str, Any] | None) -> str:
+    return str((fingerprint or {}).get("sha256"))[:12]
+
+
+def train_state_from(state: Mapping[str, Any]) -> TrainState:
+    return TrainState(**{name: state[name] for name in asdict(TrainState())})

@@ -1,0 +1,205 @@
+"""The original module's hooks as plain functions of the same names: what happens, while `loop` says when. Floor 2.
+
+Imports distributed, config, data, model, evaluation. A hook takes what it uses and returns what it made.
+B rows of a batch, N rows of the evaluated table, K classes.
+`configure_optimizers` is in `optim`, `add_loss_op` in `model.losses`, `build_merge_subnetwork` in `model.fusion`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmbert_core import distributed
+from mmbert_core.config import Config
+from mmbert_core.data.dataset import Batch, Dataset
+from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metrics
+from mmbert_core.evaluation.predictions import header, prediction_rows, tsv_line
+from mmbert_core.files import write_json, write_text
+from mmbert_core.model.losses import row_losses, row_weights
+from mmbert_core.model.tabular_encoder import TabAE
+from mmbert_core.training.optim import autocast
+
+MODEL_CLASS = "multimodal_bert"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every step needs beside the model and the batch."""
+
+    is_binary: bool
+    loss_op: nn.Module  # logits [B, K], labels [B] -> weighted losses [B]
+    precision: str
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Results of one evaluated batch, on the CPU."""
+
+    batch_idx: int
+    row_index: np.ndarray  # [B] rows of the table
+    preds: np.ndarray  # [B] probability of class 1, or [B, K]
+    labels: np.ndarray | None  # [B]
+    ids: list[str] | None
+    loss_sum: float  # weighted losses of the batch's rows
+    weight_sum: float
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Results of all ranks, every row once, in the table's order."""
+
+    preds: np.ndarray  # [N] or [N, K]
+    labels: np.ndarray | None  # [N]
+    ids: list[str] | None
+    loss: float | None  # weighted losses over their weight sum, over all rows
+
+
+# ---- one batch ----
+
+
+def run_epoch(
+    model: nn.Module, batch: Batch, stage: str, *, task: Task, weight_sum: float | None = None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """In spite of its name one batch: `(loss, preds, labels)`; stage `pred` has neither loss nor labels.
+
+    The loss is the weighted losses over `weight_sum`, by default the batch's own, as `nn.CrossEntropyLoss(weight)` has it.
+    preds: softmax probability of class 1 [B] when binary, else [B, K].
+    """
+    batch = batch.to(task.device)
+    with autocast(task.precision, task.device):
+        logits = model(batch.input_ids, batch.attention_mask, TabAE.combine_tab_data(batch), batch.categories)
+    logits = logits.float()
+    probabilities = torch.softmax(logits, dim=1)
+    preds = probabilities[:, 1] if task.is_binary else probabilities
+    if stage == "pred" or batch.labels is None:
+        return None, preds, None
+    divisor = row_weights(task.loss_op, batch.labels).sum() if weight_sum is None else weight_sum
+    return row_losses(task.loss_op, logits, batch.labels).sum() / divisor, preds, batch.labels
+
+
+def training_step(model: nn.Module, batch: Batch, batch_idx: int, *, task: Task, weight_sum: float | None = None) -> dict[str, torch.Tensor]:
+    """`{'loss': loss}` of one micro-batch as its share of the step: over the weight sum of all rows of the step.
+
+    The shares of all micro-batches and ranks add up to `train_loss`. The original took the mean of rank means.
+    """
+    loss, _, _ = run_epoch(model, batch, "train", task=task, weight_sum=weight_sum)
+    return {"loss": loss}
+
+
+def predict_step(model: nn.Module, batch: Batch, batch_idx: int, *, task: Task) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """preds, or `(preds, labels)` where the batch has labels."""
+    _, preds, _ = run_epoch(model, batch, "pred", task=task)
+    return preds if batch.labels is None else (preds, batch.labels)
+
+
+# ---- validation ----
+
+
+def on_validation_epoch_start() -> list[BatchResult]:
+    """The empty list that the validation steps fill (the original's id, prediction and label lists)."""
+    return []
+
+
+def validation_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: list[BatchResult], *, task: Task) -> None:
+    """Extend `outputs` by the batch's results, on the CPU."""
+    outputs.append(_evaluate_batch(model, batch, batch_idx, "val", task))
+
+
+def on_validation_epoch_end(outputs: list[BatchResult], num_rows: int, *, config: Config, class_names: Sequence[str]) -> dict[str, float | None]:
+    """Collective. `val_loss` and `val/<metric>` over all rows of all ranks, the same on every rank; None: undefined."""
+    result = gather_results(outputs, num_rows)
+    choices = dict.fromkeys([*config.metric_choices, config.early_stop_metric.removeprefix("val/")])
+    choices.pop("val_loss", None)
+    metrics = compute_metrics(result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names)
+    return {"val_loss": result.loss, **metrics.values}
+
+
+# ---- test ----
+
+
+def on_test_epoch_start(model_path: str | Path) -> tuple[list[BatchResult], Path]:
+    """Collective. The empty list, and the new folder `multimodal_bert-<time>` that rank 0 chose and made."""
+
+    def make_folder() -> Path:
+        while True:
+            folder = Path(model_path) / f"{MODEL_CLASS}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:  # another evaluation in the same second
+                time.sleep(1.0)
+
+    return [], distributed.on_main(make_folder)
+
+
+def test_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: list[BatchResult], *, task: Task, has_labels: bool) -> None:
+    """Extend `outputs`; stage `test` with labels, else `pred`. Which one is decided once, from the table's columns."""
+    outputs.append(_evaluate_batch(model, batch, batch_idx, "test" if has_labels else "pred", task))
+
+
+def on_test_epoch_end(outputs: list[BatchResult], dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str]) -> dict[str, Any]:
+    """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; all ranks get the metrics."""
+    result = gather_results(outputs, len(dataset))
+    figures: dict[str, Any] = {"test/num_rows": len(dataset)}
+    if dataset.has_labels:
+        choices = (*METRICS, *(CLASS_PREFIX + name for name in class_names))
+        metrics = compute_metrics(result.preds, result.labels, choices, config.task, config.num_classes, "test", class_names=class_names)
+        figures |= {"test_loss": result.loss, **metrics.values, "undefined": metrics.undefined}
+
+    def write() -> None:
+        label_strings = dataset.label_strings(np.arange(len(dataset))) if dataset.has_labels else None
+        names = header(class_names, is_binary=config.is_binary, id_name=config.id_name, has_labels=dataset.has_labels)
+        rows = prediction_rows(result.preds, class_names, ids=result.ids, labels=label_strings)
+        write_text(folder / "test_result_0.tsv", "".join(map(tsv_line, [names, *rows])))
+        write_json(folder / "test_metrics.json", figures)
+
+    distributed.on_main(write)
+    return figures
+
+
+# ---- both ----
+
+
+def _evaluate_batch(model: nn.Module, batch: Batch, batch_idx: int, stage: str, task: Task) -> BatchResult:
+    """Run one batch without gradients and bring its results to the CPU."""
+    loss, preds, labels = run_epoch(model, batch, stage, task=task)
+    weight_sum = 0.0 if labels is None else float(row_weights(task.loss_op, labels).sum())
+    return BatchResult(
+        batch_idx=batch_idx,
+        row_index=batch.row_index.numpy(force=True),
+        preds=preds.numpy(force=True),
+        labels=None if labels is None else labels.numpy(force=True),
+        ids=batch.ids,
+        loss_sum=0.0 if loss is None or weight_sum == 0 else float(loss) * weight_sum,
+        weight_sum=weight_sum,
+    )
+
+
+def gather_results(outputs: list[BatchResult], num_rows: int) -> EpochResult:
+    """Collective. The results of all ranks through `all_gather_object`, put in the table's order.
+
+    Raises `RuntimeError` unless every row is there exactly once. Sums run in batch order, so that the figures do not
+    depend on the number of ranks.
+    """
+    results = sorted((item for part in distributed.all_gather_objects(outputs) for item in part), key=lambda item: item.batch_idx)
+    rows = np.concatenate([item.row_index for item in results]) if results else np.zeros(0, np.int64)
+    if len(rows) != num_rows or not np.array_equal(np.bincount(rows, minlength=num_rows), np.ones(num_rows)):
+        raise RuntimeError(f"expected each of {num_rows} rows once, found {len(rows)} results for {len(np.unique(rows))} rows")
+    if not results:
+        return EpochResult(np.zeros(0, np.float32), np.zeros(0, np.int64), [], None)
+    order = np.argsort(rows)
+    ids = None if results[0].ids is None else [cell for item in results for cell in item.ids or []]
+    weight_sum = sum(item.weight_sum for item in results)
+    return EpochResult(
+        preds=np.concatenate([item.preds for item in results])[order],
+        labels=None if results[0].labels is None else np.concatenate([item.labels for item in results])[order],
+        ids=None if ids is None else [ids[position] for position in order],
+        loss=sum(item.loss_sum for item in results) / weight_sum if weight_sum > 0 else None,
+    )

@@ -1,0 +1,119 @@
+"""Optimizer, schedule, precision, and the one order of an optimizer step. Floor 2; imports config."""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from mmbert_core.config import Config
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- precision: no-op objects instead of branches ----
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """'fp32', 'bf16' or 'fp16': what is used for what was asked, with a warning where they differ."""
+    if device.type != "cuda":
+        if asked in ("bf16", "fp16"):
+            logger.warning("precision %s asked for, but there is no GPU: training in fp32", asked)
+        return "fp32"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "auto":
+        return "bf16" if has_bf16 else "fp16"
+    if asked == "bf16" and not has_bf16:
+        logger.warning("precision bf16 asked for, but this GPU has none: training in fp16")
+        return "fp16"
+    return asked
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision of one forward; does nothing for fp32."""
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[precision], enabled=precision != "fp32")
+
+
+def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; does nothing else."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+# ---- optimizer and schedule ----
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """LayerNorm, BatchNorm, RMSNorm, ... by the module's type, whatever the parameter is called."""
+    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)) or "Norm" in type(module).__name__
+
+
+def names_without_decay(model: nn.Module) -> set[str]:
+    """Names of biases and of all parameters of normalisation modules."""
+    names = set()
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if name.endswith("bias") or is_normalisation(module):
+                names.add(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> tuple[Optimizer, LambdaLR]:
+    """Hook `configure_optimizers`: AdamW in two groups (with and without weight decay) and a schedule by optimizer step.
+
+    With `head_lr` each group is split once more, into encoder and the rest. Every trainable parameter is in exactly one.
+    """
+    undecayed = names_without_decay(model)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_head = config.head_lr is not None and not name.startswith("text_subnetwork.encoder.")
+            groups.setdefault((is_head, name in undecayed), []).append(parameter)
+    optimizer = AdamW(
+        [
+            {"params": parameters, "weight_decay": 0.0 if no_decay else config.weight_decay, "lr": config.head_lr if is_head else config.lr}
+            for (is_head, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ],
+        lr=config.lr,
+        eps=config.adam_epsilon,
+    )
+    warmup = warmup_in_steps(config.warmup_steps, total_steps)
+    if config.run_scheduler:
+        return optimizer, get_linear_schedule_with_warmup(optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    return optimizer, get_constant_schedule_with_warmup(optimizer, num_warmup_steps=warmup)
+
+
+def warmup_in_steps(warmup_steps: int | float, total_steps: int) -> int:
+    """Optimizer steps of warm-up; a value below 1 is a share of all steps."""
+    return round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
+
+
+def optimizer_step(
+    parameters: Iterable[nn.Parameter], optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler, *, max_norm: float
+) -> tuple[bool, float]:
+    """Unscale, clip, step, update the scaler, schedule, zero the gradients: always in this order, only here.
+
+    Returns whether the optimizer moved (fp16 overflow skips it, and the schedule with it) and the gradient norm before
+    clipping. Raises `FloatingPointError` for a non-finite norm without loss scaling; gradients are synchronised by
+    then, so every rank raises.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    total_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+    grad_norm = float(total_norm)
+    if not scaler.is_enabled() and not grad_norm < float("inf"):
+        raise FloatingPointError(f"the gradient norm is {grad_norm}")
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    stepped = scaler.get_scale() >= scale  # the scale only ever drops after a skipped step
+    if stepped:
+        scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return stepped, grad_norm

@@ -1,0 +1,96 @@
+"""What a run tells while it works: metrics.jsonl, TensorBoard when installed, a bar in a terminal, else lines. Floor 2; imports files.
+
+Only rank 0 writes; on the other ranks every method does nothing.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmbert_core.files import write_text
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class RunLog:
+    """Lines of `metrics.jsonl`, one object each; on resume the lines after `first_step` are dropped."""
+
+    def __init__(self, folder: Path, *, is_main: bool, first_step: int, total_steps: int) -> None:
+        self.is_main = is_main
+        self.total_steps = total_steps
+        self._last_line = 0.0
+        if not is_main:
+            return
+        self._path = Path(folder) / "metrics.jsonl"
+        write_text(self._path, "".join(line + "\n" for line in kept_lines(self._path, first_step)))
+        self._stream = open(self._path, "a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(Path(folder) / "tensorboard", first_step)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """One object with `step` and figures; a None is an undefined figure."""
+        if not self.is_main:
+            return
+        self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
+        self._stream.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if name not in ("step", "epoch") and value is not None:
+                    self._tensorboard.add_scalar(name, value, values["step"])
+
+    def progress(self, step: int, shown: str) -> None:
+        """Advance the bar, or print a plain line every few seconds and at the last step."""
+        if not self.is_main:
+            return
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix_str(shown, refresh=False)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._last_line >= SECONDS_BETWEEN_LINES or step == self.total_steps):
+            self._last_line = now
+            logger.info("step %d/%d  %s", step, self.total_steps, shown)
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        if self.is_main:
+            self._bar.clear()
+            logger.info("%s", line)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self.is_main:
+            self._bar.close()
+            self._stream.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+
+def kept_lines(path: Path, last_step: int) -> list[str]:
+    """Whole lines of an earlier life of the run up to `last_step`; a torn last line is dropped."""
+    if last_step == 0 or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step <= last_step:
+            kept.append(line)
+    return kept
+
+
+def _open_tensorboard(folder: Path, first_step: int) -> Any:
+    """A SummaryWriter when the extra `tensorboard` is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
