@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mmbert_core import distributed
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import prepare
@@ -41,7 +43,8 @@ def make_folder() -> Path:
     folder = RUNS / f"demo-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
     folder.mkdir(parents=True)
     paths = write_sample(folder / "data")
-    write_small_encoder(folder / "encoder_from_scratch", paths["train"])
+    texts = pd.read_csv(paths["train"], dtype=str, keep_default_na=False)[TEXT_COLUMN]
+    write_small_encoder(folder / "encoder_from_scratch", texts)
     logger.info("sample of buyer-seller messages and an encoder that is not pretrained: %s", folder)
     return folder
 
@@ -63,12 +66,14 @@ def config_of(part: str, folder: Path) -> Config:
         cache_path=str(folder / "cache"),
         metric_choices=("auroc", "f1_score"),
         early_stop_metric="val/auroc",
+        pooling="mean",  # the pooler of an encoder without pretraining is random too, and slower to learn
         batch_size=32,
-        max_epochs=3,
-        lr=1e-3,
+        max_epochs=2,
+        lr=2e-3,
+        head_lr=5e-3,
         warmup_steps=0.1,
         gradient_clip_val=1.0,
-        max_length=64,
+        max_length=96,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -174,7 +175,9 @@ def wrap_ddp(model: nn.Module, context: DistContext) -> nn.Module:
     if not is_distributed():
         return model
     device_ids = [context.device] if context.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # torch 2.13 renamed the flag
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **{flag: False})
 
 
 def no_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:

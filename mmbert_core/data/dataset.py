@@ -149,9 +149,10 @@ def _padded(tokens: Tokens | None, rows: np.ndarray, pad_token_id: int) -> tuple
     lengths = np.where(is_chunk, tokens.chunk_offsets[chunk + 1] - starts, 0)
     token = np.arange(lengths.max(initial=0))  # [T]
     is_token = token < lengths[:, :, None]  # [B, C, T]
-    # a padding cell reads the first token of its chunk, then is overwritten: no row outside the batch is touched
-    input_ids = tokens.ids[starts[:, :, None] + np.where(is_token, token, 0)].astype(np.int64)
-    input_ids[~is_token] = pad_token_id
+    input_ids = np.full(is_token.shape, pad_token_id, dtype=np.int64)
+    flat = input_ids.reshape(chunk.size, len(token))
+    for place, (start, length) in enumerate(zip(starts.ravel().tolist(), lengths.ravel().tolist(), strict=True)):
+        flat[place, :length] = tokens.ids[start : start + length]
     return input_ids, is_token.astype(np.int64)
 
 
@@ -208,18 +209,17 @@ def prepare(config: Config) -> Data:
         tables["val"] = encode(config.val_path, ungrouped)
     if config.test_path:
         tables["test"] = encode(config.test_path, ungrouped, label_optional=True)
-    for name in ("train", "val"):
-        if name in tables and tables[name].num_rows == 0:
-            raise InputError(f"{tables[name].paths[0]}: expected rows, found a header only")
-    labels = _fit_labels(tables["train"], config)
-    train_rows, val_rows = _choose_rows(tables["train"], labels, config)
+    for table in (tables["train"], tables.get("val")):
+        if table is not None and table.num_rows == 0:
+            raise InputError(f"{table.paths[0]}: expected rows, found a header only")
     train = tables["train"]
+    labels = _fit_labels(train, config)
+    train_rows, val_rows = _choose_rows(train, labels, config)
     features = Features.fit(train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, where=train.paths[0])
     dataset = partial(Dataset, features=features, labels=labels, pad_token_id=_pad_token_id(tokenizer), label_column=config.label_name)
-    if len(val_rows):
-        val = dataset(train, val_rows, name="val")
-    else:
-        val = dataset(tables["val"], None, name="val") if "val" in tables else None
+    val = dataset(train, val_rows, name="val") if len(val_rows) else None
+    if "val" in tables:
+        val = dataset(tables["val"], None, name="val")
     data = Data(
         train=dataset(train, train_rows, name="train"),
         val=val,

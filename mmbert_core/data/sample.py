@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoModel, BertConfig, BertTokenizerFast
 
 TEXT_COLUMN, ID_COLUMN, LABEL_COLUMN = "message", "message_id", "is_abuse"
@@ -92,7 +94,16 @@ BENIGN_SENTENCES = (
     "please tell me whether the {item} has a warranty",
     "the {item} looks great, i will leave a good review {when}",
 )
-OPENINGS = ("hi,", "hello,", "hey there,", "good morning,", "dear seller,", "hi again,", "hello, me again,", "sorry to bother you,")
+OPENINGS = (
+    "hi,",
+    "hello,",
+    "hey there,",
+    "good morning,",
+    "dear seller,",
+    "hi again,",
+    "hello, me again,",
+    "sorry to bother you,",
+)
 FILLERS = (
     "i ordered the {item} a few days ago.",
     "it would be for my {person}.",
@@ -104,7 +115,16 @@ FILLERS = (
     "my phone corrects everything, sorry for mistakes.",
     "i could not find the answer on your page.",
 )
-CLOSINGS = ("thanks!", "thank you very much", "best regards", "please reply soon", "waiting for your answer", "have a nice day", "cheers", "let me know")
+CLOSINGS = (
+    "thanks!",
+    "thank you very much",
+    "best regards",
+    "please reply soon",
+    "waiting for your answer",
+    "have a nice day",
+    "cheers",
+    "let me know",
+)
 
 
 # ---- table ------------------------------------------------------------------------------------------------------------
@@ -240,19 +260,19 @@ def wordpiece_vocabulary(texts: Iterable[str], *, max_words: int = 2000, min_cou
     Counted here rather than by `tokenizers`' trainer, whose ids depend on the order of a hash map: they differ
     from process to process, and equal seeds must give equal files.
     """
-    backend = BertTokenizerFast().backend_tokenizer
+    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()  # what a BERT tokenizer does before WordPiece
     words: Counter[str] = Counter()
     for text in texts:
-        normal = backend.normalizer.normalize_str(text)
-        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal))
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     characters = sorted(set(string.ascii_lowercase + string.digits + string.punctuation).union(*words))
-    frequent = sorted((word for word, count in words.items() if count >= min_count and len(word) > 1), key=lambda word: (-words[word], word))
+    frequent = [word for word, count in words.items() if count >= min_count and len(word) > 1]
+    frequent.sort(key=lambda word: (-words[word], word))
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{character}" for character in characters)]
     return {piece: index for index, piece in enumerate(pieces + frequent[:max_words])}
 
 
 def write_small_encoder(folder: str | Path, texts: Iterable[str], *, seed: int = 0) -> Path:
-    """Save a small untrained BERT (2 layers, hidden 64) and a tokenizer made from `texts`; returns the folder.
+    """Save a small untrained BERT (2 layers, hidden 64, up to 128 tokens) and a tokenizer made from `texts`; returns the folder.
 
     The weights are random numbers from `seed`: nothing in it is pretrained. Both load with `from_pretrained(folder)`
     without network, and equal texts and seed give equal files.

@@ -96,8 +96,8 @@ def _load(name: str, *, local_files_only: bool) -> tuple[nn.Module, bool]:
         )
     has_stored_pooler = getattr(encoder, "pooler", None) is not None and not missing_pooler
     millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-    what = f"{type(encoder).__name__}, {millions:.1f} million weights, {'a' if has_stored_pooler else 'no'} stored pooler"
-    logger.info("encoder %s: %s", name, what)
+    pooler = "a stored pooler" if has_stored_pooler else "no stored pooler"
+    logger.info("encoder %s: %s, %.1f million weights, %s", name, type(encoder).__name__, millions, pooler)
     return encoder, has_stored_pooler
 
 

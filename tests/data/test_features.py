@@ -1,0 +1,71 @@
+"""What the training rows teach about the tabular columns, and nothing but they."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mmbert_core.data.features import MISSING, UNSEEN, Features
+from mmbert_core.data.table import Roles
+from mmbert_core.errors import InputError
+
+nan = np.nan
+NO_CODES = np.zeros((0, 0), dtype=np.int32)
+
+
+def roles_of(numbers=(), categories=()):
+    return Roles(text=(), numbers=tuple(numbers), categories=tuple(categories), label=None, id=None, group=None)
+
+
+def fit(columns, **options):
+    numbers = np.array(columns, dtype=np.float64).T
+    return Features.fit(numbers, np.zeros((len(numbers), 0), dtype=np.int32), [], roles_of(f"n{i}" for i in range(len(columns))), **options)
+
+
+def test_median_indicator_and_statistics_of_the_outputs():
+    features = fit([[1, 2, 6, nan], [3, 3, 3, 3]])
+    assert features.medians == (2.0, 3.0) and features.has_indicator == (True, False) and features.num_numbers == 3
+    outputs = features.transform_numbers(np.array([[nan, nan], [5, 4]]))
+    assert outputs.dtype == np.float32 and outputs.tolist() == [[2, 3, 1], [5, 4, 0]]
+    everything = np.array([[1, 3, 0], [2, 3, 0], [6, 3, 0], [2, 3, 1]])
+    assert np.allclose(features.means, everything.mean(axis=0))
+    assert np.allclose(features.stds, [everything[:, 0].std(), 1, everything[:, 2].std()])  # a constant column: 1
+
+
+def test_only_the_given_rows_count():
+    columns = [[1, 2, 3, 1000, nan]]
+    assert fit(columns, rows=np.array([0, 1, 2])) == fit([[1, 2, 3]])
+
+
+def test_extreme_numbers_have_finite_statistics():
+    features = fit([[1e38, -1e38, 3e38], [1e-320, 0, 0], [1e9, 1e9 + 1, 1e9], [2**53 + 1, 0, 0]])
+    assert np.isfinite(features.means).all() and np.isfinite(features.stds).all()
+    assert (np.array(features.stds, dtype=np.float32) > 0).all()
+    assert features.stds[2] == 1.0  # equal once they are float32: a constant column
+    assert np.isfinite(features.transform_numbers(np.array([[1e38, 1e-320, 1e9, 2**53]]))).all()
+
+
+def test_a_column_without_any_number():
+    with pytest.raises(InputError, match="^t.csv, column 'n1': expected numbers, found no value in any of 2 rows$"):
+        fit([[1, 2], [nan, nan]], where="t.csv")
+
+
+def test_categories_are_those_of_the_training_rows():
+    vocabulary = ["", "b", "a", "c"]
+    codes = np.array([[1], [2], [0], [3]], dtype=np.int32)
+    features = Features.fit(np.zeros((4, 0)), codes, [vocabulary], roles_of(categories=["k"]), rows=np.array([0, 1, 2]))
+    assert features.categories == (("a", "b"),) and features.cardinalities == (4,)
+    [lookup] = features.category_lookup([["", "c", "b", "new", "a", " a"]])
+    assert lookup.tolist() == [MISSING, UNSEEN, 3, UNSEEN, 2, UNSEEN]
+
+
+def test_no_columns_at_all():
+    features = Features.fit(np.zeros((3, 0)), np.zeros((3, 0), dtype=np.int32), [], roles_of())
+    assert features.num_numbers == 0 and features.cardinalities == ()
+    assert features.transform_numbers(np.zeros((2, 0))).shape == (2, 0)
+
+
+def test_json_round_trip_is_exact():
+    codes = np.array([[1], [1]], dtype=np.int32)
+    features = Features.fit(np.array([[0.1, nan], [1 / 3, 2]]), codes, [["", "ü"]], roles_of(["x", "y"], ["k"]))
+    assert Features.from_json(json.loads(json.dumps(features.to_json()))) == features

@@ -1,0 +1,67 @@
+"""Class order, and one line for every label that cannot be learned from."""
+
+import numpy as np
+import pytest
+
+from mmbert_core.data.labels import UNKNOWN, Labels
+from mmbert_core.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "values, names",
+    [
+        (["10", "9", "-1"], ("-1", "9", "10")),  # whole numbers: by value
+        (["b", "B", "10", "9"], ("10", "9", "B", "b")),  # else by code point
+        (["1.5", "10", "2"], ("1.5", "10", "2")),
+        (["é", "z", "漢"], ("z", "é", "漢")),
+        (["yes", "no", "yes", "no"], ("no", "yes")),
+    ],
+)
+def test_order_of_classes(values, names):
+    assert Labels.fit(values, num_classes=len(names)).names == names
+    assert Labels.fit(values[::-1], num_classes=len(names)).names == names
+
+
+def test_positive_label_becomes_class_1():
+    assert Labels.fit(["bad", "good"], num_classes=2, positive_label="bad").names == ("good", "bad")
+    assert Labels.fit(["bad", "good"], num_classes=2, positive_label="good").names == ("bad", "good")
+    with pytest.raises(InputError, match="positive_label: expected one of the labels 'bad', 'good', found 'Bad'"):
+        Labels.fit(["bad", "good"], num_classes=2, positive_label="Bad")
+    with pytest.raises(InputError, match="positive_label: expected 2 classes"):
+        Labels.fit(["a", "b", "c"], num_classes=3, positive_label="b")
+
+
+@pytest.mark.parametrize(
+    "values, num_classes, message",
+    [
+        (["0", "1", ""], 2, "t.csv row 2, column 'y': expected a label, found an empty cell"),
+        (["1", "1"], 2, "t.csv row 0, column 'y': all training rows have the label '1', expected 2 classes"),
+        (["0", "1", "2"], 2, "t.csv row 0, column 'y': expected 2 classes (num_classes) in the training rows, found 3: '0', '1', '2'"),
+        (["0", "1"], 5, "t.csv row 0, column 'y': expected 5 classes (num_classes) in the training rows, found 2: '0', '1'"),
+        (["0", "1", "1.0"], 3, "t.csv row 2, column 'y': expected one spelling of a label, found '1' and '1.0' for the same number"),
+        (["1", "01"], 2, "t.csv row 0, column 'y': expected one spelling of a label, found '01' and '1' for the same number"),
+    ],
+)
+def test_labels_that_cannot_be(values, num_classes, message):
+    with pytest.raises(InputError) as caught:
+        Labels.fit(values, num_classes=num_classes, column="y", where="t.csv row {}".format)
+    assert str(caught.value) == message
+
+
+def test_lookup_and_unknown_labels():
+    labels = Labels(("no", "yes"))
+    indices = labels.lookup(["", "yes", "maybe", "no"])
+    assert indices.tolist() == [UNKNOWN, 1, UNKNOWN, 0]
+    options = {"column": "y", "where": "t.csv row {}".format}
+    labels.check_known(np.array([0, 1]), str, **options)
+    with pytest.raises(InputError) as caught:
+        labels.check_known(np.array([0, -1, 1, -1, -1, -1]), lambda index: "maybe", **options)
+    expected = "t.csv row 1, column 'y': expected one of the labels 'no', 'yes', found 'maybe' (4 such rows; also t.csv row 3, t.csv row 4)"
+    assert str(caught.value) == expected
+    with pytest.raises(InputError, match="found an empty cell$"):
+        labels.check_known(np.array([-1]), lambda index: "", **options)
+
+
+def test_json_round_trip():
+    labels = Labels(("ü", "a\tb"))
+    assert Labels.from_json(labels.to_json()) == labels

@@ -1,0 +1,127 @@
+"""What the promise tests run on every rank: `worker.py FOLDER TASK...`, alone or under torchrun. Results go to FOLDER as JSON."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from mmbert_core import distributed
+from mmbert_core.config import Config
+from mmbert_core.config_reader import config_from_dict
+from mmbert_core.distributed import DistContext
+from mmbert_core.files import sha256_of
+from mmbert_core.predictor import Predictor
+from mmbert_core.training import hooks, loop
+from tests import tiny
+
+KILLED_STEPS = 7  # of the resume task: 2 epochs of 4 steps, short last ones
+
+
+def steps(folder: Path, context: DistContext) -> None:
+    """Train with dropout and class weights; note the rows of every step and how they were dealt."""
+    seen: list[tuple[int, list[int]]] = []
+    plain_step, step = hooks.training_step, [0]
+
+    def noting_step(model, batch, batch_idx, **options):
+        if options["weight_sum"] != float("inf"):  # the row without weight of an idle rank
+            seen.append((step[0], batch.row_index.tolist()))
+        return plain_step(model, batch, batch_idx, **options)
+
+    plain_train = loop.train_one_step
+
+    def noting_train(run, order):
+        step[0] = run.state.step
+        return plain_train(run, order)
+
+    hooks.training_step, loop.train_one_step = noting_step, noting_train
+    try:
+        config = Config(**tiny.settings(
+            folder, num_rows=501, class_weights=(1.0, 3.0), batch_size=25, microbatches_per_step=12, lr=2e-5, max_epochs=1,
+            warmup_steps=0, model_path=str(folder / f"run{context.world_size}"),
+        ))  # fmt: skip
+        tiny.train(config, context)
+    finally:
+        hooks.training_step, loop.train_one_step = plain_step, plain_train
+    gathered = [item for part in distributed.all_gather_objects(seen) for item in part]
+    rows: dict[int, list[int]] = {}
+    for number, part in gathered:
+        rows.setdefault(number, []).extend(part)
+    if context.is_main:
+        result = {"rows": [sorted(rows[number]) for number in sorted(rows)], "losses": [x["train_loss"] for x in tiny.metrics_lines(config.model_path) if "train_loss" in x]}
+        (folder / f"steps{context.world_size}.json").write_text(json.dumps(result))
+
+
+def score(folder: Path, context: DistContext) -> None:
+    """With the one trained model of `run1`: the test stage of a resumed run, and predictions of tables of awkward sizes."""
+    copy = folder / f"again{context.world_size}"
+
+    def copy_finished_run() -> None:
+        shutil.copytree(folder / "run1", copy)
+        (copy / "train_results.json").unlink()
+        shutil.rmtree(next(copy.glob("multimodal_bert-*")))
+
+    distributed.on_main(copy_finished_run)
+    saved = json.loads((folder / "run1/config.json").read_text())["config"]
+    results, _ = tiny.train(config_from_dict({**saved, "model_path": str(copy)}), context)
+    assert results["steps"] == 21
+    predictor = Predictor.from_folder(folder / "run1", context)
+    for num_rows in (1, 2, 3, 5, 97):
+        predictor.predict_file([str(folder / f"rows{num_rows}.csv")], folder / f"rows{num_rows}-by{context.world_size}.tsv")
+
+
+class Interrupted(Exception):
+    """Stands for the death of every rank right after a checkpoint."""
+
+
+def resume(folder: Path, context: DistContext) -> None:
+    """A straight run, then for every step k a run that dies after step k's checkpoint and is started again."""
+    plain_save = loop.save
+    digests = {}
+    for dies_after in range(KILLED_STEPS + 1):
+
+        def dying_save(run):
+            plain_save(run)
+            if run.state.step == dies_after:
+                raise Interrupted
+
+        model_path = folder / f"resume{context.world_size}-{dies_after}"
+        config = Config(**tiny.settings(
+            folder, num_rows=27, batch_size=8, max_epochs=2, save_every=1, keep_checkpoints=100, val_check_interval=0.5,
+            gradient_clip_val=1.0, weight_decay=0.01, head_lr=3e-3, model_path=str(model_path),
+        ))  # fmt: skip
+        loop.save = dying_save if dies_after else plain_save
+        try:
+            tiny.train(config, context)
+            assert dies_after == 0, "the run should have died"
+        except Interrupted:
+            loop.save = plain_save
+            tiny.train(config, context)
+        loop.save = plain_save
+        if context.is_main:
+            last = model_path / "checkpoints/step-00000008"
+            state = json.loads((last / "state.json").read_text())
+            digests[dies_after] = {
+                "weights": sha256_of(last / "model.safetensors"),
+                "moments": sha256_of(last / "optimizer.safetensors"),
+                "step": state["step"],
+                "scheduler": state["scheduler"],
+                "best": [state["best_step"], state["best_value"]],
+                "model": sha256_of(model_path / "model.safetensors"),
+                "losses": [(x["step"], x["train_loss"], x["lr"]) for x in tiny.metrics_lines(model_path) if "train_loss" in x],
+                "validations": [(x["step"], x["val_loss"]) for x in tiny.metrics_lines(model_path) if "val_loss" in x],
+            }
+    if context.is_main:
+        (folder / f"resume{context.world_size}.json").write_text(json.dumps(digests))
+
+
+def main() -> None:
+    folder, tasks = Path(sys.argv[1]), sys.argv[2:]
+    context = distributed.read_context()
+    distributed.set_threads(1, context)
+    with distributed.process_group(context):
+        for task in tasks:
+            {"steps": steps, "score": score, "resume": resume}[task](folder, context)
+
+
+if __name__ == "__main__":
+    main()
