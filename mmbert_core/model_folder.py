@@ -54,9 +54,9 @@ def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str
         encoder, has_stored_pooler = load_pretrained_encoder(config.encoder)
         check_length(config, encoder)
         pooling = resolve_pooling(config.pooling, encoder, has_stored_pooler)
+        text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
-        text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
     return MultimodalBert(text, _tabular_part(config, features), config.num_classes), pooling
 
 

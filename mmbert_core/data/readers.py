@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -45,10 +46,15 @@ def header_of(path: str) -> list[str]:
         if first is None:
             raise InputError(f"{path}: the file is empty, expected a {'JSON object' if TEXT_FORMATS[kind] is None else 'header'} in line 1")
         names = list(first[1])
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{path}: column {name!r} stands {names.count(name)} times in the header, expected once")
+    check_once(path, names)
     return names
+
+
+def check_once(path: str, names: Sequence[str]) -> None:
+    """Raise `InputError` when a column name stands twice: either column could be meant."""
+    name, count = max(Counter(names).items(), key=itemgetter(1), default=("", 0))
+    if count > 1:
+        raise InputError(f"{path}: column {name!r} stands {count} times in the header, expected once")
 
 
 def rows_of(path: str, columns: Sequence[str]) -> Iterator[Row]:

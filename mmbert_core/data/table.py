@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mmbert_core.config import Config
-from mmbert_core.data.readers import header_of, rows_of, text_of
+from mmbert_core.data.readers import check_once, header_of, rows_of, text_of
 from mmbert_core.errors import InputError
 
 CHUNK_ROWS = 8192
@@ -143,9 +143,7 @@ def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequen
     Raises `InputError` for a missing or repeated column and for a cell that is no single value.
     """
     names = [str(name) for name in frame.columns]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{MEMORY_PATH}: column {name!r} stands {names.count(name)} times in it, expected once")
+    check_once(MEMORY_PATH, names)
     texts = {}
     for name in _columns_of(MEMORY_PATH, names, columns, optional):
         values = frame.iloc[:, names.index(name)].astype(object)

@@ -1,10 +1,11 @@
-"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors.
+"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors and hub.
 
 N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import pandas as pd
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmbert_core.errors import InputError
+from mmbert_core.hub import HUB_NAME, hub_answers
 
 # Cutting before tokenising bounds the time of a text of any size; English has 4 to 5 characters a token.
 CHARACTERS_PER_TOKEN = 20
@@ -37,17 +39,30 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
     Raises `InputError` (one line) when there is none or it cannot be loaded without running code of its author.
     """
+    name = str(name_or_folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers a bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"encoder: no tokenizer could be loaded from {str(name_or_folder)!r} ({reason})") from None
+        tokenizer = _load(name, local_files_only=True)
+    except InputError:
+        if os.path.isdir(name):
+            raise
+        if HUB_NAME.fullmatch(name) is None:
+            raise InputError(f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder") from None
+        if not hub_answers():  # asked first: the hub's client retries for half a minute before it gives up
+            raise InputError(f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached") from None
+        tokenizer = _load(name, local_files_only=False)
     if not tokenizer.is_fast:
         raise InputError(f"encoder: expected a fast tokenizer (tokenizer.json), found a slow one in {str(name_or_folder)!r}")
     # A folder without vocabulary files loads as a tokenizer that knows nothing but its special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"encoder: expected a tokenizer with a vocabulary, found {len(tokenizer)} tokens in {str(name_or_folder)!r}")
     return tokenizer
+
+
+def _load(name: str, *, local_files_only: bool) -> PreTrainedTokenizerFast:
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=local_files_only)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers a bare Exception
+        raise InputError(f"encoder: no tokenizer could be loaded from {name!r} ({' '.join(str(error).split())[:200]})") from None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -1,15 +1,10 @@
-"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors."""
+"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors and hub."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
-import ssl
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,10 +14,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from mmbert_core.errors import InputError
+from mmbert_core.hub import HUB_NAME, hub_answers
 
 logger = logging.getLogger(__name__)
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # Keys of a config.json with which transformers would run code, or load weights, that we never want.
 REFUSED_KEYS = {
@@ -51,7 +46,7 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
     try:
         return _load(name, local_files_only=True)
     except _NotCached as error:
-        if not _hub_answers():
+        if not hub_answers():
             raise InputError(
                 f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached"
             ) from error.__cause__
@@ -154,32 +149,3 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if show_bars:
             transformers_logging.enable_progress_bar()
-
-
-def _hub_answers(timeout: float = 5.0) -> bool:
-    """Whether the hub gives any answer within ``timeout`` seconds; false at once in offline mode.
-
-    Asked first because the hub's client retries for half a minute, with a line each time, before it gives up.
-    """
-    switches = [os.environ.get(key, "").upper() for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
-    if not {"1", "ON", "YES", "TRUE"}.isdisjoint(switches):
-        return False
-    answered: list[bool] = []
-
-    def ask() -> None:
-        request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=timeout).close()
-            answered.append(True)
-        except urllib.error.HTTPError:
-            answered.append(True)  # an unfriendly answer is an answer
-        except urllib.error.URLError as error:
-            answered.append(isinstance(error.reason, ssl.SSLError))  # the client may know another CA
-        except (OSError, ValueError):
-            answered.append(False)
-
-    # In a thread: name resolution has no timeout of its own.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout + 1.0)
-    return bool(answered and answered[0])

@@ -5,6 +5,7 @@ B rows of a batch, N rows of the evaluated table, K classes.
 `configure_optimizers` is in `optim`, `add_loss_op` in `model.losses`, `build_merge_subnetwork` in `model.fusion`.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from mmbert_core import distributed
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metrics
+from mmbert_core.evaluation.plots import write_plots
 from mmbert_core.evaluation.predictions import header, prediction_rows, tsv_line
 from mmbert_core.files import write_json, write_text
 from mmbert_core.model.losses import row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.training.optim import autocast
+
+logger = logging.getLogger(__name__)
 
 MODEL_CLASS = "multimodal_bert"
 
@@ -159,6 +163,8 @@ def on_test_epoch_end(outputs: list[BatchResult], dataset: Dataset, folder: Path
         rows = prediction_rows(result.preds, class_names, ids=result.ids, labels=label_strings)
         write_text(folder / "test_result_0.tsv", "".join(map(tsv_line, [names, *rows])))
         write_json(folder / "test_metrics.json", figures)
+        if dataset.has_labels and not write_plots(result.preds, result.labels, folder / "plots", class_names=class_names):
+            logger.info("no pictures of the test: they need matplotlib (extra `plots`) and labelled rows")
 
     distributed.on_main(write)
     return figures

@@ -52,7 +52,7 @@ def test_groups_stay_on_one_side_and_shares_are_near():
     train, val = split(labels, groups, fraction=0.2)
     assert not set(groups[train]) & set(groups[val])
     assert abs(len(val) / len(labels) - 0.2) < 0.01
-    assert abs(labels[val].mean() - labels.mean()) < 0.01
+    assert abs(labels[val].mean() - labels.mean()) < 0.02
 
 
 def test_a_group_that_is_most_of_the_table_trains():

@@ -1,0 +1,39 @@
+"""Whether a name can be one on the hub of pretrained models, and whether the hub can be reached. Floor 0; imports nothing of ours."""
+
+import os
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def hub_answers(timeout: float = 5.0) -> bool:
+    """Whether the hub gives any answer within ``timeout`` seconds; false at once in offline mode.
+
+    Asked first because the hub's client retries for half a minute, with a line each time, before it gives up.
+    """
+    switches = [os.environ.get(key, "").upper() for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
+    if not {"1", "ON", "YES", "TRUE"}.isdisjoint(switches):
+        return False
+    answered: list[bool] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=timeout).close()
+            answered.append(True)
+        except urllib.error.HTTPError:
+            answered.append(True)  # an unfriendly answer is an answer
+        except urllib.error.URLError as error:
+            answered.append(isinstance(error.reason, ssl.SSLError))  # the client may know another CA
+        except (OSError, ValueError):
+            answered.append(False)
+
+    # In a thread: name resolution has no timeout of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout + 1.0)
+    return bool(answered and answered[0])
