@@ -13,62 +13,109 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenised in threads; no process is ever forked here
 
 import transformers
 
 from mmbert_core import demo, distributed
-from mmbert_core.config import Config
-from mmbert_core.config_reader import add_config_arguments, overrides_from, read_config
-from mmbert_core.data.dataset import Data, prepare
+from mmbert_core.config import Config, config_fields
+from mmbert_core.config_reader import ALIASES, add_config_arguments, nearest_name, overrides_from, read_config
+from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError
 from mmbert_core.predictor import Predictor
 from mmbert_core.training.loop import fit
-from mmbert_core.training.setup import prepare_model
+from mmbert_core.training.setup import prepare_model, read_for_all_ranks
 
 logger = logging.getLogger("mmbert_core")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The message of a user's mistake is one line on stderr, once per node."""
-    arguments = build_parser().parse_args(argv)
     context = distributed.read_context()
     set_up_logging(context)
     try:
+        arguments = parse(argv)
         return arguments.command(arguments, context)
     except InputError as error:
         if context.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         distributed.wait_for_local_main()
         return 2
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mmbert", description="Fine-tune a pretrained BERT together with tabular columns into a classifier.")
+# ---- words of the command line ----
+
+TRAIN_DESCRIPTION = """\
+Train from a config file, from flags, or from both: flags win. Without any: a built-in sample, no download, about a
+minute. torchrun starts several processes; the steps are the same for any number of them.
+
+  python train.py run.yaml --check
+  python train.py run.yaml --lr 2e-4
+  torchrun --standalone --nproc_per_node=4 train.py run.yaml
+
+Below, N is a whole number, X a number, [...] any number of words. `--KEY null` takes a file's value back.
+"""
+PREDICT_DESCRIPTION = """\
+Score every row of INPUT once, in its order. Needs the columns that the model was trained on, in any order; other columns
+are ignored, labels are not needed. The same under torchrun, for several processes:
+
+  mmbert predict runs/reviews new.csv predictions.tsv
+  torchrun --standalone --nproc_per_node=4 -m mmbert_core predict runs/reviews new.csv predictions.tsv
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are `InputError`s like all others: one line, and once per node."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message}; `{self.prog} --help` explains")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mmbert", description="Fine-tune a pretrained BERT together with tabular columns into a classifier.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train_parser = commands.add_parser(
-        "train",
-        help="train a model folder from labelled rows",
-        description="Train from a config file and flags; flags win. Without any: a built-in sample, no download, about a minute. "
-        "Start it with torchrun for several processes; the steps are the same for any number of them.",
-        epilog="examples:  python train.py run.yaml --lr 2e-4   |   torchrun --standalone --nproc_per_node=4 train.py run.yaml",
-    )
+    usage = "mmbert train [CONFIG] [--check] [--KEY VALUE ...]      or: python train.py ..."
+    train_parser = commands.add_parser("train", help="train a model folder from labelled rows", usage=usage, description=TRAIN_DESCRIPTION)
     train_parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML or JSON file with any of the keys below")
-    train_parser.add_argument("--check", action="store_true", help="read config and data, say what was found, and stop")
+    train_parser.add_argument("--check", action="store_true", help="read config, data and encoder, say what was found, and stop")
     add_config_arguments(train_parser)
     train_parser.set_defaults(command=train)
 
-    predict_parser = commands.add_parser("predict", help="score new rows with a model folder", description="Score every row of INPUT once, in its order. Labels are not needed.")
+    predict_parser = commands.add_parser("predict", help="score new rows with a model folder", description=PREDICT_DESCRIPTION)
     predict_parser.add_argument("model_path", metavar="MODEL_PATH", help="folder that train has written")
     predict_parser.add_argument("input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz")
     predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write: id, probabilities, label if the input has it, predicted label")
-    predict_parser.add_argument("--num_threads", type=int, default=None, help="CPU threads of a process (default: cores divided by the processes of the node)")
-    predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="as in training (default: auto)")
+    predict_parser.add_argument("--num_threads", type=count, metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
+    precision = config_fields()["precision"].metadata["meaning"]
+    predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=f"{precision} (default: auto)")
     predict_parser.set_defaults(command=predict)
     return parser
+
+
+def count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {word!r}")
+    return int(word)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command. Raises `InputError` for words it does not know, with the nearest flag."""
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
+        flags = [*config_fields(), *ALIASES, "check"] if arguments.command is train else ["num_threads", "precision"]
+        nearest = nearest_name(word.lstrip("-"), flags)
+        hint = f"did you mean '--{nearest}'?" if nearest and word.startswith("-") else "--help lists all"
+        raise InputError(f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
+    return arguments
 
 
 def set_up_logging(context: DistContext) -> None:
@@ -96,11 +143,13 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     if arguments.config is None and not overrides and not arguments.check:
         return demo.run_demo(context)
     config = read_config(arguments.config, overrides)
+    check_folders(config)
     distributed.set_threads(config.num_threads, context)
     data = prepare(config)
     model, pooling = prepare_model(config, data)
     describe(config, data)
     if arguments.check:
+        read_for_all_ranks(config, data, Path(config.model_path) / "checkpoints")  # a resume that must be refused
         logger.info("the check found nothing wrong")
         return 0
     with distributed.process_group(context):
@@ -112,19 +161,37 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     return 0
 
 
+def check_folders(config: Config) -> None:
+    """What the run will write has a place: no file in the way, and the right to write. Makes nothing."""
+    for key in ("model_path", "cache_path"):
+        folder = getattr(config, key)
+        if folder is None:
+            continue
+        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(f"{key}: {there}: expected a folder, found a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"{key}: {there}: cannot be written to")
+
+
 def describe(config: Config, data: Data) -> None:
-    """One line on what will be learned from what."""
+    """What will be learned from what, in two lines."""
     parts = {"train": data.train, "validation": data.val, "test": data.test}
-    counts = ", ".join(f"{len(dataset)} {name} rows" for name, dataset in parts.items() if dataset is not None)
-    shares = ", ".join(f"{label!r} {(data.train.label_index == index).mean():.1%}" for index, label in enumerate(data.labels.names))
-    logger.info("%s; %s: %s; writing to %s", counts, config.label_name, shares, config.model_path)
+    counts = ", ".join(f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}" for name, dataset in parts.items() if dataset is not None)
+    shares = [f"{label!r} {(data.train.label_index == index).mean():.1%}" for index, label in enumerate(data.labels.names[:10])]
+    more = ", ..." if len(data.labels.names) > 10 else ""
+    logger.info("%s; %s: %s%s; writing to %s", counts, config.label_name, ", ".join(shares), more, config.model_path)
+    lengths = data.train.lengths
+    inputs = [f"text of {lengths.mean():.0f} tokens on average, at most {lengths.max()}"] if config.text_name else []
+    inputs += [f"{kind} columns: {', '.join(names)}" for kind, names in (("numeric", config.tab_field_list), ("categorical", config.cat_field_list)) if names]
+    logger.info("inputs: %s", "; ".join(inputs))
 
 
 # ---- predict ----
 
 
 def predict(arguments: argparse.Namespace, context: DistContext) -> int:
-    distributed.set_threads("auto" if arguments.num_threads is None else arguments.num_threads, context)
+    distributed.set_threads(arguments.num_threads or "auto", context)
     predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision)
     with distributed.process_group(context):
         num_rows = predictor.predict_file([arguments.input], arguments.output)

@@ -28,10 +28,10 @@ class Config:
     """
 
     # ---- data ----
-    train_path: tuple[str, ...] = setting((), "data", "training rows: a file, several files, or a glob (.csv .tsv .jsonl .parquet, .gz)")
-    val_path: tuple[str, ...] = setting((), "data", "validation rows; none: val_fraction of the training rows")
-    test_path: tuple[str, ...] = setting((), "data", "test rows, scored after training; the label column may be absent")
-    text_name: tuple[str, ...] = setting(..., "data", "text column(s), joined in order with one space; [] for a columns-only model")
+    train_path: tuple[str, ...] = setting((), "data", "training rows: a file, several files, or a quoted glob (.csv .tsv .jsonl .parquet, .gz)")
+    val_path: tuple[str, ...] = setting((), "data", "validation rows, for the best step and the early stop; none: val_fraction of the training rows")
+    test_path: tuple[str, ...] = setting((), "data", "test rows, scored after training by the best step; the label column may be absent")
+    text_name: tuple[str, ...] = setting(..., "data", "text column(s), joined in order with one space; [] (as a flag: no word): a columns-only model")
     label_name: str = setting(..., "data", "label column; its cells are read as text")
     id_name: str | None = setting(None, "data", "id column, carried through to the predictions byte for byte")
     tab_field_list: tuple[str, ...] = setting((), "data", "numeric columns; none: a text-only model")
@@ -41,42 +41,53 @@ class Config:
     max_train_rows: int | None = setting(None, "data", "train on a seeded random sample of so many rows")
     cache_path: str | None = setting(None, "data", "folder of the token cache; none: MODEL_PATH/cache")
     # ---- task ----
-    is_binary: bool = setting(True, "task", "two classes, one probability; false: num_classes probabilities")
+    is_binary: bool = setting(True, "task", "two classes, one probability (of class 1); false: num_classes probabilities")
     num_classes: int = setting(2, "task", "number of classes, at least 2")
     positive_label: str | None = setting(None, "task", "label that is class 1 of a binary task; none: the second in order")
-    class_weights: tuple[float, ...] | Literal["balanced"] | None = setting(None, "task", "one loss weight per class in label order, or 'balanced'")
-    metric_choices: tuple[str, ...] = setting(("accuracy", "f1_score"), "task", "metrics shown at each validation")
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = setting(
+        None, "task", "one loss weight per class in label order, or balanced: rows / (classes x rows of the class)"
+    )
+    metric_choices: tuple[str, ...] = setting(
+        ("accuracy", "f1_score"), "task",
+        "metrics of each validation: accuracy f1_score f1_macro auroc average_precision precision recall mcc log_loss ece and more",
+    )  # fmt: skip
     # ---- model ----
-    encoder: str = setting("bert-base-cased", "model", "pretrained encoder and tokenizer: a folder, or a name on the hub (key of the original: tokenizer)")
-    pooling: Literal["auto", "pooler", "cls", "mean"] = setting("auto", "model", "text vector; auto: pooler if the encoder has one with stored weights, else cls")
+    encoder: str = setting("bert-base-cased", "model", "pretrained encoder and tokenizer: a folder, or a name on the Hugging Face hub")
+    pooling: Literal["auto", "pooler", "cls", "mean"] = setting(
+        "auto", "model", "text vector: the encoder's pooler, its first token, or the mean of its tokens; auto: pooler if it has stored weights, else cls"
+    )
     hidden_common_dim: int = setting(100, "model", "width of the text part and of the column part before they are joined")
-    reinit_pooler: bool = setting(False, "model", "re-draw the pooler's weights")
-    reinit_layers: int = setting(0, "model", "re-draw the last so many encoder layers")
+    reinit_pooler: bool = setting(False, "model", "draw the pooler's weights anew before training")
+    reinit_layers: int = setting(0, "model", "draw the weights of the last so many encoder layers anew before training")
     max_length: int = setting(256, "model", "tokens of one chunk of text, special tokens included")
-    max_chunks: int = setting(1, "model", "chunks of one text, averaged; 1 truncates long texts")
+    max_chunks: int = setting(1, "model", "most chunks of one text, encoded each and averaged; what is longer is cut")
     # ---- optimisation ----
     max_epochs: int = setting(10, "optimisation", "passes over the training rows")
     batch_size: int = setting(32, "optimisation", "rows of one optimizer step over all processes")
-    microbatches_per_step: int | Literal["auto"] = setting("auto", "optimisation", "length-sorted parts of a step; auto is settled before step 1 and printed")
+    microbatches_per_step: int | Literal["auto"] = setting(
+        "auto", "optimisation", "parts of a step, each of similar text lengths, computed one at a time; auto is settled before step 1 and printed"
+    )
     lr: float = setting(2e-5, "optimisation", "peak learning rate of AdamW; small encoders need more, such as 2e-4")
     head_lr: float | None = setting(None, "optimisation", "peak learning rate of everything but the encoder; none: lr")
     weight_decay: float = setting(0.0, "optimisation", "AdamW weight decay; never on biases and normalisation weights")
-    adam_epsilon: float = setting(1e-8, "optimisation", "AdamW epsilon")
-    run_scheduler: bool = setting(True, "optimisation", "linear decay to 0 after warm-up; false: constant after warm-up")
-    warmup_steps: int | float = setting(0, "optimisation", "optimizer steps of linear warm-up; below 1: share of all steps")
+    adam_epsilon: float = setting(1e-8, "optimisation", "AdamW epsilon, the guard of its division")
+    run_scheduler: bool = setting(True, "optimisation", "true: linear decay of the learning rate to 0 after warm-up; false: constant after warm-up")
+    warmup_steps: int | float = setting(0, "optimisation", "optimizer steps of linear warm-up; below 1: a share of all steps, such as 0.1")
     gradient_clip_val: float = setting(0.0, "optimisation", "largest gradient norm; 0: no clipping")
     # ---- validation ----
-    val_check_interval: int | float = setting(1.0, "validation", "validate every so many steps (an int) or every share of an epoch (a float such as 0.5)")
-    early_stop_metric: str = setting("val/f1_score", "validation", "chooses the best step and stops early: val_loss or val/<metric>")
+    val_check_interval: int | float = setting(1.0, "validation", "1.0, 0.5: validate every such share of an epoch; 1, 200: every so many optimizer steps")
+    early_stop_metric: str = setting("val/f1_score", "validation", "decides which step is the best and when to stop: val_loss or val/<metric>")
     early_stop_patience: int = setting(10, "validation", "stop after so many validations in a row without a better early_stop_metric")
     # ---- run ----
     model_path: str = setting(..., "run", "folder of everything this run writes")
-    resume: Literal["auto", "never"] | int = setting("auto", "run", "auto: go on from the newest checkpoint of model_path; never; or a step")
+    resume: Literal["auto", "never"] | int = setting(
+        "auto", "run", "auto: go on from the newest checkpoint, if any; never: start anew, refused where there are checkpoints; or the step of one"
+    )
     save_every: int = setting(500, "run", "optimizer steps between checkpoints")
     keep_checkpoints: int = setting(2, "run", "newest checkpoints to keep, besides the best")
     log_every: int = setting(10, "run", "optimizer steps between lines of metrics.jsonl")
-    seed: int = setting(0, "run", "order, dropout, initialisation and sampling")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "run", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU (key of the original: fp16: true)")
+    seed: int = setting(0, "run", "decides order, dropout, initial weights, sampling and split")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "run", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU")
     deterministic: bool = setting(False, "run", "bit-equal reruns on CUDA too, slower")
     num_threads: int | Literal["auto"] = setting("auto", "run", "CPU threads of a process; auto: cores divided by the processes of the node")
 
@@ -88,8 +99,8 @@ class Config:
         if isinstance(self.class_weights, tuple):
             if len(self.class_weights) != self.num_classes:
                 raise InputError(f"class_weights: expected {self.num_classes} weights (num_classes), found {len(self.class_weights)}")
-            if min(self.class_weights) < 0 or sum(self.class_weights) <= 0:
-                raise InputError(f"class_weights: expected weights of at least 0, not all 0, found {list(self.class_weights)}")
+            if not all(0 <= weight < float("inf") for weight in self.class_weights) or sum(self.class_weights) == 0:
+                raise InputError(f"class_weights: expected finite weights of at least 0, not all 0, found {list(self.class_weights)}")
         if self.early_stop_metric != "val_loss" and not self.early_stop_metric.startswith("val/"):
             raise InputError(f"early_stop_metric: expected val_loss or val/<metric>, found {self.early_stop_metric!r}")
 
@@ -104,6 +115,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, (int, float)) and not low <= value < float("inf"):  # NaN fails the comparison too
                 raise InputError(f"{name}: expected a number of at least {low}, found {value}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed: expected a number below 2**63, found {self.seed}")
         if self.val_fraction > 0.9:
             raise InputError(f"val_fraction: expected a share of 0 to 0.9, found {self.val_fraction}")
         interval = self.val_check_interval
@@ -122,6 +135,8 @@ class Config:
                 if column in roles:
                     raise InputError(f"column {column!r} stands in {roles[column]} and in {key}: expected one role for each column")
                 roles[column] = key
+        if self.id_name in ("prob", "label", "pred", self.label_name):
+            raise InputError(f"id_name: {self.id_name!r} is a column that the prediction file has already: expected another column")
 
     @property
     def task(self) -> str:

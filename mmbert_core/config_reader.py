@@ -20,6 +20,8 @@ from mmbert_core.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+COMMAND_LINE = "command line"
+ALIASES = ("tokenizer", "fp16")  # of the original: encoder, precision
 IGNORED_KEYS = ("full_field_list", "need_language_detect")  # of the original's data pipeline; no use here
 NONE_WORDS = ("none", "null", "")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -27,18 +29,20 @@ TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0"
 
 def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """A `Config` from a YAML or JSON file and overriding values. Raises `InputError` with the key and what was expected."""
-    values = read_config_file(path) if path else {}
-    return config_from_dict({**values, **(overrides or {})}, place=path or "command line")
+    values = _checked(read_config_file(path), path) if path else {}
+    flags = _checked(overrides or {}, COMMAND_LINE)  # apart, so that --encoder wins over the file's tokenizer too
+    place = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
+    return _build({**values, **flags}, place)
 
 
 def read_config_file(path: str) -> dict[str, Any]:
     """The mapping in a .yaml, .yml or .json file."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=_without_repeats) if path.endswith(".json") else yaml.load(text, _Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot read the config file ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: JSON, UTF-8, and dates such as 2026-02-31
         raise InputError(f"{path}: not a valid config file: {' '.join(str(error).split())}") from None
     if values is None:
         values = {}
@@ -47,34 +51,71 @@ def read_config_file(path: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
+def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping of a config file; a key given twice is a mistake, not a choice of the last."""
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"the key {repeated[0]!r} stands in it twice")
+    return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without code, and without silent repeats."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _without_repeats([(key.value, None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
 def config_from_dict(values: Mapping[str, Any], *, place: str = "config") -> Config:
     """Check names, translate the original's keys, coerce values by the key's type, build the `Config`."""
+    return _build(_checked(values, place), place)
+
+
+def _checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The values of one source under today's names, each of its key's type."""
     values = _translate_original_keys(dict(values), place)
     known = config_fields()
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(key, [*known, "tokenizer", "fp16"], n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; `train.py --help` lists all keys"
+            nearest = nearest_name(key, [*known, *ALIASES])
+            hint = f"; did you mean {nearest!r}?" if nearest else "; `train.py --help` lists all keys"
             raise InputError(f"{place}: unknown key {key!r}{hint}")
-    for name, item in known.items():
+    return coerce_all(values, place=place)
+
+
+def nearest_name(word: str, names: Sequence[str]) -> str | None:
+    """What `word` was probably meant to be: the first that begins so, else the most similar."""
+    word = word.lower().replace("-", "_")
+    return next((name for name in names if name.startswith(word)), None) or next(iter(difflib.get_close_matches(word, names, n=1)), None)
+
+
+def _build(values: Mapping[str, Any], place: str) -> Config:
+    """The `Config`; a missing key, a value out of its range or a contradiction is an error that names the place."""
+    for name, item in config_fields().items():
         if item.default is MISSING and name not in values:
             raise InputError(f"{place}: the key {name!r} is required: {item.metadata['meaning']}")
-    return Config(**coerce_all(values, place=place))
+    try:
+        return Config(**values)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def _translate_original_keys(values: dict[str, Any], place: str) -> dict[str, Any]:
-    """`tokenizer` -> encoder, `fp16` -> precision, and one warning for keys without use here."""
+    """`tokenizer` -> encoder, `fp16` -> precision, and one warning for keys without use here. None means "not set"."""
     ignored = [key for key in IGNORED_KEYS if values.pop(key, None) is not None]
     if ignored:
         logger.warning("%s: %s %s no use here and %s ignored", place, " and ".join(ignored), *(("has", "is") if len(ignored) == 1 else ("have", "are")))
-    if "tokenizer" in values:
-        tokenizer = values.pop("tokenizer")
-        if values.setdefault("encoder", tokenizer) != tokenizer:
-            raise InputError(f"{place}: encoder is {values['encoder']!r} and tokenizer is {tokenizer!r}: they mean the same, keep one")
-    if "fp16" in values:
-        fp16 = coerce("fp16", values.pop("fp16"), bool, place=place)
-        if fp16 and values.setdefault("precision", "fp16") != "fp16" or not fp16 and values.get("precision") == "fp16":
-            raise InputError(f"{place}: fp16 is {str(fp16).lower()} and precision is {values['precision']!r}: they contradict, keep precision")
+    if (tokenizer := values.pop("tokenizer", None)) is not None:
+        encoder = values.get("encoder")
+        if encoder not in (None, tokenizer):
+            raise InputError(f"{place}: encoder is {encoder!r} and tokenizer is {tokenizer!r}: they mean the same, keep one")
+        values["encoder"] = tokenizer
+    if (fp16 := values.pop("fp16", None)) is not None:
+        fp16, precision = coerce("fp16", fp16, bool, place=place), values.get("precision")
+        if precision is not None and fp16 != (precision == "fp16"):
+            raise InputError(f"{place}: fp16 is {str(fp16).lower()} and precision is {precision!r}: they contradict, keep precision")
+        values["precision"] = precision or ("fp16" if fp16 else "auto")
     return values
 
 
@@ -83,9 +124,8 @@ def coerce_all(values: Mapping[str, Any], *, place: str = "config") -> dict[str,
     hints, known = get_type_hints(Config), config_fields()
     result = {}
     for key, value in values.items():
-        if value is None and known[key].default is not MISSING:
-            continue
-        result[key] = coerce(key, value, hints[key], place=place)
+        has_default = known[key].default is not MISSING
+        result[key] = known[key].default if value is None and has_default else coerce(key, value, hints[key], place=place)
     return result
 
 
@@ -94,9 +134,19 @@ def coerce(key: str, value: Any, hint: Any, *, place: str) -> Any:
     for member in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         try:
             return _coerce_one(value, member)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
-    raise InputError(f"{place}: {key}: expected {describe(hint)}, found {value!r}")
+    is_yaml_word = any(isinstance(item, bool) for item in (value if isinstance(value, list) else [value])) and str in _members(hint)
+    quotes = " (YAML reads yes, no, on, off so: write a name in quotes)" if is_yaml_word else ""
+    raise InputError(f"{place}: {key}: expected {describe(hint)}, found {value!r}{quotes}")
+
+
+def _members(hint: Any) -> list[Any]:
+    """The plain types of a hint: those of a union, those in a tuple."""
+    if get_origin(hint) is Literal:
+        return [Literal]
+    members = get_args(hint)
+    return [plain for member in members for plain in _members(member)] if members else [hint]
 
 
 def _coerce_one(value: Any, hint: Any) -> Any:
@@ -146,11 +196,22 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         title = item.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
         default = "required" if item.default is MISSING else f"default: {_show(item.default)}"
-        is_list = "names" in describe(hints[name]) or "numbers" in describe(hints[name])
+        is_list = any(get_origin(member) is tuple for member in [hints[name], *get_args(hints[name])])
         text = f"{item.metadata['meaning']} ({default})".replace("%", "%%")
-        group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar="VALUE", help=text)
-    groups["model"].add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="VALUE", help="the original's name of --encoder")
-    groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="VALUE", help="the original's name of --precision fp16: true or false")
+        group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar=_placeholder(name, hints[name]), help=text)
+    groups["model"].add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder")
+    groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="true|false", help="the original's name of --precision; true is fp16, false auto")
+
+
+def _placeholder(name: str, hint: Any) -> str:
+    """What stands for a value in --help: N is a whole number, X a number; choices are spelled out."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return "|".join(dict.fromkeys(_placeholder(name, member) for member in get_args(hint) if member is not type(None)))
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return _placeholder(name, get_args(hint)[0])
+    return {bool: "true|false", int: "N", float: "X", str: "PATH" if name.endswith("_path") else "NAME"}[hint]
 
 
 def _show(default: Any) -> str:
@@ -160,6 +221,7 @@ def _show(default: Any) -> str:
 
 
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line; a single word of a list is a scalar (`--class_weights balanced`)."""
-    given = {key: value for key, value in vars(arguments).items() if key in config_fields() or key in ("tokenizer", "fp16")}
-    return {key: value[0] if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1 else value for key, value in given.items()}
+    """The settings given on the command line. One word of a list is a scalar (`--class_weights balanced`), the word null no value."""
+    given = {key: value for key, value in vars(arguments).items() if key in config_fields() or key in ALIASES}
+    scalars = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in given.items()}
+    return {key: None if value == "null" else value for key, value in scalars.items()}

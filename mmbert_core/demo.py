@@ -13,7 +13,7 @@ import pandas as pd
 
 from mmbert_core import distributed
 from mmbert_core.config import Config
-from mmbert_core.data.dataset import prepare
+from mmbert_core.data.prepare import prepare
 from mmbert_core.data.sample import CATEGORY_COLUMNS, ID_COLUMN, LABEL_COLUMN, NUMBER_COLUMNS, TEXT_COLUMN, write_sample, write_small_encoder
 from mmbert_core.distributed import DistContext
 from mmbert_core.training.loop import fit

@@ -157,12 +157,13 @@ def on_main(action: Callable[[], T]) -> T:
             value = action()
         except Exception as error:  # noqa: BLE001 - any failure must reach the ranks that wait
             failure = error
-    report = broadcast_object((None if failure is None else f"{type(failure).__name__}: {failure}", isinstance(failure, InputError), value))
+    report = broadcast_object((None if failure is None else (type(failure).__name__, str(failure)), isinstance(failure, InputError), value))
     if failure is not None:
         raise failure
-    message, is_input_error, value = report
-    if message is not None:
-        raise InputError(message) if is_input_error else RuntimeError(f"rank 0: {message}")
+    failed, is_input_error, value = report
+    if failed is not None:
+        kind, message = failed
+        raise InputError(message) if is_input_error else RuntimeError(f"rank 0: {kind}: {message}")
     return value  # type: ignore[return-value]
 
 

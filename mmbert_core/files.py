@@ -80,9 +80,18 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_path(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a whole folder; nothing there is fine."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_stale_temporaries(folder: Path) -> list[Path]:
     """Remove what an interrupted write left in `folder`; returns the removed paths."""
     stale = sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")) if Path(folder).is_dir() else []
     for path in stale:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remove_path(path)
     return stale

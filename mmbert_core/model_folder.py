@@ -5,9 +5,10 @@
 Imports errors, files, config, data, model. Texts, columns and classes are those of the training run.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,7 @@ from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pretrained_encoder, reinitialise, resolve_pooling
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 ENCODER = "encoder"
 WEIGHTS = "model.safetensors"  # written last: a folder that has it is whole
@@ -109,26 +111,44 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     for name in ("config.json", "features.json", "labels.json", WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: not a model folder: {name} is missing" + (" (the run has not ended)" if name == WEIGHTS and folder.is_dir() else ""))
-    try:
-        record = read_json(folder / "config.json")
-        if record.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"{folder / 'config.json'}: expected format {FORMAT_VERSION}, found {record.get('format_version')}")
-        config = config_from_dict(record["config"], place=str(folder / "config.json"))
-        features = Features.from_json(read_json(folder / "features.json"))
-        labels = Labels.from_json(read_json(folder / "labels.json"))
-        weights = load_file(folder / WEIGHTS)
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"{folder}: damaged model folder: {' '.join(str(error).split())}") from None
+    config, resolved = _read_part(folder / "config.json", _config_of)
+    features = _read_part(folder / "features.json", Features.from_json)
+    labels = _read_part(folder / "labels.json", Labels.from_json)
+    if (features.number_names, features.category_names) != (config.tab_field_list, config.cat_field_list):
+        raise InputError(f"{folder / 'features.json'}: its columns are not those of config.json")
+    if len(labels.names) != config.num_classes:
+        raise InputError(f"{folder / 'labels.json'}: expected {config.num_classes} labels as in config.json, found {len(labels.names)}")
     text, tokenizer = None, None
     if config.text_name:
+        if not (folder / ENCODER).is_dir():
+            raise InputError(f"{folder}: not a model folder: {ENCODER}/ is missing")
         tokenizer = load_tokenizer(str(folder / ENCODER))
         encoder = build_encoder(str(folder / ENCODER))
-        text = TextBertBase(encoder, pooling=record["resolved"]["pooling"], hidden_common_dim=config.hidden_common_dim)
-    model = MultimodalBert(text, _tabular_part(config, features), config.num_classes)
+        text = TextBertBase(encoder, pooling=resolved["pooling"], hidden_common_dim=config.hidden_common_dim)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{folder / WEIGHTS}: the weights do not fit the model: {' '.join(str(error).split())[:300]}") from None
-    return LoadedModel(model.eval(), config, features, labels, tokenizer, record["resolved"])
+        model = MultimodalBert(text, _tabular_part(config, features), config.num_classes)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:  # RuntimeError: names or shapes differ
+        raise InputError(f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}") from None
+    return LoadedModel(model.eval(), config, features, labels, tokenizer, resolved)
+
+
+def _read_part(path: Path, build: Callable[[Any], T]) -> T:
+    """What a JSON file of the folder holds; whatever is wrong in it is one line that names the file."""
+    try:
+        return build(read_json(path))
+    except KeyError as error:
+        raise InputError(f"{path}: expected the key {error}, found none") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}: ').split())}") from None
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{path}: expected another structure ({error})") from None
+
+
+def _config_of(record: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    if record.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"expected format {FORMAT_VERSION}, found {record.get('format_version')}")
+    config = config_from_dict(record["config"], place="config")
+    if config.text_name and record["resolved"]["pooling"] is None:
+        raise ValueError("no pooling was settled")
+    return config, record["resolved"]

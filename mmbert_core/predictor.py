@@ -55,14 +55,15 @@ class Predictor:
         """
         inputs, output = expand_paths(paths), Path(output)
         check_output(inputs, output)
+        temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
         config = self.loaded.config
         roles = Roles.from_config(config)
         kept = columns_kept(inputs, roles.inputs(), (config.label_name,))
         windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), chunk_rows=WINDOW)
-        temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
         names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
         num_rows, started, last_line = 0, time.monotonic(), time.monotonic()
         try:
+            distributed.on_main(lambda: create(temporary, output))
             with open(temporary if self.context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
                 stream.write(tsv_line(names))
                 for window in windows:
@@ -105,13 +106,21 @@ class Predictor:
 
 
 def check_output(inputs: Sequence[str], output: Path) -> None:
-    """Refuse an output that is an input, a folder, or in a folder that is not there."""
+    """Refuse an output that is an input, no file (a folder, a device), or in a folder that is not there."""
     if not output.parent.is_dir():
         raise InputError(f"{output}: the folder {output.parent} does not exist")
-    if output.is_dir():
-        raise InputError(f"{output}: expected a file to write, found a folder")
+    if output.exists() and not output.is_file():
+        raise InputError(f"{output}: expected a file to write, found a {'folder' if output.is_dir() else 'device'}")
     if output.exists() and any(os.path.samefile(path, output) for path in inputs):
         raise InputError(f"{output}: is the input file; choose another output")
+
+
+def create(temporary: Path, output: Path) -> None:
+    """Rank 0 only. The empty file that will become `output`, so that no row is scored in vain."""
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror})") from None
 
 
 def publish(temporary: Path, output: Path) -> None:

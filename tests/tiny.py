@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from mmbert_core.config import Config
-from mmbert_core.data.dataset import Data, prepare
+from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext, read_context
 from mmbert_core.training.loop import fit
 from mmbert_core.training.setup import prepare_model

@@ -1,1 +1,1 @@
-"""Rows to tensors: table, labels, splits, features, tokens, store, dataset, batches. Floor 1; knows no model."""
+"""Rows to tensors: table, labels, splits, features, tokens, store, dataset, prepare, batches. Floor 1; knows no model."""

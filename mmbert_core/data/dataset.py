@@ -1,30 +1,20 @@
-"""Rows as batches of tensors, and a config as prepared datasets. Floor 1; imports errors, config and every file of data/ before it.
+"""Rows of a table as batches of tensors. Floor 1; imports table, features, labels, tokens, encoding.
 
 N rows of a dataset, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categories.
 """
 
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmbert_core.config import Config
 from mmbert_core.data.encoding import EncodedRows, encode_chunk
 from mmbert_core.data.features import Features, unseen_counts
 from mmbert_core.data.labels import Labels
-from mmbert_core.data.splits import sample_rows, split_rows
-from mmbert_core.data.store import check_columns, open_or_build
-from mmbert_core.data.table import Chunk, Roles, expand_paths, shown
-from mmbert_core.data.tokens import Tokens, load_tokenizer
-from mmbert_core.errors import InputError
-
-logger = logging.getLogger(__name__)
+from mmbert_core.data.table import Chunk, Roles
+from mmbert_core.data.tokens import Tokens
 
 
 @dataclass
@@ -156,6 +146,11 @@ def _padded(tokens: Tokens | None, rows: np.ndarray, pad_token_id: int) -> tuple
     return input_ids, is_token.astype(np.int64)
 
 
+def pad_token_id_of(tokenizer: PreTrainedTokenizerFast | None) -> int:
+    """Any id does where there is no padding token: the mask hides it."""
+    return 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def encode_for_prediction(
     chunk: Chunk,
     roles: Roles,
@@ -168,133 +163,4 @@ def encode_for_prediction(
 ) -> Dataset:
     """A chunk in memory as a dataset. A label column may be there; its cells need not be known (index -1) and stay as they are."""
     encoded = encode_chunk(chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks)
-    return Dataset(encoded, None, features, labels, pad_token_id=_pad_token_id(tokenizer), name="prediction", require_labels=False)
-
-
-# ---- from a config to datasets ----
-
-
-@dataclass
-class Data:
-    """All that a run knows about its data. Every process of a run holds an equal one."""
-
-    train: Dataset
-    val: Dataset | None
-    test: Dataset | None
-    features: Features
-    labels: Labels
-    tokenizer: PreTrainedTokenizerFast | None  # None: a columns-only model
-    fingerprints: dict[str, dict[str, int | str]]  # path of every file read -> bytes, sha256
-
-
-def prepare(config: Config) -> Data:
-    """Read, check and encode all files of a config; fit labels and features on the training rows alone.
-
-    Every process calls it; it needs no process group. Raises `InputError`, one line, for every mistake in the data.
-    """
-    roles = Roles.from_config(config)
-    ungrouped = replace(roles, group=None)
-    train_roles = ungrouped if config.val_path else roles
-    _check_files(config, train_roles)
-    tokenizer = load_tokenizer(config.encoder) if roles.text else None
-    encode = partial(
-        open_or_build,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        max_chunks=config.max_chunks,
-        cache_path=config.cache_path or Path(config.model_path) / "cache",
-    )
-    tables = {"train": encode(config.train_path, train_roles)}
-    if config.val_path:
-        tables["val"] = encode(config.val_path, ungrouped)
-    if config.test_path:
-        tables["test"] = encode(config.test_path, ungrouped, label_optional=True)
-    for table in (tables["train"], tables.get("val")):
-        if table is not None and table.num_rows == 0:
-            raise InputError(f"{table.paths[0]}: expected rows, found a header only")
-    train = tables["train"]
-    labels = _fit_labels(train, config)
-    train_rows, val_rows = _choose_rows(train, labels, config)
-    features = Features.fit(train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, where=train.paths[0])
-    dataset = partial(Dataset, features=features, labels=labels, pad_token_id=_pad_token_id(tokenizer), label_column=config.label_name)
-    val = dataset(train, val_rows, name="val") if len(val_rows) else None
-    if "val" in tables:
-        val = dataset(tables["val"], None, name="val")
-    data = Data(
-        train=dataset(train, train_rows, name="train"),
-        val=val,
-        test=dataset(tables["test"], None, name="test") if "test" in tables else None,
-        features=features,
-        labels=labels,
-        tokenizer=tokenizer,
-        fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()},
-    )
-    _report(data, config)
-    return data
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerFast | None) -> int:
-    """Any id does where there is no padding token: the mask hides it."""
-    return 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _check_files(config: Config, train_roles: Roles) -> None:
-    """What can be known before the first row is read: files there, none in two roles, all columns there."""
-    if not config.train_path:
-        raise InputError("train_path: expected at least one file, found none")
-    train_files = {os.path.realpath(path) for path in expand_paths(config.train_path)}
-    check_columns(config.train_path, train_roles)
-    for key in ("val_path", "test_path"):
-        paths = getattr(config, key)
-        for path in expand_paths(paths):
-            if os.path.realpath(path) in train_files:
-                raise InputError(f"{key}: {path} is in train_path too, expected files that the model is not trained on")
-        if paths:
-            check_columns(paths, replace(train_roles, group=None), label_optional=key == "test_path")
-
-
-def _fit_labels(train: EncodedRows, config: Config) -> Labels:
-    codes, first_rows = np.unique(train.label_codes, return_index=True)
-    return Labels.fit(
-        [train.label_values[code] for code in codes],
-        num_classes=config.num_classes,
-        positive_label=config.positive_label,
-        column=config.label_name,
-        where=lambda index: train.where(int(first_rows[index])),
-    )
-
-
-def _choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training table for training and for validation (none where val_path has them)."""
-    rows = sample_rows(train.num_rows, config.max_train_rows, config.seed)
-    classes = labels.lookup(train.label_values)[train.label_codes[rows]]
-    missing = set(range(len(labels.names))) - set(np.unique(classes).tolist())
-    if missing:
-        name = shown(labels.names[min(missing)])
-        raise InputError(f"max_train_rows: expected rows of every class, found none of class {name} among {len(rows)} sampled training rows")
-    if config.val_path or config.val_fraction == 0:
-        return rows, rows[:0]
-    groups = None if train.group_codes is None else train.group_codes[rows]
-    train_places, val_places = split_rows(classes, groups, val_fraction=config.val_fraction, seed=config.seed)
-    if len(val_places) == 0:
-        logger.warning("no validation: taking any of %d training rows or groups would leave a class without training rows", len(rows))
-    return rows[train_places], rows[val_places]
-
-
-def _report(data: Data, config: Config) -> None:
-    """Say once what a user would want to know about the rows: texts cut, values unseen, ids on both sides."""
-    parts = [part for part in (data.train, data.val, data.test) if part is not None]
-    tables = list({id(part.encoded): part.encoded for part in parts}.values())
-    num_cut = sum(table.num_cut for table in tables)
-    if num_cut:
-        num_rows = sum(table.num_rows for table in tables)
-        size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
-        logger.warning("%d of %d texts are longer than %s and were cut", num_cut, num_rows, size)
-    for part in parts[1:]:
-        for column, count in part.unseen().items():
-            logger.warning("%s: %d cells of column %r hold a value that no training row has", part.name, count, column)
-        codes = part.encoded.id_codes
-        if codes is not None and part.encoded is not data.train.encoded:
-            shared = np.flatnonzero(np.isin(codes, data.train.encoded.id_codes[data.train.rows]) & (codes >= 0))  # below 0: empty
-            if len(shared):
-                logger.warning("%s: %d rows have an id of a training row, first %s", part.name, len(shared), part.where(int(shared[0])))
+    return Dataset(encoded, None, features, labels, pad_token_id=pad_token_id_of(tokenizer), name="prediction", require_labels=False)

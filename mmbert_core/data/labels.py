@@ -47,8 +47,11 @@ class Labels:
         if len(names) == 1:
             raise InputError(f"{where(0)}, column {column!r}: all training rows have the label {shown(names[0])}, expected {num_classes} classes")
         if len(names) != num_classes:
-            found = f"{len(names)}: {_listed(names)}"
-            raise InputError(f"{where(0)}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}")
+            place, found = where(0), f"{len(names)}: {_listed(names)}"
+            if len(names) > num_classes:  # a label too many is one that comes late
+                newest = list(first)[num_classes]
+                place, found = where(first[newest]), f"{found}; {shown(newest)} is in this row for the first time"
+            raise InputError(f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}")
         if positive_label is not None:
             if positive_label not in names:
                 raise InputError(f"positive_label: expected one of the labels {_listed(names)}, found {positive_label!r}")

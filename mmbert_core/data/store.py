@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from mmbert_core.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256
 
 STORE_FORMAT = 1  # counts up when the arrays or what decides their content change
 META = "meta.json"
+SECONDS_BEFORE_SAYING = 10.0  # that this process waits for another one's build; most take less
 # Ends of variable-length pieces: they begin with 0, and a later chunk's go on from the last value.
 RUNNING_ENDS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
 
@@ -112,12 +114,23 @@ def _locked(folder: Path) -> Iterator[None]:
     """Only one process of the node at a time; the lock goes with the process that holds it, however it ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock_within(stream, SECONDS_BEFORE_SAYING):
             logger.info("waiting for another process that builds %s", folder)
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+def _lock_within(stream: TextIO, seconds: float) -> bool:
+    """Take the lock if it comes free within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
 
 
 def _clear(folder: Path) -> None:

@@ -8,10 +8,10 @@ import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
-from torchmetrics.functional import classification as functional
 
 from mmbert_core.errors import InputError
 
@@ -45,6 +45,13 @@ class _Scored:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def functional() -> ModuleType:
+    """torchmetrics' functions, imported at their first use: that takes seconds, and a prediction needs none of them."""
+    from torchmetrics.functional import classification
+
+    return classification
 
 
 def compute_metrics(
@@ -92,7 +99,7 @@ def compute_metrics(
     return MetricValues(values, undefined)
 
 
-def check_metric_choices(metric_choices: Sequence[str], class_names: Sequence[str]) -> None:
+def check_metric_choices(metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices") -> None:
     """InputError naming the choices (and the nearest one) if a metric is not known."""
     known = (*METRICS, *(CLASS_PREFIX + name for name in class_names))
     for name in metric_choices:
@@ -101,7 +108,7 @@ def check_metric_choices(metric_choices: Sequence[str], class_names: Sequence[st
             hint = f" (nearest: {near[0]})" if near else ""
             # Classes can be many: the line shows a dozen of their metrics at most.
             choices = ", ".join(known[: len(METRICS) + 12]) + (", ..." if len(class_names) > 12 else "")
-            raise InputError(f"metric_choices: expected names among {choices}; found {name!r}{hint}")
+            raise InputError(f"{key}: expected names among {choices}; found {name!r}{hint}")
 
 
 def _check_arrays(preds: np.ndarray, labels: np.ndarray, task: str, num_classes: int, names: Sequence[str]) -> None:
@@ -136,21 +143,21 @@ def _of_counts(metric: str, average: str) -> Callable[[_Scored], torch.Tensor]:
 
     def compute(rows: _Scored) -> torch.Tensor:
         if average == "task" and rows.binary:
-            return getattr(functional, f"binary_{metric}")(rows.chosen, rows.labels)
+            return getattr(functional(), f"binary_{metric}")(rows.chosen, rows.labels)
         kind = "macro" if average == "task" else average
-        return getattr(functional, f"multiclass_{metric}")(rows.chosen, rows.labels, rows.num_classes, average=kind)
+        return getattr(functional(), f"multiclass_{metric}")(rows.chosen, rows.labels, rows.num_classes, average=kind)
 
     return compute
 
 
 def _accuracy(rows: _Scored) -> torch.Tensor:
-    return functional.multiclass_accuracy(rows.chosen, rows.labels, rows.num_classes, average="micro")
+    return functional().multiclass_accuracy(rows.chosen, rows.labels, rows.num_classes, average="micro")
 
 
 def _mcc(rows: _Scored) -> float:
     """From the counts in float64: torchmetrics' own float32 loses six digits on large unbalanced data, and gives a
     zero denominator values of its own."""
-    confusion = functional.multiclass_confusion_matrix(rows.chosen, rows.labels, rows.num_classes)
+    confusion = functional().multiclass_confusion_matrix(rows.chosen, rows.labels, rows.num_classes)
     counts = confusion.numpy().astype(np.float64)
     true, chosen, total = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
     denominator = (total**2 - (chosen**2).sum()) * (total**2 - (true**2).sum())
@@ -173,15 +180,15 @@ def _need_classes(rows: _Scored) -> None:
 def _auroc(rows: _Scored) -> torch.Tensor:
     _need_classes(rows)
     if rows.binary:
-        return functional.binary_auroc(rows.preds, rows.labels)
-    return functional.multiclass_auroc(rows.preds, rows.labels, rows.num_classes, average="macro")
+        return functional().binary_auroc(rows.preds, rows.labels)
+    return functional().multiclass_auroc(rows.preds, rows.labels, rows.num_classes, average="macro")
 
 
 def _average_precision(rows: _Scored) -> torch.Tensor:
     _need_classes(rows)
     if rows.binary:
-        return functional.binary_average_precision(rows.preds, rows.labels)
-    return functional.multiclass_average_precision(rows.preds, rows.labels, rows.num_classes, average="macro")
+        return functional().binary_average_precision(rows.preds, rows.labels)
+    return functional().multiclass_average_precision(rows.preds, rows.labels, rows.num_classes, average="macro")
 
 
 def _class_average_precision(rows: _Scored, index: int) -> torch.Tensor:
@@ -197,7 +204,7 @@ def _class_average_precision(rows: _Scored, index: int) -> torch.Tensor:
         # Dense ranks of -p rather than 1 - p, which rounds small probabilities into ties.
         _, ranks = torch.unique(-rows.preds, return_inverse=True)
         scores = ranks.double() / (int(ranks.max()) + 1)
-    return functional.binary_average_precision(scores, is_class)
+    return functional().binary_average_precision(scores, is_class)
 
 
 # ---- metrics of the probability ----

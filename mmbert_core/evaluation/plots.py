@@ -1,4 +1,4 @@
-"""ROC, precision-recall and confusion pictures, where matplotlib is installed. Floor 1; imports nothing of ours."""
+"""ROC, precision-recall and confusion pictures, where matplotlib is installed. Floor 1; imports metrics."""
 
 # N rows, K classes
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchmetrics.functional import classification as functional
+
+from mmbert_core.evaluation.metrics import functional
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 2000  # of a curve: more than a picture's width can show
@@ -55,7 +56,7 @@ def write_plots(preds: np.ndarray, labels: np.ndarray, folder: str | Path, *, cl
 def _draw_roc(axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> bool:
     curves = _curve_classes(preds, labels)
     for index, scores in curves:
-        false_rate, true_rate, _ = functional.binary_roc(scores, torch.from_numpy((labels == index).astype(np.int64)))
+        false_rate, true_rate, _ = functional().binary_roc(scores, torch.from_numpy((labels == index).astype(np.int64)))
         axes.plot(*_thin(false_rate, true_rate), label=_text(class_names[index]))
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC", xlim=(0, 1), ylim=(0, 1.01))
@@ -68,7 +69,7 @@ def _draw_precision_recall(axes: Any, preds: np.ndarray, labels: np.ndarray, cla
     curves = _curve_classes(preds, labels)
     for index, scores in curves:
         target = torch.from_numpy((labels == index).astype(np.int64))
-        precision, recall, _ = functional.binary_precision_recall_curve(scores, target)
+        precision, recall, _ = functional().binary_precision_recall_curve(scores, target)
         x, y = _thin(recall, precision)
         # Steps, as average precision sums them: the line between two thresholds is not reached by any.
         axes.step(x, y, where="post", label=f"{_text(class_names[index])} ({(labels == index).mean():.1%} of rows)")

@@ -26,7 +26,7 @@ def prediction_rows(preds: np.ndarray, class_names: Sequence[str], *, ids: Seque
     """Cells of each row. Probabilities are the shortest decimals that read back to the same float32."""
     preds = np.asarray(preds, dtype=np.float32)
     predicted = predicted_classes(preds)
-    for index, row in enumerate(preds.reshape(len(preds), -1)):
+    for index, row in enumerate(preds[:, None] if preds.ndim == 1 else preds):
         cells = [] if ids is None else [ids[index]]
         cells += [str(value) for value in row]
         cells += [] if labels is None else [labels[index]]

@@ -1,1 +1,1 @@
-"""The training loop and its parts: checkpoint, run_log, optim, hooks (floor 2), loop (floor 3)."""
+"""The training loop and its parts: checkpoint, run_log, optim, hooks, setup (floor 2), loop (floor 3)."""

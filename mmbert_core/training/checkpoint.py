@@ -7,7 +7,6 @@ Nothing is pickled. Only rank 0 calls this file; `loop` spreads what was read to
 
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmbert_core.errors import InputError
-from mmbert_core.files import atomic_folder, read_json, remove_stale_temporaries, sha256_of, sync_path, write_json
+from mmbert_core.files import atomic_folder, read_json, remove_path, remove_stale_temporaries, sha256_of, sync_path, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
+STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 
 
 @dataclass
@@ -102,53 +101,60 @@ def save_checkpoint(folder: Path, *, weights: Mapping[str, torch.Tensor], moment
     if not_finite := [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
         raise FloatingPointError(f"step {state['step']}: {not_finite[0]} is not finite; no checkpoint written")
     final = step_folder(folder, state["step"])
-    if final.exists():  # of an earlier life of this run, found damaged or left behind by a fallback
-        shutil.rmtree(final)
     with atomic_folder(final) as temporary:
         save_tensors(weights, temporary / "model.safetensors")
         save_tensors(moments, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
-        for name in PARTS:
+        for name in PARTS:  # before the manifest, and before an old folder of this step goes
             sync_path(temporary / name)
         files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in PARTS}
         write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+        remove_path(final)  # of an earlier life of this run: found damaged, or newer than the step it went on from
     return final
 
 
-def rotate(folder: Path, *, keep: int, best_step: int | None) -> None:
-    """Rank 0 only. Remove all but the newest `keep` checkpoints and the best one."""
-    steps = sorted(list_steps(folder))
+def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> None:
+    """Rank 0 only. Of the checkpoints up to step `newest`, just written, remove all but the last `keep` and the best.
+
+    Higher steps are of an earlier life of the run. They count for nothing, or the one just written might have to go; the
+    run replaces them when it gets there.
+    """
+    steps = sorted(step for step in list_steps(folder) if step <= newest)
     for step in steps[:-keep]:
         if step != best_step:
-            shutil.rmtree(step_folder(folder, step))
+            remove_path(step_folder(folder, step))
 
 
 # ---- reading ----
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps that have a folder, whether valid or not, newest first. Links are not followed."""
+    """Steps that have a folder, whether valid or not, newest first. Links and names that no step would get are passed by."""
     if not Path(folder).is_dir():
         return []
-    found = [STEP_FOLDER.fullmatch(path.name) for path in Path(folder).iterdir() if path.is_dir() and not path.is_symlink()]
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+    names = [path.name for path in Path(folder).iterdir() if path.is_dir() and not path.is_symlink()]
+    steps = [int(match.group(1)) for match in map(STEP_FOLDER.fullmatch, names) if match]
+    return sorted((step for step in steps if step_folder(folder, step).name in names), reverse=True)
 
 
 def why_invalid(path: Path) -> str | None:
     """The first reason not to believe a checkpoint folder, naming the file; None when it is whole."""
     try:
-        files = read_json(path / MANIFEST)["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: {error}"
-    if sorted(files) != sorted(PARTS):
-        return f"{MANIFEST}: expected the files {', '.join(PARTS)}"
-    for name in PARTS:
+        manifest = read_json(path / MANIFEST)
+        expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in PARTS}
+        if manifest["format_version"] != FORMAT_VERSION:
+            return f"{MANIFEST}: expected format {FORMAT_VERSION}, found {manifest['format_version']}"
+    except FileNotFoundError:
+        return f"{MANIFEST}: missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST}: cannot be read, or does not name {', '.join(PARTS)}"
+    for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file() or file.is_symlink():
             return f"{name}: missing"
-        if file.stat().st_size != files[name].get("bytes"):
-            return f"{name}: expected {files[name].get('bytes')} bytes, found {file.stat().st_size}"
-        if sha256_of(file) != files[name].get("sha256"):
+        if file.stat().st_size != size:
+            return f"{name}: expected {size} bytes, found {file.stat().st_size}"
+        if sha256_of(file) != digest:
             return f"{name}: content differs from the manifest"
     return None
 
@@ -173,6 +179,8 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
         if reason is None:
             return step_folder(folder, step)
         logger.warning("checkpoint %s is damaged and passed over: %s", step_folder(folder, step), reason)
+    if isinstance(resume, int):
+        raise InputError(f"resume: the checkpoint of step {resume} in {folder} is damaged: choose another step, or auto")
     if steps:
         raise InputError(f"{folder}: none of the checkpoints is whole; remove the folder to start anew")
     return None
@@ -209,14 +217,14 @@ def check_resumable(state: Mapping[str, Any], *, config: Mapping[str, Any], fing
         old = state["config"].get(key)
         if key not in free_keys and old != new:
             raise InputError(f"{key} was {old!r} in the checkpoint at step {state['step']} and is {new!r} now: set it back, or choose another model_path")
-    for path, new in fingerprints.items():
-        old = state["fingerprints"].get(path)
+    for path in {**state["fingerprints"], **fingerprints}:  # the paths of globs may come and go
+        old, new = state["fingerprints"].get(path), fingerprints.get(path)
         if old != new:
-            raise InputError(f"{path} has changed since the checkpoint at step {state['step']} (sha256 was {_short(old)}, is {_short(new)}): restore it, or choose another model_path")
+            raise InputError(f"{path} has changed since the checkpoint at step {state['step']} ({_shown(old)} then, {_shown(new)} now): restore it, or choose another model_path")
 
 
-def _short(fingerprint: Mapping[str, Any] | None) -> str:
-    return str((fingerprint or {}).get("sha256"))[:12]
+def _shown(fingerprint: Mapping[str, Any] | None) -> str:
+    return f"sha256 {fingerprint['sha256'][:12]}" if fingerprint else "not read"
 
 
 def train_state_from(state: Mapping[str, Any]) -> TrainState:

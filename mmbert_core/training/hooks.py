@@ -1,11 +1,12 @@
 """The original module's hooks as plain functions of the same names: what happens, while `loop` says when. Floor 2.
 
-Imports distributed, config, data, model, evaluation. A hook takes what it uses and returns what it made.
+Imports distributed, config, files, data, model, evaluation and optim. A hook takes what it uses and returns what it made.
 B rows of a batch, N rows of the evaluated table, K classes.
 `configure_optimizers` is in `optim`, `add_loss_op` in `model.losses`, `build_merge_subnetwork` in `model.fusion`.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class EpochResult:
     preds: np.ndarray  # [N] or [N, K]
     labels: np.ndarray | None  # [N]
     ids: list[str] | None
-    loss: float | None  # weighted losses over their weight sum, over all rows
+    loss: float | None  # weighted losses over their weight sum, over all rows; None where that is no finite number
 
 
 # ---- one batch ----
@@ -203,9 +204,10 @@ def gather_results(outputs: list[BatchResult], num_rows: int) -> EpochResult:
     order = np.argsort(rows)
     ids = None if results[0].ids is None else [cell for item in results for cell in item.ids or []]
     weight_sum = sum(item.weight_sum for item in results)
+    loss = sum(item.loss_sum for item in results) / weight_sum if weight_sum > 0 else math.nan
     return EpochResult(
         preds=np.concatenate([item.preds for item in results])[order],
         labels=None if results[0].labels is None else np.concatenate([item.labels for item in results])[order],
         ids=None if ids is None else [ids[position] for position in order],
-        loss=sum(item.loss_sum for item in results) / weight_sum if weight_sum > 0 else None,
+        loss=loss if math.isfinite(loss) else None,
     )

@@ -16,7 +16,8 @@ import torch
 from mmbert_core import distributed
 from mmbert_core.config import Config
 from mmbert_core.data.batches import deal, epoch_order, evaluation_batches, micro_batch_seed, micro_batches, step_rows
-from mmbert_core.data.dataset import Batch, Data, Dataset
+from mmbert_core.data.dataset import Batch, Dataset
+from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
 from mmbert_core.files import write_json
 from mmbert_core.model.multimodal_bert import MultimodalBert
@@ -141,7 +142,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def is_validation_due(run: Run) -> bool:
-    """After this many steps, at each epoch's last for shares of an epoch, and after the last step of all."""
+    """After this many steps, counted from the epoch's start for shares of an epoch, and after the last step of all."""
     if run.data.val is None:
         return False
     step, plan = run.state.step, run.plan
@@ -165,11 +166,11 @@ def validate(run: Run) -> bool:
 def judge(run: Run, values: dict[str, float | None]) -> bool:
     """Compare with the best validation so far; count the ones in a row that were not better."""
     state, name = run.state, run.config.early_stop_metric
-    if values[name] is None:
+    if values[name] is None and name != "val_loss":
         logger.warning("%s is undefined on these validation rows: val_loss decides", name)
         name = "val_loss"
     value = values[name]
-    if value is None or not math.isfinite(value):
+    if value is None:
         better = False
     elif state.best_value is None or state.best_metric != name:
         better = True
@@ -179,7 +180,7 @@ def judge(run: Run, values: dict[str, float | None]) -> bool:
         state.best_metric, state.best_value, state.best_step, state.bad_validations = name, value, state.step, 0
         return True
     state.bad_validations += 1
-    if state.bad_validations >= run.config.early_stop_patience and not state.finished:
+    if state.bad_validations >= run.config.early_stop_patience and state.step < run.plan.total_steps:
         state.finished = True
         run.log.say(f"early stop: {state.bad_validations} validations in a row without a better {name} than {state.best_value} at step {state.best_step}")
     return False

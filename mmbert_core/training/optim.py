@@ -13,6 +13,7 @@ from mmbert_core.config import Config
 
 logger = logging.getLogger(__name__)
 
+SMALLEST_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below its start: gradients that still overflow are broken
 AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,8 +99,8 @@ def optimizer_step(
     """Unscale, clip, step, update the scaler, schedule, zero the gradients: always in this order, only here.
 
     Returns whether the optimizer moved (fp16 overflow skips it, and the schedule with it) and the gradient norm before
-    clipping. Raises `FloatingPointError` for a non-finite norm without loss scaling; gradients are synchronised by
-    then, so every rank raises.
+    clipping. Raises `FloatingPointError` for a non-finite norm without loss scaling, or when loss scaling no longer
+    helps; gradients are synchronised by then, so every rank raises.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
@@ -115,5 +116,7 @@ def optimizer_step(
     stepped = scaler.get_scale() >= scale  # the scale only ever drops after a skipped step
     if stepped:
         scheduler.step()
+    elif scaler.get_scale() < SMALLEST_LOSS_SCALE:
+        raise FloatingPointError(f"the gradient norm is {grad_norm} at any loss scale down to {scaler.get_scale():.0e}")
     optimizer.zero_grad(set_to_none=True)
     return stepped, grad_norm

@@ -4,6 +4,7 @@ Imports distributed, config, data, model_folder and the files of this folder nam
 """
 
 import logging
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import mmbert_core
 from mmbert_core import distributed
 from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.batches import settle_micro_batches, steps_per_epoch
-from mmbert_core.data.dataset import Data
+from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
 from mmbert_core.evaluation.metrics import check_metric_choices
 from mmbert_core.files import read_json, write_json
@@ -84,7 +85,7 @@ def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | Non
     """Check the metric names and build the model. Raises `InputError`; needs no process group."""
     check_metric_choices(config.metric_choices, data.labels.names)
     if config.early_stop_metric != "val_loss":
-        check_metric_choices([config.early_stop_metric.removeprefix("val/")], data.labels.names)
+        check_metric_choices([config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric")
     return build_model(config, data.features)
 
 
@@ -100,7 +101,7 @@ def settle_class_weights(config: Config, data: Data) -> np.ndarray:
 
 
 def already_finished(config: Config) -> dict[str, Any] | None:
-    """Collective. The results of a run that has ended in `model_path`, with the same settings; else None."""
+    """Collective. The results of the run in `model_path`, once all of it is written; else None."""
     path = Path(config.model_path) / RESULTS
     return distributed.on_main(lambda: read_json(path) if path.is_file() else None)
 
@@ -109,6 +110,7 @@ def start_run(config: Config, data: Data, model: MultimodalBert, pooling: str | 
     """Collective. A run at its first step, or at the step of the newest whole checkpoint."""
     folder = Path(config.model_path)
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
         torch.use_deterministic_algorithms(True)
     found = read_for_all_ranks(config, data, folder / "checkpoints")
     old = found.state["resolved"] if found else {}
@@ -133,7 +135,7 @@ def start_run(config: Config, data: Data, model: MultimodalBert, pooling: str | 
     optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)
     scaler = build_scaler(precision, context.device)
     state = restore(found, model, optimizer, scheduler, scaler) if found else TrainState()
-    distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=found is None))
+    distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=found is None, finished=state.finished))
     log = RunLog(folder, is_main=context.is_main, first_step=state.step, total_steps=plan.total_steps)
     return Run(
         config, data, context, folder, model, ddp_model, task, optimizer, scheduler, scaler, plan, state, log, resolved,
@@ -149,10 +151,12 @@ def make_plan(config: Config, num_rows: int, micro_batches: int) -> Plan:
     return Plan(config.max_epochs * per_epoch, per_epoch, every, by_epoch, micro_batches)
 
 
-def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh: bool) -> None:
+def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh: bool, finished: bool) -> None:
     """Rank 0 only, after every check: the first thing a run writes."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.clean_up(folder / "checkpoints")
+    if not finished:  # results of an earlier life, which would pass for this one's
+        (folder / RESULTS).unlink(missing_ok=True)
     if fresh:
         write_json(folder / "config.json", config_record(config, resolved))
 
@@ -199,13 +203,12 @@ def freeze_unused(model: nn.Module, data: Data, task: Task) -> None:
     """Freeze parameters that no loss reaches (an encoder's unused parts): DDP would wait for their gradients for ever."""
     _, preds, _ = run_epoch(model, data.train.batch(np.arange(1)), "pred", task=task)
     preds.sum().backward()
-    unused = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    unused = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None}
+    for parameter in unused.values():
+        parameter.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    for name, parameter in model.named_parameters():
-        if name in unused:
-            parameter.requires_grad_(False)
     if unused:
-        logger.info("%d parameters are not reached by the loss and stay as they are: %s", len(unused), ", ".join(unused[:4]))
+        logger.info("%d parameters are not reached by the loss and stay as they are: %s", len(unused), ", ".join(list(unused)[:4]))
 
 
 # ---- saving ----
@@ -217,7 +220,7 @@ def save(run: Run) -> None:
     def write() -> None:
         weights, moments = checkpoint.weights_of(run.model), checkpoint.moments_of(run.model, run.optimizer)
         checkpoint.save_checkpoint(run.checkpoints, weights=weights, moments=moments, state=state_record(run))
-        checkpoint.rotate(run.checkpoints, keep=run.config.keep_checkpoints, best_step=run.state.best_step)
+        checkpoint.rotate(run.checkpoints, keep=run.config.keep_checkpoints, newest=run.state.step, best_step=run.state.best_step)
 
     distributed.on_main(write)
 

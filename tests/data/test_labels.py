@@ -15,6 +15,7 @@ from mmbert_core.errors import InputError
         (["1.5", "10", "2"], ("1.5", "10", "2")),
         (["é", "z", "漢"], ("z", "é", "漢")),
         (["yes", "no", "yes", "no"], ("no", "yes")),
+        (["1_0", "10"], ("10", "1_0")),  # not two spellings of ten: a name and a number
     ],
 )
 def test_order_of_classes(values, names):
@@ -36,7 +37,11 @@ def test_positive_label_becomes_class_1():
     [
         (["0", "1", ""], 2, "t.csv row 2, column 'y': expected a label, found an empty cell"),
         (["1", "1"], 2, "t.csv row 0, column 'y': all training rows have the label '1', expected 2 classes"),
-        (["0", "1", "2"], 2, "t.csv row 0, column 'y': expected 2 classes (num_classes) in the training rows, found 3: '0', '1', '2'"),
+        (
+                ["0", "1", "2"],
+                2,
+                "t.csv row 2, column 'y': expected 2 classes (num_classes) in the training rows, found 3: '0', '1', '2'; '2' is in this row for the first time",
+            ),
         (["0", "1"], 5, "t.csv row 0, column 'y': expected 5 classes (num_classes) in the training rows, found 2: '0', '1'"),
         (["0", "1", "1.0"], 3, "t.csv row 2, column 'y': expected one spelling of a label, found '1' and '1.0' for the same number"),
         (["1", "01"], 2, "t.csv row 0, column 'y': expected one spelling of a label, found '01' and '1' for the same number"),

@@ -80,7 +80,7 @@ def test_fingerprint_knows_the_vocabulary_and_not_the_last_call(tokenizer, encod
 def test_tokenizers_that_cannot_be_loaded(tmp_path):
     BertConfig().save_pretrained(tmp_path)  # a folder without vocabulary loads as a tokenizer that knows no word
     for name in (str(tmp_path), str(tmp_path / "none")):
-        with pytest.raises(InputError, match="^encoder: ") as caught:
+        with pytest.raises(InputError, match="^encoder") as caught:
             load_tokenizer(name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
 

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 from mmbert_core import predictor
 from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order, evaluation_batches, micro_batches, step_rows, steps_per_epoch
-from mmbert_core.data.dataset import Batch, Data, Dataset, prepare
+from mmbert_core.data.dataset import Batch, Dataset
+from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext
 from mmbert_core.training import hooks, loop, setup
 from tests.equality.original_module import OriginalMultimodalBert

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, T5Config, T5Model
 from transformers.utils import logging as transformers_logging
 
+from mmbert_core import hub
 from mmbert_core.errors import InputError
-from mmbert_core.model import pretrained
 from mmbert_core.model.text_encoder import build_encoder, load_pretrained_encoder
 
 
@@ -149,7 +149,7 @@ def test_hub_unreachable_is_one_line_within_seconds(monkeypatch):
 
 def test_hub_is_not_asked_in_offline_mode(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
     assert "the hub cannot be reached" in refusal("nobody/no-such-encoder")
 
 

@@ -1,0 +1,17 @@
+"""What a command run inside this process leaves behind is put back after every test."""
+
+import logging
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def restored_globals():
+    """The package's logger (a command gives it handlers on that moment's stderr) and PyTorch's threads."""
+    logger = logging.getLogger("mmbert_core")
+    handlers, level, propagate, threads = logger.handlers[:], logger.level, logger.propagate, torch.get_num_threads()
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+    torch.set_num_threads(threads)

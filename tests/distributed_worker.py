@@ -1,0 +1,113 @@
+"""What `test_distributed` runs on every rank under torchrun: `distributed_worker.py FOLDER`. Each rank writes FOLDER/rank<r>.json."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmbert_core import distributed
+from mmbert_core.config import Config
+from mmbert_core.config_reader import config_from_dict
+from mmbert_core.distributed import DistContext
+from mmbert_core.errors import InputError
+from mmbert_core.training import hooks
+from tests import tiny
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
+
+
+def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
+    values = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    kinds = {str(dtype): values.to(dtype) for dtype in DTYPES}
+    return kinds | {"no dimension": torch.tensor(2.5), "empty": torch.zeros(0, 3), "not contiguous": values.T, "step": torch.tensor(7.0)}
+
+
+def collectives(context: DistContext) -> dict[str, Any]:
+    rank = context.rank
+    sizes = []
+    plain = distributed.dist.all_gather_object
+
+    def noting(gathered, value, **options):
+        sizes.append(len(value) if isinstance(value, list) else 0)
+        plain(gathered, value, **options)
+
+    distributed.dist.all_gather_object = noting
+    own = [(rank, index, np.full(index, rank)) for index in range(8 if rank == 0 else 2)]
+    gathered = distributed.all_gather_objects(own, per_round=3)
+    distributed.dist.all_gather_object = plain
+    tensors = distributed.broadcast_tensors(tensors_of_all_kinds() if rank == 0 else None)
+    return {
+        "gathered": [[(place, index, array.tolist()) for place, index, array in part] for part in gathered],
+        "sizes": sizes,
+        "nothing": distributed.all_gather_objects([]),
+        "from 0": distributed.broadcast_object({"rank": rank}),
+        "from 1": distributed.broadcast_object({"rank": rank}, source=1),
+        "sum": distributed.all_reduce_sum([rank + 0.1, 1e300 * rank, 2**40 + rank]),
+        "tensors": {name: (str(value.dtype), value.double().tolist()) for name, value in tensors.items()},
+        "from 1 only": distributed.broadcast_tensors({"a": torch.full((2,), float(rank))} if rank == 1 else None, source=1)["a"].tolist(),
+        "is_distributed": distributed.is_distributed(),
+    }
+
+
+def errors(context: DistContext) -> dict[str, list[str]]:
+    """What each rank sees when rank 0's action fails; the group goes on working afterwards."""
+    ran: list[int] = []
+
+    def failing(error: Exception):
+        def action():
+            ran.append(context.rank)
+            raise error
+
+        return action
+
+    seen = {}
+    for name, error in (("input", InputError("train.csv row 3: no label")), ("value", ValueError("a bug")), ("disk", OSError(28, "No space left on device"))):
+        try:
+            distributed.on_main(failing(error))
+        except Exception as caught:  # noqa: BLE001 - its kind is what is asked
+            seen[name] = [type(caught).__name__, str(caught)]
+    seen["value after"] = distributed.on_main(lambda: ran.append(context.rank) or "made on rank 0")
+    seen["ran"] = ran
+    return seen
+
+
+def stops_together(config: Config, context: DistContext) -> list[str]:
+    """A loss that is not a number on rank 1 alone, at its third micro-batch."""
+    plain, calls = hooks.training_step, [0]
+
+    def training_step(*arguments, **options):
+        calls[0] += 1
+        factor = math.nan if context.rank == 1 and calls[0] == 3 else 1.0
+        return {"loss": plain(*arguments, **options)["loss"] * factor}
+
+    hooks.training_step = training_step
+    try:
+        tiny.train(config, context)
+        return ["nothing", ""]
+    except FloatingPointError as error:
+        return [type(error).__name__, str(error)]
+    finally:
+        hooks.training_step = plain
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    context = distributed.read_context()
+    distributed.set_threads(1, context)
+    configs = {name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()}
+    with distributed.process_group(context):
+        result = {"collectives": collectives(context), "errors": errors(context)}
+        for name, config in configs.items():
+            tiny.train(config, context)
+        poisoned = replace(configs["few parts"], model_path=str(folder / "poisoned"), microbatches_per_step=2)
+        result["poisoned"] = stops_together(poisoned, context)
+        (folder / f"rank{context.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Bad configs, data and model folders: one line on stderr, exit code 2, and nothing of an earlier run touched."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmbert_core import cli, predictor
+from mmbert_core.config import Config
+from mmbert_core.files import sha256_of
+from tests import tiny
+
+pytestmark = pytest.mark.fault
+
+Rows = list[list[str]]  # of a table, the header first
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory) -> Path:
+    """Tables, an encoder, and `run`: a finished run that no failed start may change."""
+    folder = tmp_path_factory.mktemp("earlier")
+    tiny.train(Config(**tiny.settings(folder, max_epochs=1)))
+    return folder
+
+
+def read_rows(path: Path) -> Rows:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.reader(stream))
+
+
+def as_csv(rows: Rows) -> bytes:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue().encode("utf-8")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Content of every file but the token cache's, by path."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and folder / "cache" not in path.parents)
+    return {str(path.relative_to(folder)): sha256_of(path) for path in paths}
+
+
+def error_of(capsys, *words: str) -> str:
+    """Run a command that must fail as a user's mistake does; returns what follows `error: `."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in words]) == 2
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    errors = [line for line in lines if "error" in line.split(":")[0].lower()]
+    assert len(errors) == 1 and errors[0] == lines[-1] and errors[0].startswith("error: "), shown.err
+    assert "Traceback" not in shown.err and shown.out == ""
+    return errors[0].removeprefix("error: ")
+
+
+def assert_one_line(capsys, earlier: Path, config: Path, *expected: str) -> None:
+    """`--check` and the training itself say the same one line with the expected words, and leave `earlier` as it was."""
+    before = hashes(earlier)
+    messages = {error_of(capsys, "train", config, *more) for more in (["--check"], [])}
+    assert len(messages) == 1
+    [message] = messages
+    for words in expected:
+        assert words in message, message
+    assert hashes(earlier) == before
+    assert not list(earlier.rglob(".tmp-*")) and not list(config.parent.rglob(".tmp-*"))
+
+
+def write_config(folder: Path, earlier: Path, **changes: Any) -> Path:
+    values = tiny.settings(earlier, max_epochs=1)
+    values |= {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
+    (folder / "run.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    return folder / "run.json"
+
+
+# ---- tables ----
+
+
+def cell(row: int, column: str, content: str) -> Callable[[Rows], Rows]:
+    """An edit of one cell; rows count from 1."""
+
+    def edit(rows: Rows) -> Rows:
+        rows[row][rows[0].index(column)] = content
+        return rows
+
+    return edit
+
+
+def column_of(column: str, contents: str | Callable[[str], str]) -> Callable[[Rows], Rows]:
+    """An edit of all cells of a column."""
+
+    def edit(rows: Rows) -> Rows:
+        place = rows[0].index(column)
+        for row in rows[1:]:
+            row[place] = contents if isinstance(contents, str) else contents(row[place])
+        return rows
+
+    return edit
+
+
+def without(column: str) -> Callable[[Rows], Rows]:
+    return lambda rows: [[content for place, content in enumerate(row) if rows[0][place] != column] for row in rows]
+
+
+def header(old: str, new: str) -> Callable[[Rows], Rows]:
+    return lambda rows: [[new if name == old else name for name in rows[0]], *rows[1:]]
+
+
+TRAINING_TABLES = {
+    "column missing": ("train", without("age"), ["column 'age' not found", "columns are 'row_id', 'text'"]),
+    "column in other case": ("train", header("age", "Age"), ["column 'age' not found", "nearest is 'Age'"]),
+    "no header": ("train", lambda rows: rows[1:], ["column 'text' not found"]),
+    "column twice": ("train", header("amount", "age"), ["column 'age' stands 2 times in the header"]),
+    "label column missing": ("train", without("label"), ["column 'label' not found"]),
+    "label column missing in validation": ("val", without("label"), ["column 'label' not found"]),
+    "id column missing in test": ("test", without("row_id"), ["column 'row_id' not found"]),
+    "label cell empty": ("train", cell(4, "label", ""), [" row 4 (line 5), column 'label': expected a label, found an empty cell"]),
+    "label out of range": ("train", cell(7, "label", "2"), ["column 'label': expected 2 classes (num_classes) in the training rows, found 3: '0', '1', '2'"]),
+    "label unknown in validation": ("val", cell(3, "label", "maybe"), [" row 3 (line 4), column 'label': expected one of the labels '0', '1', found 'maybe'"]),
+    "label missing in test": ("test", cell(9, "label", ""), [" row 9 (line 10), column 'label': expected one of the labels '0', '1', found an empty cell"]),
+    "labels unknown in test": ("test", column_of("label", "yes"), [" row 1 (line 2)", "found 'yes'", "37 such rows; also", " row 3 (line 4)"]),
+    "label in two spellings": ("train", cell(5, "label", "1.0"), ["column 'label': expected one spelling of a label"]),
+    "one class only": ("train", column_of("label", "1"), ["column 'label': all training rows have the label '1', expected 2 classes"]),
+    "text among numbers": ("train", cell(6, "age", "abc"), [" row 6 (line 7), column 'age': expected a finite number", "found 'abc'"]),
+    "decimal comma": ("val", cell(2, "amount", "1,5"), [" row 2 (line 3), column 'amount'", "found '1,5'"]),
+    "infinity": ("train", cell(1, "age", "inf"), [" row 1 (line 2), column 'age'", "found 'inf'"]),
+    "minus infinity": ("test", cell(37, "age", "-inf"), [" row 37 (line 38), column 'age'", "found '-inf'"]),
+    "number too large for float32": ("train", cell(1, "age", "1e39"), ["column 'age'", "found '1e39'"]),
+    "no number at all": ("train", column_of("age", ""), ["column 'age': expected numbers, found no value in any of 64 rows"]),
+    "row too short": ("train", lambda rows: [*rows[:5], rows[5][:-1], *rows[6:]], [" row 5 (line 6): expected 6 cells as in the header, found 5"]),
+    "row too long": ("test", lambda rows: [*rows[:5], [*rows[5], "x"], *rows[6:]], [" row 5 (line 6): expected 6 cells as in the header, found 7"]),
+    "header only": ("train", lambda rows: rows[:1], ["expected rows, found a header only"]),
+    "header only in validation": ("val", lambda rows: rows[:1], ["expected rows, found a header only"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRAINING_TABLES)
+def test_a_table_that_cannot_be_trained_on(tmp_path, capsys, earlier, case):
+    part, edit, expected = TRAINING_TABLES[case]
+    path = tmp_path / f"bad_{part}.csv"
+    path.write_bytes(as_csv(edit(read_rows(earlier / f"{part}.csv"))))
+    config = write_config(tmp_path, earlier, **{f"{part}_path": path})
+    assert_one_line(capsys, earlier, config, str(path), *expected)
+
+
+def spoil(content: bytes, old: bytes, new: bytes) -> bytes:
+    assert old in content
+    return content.replace(old, new, 1)
+
+
+TRAINING_FILES = {
+    "empty": ("csv", lambda content: b"", ["the file is empty, expected a header in line 1"]),
+    "quote never closed": ("csv", lambda content: spoil(content, b"\n00003,", b'\n00003,"'), [" row 4 (line 5): the quoted cell", "is never closed"]),
+    "quote within a cell": ("csv", lambda content: spoil(content, b"\n00003,", b'\n00003,"a"b'), [" row 4 (line 5): broken quoting"]),
+    "NUL byte": ("csv", lambda content: spoil(content, b"\n00003,", b"\n00003\0,"), [" row 4 (line 5): expected text, found a NUL byte at byte "]),
+    "invalid UTF-8": ("csv", lambda content: spoil(content, b"\n00003,", b"\n0\xff03,"), [" row 4 (line 5): expected UTF-8, found byte 0xff at byte "]),
+    "Latin-1": ("csv", lambda content: spoil(content, b"\n00003,", "\n00003,cliché ".encode("latin-1")), [" row 4 (line 5): expected UTF-8, found byte 0xe9"]),
+    "UTF-16": ("csv", lambda content: content.decode().encode("utf-16"), [" header (line 1): expected UTF-8, found byte 0xff at byte 0"]),
+    "blank line": ("csv", lambda content: spoil(content, b"\n00003,", b"\n\n00003,"), [" (line 5): expected a row, found a blank line"]),
+    "not gzip": ("csv.gz", lambda content: content, ["cannot be read"]),
+    "not Parquet": ("parquet", lambda content: content, ["cannot be read as Parquet"]),
+    "not JSON": ("jsonl", lambda content: b'{"text": "a"}\n{"text": \n', ["column 'age' not found"]),
+    "unknown kind": ("xlsx", lambda content: content, ["expected a name that ends in .csv, .tsv, .jsonl"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRAINING_FILES)
+def test_a_file_that_is_no_table(tmp_path, capsys, earlier, case):
+    suffix, edit, expected = TRAINING_FILES[case]
+    path = tmp_path / f"bad.{suffix}"
+    path.write_bytes(edit(as_csv(read_rows(earlier / "train.csv"))))
+    assert_one_line(capsys, earlier, write_config(tmp_path, earlier, train_path=path), str(path), *expected)
+
+
+def test_paths_that_cannot_be(tmp_path, capsys, earlier):
+    train = earlier / "train.csv"
+    (tmp_path / "link.csv").symlink_to(train)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for changes, expected in (
+        ({"train_path": tmp_path / "no.csv"}, f"{tmp_path / 'no.csv'}: there is no such file"),
+        ({"train_path": tmp_path / "*.tsv"}, "no file matches this pattern"),
+        ({"train_path": tmp_path / "folder"}, "expected a file, found a folder"),
+        ({"train_path": []}, "train_path: expected at least one file, found none"),
+        ({"train_path": [str(train), str(train)]}, f"{train}: the same file is given twice"),
+        ({"test_path": train}, f"test_path: {train} is in train_path too"),
+        ({"val_path": tmp_path / "link.csv"}, f"val_path: {tmp_path / 'link.csv'} is in train_path too"),
+        ({"model_path": tmp_path / "file"}, f"model_path: {tmp_path / 'file'}: expected a folder, found a file"),
+        ({"model_path": tmp_path / "file/run"}, f"{tmp_path / 'file'}: expected a folder, found a file"),
+        ({"cache_path": tmp_path / "file"}, f"cache_path: {tmp_path / 'file'}: expected a folder, found a file"),
+    ):
+        assert_one_line(capsys, earlier, write_config(tmp_path, earlier, **changes), expected)
+
+
+# ---- settings ----
+
+
+def test_settings_that_cannot_be(tmp_path, capsys, earlier, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty_folder").mkdir()
+    shutil.copytree(earlier / "encoder", tmp_path / "no_weights")
+    (tmp_path / "no_weights/model.safetensors").unlink()
+    shutil.copytree(earlier / "encoder", tmp_path / "cut_weights")
+    os.truncate(tmp_path / "cut_weights/model.safetensors", 1000)
+    config = str(tmp_path / "run.json")
+    for changes, expected in (
+        ({"bach_size": 8}, [config, "unknown key 'bach_size'; did you mean 'batch_size'?"]),
+        ({"label_name": ...}, [config, "the key 'label_name' is required"]),
+        ({"class_weights": [1, 2, 3]}, [config, "class_weights: expected 2 weights (num_classes), found 3"]),
+        ({"metric_choices": ["acuracy"]}, ["metric_choices: expected names among accuracy, ", "found 'acuracy' (nearest: accuracy)"]),
+        ({"early_stop_metric": "val/f1"}, ["expected names among accuracy, ", "found 'f1'"]),
+        ({"positive_label": "yes"}, ["positive_label: expected one of the labels '0', '1', found 'yes'"]),
+        ({"is_binary": False, "num_classes": 3}, ["column 'label': expected 3 classes (num_classes) in the training rows, found 2"]),
+        ({"max_train_rows": 2}, ["max_train_rows: expected rows of every class"]),
+        ({"max_length": 65}, ["max_length: expected at most 64 tokens", "found 65"]),
+        ({"encoder": tmp_path / "no_such_folder"}, ["no_such_folder", "found no such folder"]),
+        ({"encoder": "no-such-encoder"}, ["'no-such-encoder'", "the hub cannot be reached"]),
+        ({"encoder": tmp_path / "empty_folder"}, ["empty_folder"]),
+        ({"encoder": tmp_path / "no_weights"}, ["no_weights", "expected weights in model.safetensors, found none"]),
+        ({"encoder": tmp_path / "cut_weights"}, ["cut_weights", "cannot be loaded"]),
+        ({"reinit_layers": 3}, ["reinit_layers"]),
+    ):
+        assert_one_line(capsys, earlier, write_config(tmp_path, earlier, **changes), *expected)
+
+
+def test_a_start_that_does_not_fit_the_earlier_run(tmp_path, capsys, earlier):
+    longer = tmp_path / "longer.csv"
+    longer.write_bytes((earlier / "test.csv").read_bytes() + b"00999,late,1,1,a,0\n")
+    for changes, expected in (
+        ({"resume": "never"}, ["resume is never, but", "has checkpoints up to step 8"]),
+        ({"resume": 5}, ["resume: expected a step that has a checkpoint in", "(8), found 5"]),
+        ({"lr": 0.5}, ["lr was 0.001 in the checkpoint at step 8 and is 0.5 now"]),
+        ({"test_path": longer}, ["test_path was", "longer.csv"]),
+    ):
+        assert_one_line(capsys, earlier, write_config(tmp_path, earlier, **changes), *expected)
+
+
+def test_words_of_the_command_line_that_are_none(capsys):
+    for words, expected in (
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "a.yaml", "b.yaml"], "unknown argument 'b.yaml'"),
+        (["train", "--lr"], "argument --lr: expected one argument"),
+        (["predict", "folder"], "the following arguments are required: INPUT, OUTPUT"),
+        (["predict", "folder", "a.csv", "b.tsv", "--num_threads", "0"], "argument --num_threads: expected a whole number of at least 1, found '0'"),
+        (["predict", "folder", "a.csv", "b.tsv", "--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["predict", "folder", "a.csv", "b.tsv", "--threads", "2"], "unknown flag '--threads'; did you mean '--num_threads'?"),
+    ):
+        message = error_of(capsys, *words)
+        assert message.startswith("command line: ") and expected in message
+
+
+# ---- predict ----
+
+
+def assert_predict_refuses(capsys, earlier: Path, words: list[Any], *expected: str) -> None:
+    """One line, no output, no temporary file; an older prediction of that name is as it was."""
+    output = Path(words[-1])
+    if output.parent.is_dir() and output.parent != Path("/proc") and not output.exists():
+        output.write_text("an older prediction\n")
+    old = output.read_bytes() if output.is_file() else None
+    before = hashes(earlier)
+    message = error_of(capsys, "predict", *words)
+    for part in expected:
+        assert part in message, message
+    assert hashes(earlier) == before
+    assert old is None or output.read_bytes() == old
+    assert not output.parent.is_dir() or not list(output.parent.glob(".tmp-*"))
+
+
+PREDICT_TABLES = {
+    "column missing": (without("amount"), ["column 'amount' not found"]),
+    "column in other case": (header("text", "TEXT"), ["column 'text' not found", "nearest is 'TEXT'"]),
+    "id column missing": (without("row_id"), ["column 'row_id' not found"]),
+    "column twice": (header("amount", "kind"), ["column 'kind' stands 2 times in the header"]),
+    "text among numbers": (cell(21, "age", "abc"), [" row 21 (line 22), column 'age'", "found 'abc'"]),
+    "infinity": (cell(20, "amount", "inf"), [" row 20 (line 21), column 'amount'", "found 'inf'"]),
+    "row too short": (lambda rows: [*rows[:30], rows[30][:-1], *rows[31:]], [" row 30 (line 31): expected 6 cells as in the header, found 5"]),
+    "empty": (lambda rows: [], ["the file is empty"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PREDICT_TABLES)
+def test_a_table_that_cannot_be_scored(tmp_path, capsys, earlier, monkeypatch, case):
+    monkeypatch.setattr(predictor, "WINDOW", 16)  # the mistake comes after rows that were scored
+    edit, expected = PREDICT_TABLES[case]
+    path = tmp_path / "bad.csv"
+    path.write_bytes(as_csv(edit(read_rows(earlier / "test.csv"))))
+    assert_predict_refuses(capsys, earlier, [earlier / "run", path, tmp_path / "out.tsv"], str(path), *expected)
+
+
+def test_inputs_and_outputs_that_cannot_be(tmp_path, capsys, earlier):
+    table = tmp_path / "new.csv"
+    shutil.copy(earlier / "test.csv", table)
+    for source, output, expected in (
+        (tmp_path / "no.csv", tmp_path / "out.tsv", "no.csv: there is no such file"),
+        (table, tmp_path / "no_folder/out.tsv", "the folder " + str(tmp_path / "no_folder") + " does not exist"),
+        (table, tmp_path, "expected a file to write, found a folder"),
+        (table, "/dev/null", "expected a file to write, found a device"),
+        (table, table, "is the input file"),
+        (table, "/proc/out.tsv", "/proc/out.tsv: "),
+    ):
+        assert_predict_refuses(capsys, earlier, [earlier / "run", source, output], expected)
+
+
+def test_folders_that_are_no_model(tmp_path, capsys, earlier):
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(earlier / "run", tmp_path / "unfinished")
+    (tmp_path / "unfinished/model.safetensors").unlink()
+    shutil.copytree(earlier / "run", tmp_path / "no_encoder")
+    shutil.rmtree(tmp_path / "no_encoder/encoder")
+    for folder, expected in (
+        (tmp_path / "nowhere", "not a model folder: config.json is missing"),
+        (tmp_path / "empty", "not a model folder: config.json is missing"),
+        (earlier / "encoder", "not a model folder: features.json is missing"),
+        (tmp_path / "unfinished", "not a model folder: model.safetensors is missing (the run has not ended)"),
+        (tmp_path / "no_encoder", "not a model folder: encoder/ is missing"),
+    ):
+        assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder), expected)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "garbage"])
+@pytest.mark.parametrize("name", ["config.json", "features.json", "labels.json", "model.safetensors", "encoder/config.json", "encoder/tokenizer.json"])
+def test_a_damaged_model_folder(tmp_path, capsys, earlier, name, damage):
+    folder = shutil.copytree(earlier / "run", tmp_path / "model")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes({"empty": b"", "half": content[: len(content) // 2], "garbage": b"\x80garbage" * 20}[damage])
+    assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder / name if "/" not in name else folder))
+
+
+def test_parts_of_different_models(tmp_path, capsys, earlier):
+    def edited(name: str, edit: Callable[[Any], Any]) -> Path:
+        folder = shutil.copytree(earlier / "run", tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}")
+        (folder / name).write_text(json.dumps(edit(json.loads((folder / name).read_text()))))
+        return folder
+
+    def changed(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda record: {**record, "config": record["config"] | changes}
+
+    for name, edit, expected in (
+        ("config.json", lambda record: {**record, "format_version": 99}, "expected format 1, found 99"),
+        ("config.json", lambda record: [record], "expected another structure"),
+        ("config.json", changed(lr="fast"), "lr: expected a number, found 'fast'"),
+        ("config.json", changed(leftover=1), "unknown key 'leftover'"),
+        ("config.json", lambda record: {**record, "resolved": {}}, "expected the key 'pooling', found none"),
+        ("config.json", changed(hidden_common_dim=17), "does not fit the other files of the folder"),
+        ("features.json", lambda record: {**record, "number_names": ["age"]}, "its columns are not those of config.json"),
+        ("features.json", lambda record: {**record, "means": record["means"][:1]}, "does not fit the other files of the folder"),
+        ("features.json", lambda record: {key: record[key] for key in ("means", "stds")}, "expected the key 'number_names', found none"),
+        ("labels.json", lambda record: {"names": ["0", "1", "2"]}, "expected 2 labels as in config.json, found 3"),
+    ):
+        folder = edited(name, edit)
+        assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder), expected)
+
+
+# ---- real processes ----
+
+
+def test_check_exits_with_2(tmp_path, earlier):
+    path = tmp_path / "run.yaml"
+    path.write_text("text_name: text\nlabel_name: label\nmodel_path: run\nbach_size: 8\n")
+    done = tiny.run_command(["train.py", str(path), "--check"], timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {path}: unknown key 'bach_size'; did you mean 'batch_size'?\n" and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param({"train_path": "no.csv"}, id="before the process group", marks=pytest.mark.slow), pytest.param({"lr": 0.5}, id="within it")],
+)
+def test_two_processes_say_it_once_and_end(tmp_path, earlier, change):
+    before, started = hashes(earlier), time.monotonic()
+    done = tiny.torchrun(2, ["train.py", str(write_config(tmp_path, earlier, **change))], timeout=120)
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
+    assert ("no.csv: there is no such file" if "train_path" in change else "lr was 0.001") in done.stderr
+    assert "Traceback" not in done.stderr.split("\nerror: ")[0] and "InputError" not in done.stderr  # the one traceback is torchrun's own
+    assert hashes(earlier) == before

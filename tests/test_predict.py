@@ -1,0 +1,375 @@
+"""From a table to a model folder to a prediction file, through the command line and `Predictor`."""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mmbert_core import cli, predictor
+from mmbert_core.config import Config
+from mmbert_core.data.table import Roles, read_chunks
+from mmbert_core.predictor import Predictor
+from mmbert_core.training import hooks
+from tests import tiny
+
+COLUMNS = ["row_id", "text", "age", "amount", "kind", "label"]
+ODD_IDS = [
+    "007", "NA", "=1+1", "1e5", "a\tb", "two\nlines", "two\r\nlines", "\r", '"quoted"', 'a"b', '"', "'", " spaces ", "", "-", "+1", "null",
+    "ünïcödé", "日本", "x" * 300, "00001", "00001", "True", "1.0", "\\N", "#", ",",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Pictures of a test have tests of their own and take longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "write_plots", lambda *_, **__: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    """The folder of the tables and of the model `run`, trained on them with two classes."""
+    folder = tmp_path_factory.mktemp("tables")
+    tiny.train(Config(**tiny.settings(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Path:
+    """The same with three classes."""
+    folder = tmp_path_factory.mktemp("several")
+    tiny.train(Config(**tiny.settings(folder, num_classes=3, max_epochs=1)))
+    return folder
+
+
+def predict(model: Path, source: Path | str, output: Path) -> list[dict[str, str]]:
+    """Run the command; the output's rows."""
+    assert cli.main(["predict", str(model), str(source), str(output), "--num_threads", "1"]) == 0
+    return read_tsv(output)
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
+def write_csv(path: Path, rows: list[list[Any]], columns: list[str] = COLUMNS) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+    return path
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def test_file_of(folder: Path) -> Path:
+    [found] = folder.glob("multimodal_bert-*/test_result_0.tsv")
+    return found
+
+
+test_file_of.__test__ = False
+
+
+# ---- rows ----
+
+
+def test_predictions_are_the_test_files_bytes(tables, several, tmp_path):
+    for folder in (tables, several):
+        predict(folder / "run", folder / "test.csv", tmp_path / "out.tsv")
+        assert (tmp_path / "out.tsv").read_bytes() == test_file_of(folder / "run").read_bytes()
+
+
+def test_a_stream_of_windows_keeps_order_ids_and_labels(tables, tmp_path, monkeypatch):
+    whole = predict(tables / "run", tables / "test.csv", tmp_path / "whole.tsv")
+    monkeypatch.setattr(predictor, "WINDOW", 10)
+    windows = predict(tables / "run", tables / "test.csv", tmp_path / "windows.tsv")
+    assert [row["row_id"] for row in windows] == [f"{row:05d}" for row in range(37)]
+    assert [row["label"] for row in windows] == read_csv(tables / "test.csv")["label"].tolist()
+    np.testing.assert_allclose([float(row["prob"]) for row in windows], [float(row["prob"]) for row in whole], atol=1e-6)
+
+
+ROWS = {
+    "one row": ["r", "refund now", "30", "1.5", "a", "1"],
+    "unseen category": ["r", "refund now", "30", "1.5", "never seen", "1"],
+    "missing category": ["r", "refund now", "30", "1.5", "", "1"],
+    "missing number": ["r", "refund now", "", "1.5", "a", "1"],
+    "missing number where training had none": ["r", "refund now", "30", "", "a", "1"],
+    "words for missing": ["r", "refund now", "NA", "NaN", "a", "1"],
+    "extreme numbers": ["r", "refund now", "1e-320", "-3.4e38", "a", "1"],
+    "empty text": ["r", "", "30", "1.5", "a", "1"],
+    "blank text": ["r", " \t\n ", "30", "1.5", "a", "1"],
+    "only unknown tokens": ["r", "日本 😀 \u200b \u202e", "30", "1.5", "a", "1"],
+    "special tokens": ["r", "[SEP] [PAD] [CLS] [MASK]", "30", "1.5", "a", "1"],
+    "very long text": ["r", "refund " * 100_000, "30", "1.5", "a", "1"],
+    "very long word": ["r", "x" * 1_000_000, "30", "1.5", "a", "1"],
+    "all missing": ["", "", "", "", "", ""],
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_alone_is_scored(tables, tmp_path, case):
+    [row] = predict(tables / "run", write_csv(tmp_path / "one.csv", [ROWS[case]]), tmp_path / "out.tsv")
+    assert list(row) == ["row_id", "prob", "label", "pred"]
+    assert 0 <= float(row["prob"]) <= 1 and row["pred"] == ("1" if float(row["prob"]) > 0.5 else "0")
+    assert row["row_id"] == ROWS[case][0] and row["label"] == ROWS[case][-1]
+
+
+def test_odd_rows_do_not_change_their_neighbours(tables, tmp_path):
+    together = predict(tables / "run", write_csv(tmp_path / "all.csv", list(ROWS.values())), tmp_path / "all.tsv")
+    for row, found in zip(ROWS.values(), together, strict=True):
+        [alone] = predict(tables / "run", write_csv(tmp_path / "one.csv", [row]), tmp_path / "one.tsv")
+        assert float(found["prob"]) == pytest.approx(float(alone["prob"]), abs=1e-6)
+
+
+def test_labels_are_copied_and_never_needed(tables, tmp_path):
+    frame = read_csv(tables / "test.csv")
+    plain = predict(tables / "run", tables / "test.csv", tmp_path / "plain.tsv")
+    strange = [["no class", "", "1.0", " 1", "0\t1"][row % 5] for row in range(len(frame))]
+    frame.assign(label=strange).to_csv(tmp_path / "strange.csv", index=False)
+    frame.drop(columns="label").to_csv(tmp_path / "none.csv", index=False)
+
+    with_strange = predict(tables / "run", tmp_path / "strange.csv", tmp_path / "strange.tsv")
+    assert [row["label"] for row in with_strange] == strange
+    without = predict(tables / "run", tmp_path / "none.csv", tmp_path / "none.tsv")
+    assert list(without[0]) == ["row_id", "prob", "pred"]
+    for name in ("row_id", "prob", "pred"):
+        assert [row[name] for row in with_strange] == [row[name] for row in without] == [row[name] for row in plain]
+
+
+def test_order_and_number_of_columns_do_not_matter(tables, tmp_path):
+    frame = read_csv(tables / "test.csv")
+    order = ["another one", "label", "kind", "amount", "extra", "age", "text", "row_id"]
+    frame.assign(extra="x", **{"another one": "y"})[order].to_csv(tmp_path / "other.csv", index=False)
+    predict(tables / "run", tmp_path / "other.csv", tmp_path / "other.tsv")
+    assert (tmp_path / "other.tsv").read_bytes() == test_file_of(tables / "run").read_bytes()
+
+
+def test_a_header_alone_gives_a_header_alone(tables, several, tmp_path):
+    table = write_csv(tmp_path / "header.csv", [], COLUMNS[:-1])
+    assert predict(tables / "run", table, tmp_path / "out.tsv") == []
+    assert (tmp_path / "out.tsv").read_bytes() == b"row_id\tprob\tpred\n"
+    assert predict(several / "run", table, tmp_path / "out.tsv") == []
+    assert (tmp_path / "out.tsv").read_bytes() == b"row_id\tprob_0\tprob_1\tprob_2\tpred\n"
+
+
+def test_ids_come_back_byte_for_byte(tables, tmp_path):
+    rows = [[name, "refund", 1, 2, "a", name] for name in ODD_IDS]
+    found = predict(tables / "run", write_csv(tmp_path / "ids.csv", rows), tmp_path / "out.tsv")
+    assert [row["row_id"] for row in found] == ODD_IDS
+    assert [row["label"] for row in found] == ODD_IDS  # copied as they are, too
+    frame = pd.read_csv(tmp_path / "out.tsv", sep="\t", dtype=str, keep_default_na=False)
+    assert frame["row_id"].tolist() == ODD_IDS
+
+
+def test_probabilities_read_back_to_the_models_float32(tables, several, tmp_path):
+    for folder in (tables, several):
+        rows = predict(folder / "run", folder / "test.csv", tmp_path / "out.tsv")
+        scorer = Predictor.from_folder(folder / "run")
+        config, roles = scorer.loaded.config, Roles.from_config(scorer.loaded.config)
+        [chunk] = read_chunks([str(folder / "test.csv")], roles.inputs())
+        dataset = predictor.encode_for_prediction(
+            chunk, roles, scorer.loaded.tokenizer, scorer.loaded.features, scorer.loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
+        )
+        computed = scorer.score(dataset).preds
+        columns = [name for name in rows[0] if name.startswith("prob")]
+        read = np.array([[np.float32(row[name]) for name in columns] for row in rows])
+        assert computed.dtype == np.float32 and np.array_equal(read.reshape(computed.shape), computed)
+        shortest = {str(value) for value in computed.ravel()}
+        assert {row[name] for row in rows for name in columns} == shortest
+
+
+def test_several_classes(several, tmp_path):
+    rows = predict(several / "run", several / "test.csv", tmp_path / "out.tsv")
+    names = ["prob_0", "prob_1", "prob_2"]
+    assert list(rows[0]) == ["row_id", *names, "label", "pred"]
+    for row in rows:
+        values = [float(row[name]) for name in names]
+        assert sum(values) == pytest.approx(1, abs=1e-6)
+        assert row["pred"] == str(int(np.argmax(values)))
+
+
+def test_class_names_of_any_text(tables, tmp_path):
+    names = sorted(["=1+1", 'a "b"\tc', "NA"])
+    for part in ("train", "val"):
+        frame = read_csv(tables / f"{part}.csv")
+        frame.assign(label=[names[row % 3] for row in range(len(frame))]).to_csv(tmp_path / f"{part}.csv", index=False)
+    paths = {f"{part}_path": (str(tmp_path / f"{part}.csv"),) for part in ("train", "val")} | {"test_path": ()}
+    folder, _, _ = train_in(tables, tmp_path, is_binary=False, num_classes=3, max_train_rows=16, **paths)
+    rows = predict(folder, tmp_path / "val.csv", tmp_path / "out.tsv")
+    assert list(rows[0]) == ["row_id", *(f"prob_{name}" for name in names), "label", "pred"]
+    for position, row in enumerate(rows):
+        assert row["label"] == names[position % 3]
+        assert row["pred"] == max(names, key=lambda name: float(row[f"prob_{name}"]))
+
+
+# ---- files ----
+
+
+def test_all_formats_and_lists_of_files_give_the_same(tables, tmp_path):
+    frame = read_csv(tables / "test.csv")
+    typed = frame.assign(age=pd.to_numeric(frame["age"]), amount=pd.to_numeric(frame["amount"]))
+    frame.to_csv(tmp_path / "all.tsv", sep="\t", index=False)
+    frame.to_json(tmp_path / "all.jsonl", orient="records", lines=True)
+    typed.to_json(tmp_path / "typed.jsonl", orient="records", lines=True)
+    typed.to_parquet(tmp_path / "all.parquet", index=False)
+    (tmp_path / "all.csv.gz").write_bytes(gzip.compress((tables / "test.csv").read_bytes()))
+    (tmp_path / "mark.csv").write_bytes(b"\xef\xbb\xbf" + (tables / "test.csv").read_bytes().replace(b"\r\n", b"\n"))
+    frame[:20].to_csv(tmp_path / "part-1.csv", index=False)
+    frame[20:].to_csv(tmp_path / "part-2.csv", index=False)
+    expected = test_file_of(tables / "run").read_bytes()
+    for source in ("all.tsv", "all.jsonl", "typed.jsonl", "all.parquet", "all.csv.gz", "mark.csv", "part-*.csv"):
+        predict(tables / "run", tmp_path / source, tmp_path / "out.txt")
+        assert (tmp_path / "out.txt").read_bytes() == expected, source
+
+
+def test_the_folder_alone_is_enough(tables, tmp_path, monkeypatch):
+    """No training data, no pretrained encoder, no network; and scoring writes nothing into the folder."""
+    expected = test_file_of(tables / "run").read_bytes()
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("config.json", "features.json", "labels.json", "model.safetensors"):
+        shutil.copy(tables / "run" / name, home / name)
+    shutil.copytree(tables / "run/encoder", home / "encoder")
+    shutil.copy(tables / "test.csv", tmp_path / "new.csv")
+    before = sorted(home.rglob("*"))
+    away = tables.with_name("away")
+    os.rename(tables, away)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a network connection"))
+    try:
+        predict(home, tmp_path / "new.csv", tmp_path / "out.tsv")
+    finally:
+        os.rename(away, tables)
+    assert (tmp_path / "out.tsv").read_bytes() == expected
+    assert sorted(home.rglob("*")) == before and sorted(path.name for path in tmp_path.iterdir()) == ["home", "new.csv", "out.tsv"]
+    assert not any(path.suffix in (".bin", ".pt", ".pkl", ".pickle") for path in before)
+
+
+def test_an_older_output_is_replaced_whole(tables, tmp_path):
+    (tmp_path / "out.tsv").write_text("old\n" * 1000)
+    assert len(predict(tables / "run", tables / "test.csv", tmp_path / "out.tsv")) == 37
+    assert [path.name for path in tmp_path.iterdir()] == ["out.tsv"]
+
+
+# ---- what training learns from ----
+
+
+def train_in(tables: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any], Any]:
+    """One epoch on the tables of `tables` into `tmp_path`; the folder, train_results.json and the prepared data."""
+    folder = tmp_path / changes.pop("name", "run")
+    results, data = tiny.train(Config(**tiny.settings(tables, max_epochs=1, model_path=str(folder), cache_path=str(tmp_path / "cache"), **changes)))
+    return folder, results, data
+
+
+def test_test_rows_change_nothing_that_is_fitted(tables, tmp_path):
+    frame = read_csv(tables / "test.csv")
+    frame.assign(age="1e9", amount="-5", kind="unheard of", text="zzz " + frame["text"]).drop(columns="label").to_csv(tmp_path / "strange.csv", index=False)
+    folders = [
+        train_in(tables, tmp_path, name=name, test_path=(str(path),), max_train_rows=50)[0]
+        for name, path in (("plain", tables / "test.csv"), ("strange", tmp_path / "strange.csv"))
+    ]
+    for name in ("model.safetensors", "features.json", "labels.json", "encoder/tokenizer.json", "encoder/config.json"):
+        first, second = ((folder / name).read_bytes() for folder in folders)
+        assert first == second, name
+    assert test_file_of(folders[0]).read_bytes() != test_file_of(folders[1]).read_bytes()
+    assert list(read_tsv(test_file_of(folders[1]))[0]) == ["row_id", "prob", "pred"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"tab_field_list": (), "cat_field_list": ()}, id="text only"),
+        pytest.param({"text_name": ()}, id="columns only"),
+        pytest.param({"text_name": (), "tab_field_list": ()}, id="categories only"),
+        pytest.param({"text_name": ("kind", "text"), "cat_field_list": ()}, id="two text columns"),
+        pytest.param({"max_length": 12, "max_chunks": 3}, id="chunks"),
+        pytest.param({"id_name": None, "positive_label": "0"}, id="no ids, other positive label"),
+        pytest.param({"pooling": "mean", "val_path": (), "val_fraction": 0.0}, id="no validation"),
+    ],
+)
+def test_other_shapes_of_a_model(tables, tmp_path, changes):
+    folder, results, data = train_in(tables, tmp_path, **changes)
+    assert results["steps"] == 8
+    rows = predict(folder, tables / "test.csv", tmp_path / "out.tsv")
+    assert (tmp_path / "out.tsv").read_bytes() == test_file_of(folder).read_bytes()
+    assert len(rows) == 37 and len({row["prob"] for row in rows}) > 1
+    if "positive_label" in changes:
+        assert data.labels.names == ("1", "0") and json.loads((folder / "labels.json").read_text()) == {"names": ["1", "0"]}
+        assert list(rows[0]) == ["prob", "label", "pred"]
+        assert all(row["pred"] == ("0" if float(row["prob"]) > 0.5 else "1") for row in rows)
+    if "max_chunks" in changes:
+        assert {batch.input_ids.shape[1] for batch in (data.test.batch([row]) for row in range(37)) if batch.input_ids.ndim == 3} >= {2, 3}
+    assert (folder / "encoder").exists() == (changes.get("text_name") != ())
+
+
+def test_training_from_other_formats_gives_the_same_model(tables, tmp_path):
+    frames = {name: read_csv(tables / f"{name}.csv") for name in ("train", "val", "test")}
+    same, _, _ = train_in(tables, tmp_path, name="csv", max_train_rows=24)
+    for kind in ("jsonl", "tsv", "parquet", "csv.gz"):
+        for name, frame in frames.items():
+            path = tmp_path / f"{name}.{kind}"
+            if kind == "jsonl":
+                frame.to_json(path, orient="records", lines=True)
+            elif kind == "parquet":
+                frame.assign(age=pd.to_numeric(frame["age"]), label=frame["label"].astype(int)).to_parquet(path, index=False)
+            else:
+                frame.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False)
+        paths = {f"{name}_path": (str(tmp_path / f"{name}.{kind}"),) for name in frames}
+        folder, _, _ = train_in(tables, tmp_path, name=kind, max_train_rows=24, **paths)
+        for name in ("features.json", "labels.json", "model.safetensors"):
+            assert (folder / name).read_bytes() == (same / name).read_bytes(), f"{kind}: {name}"
+        assert test_file_of(folder).read_bytes() == test_file_of(same).read_bytes(), kind
+
+
+def test_a_share_of_the_training_rows_validates_group_by_group(tables, tmp_path):
+    frame = read_csv(tables / "train.csv")
+    frame.assign(thread=[f"t{row // 3}" for row in range(len(frame))]).to_csv(tmp_path / "train.csv", index=False)
+    _, _, data = train_in(tables, tmp_path, train_path=(str(tmp_path / "train.csv"),), val_path=(), val_fraction=0.25, group_name="thread")
+    threads = {part.name: {int(name) // 3 for name in part.ids(range(len(part)))} for part in (data.train, data.val)}
+    assert not threads["train"] & threads["val"]
+    assert len(data.train) + len(data.val) == 64 and 8 <= len(data.val) <= 24
+    learned_from = frame[frame["row_id"].isin(data.train.ids(range(len(data.train))))]
+    for place, name in enumerate(("age", "amount")):  # fitted without the validation rows
+        assert data.features.medians[place] == pd.to_numeric(learned_from[name]).median() != pd.to_numeric(frame[name]).median()
+
+
+def test_balanced_weights_are_those_weights(tables, tmp_path):
+    counts = np.bincount(read_csv(tables / "train.csv")["label"].astype(int))
+    weights = tuple(float(weight) for weight in 64 / (2 * counts))
+    folders = [train_in(tables, tmp_path, name=str(index), class_weights=given)[0] for index, given in enumerate(("balanced", weights, None))]
+    models = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert models[0] == models[1] != models[2]
+
+
+def test_a_test_file_without_rows(several, tables, tmp_path):
+    table = write_csv(tmp_path / "header.csv", [])
+    for source, num_classes in ((tables, 2), (several, 3)):
+        changes = {"num_classes": num_classes, "is_binary": num_classes == 2, "max_train_rows": 24, "test_path": (str(table),)}
+        folder, results, _ = train_in(source, tmp_path, name=str(num_classes), **changes)
+        assert read_tsv(test_file_of(folder)) == []
+        assert results["test_metrics"]["test/num_rows"] == 0 and results["test_metrics"]["test/accuracy"] is None
+
+
+def test_one_class_in_validation(tables, tmp_path):
+    frame = read_csv(tables / "val.csv")
+    frame[frame["label"] == "0"].to_csv(tmp_path / "val.csv", index=False)
+    folder, results, _ = train_in(tables, tmp_path, val_path=(str(tmp_path / "val.csv"),), early_stop_metric="val/auroc", max_train_rows=24)
+    assert results["best_metric"] == "val_loss"
+    [line] = [line for line in tiny.metrics_lines(folder) if "val_loss" in line]
+    assert line["val/auroc"] is None and line["val/accuracy"] is not None
+
+
+def test_predictions_do_not_depend_on_threads_left_by_a_caller(tables, tmp_path):
+    torch.set_num_threads(2)
+    predict(tables / "run", tables / "test.csv", tmp_path / "out.tsv")
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,224 @@
+"""Started again: what must be as it was, what may change, and that nothing shows of the interruption."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmbert_core.config import FREE_ON_RESUME, Config, config_fields
+from mmbert_core.errors import InputError
+from mmbert_core.training import checkpoint, loop, setup
+from mmbert_core.training.checkpoint import check_resumable
+from tests import tiny
+from tests.training.conftest import NO_VALIDATION, STEPS, Interrupted, before_each_step, die_before, lines_of, train, weights_in
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but TensorBoard's."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and "tensorboard" not in path.parts}
+
+
+# ---- what a resume must agree with ----
+
+
+FINGERPRINTS = {"train.csv": {"bytes": 10, "sha256": "a" * 64}, "val.csv": {"bytes": 10, "sha256": "b" * 64}}
+CONFIG = Config(text_name=("text",), label_name="label", model_path="run").to_dict()
+
+
+def check(*, config: dict | None = None, fingerprints: dict | None = None) -> None:
+    state = json.loads(json.dumps({"step": 40, "config": CONFIG, "fingerprints": FINGERPRINTS}))
+    check_resumable(state, config={**CONFIG, **(config or {})}, fingerprints=FINGERPRINTS if fingerprints is None else fingerprints, free_keys=FREE_ON_RESUME)
+
+
+@pytest.mark.parametrize("key", config_fields())
+def test_every_key_is_frozen_unless_it_is_free(key):
+    if key in FREE_ON_RESUME:
+        check(config={key: "another"})
+    else:
+        with pytest.raises(InputError) as error:
+            check(config={key: "another"})
+        line = str(error.value)
+        assert key in line and "'another'" in line and repr(CONFIG[key]) in line and "step 40" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [("train.csv", {"train.csv": {"bytes": 10, "sha256": "c" * 64}}), ("more.csv", {"more.csv": {"bytes": 1, "sha256": "d" * 64}}), ("val.csv", {"val.csv": None})],
+)
+def test_changed_new_and_vanished_files_are_refused(path, change):
+    check()
+    fingerprints = {name: value for name, value in {**FINGERPRINTS, **change}.items() if value is not None}
+    with pytest.raises(InputError, match=f"^{path} has changed since the checkpoint at step 40"):
+        check(fingerprints=fingerprints)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, files) -> Config:
+    """A finished run over its own data files, to be started again with changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    for name in ("train.csv", "val.csv"):
+        shutil.copy(files / name, folder / name)
+    values = tiny.settings(
+        files, train_path=(str(folder / "train.csv"),), val_path=(str(folder / "val.csv"),), test_path=(), cache_path=str(folder / "cache"),
+        model_path=str(folder / "run"), max_epochs=1, save_every=2,
+    )  # fmt: skip
+    config = Config(**values)
+    train(config)
+    return config
+
+
+REFUSED = {
+    "lr": 2e-3, "batch_size": 4, "seed": 1, "max_epochs": 3, "num_classes": 3, "precision": "bf16", "warmup_steps": 0, "weight_decay": 0.1,
+    "class_weights": (1.0, 2.0), "tab_field_list": ("age",), "microbatches_per_step": 2, "test_path": "val_path", "early_stop_metric": "val_loss",
+}  # fmt: skip
+ALLOWED = {"log_every": 7, "save_every": 1, "keep_checkpoints": 9, "num_threads": 2, "cache_path": "elsewhere"}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_changed_setting_stops_a_started_run_before_it_writes(finished, key):
+    new = getattr(finished, "val_path") if REFUSED[key] == "val_path" else REFUSED[key]
+    changes = {key: new, **({"is_binary": False} if key == "num_classes" else {})}
+    before = content(Path(finished.model_path))
+    if key == "num_classes":  # the data have two classes: refused even earlier
+        with pytest.raises(InputError, match="num_classes"):
+            train(replace(finished, **changes))
+    else:
+        old = finished.to_dict()[key]
+        with pytest.raises(InputError) as error:
+            train(replace(finished, **changes))
+        assert f"{key} was {old!r}" in str(error.value) and f"is {replace(finished, **changes).to_dict()[key]!r} now" in str(error.value)
+    assert content(Path(finished.model_path)) == before
+
+
+@pytest.mark.parametrize("key", ALLOWED)
+def test_a_setting_that_changes_no_number_may_change(finished, tmp_path, key):
+    new = str(tmp_path / "cache") if key == "cache_path" else ALLOWED[key]
+    results, _, _ = train(replace(finished, **{key: new}))
+    assert results["steps"] == 5
+
+
+def test_a_run_may_move(finished, tmp_path):
+    shutil.copytree(finished.model_path, tmp_path / "moved")
+    results, _, _ = train(replace(finished, model_path=str(tmp_path / "moved"), resume=4))
+    assert results["steps"] == 5
+    last = "checkpoints/step-00000005"
+    assert content(tmp_path / "moved" / last)["model.safetensors"] == content(Path(finished.model_path) / last)["model.safetensors"]
+
+
+def test_changed_data_stop_a_started_run(finished):
+    path = Path(finished.train_path[0])
+    old = path.read_bytes()
+    before = content(Path(finished.model_path))
+    try:
+        path.write_bytes(old.replace(b"refund", b"refuse", 1))
+        with pytest.raises(InputError, match=f"{path} has changed since the checkpoint at step 5"):
+            train(finished)
+    finally:
+        path.write_bytes(old)
+    assert content(Path(finished.model_path)) == before
+    assert train(finished)[0]["steps"] == 5
+
+
+# ---- going on ----
+
+
+def figures_of(config: Config) -> list[tuple]:
+    """What does not depend on the clock."""
+    return [tuple(line.get(key) for key in ("step", "epoch", "train_loss", "lr", "grad_norm", "val_loss", "val/f1_score")) for line in tiny.metrics_lines(config.model_path)]
+
+
+def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(config_of, tmp_path, monkeypatch):
+    straight = config_of(save_every=4, val_check_interval=3, model_path=str(tmp_path / "straight"))
+    train(straight)
+    config = replace(straight, model_path=str(tmp_path / "killed"))
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        die_before(patches, step=8)
+        train(config)
+    metrics = Path(config.model_path) / "metrics.jsonl"
+    assert [line["step"] for line in lines_of(config)] == list(range(1, 8))
+    with open(metrics, "a") as stream:
+        stream.write('{"step": 8, "epoch": 1, "train_lo')  # torn
+    started = []
+    with monkeypatch.context() as patches:
+        before_each_step(patches, lambda run, order: started.append(run.state.step))
+        train(config)
+    assert started[0] in (4, 6)  # the newest checkpoint: of save_every, or of the best validation
+    assert figures_of(config) == figures_of(straight)
+    assert [line["step"] for line in lines_of(config)] == list(range(1, STEPS + 1))
+    assert weights_in(config) == weights_in(straight)
+
+
+def test_going_on_from_an_earlier_step(config_of, caplog):
+    config = config_of(save_every=2, keep_checkpoints=100)
+    train(config)
+    before, figures = weights_in(config), figures_of(config)
+    results, _, _ = train(replace(config, resume=4))
+    assert results["steps"] == STEPS and weights_in(config) == before and figures_of(config) == figures
+    assert any(message.startswith("going on from") and message.endswith("step-00000004") for message in caplog.messages)
+
+
+def test_a_finished_run_started_again_does_nothing_and_says_so(config_of, files, monkeypatch, caplog):
+    config = config_of(test_path=(str(files / "test.csv"),))
+    results, _, _ = train(config)
+    before = content(Path(config.model_path))
+    caplog.clear()
+    die_before(monkeypatch, step=STEPS + 1)
+    again, _, _ = train(config)
+    assert again == json.loads(json.dumps(results))
+    assert content(Path(config.model_path)) == before
+    assert f"{config.model_path}: this run is finished at step {STEPS}; nothing to do" in caplog.messages
+
+
+@pytest.mark.parametrize("part", ("save_model_folder", "write_json"))
+def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, files, monkeypatch, part):
+    """Its results, of which an earlier life may have left some, appear last."""
+    config = config_of(test_path=(str(files / "test.csv"),), save_every=5)
+    expected, _, _ = train(config)
+    weights = weights_in(config)
+
+    def die(*_, **__):
+        raise Interrupted
+
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        patches.setattr(loop, part, die)
+        train(replace(config, resume=5))
+    assert not (Path(config.model_path) / "train_results.json").exists()
+    die_before(monkeypatch, step=STEPS + 1)  # nothing is left to train
+    results, _, _ = train(config)
+    assert results["test_metrics"] == expected["test_metrics"] and results["best_step"] == expected["best_step"]
+    assert weights_in(config) == weights
+
+
+def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of, tmp_path, monkeypatch):
+    """Loss scaling as fp16 has it, in fp32: gradients of steps 2 and 3 overflow."""
+    now = [0]
+
+    def configure_optimizers(model, *arguments):
+        model.final_merge_network.linear_layer_final.bias.register_hook(lambda gradient: gradient * math.inf if now[0] in (2, 3) else gradient)
+        return plain(model, *arguments)
+
+    plain = setup.configure_optimizers
+    monkeypatch.setattr(setup, "configure_optimizers", configure_optimizers)
+    monkeypatch.setattr(setup, "build_scaler", lambda precision, device: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3))
+    before_each_step(monkeypatch, lambda run, order: now.__setitem__(0, run.state.step + 1))
+    straight = config_of(model_path=str(tmp_path / "straight"), save_every=1, keep_checkpoints=100, warmup_steps=0, **NO_VALIDATION)
+    results, _, _ = train(straight)
+    assert results["skipped_steps"] == 2 and results["steps"] == STEPS
+    lines = lines_of(straight)
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (1 - done / STEPS) for done in (1, 1, 1, 2, 3, 4, 5, 6, 7, 8)])
+    assert [line["grad_norm"] is None for line in lines] == [step in (2, 3) for step in range(1, STEPS + 1)]
+
+    config = replace(straight, model_path=str(tmp_path / "killed"))
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        die_before(patches, step=5)
+        train(config)
+    state = json.loads((checkpoint.step_folder(Path(config.model_path) / "checkpoints", 4) / "state.json").read_text())
+    assert state["scaler"]["scale"] == 256.0 and state["scaler"]["_growth_tracker"] == 1 and state["skipped_steps"] == 2
+    results, _, _ = train(config)
+    assert results["skipped_steps"] == 2 and figures_of(config) == figures_of(straight) and weights_in(config) == weights_in(straight)
+    last = json.loads((checkpoint.step_folder(Path(config.model_path) / "checkpoints", STEPS) / "state.json").read_text())
+    assert last["scaler"]["scale"] == 1024.0  # grown twice since

@@ -1,0 +1,107 @@
+"""Validation: when it happens, which step is the best, and when the run stops early."""
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmbert_core.training import checkpoint, hooks
+from tests.training.conftest import NO_VALIDATION, STEPS, lines_of, train, warnings_in, weights_in
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps"),
+    [(1.0, [5, 10]), (0.5, [2, 4, 7, 9, 10]), (0.01, list(range(1, 11))), (3, [3, 6, 9, 10]), (1, list(range(1, 11))), (100, [10])],
+)
+def test_validation_every_share_of_an_epoch_or_number_of_steps(config_of, interval, steps):
+    config = config_of(val_check_interval=interval)
+    train(config)
+    assert [line["step"] for line in lines_of(config, "val_loss")] == steps
+
+
+@pytest.mark.parametrize(("metric", "lr", "seed"), [("val/f1_score", 1e-3, 0), ("val_loss", 2e-3, 6), ("val/log_loss", 1e-2, 0)])
+def test_early_stop_after_patience_and_the_best_step_is_the_model(config_of, caplog, metric, lr, seed):
+    patience = 3
+    config = config_of(
+        early_stop_metric=metric, early_stop_patience=patience, lr=lr, seed=seed, max_epochs=20, val_check_interval=1, warmup_steps=0, run_scheduler=False,
+        keep_checkpoints=1,
+    )  # fmt: skip
+    results, _, _ = train(config)
+    values = [line[metric] for line in lines_of(config, "val_loss")]
+    best = (np.argmax if metric == "val/f1_score" else np.argmin)(values) + 1  # the first of equals: equal is not better
+    assert results["best_step"] == best and results["best_value"] == values[best - 1] and results["best_metric"] == metric
+    assert results["steps"] == len(values) == best + patience < 100
+    assert weights_in(config) == weights_in(config, best) != weights_in(config, results["steps"])
+    assert sorted(checkpoint.list_steps(Path(config.model_path) / "checkpoints")) == [best, results["steps"]]
+    assert any(message.startswith("early stop: 3 validations") for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best", "steps"),
+    [
+        ("val/f1_score", [0.5, 0.6, 0.6, 0.1, 0.9], 2, 4),
+        ("val/f1_score", [0.1, 0.0, 0.2, 0.1, 0.3, 0.2, 0.2], 5, 7),
+        ("val_loss", [0.5, 0.6, 0.4, 0.5, 0.4], 3, 5),
+        ("val/ece", [0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.05, 0.04, 0.03, 0.02], 10, 10),
+        ("val_loss", [None, None], 2, 2),  # nothing to choose by: the last step
+        ("val_loss", [None, 0.9, None, 0.8, None, 0.9], 4, 6),
+    ],
+)
+def test_best_and_stop_follow_from_the_validations(config_of, monkeypatch, metric, values, best, steps):
+    left = iter(values)
+
+    def on_validation_epoch_end(*_, **__):
+        value = next(left)
+        return {"val_loss": 1.0 if value is None else value, metric: value}
+
+    monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
+    config = config_of(early_stop_metric=metric, early_stop_patience=2, val_check_interval=1)
+    results, _, _ = train(config)
+    assert (results["best_step"], results["steps"]) == (best, steps)
+    assert weights_in(config) == weights_in(config, best)
+
+
+def write_one_class(files: Path, path: Path) -> str:
+    with open(files / "val.csv", newline="") as stream:
+        header, *rows = list(csv.reader(stream))
+    with open(path, "w", newline="") as stream:
+        csv.writer(stream).writerows([header, *(row for row in rows if row[-1] == "0")])
+    return str(path)
+
+
+def test_an_undefined_early_stop_metric_leaves_it_to_val_loss(config_of, files, tmp_path, caplog):
+    config = config_of(val_path=(write_one_class(files, tmp_path / "one.csv"),), early_stop_metric="val/auroc", val_check_interval=0.5)
+    results, _, _ = train(config)
+    validations = lines_of(config, "val_loss")
+    assert all(line["val/auroc"] is None and line["val/accuracy"] is not None for line in validations)
+    best = min(validations, key=lambda line: line["val_loss"])
+    assert (results["best_metric"], results["best_step"], results["best_value"]) == ("val_loss", best["step"], best["val_loss"])
+    assert "val/auroc is undefined on these validation rows: val_loss decides" in warnings_in(caplog)
+
+
+def test_a_validation_that_is_not_finite_is_null_and_never_the_best(config_of, monkeypatch):
+    plain, calls = hooks.validation_step, []
+
+    def validation_step(model, batch, batch_idx, outputs, *, task):
+        plain(model, batch, batch_idx, outputs, task=task)
+        calls.append(1)
+        if len(calls) == 1:
+            outputs[-1] = replace(outputs[-1], loss_sum=math.nan, preds=np.full_like(outputs[-1].preds, math.nan))
+
+    monkeypatch.setattr(hooks, "validation_step", validation_step)
+    config = config_of(early_stop_metric="val_loss")
+    results, _, _ = train(config)
+    first, second = lines_of(config, "val_loss")
+    assert first == {"step": 5, "val_loss": None, "val/accuracy": None, "val/f1_score": None}
+    assert results["best_step"] == 10 and results["best_value"] == second["val_loss"]
+
+
+def test_without_validation_rows_the_last_step_is_the_model(config_of):
+    config = config_of(**NO_VALIDATION)
+    results, data, _ = train(config)
+    assert data.val is None and lines_of(config, "val_loss") == []
+    assert (results["best_step"], results["best_metric"], results["best_value"]) == (STEPS, None, None)
+    assert weights_in(config) == weights_in(config, STEPS)
