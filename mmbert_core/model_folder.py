@@ -22,7 +22,7 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import load_tokenizer
 from mmbert_core.errors import InputError
-from mmbert_core.files import read_json, write_json
+from mmbert_core.files import read_json, sync_path, write_json
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pretrained_encoder, reinitialise, resolve_pooling
@@ -65,7 +65,7 @@ def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str
 def check_length(config: Config, encoder: nn.Module) -> None:
     """Refuse chunks longer than the encoder's positions, which would fail deep inside it."""
     positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 1:  # XLNet has relative positions and says -1
         return
     offset = (getattr(encoder.config, "pad_token_id", 0) or 0) + 1 if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     if config.max_length > positions - offset:
@@ -97,7 +97,9 @@ def save_model_folder(
     write_json(folder / "config.json", config_record(config, resolved))
     temporary = folder / f".tmp-{WEIGHTS}"
     save_file(weights, str(temporary), metadata={"format": "pt"})
+    sync_path(temporary)
     temporary.replace(folder / WEIGHTS)
+    sync_path(folder)
 
 
 def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metric
 from mmbert_core.evaluation.plots import write_plots
 from mmbert_core.evaluation.predictions import header, prediction_rows, tsv_line
 from mmbert_core.files import write_json, write_text
-from mmbert_core.model.losses import row_losses, row_weights
+from mmbert_core.model.losses import LossOp, row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.training.optim import autocast
 
@@ -38,7 +38,7 @@ class Task:
     """What every step needs beside the model and the batch."""
 
     is_binary: bool
-    loss_op: nn.Module  # logits [B, K], labels [B] -> weighted losses [B]
+    loss_op: LossOp  # logits [B, K], labels [B] -> weighted losses [B]
     precision: str
     device: torch.device
 

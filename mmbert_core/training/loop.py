@@ -20,6 +20,7 @@ from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
 from mmbert_core.files import write_json
+from mmbert_core.model.losses import LossOp
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model_folder import save_model_folder
 from mmbert_core.training import checkpoint, hooks
@@ -31,13 +32,16 @@ logger = logging.getLogger(__name__)
 LOWER_IS_BETTER = ("val_loss", "val/log_loss", "val/ece")
 
 
-def fit(config: Config, data: Data, model: MultimodalBert, pooling: str | None, context: DistContext) -> dict[str, Any]:
+def fit(
+    config: Config, data: Data, model: MultimodalBert, pooling: str | None, context: DistContext, *, loss_op: LossOp | None = None
+) -> dict[str, Any]:
     """Collective. Train, keep the best step, write the model folder, score the test rows; returns train_results.json.
 
     `model` and `pooling` come from `setup.prepare_model`. Goes on from a checkpoint in `config.model_path` unless told
-    otherwise; a finished run is left as it is.
+    otherwise; a finished run is left as it is. `loss_op(logits, labels)` replaces the weighted cross entropy
+    (`losses.add_loss_op`); it is code, so no checkpoint knows it: give the same one to resume.
     """
-    run = start_run(config, data, model, pooling, context)
+    run = start_run(config, data, model, pooling, context, loss_op=loss_op)
     try:
         if run.state.finished and (results := already_finished(config)):
             run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")

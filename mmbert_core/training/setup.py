@@ -22,11 +22,12 @@ from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.batches import settle_micro_batches, steps_per_epoch
 from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
+from mmbert_core.errors import InputError
 from mmbert_core.evaluation.metrics import check_metric_choices
 from mmbert_core.files import read_json, write_json
-from mmbert_core.model.losses import build_loss_op
+from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
-from mmbert_core.model_folder import build_model, config_record
+from mmbert_core.model_folder import WEIGHTS, build_model, config_record
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.hooks import Task, run_epoch
@@ -69,7 +70,7 @@ class Run:
     state: TrainState
     log: RunLog
     resolved: dict[str, Any]
-    class_weights: np.ndarray  # [K] float64
+    class_weights: np.ndarray  # [K] float64, as the loss weighs rows
     train_labels: np.ndarray  # [N] int64
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 
@@ -89,12 +90,12 @@ def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | Non
     return build_model(config, data.features)
 
 
-def settle_class_weights(config: Config, data: Data) -> np.ndarray:
-    """Weights [K]: as given, ones, or `balanced` = rows / (classes * rows of the class), from the training rows."""
+def settle_class_weights(config: Config, data: Data) -> list[float] | None:
+    """One weight per class: none, as given, or `balanced` = rows / (classes * rows of the class), from the training rows."""
     if config.class_weights == "balanced":
         counts = np.bincount(data.train.label_index, minlength=config.num_classes)
-        return len(data.train) / (config.num_classes * counts)
-    return np.asarray(config.class_weights or [1.0] * config.num_classes, dtype=np.float64)
+        return (len(data.train) / (config.num_classes * counts)).tolist()
+    return None if config.class_weights is None else list(config.class_weights)
 
 
 # ---- within the process group ----
@@ -106,8 +107,10 @@ def already_finished(config: Config) -> dict[str, Any] | None:
     return distributed.on_main(lambda: read_json(path) if path.is_file() else None)
 
 
-def start_run(config: Config, data: Data, model: MultimodalBert, pooling: str | None, context: DistContext) -> Run:
-    """Collective. A run at its first step, or at the step of the newest whole checkpoint."""
+def start_run(
+    config: Config, data: Data, model: MultimodalBert, pooling: str | None, context: DistContext, *, loss_op: LossOp | None = None
+) -> Run:
+    """Collective. A run at its first step, or at the step of the newest whole checkpoint. `loss_op` replaces cross entropy."""
     folder = Path(config.model_path)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
@@ -122,9 +125,9 @@ def start_run(config: Config, data: Data, model: MultimodalBert, pooling: str | 
     if config.microbatches_per_step == "auto" and context.is_main and not found:
         logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", micro)
 
-    class_weights = settle_class_weights(config, data)
-    weighted = config.class_weights is not None
-    loss_op = build_loss_op(class_weights.tolist() if weighted else None).to(context.device)
+    loss_op = build_loss_op(settle_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
+    class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
+    loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
     task = Task(config.is_binary, loss_op, precision, context.device)
     model.to(context.device).train()
     if found:
@@ -164,23 +167,21 @@ def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh
 def read_for_all_ranks(config: Config, data: Data, folder: Path) -> Checkpoint | None:
     """Collective. Rank 0 chooses and reads the checkpoint, the others get step and tensors from it: no shared disk needed."""
 
-    def choose() -> tuple[Checkpoint | None, dict[str, Any] | None]:
+    found: Checkpoint | None = None
+
+    def choose() -> dict[str, Any] | None:
+        nonlocal found
         path = checkpoint.find_checkpoint(folder, config.resume)
         if path is None:
-            return None, None
+            if (folder.parent / WEIGHTS).exists():
+                raise InputError(f"{folder.parent}: expected an empty folder or a run to go on from, found a trained model without checkpoints: choose another model_path")
+            return None
         found = checkpoint.read_checkpoint(path)
         checkpoint.check_resumable(found.state, config=config.to_dict(), fingerprints=data.fingerprints, free_keys=FREE_ON_RESUME)
         logger.info("going on from %s", path)
-        return found, found.state
+        return found.state
 
-    found = None
-
-    def choose_and_keep() -> dict[str, Any] | None:
-        nonlocal found
-        found, state = choose()
-        return state
-
-    state = distributed.on_main(choose_and_keep)
+    state = distributed.on_main(choose)
     if state is None:
         return None
     weights = distributed.broadcast_tensors(found.weights if found else None)

@@ -14,7 +14,7 @@ from transformers import AutoModel, LukeConfig
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext
-from mmbert_core.training import checkpoint, loop
+from mmbert_core.training import checkpoint, hooks, loop
 from mmbert_core.training.loop import fit
 from mmbert_core.training.setup import prepare_model
 from tests import tiny
@@ -31,6 +31,12 @@ def library_logging(monkeypatch, caplog):
     """The command line, when a test has called it in this process, keeps the package's lines from other handlers."""
     monkeypatch.setattr(logging.getLogger("mmbert_core"), "propagate", True)
     caplog.set_level(logging.INFO, logger="mmbert_core")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take longer than the tiny runs, and have tests of their own."""
+    monkeypatch.setattr(hooks, "write_plots", lambda *_, **__: [])
 
 
 @pytest.fixture(scope="package", autouse=True)

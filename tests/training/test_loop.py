@@ -240,3 +240,18 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer_step(c
     assert all(value.isfinite().all() for value in load_file(checkpoint.find_checkpoint(checkpoints, "auto") / "model.safetensors").values())
     results, _, _ = train(config)
     assert results["steps"] == STEPS
+
+
+def test_a_loss_of_the_users_replaces_cross_entropy(config_of, tmp_path):
+    """Label smoothing, of torch's own losses; and one of the user's that forgets its rows is refused."""
+    def train_with(name, loss_op):
+        config = config_of(model_path=str(tmp_path / name), max_epochs=1)
+        data = prepare(config)
+        loop.fit(config, data, *setup.prepare_model(config, data), CONTEXT, loss_op=loss_op)
+        return [line["train_loss"] for line in lines_of(config, "train_loss")]
+
+    plain, same = train_with("plain", None), train_with("same", nn.CrossEntropyLoss())
+    smooth = train_with("smooth", nn.CrossEntropyLoss(label_smoothing=0.3))
+    assert plain == same and plain != smooth
+    with pytest.raises(ValueError, match="one loss per row"):
+        train_with("mean", lambda logits, labels: nn.functional.cross_entropy(logits, labels))
