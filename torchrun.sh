@@ -33,8 +33,6 @@ run() {
 }
 
 # ---- help and check need no workers ----
-config_given=0
-case ${1-} in '' | -*) ;; *) config_given=1 ;; esac
 for argument in "$@"; do
     case $argument in
     --check | --help | -h)
@@ -63,7 +61,7 @@ if [ "$NNODES" -gt 1 ]; then
 fi
 
 # ---- check first: torchrun would turn exit code 2 into 1 and a long report ----
-if [ "$config_given" = 1 ]; then
+if [ $# -gt 0 ]; then
     run "$PYTHON" "$train" "$@" --check
 fi
 

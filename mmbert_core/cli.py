@@ -94,8 +94,7 @@ def build_parser() -> Parser:
     predict_parser.add_argument("input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz")
     predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write: id, probabilities, label if the input has it, predicted label")
     predict_parser.add_argument("--num_threads", type=count, metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
-    precision = config_fields()["precision"].metadata["meaning"]
-    predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=f"{precision} (default: auto)")
+    predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU (default: auto)")
     predict_parser.set_defaults(command=predict)
     return parser
 

@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
     """YAML without code, and without silent repeats."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _without_repeats([(key.value, None) for key, _ in node.value])
+        _without_repeats([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
 
@@ -113,9 +113,10 @@ def _translate_original_keys(values: dict[str, Any], place: str) -> dict[str, An
         values["encoder"] = tokenizer
     if (fp16 := values.pop("fp16", None)) is not None:
         fp16, precision = coerce("fp16", fp16, bool, place=place), values.get("precision")
-        if precision is not None and fp16 != (precision == "fp16"):
+        meant = "fp16" if fp16 else "fp32"  # the original knew no other
+        if precision not in (None, meant):
             raise InputError(f"{place}: fp16 is {str(fp16).lower()} and precision is {precision!r}: they contradict, keep precision")
-        values["precision"] = precision or ("fp16" if fp16 else "auto")
+        values["precision"] = meant
     return values
 
 
@@ -200,7 +201,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"{item.metadata['meaning']} ({default})".replace("%", "%%")
         group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar=_placeholder(name, hints[name]), help=text)
     groups["model"].add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder")
-    groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="true|false", help="the original's name of --precision; true is fp16, false auto")
+    groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="true|false", help="the original's name of --precision; true is fp16, false fp32")
 
 
 def _placeholder(name: str, hint: Any) -> str:

@@ -45,6 +45,8 @@ class DistContext:
 def read_context() -> DistContext:
     """This process's place as torchrun's environment tells it; without torchrun, a single process.
 
+    Every process of a node has a GPU of its own, or all of them compute on the CPU.
+
     Raises `RuntimeError` when only some of torchrun's variables are set: guessing would hang the other ranks.
     """
     found = [name for name in TORCHRUN_VARIABLES if name in os.environ]
@@ -54,7 +56,7 @@ def read_context() -> DistContext:
         rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
     else:
         rank, local_rank, world_size, local_world_size = 0, 0, 1, 1
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if 0 < local_world_size <= torch.cuda.device_count() else torch.device("cpu")
     return DistContext(rank, local_rank, world_size, local_world_size, device)
 
 

@@ -126,8 +126,9 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
             raise InputError(f"{folder}: not a model folder: {ENCODER}/ is missing")
         tokenizer = load_tokenizer(str(folder / ENCODER))
         encoder = build_encoder(str(folder / ENCODER))
-        text = TextBertBase(encoder, pooling=resolved["pooling"], hidden_common_dim=config.hidden_common_dim)
     try:
+        if config.text_name:
+            text = TextBertBase(encoder, pooling=resolved["pooling"], hidden_common_dim=config.hidden_common_dim)
         model = MultimodalBert(text, _tabular_part(config, features), config.num_classes)
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:  # RuntimeError: names or shapes differ

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+import pandas as pd
 import torch
 
 from mmbert_core import distributed
 from mmbert_core.data.batches import deal, evaluation_batches
 from mmbert_core.data.dataset import Dataset, encode_for_prediction
-from mmbert_core.data.table import Roles, columns_kept, expand_paths, read_chunks
+from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError
-from mmbert_core.evaluation.predictions import header, prediction_rows, tsv_line
+from mmbert_core.evaluation.predictions import header, predicted_classes, prediction_rows, tsv_line
 from mmbert_core.files import TEMPORARY_PREFIX, sync_path
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model_folder import LoadedModel, load_model_folder
@@ -39,6 +40,8 @@ class Predictor:
         self.loaded = loaded
         self.context = context
         config = loaded.config
+        if precision == "auto" and context.device.type == "cuda":
+            precision = loaded.resolved["precision"]  # as the run's own test stage did
         self.task = Task(config.is_binary, build_loss_op(None), resolve_precision(precision, context.device), context.device)
         loaded.model.to(context.device).eval()
 
@@ -67,10 +70,7 @@ class Predictor:
             with open(temporary if self.context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
                 stream.write(tsv_line(names))
                 for window in windows:
-                    dataset = encode_for_prediction(
-                        window, roles, self.loaded.tokenizer, self.loaded.features, self.loaded.labels,
-                        max_length=config.max_length, max_chunks=config.max_chunks,
-                    )  # fmt: skip
+                    dataset = self._encode(window)
                     self._write(dataset, self.score(dataset), stream)
                     num_rows += len(dataset)
                     if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
@@ -84,10 +84,31 @@ class Predictor:
                 temporary.unlink(missing_ok=True)
         return num_rows
 
+    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Collective. The rows of a frame as a prediction file has them, in the frame's order; probabilities are float32.
+
+        Cells may be texts or numbers. Raises `InputError` for a missing column or a cell that cannot be.
+        """
+        config, names = self.loaded.config, self.loaded.labels.names
+        dataset = self._encode(frame_to_chunk(frame, Roles.from_config(config).inputs(), (config.label_name,)))
+        result = self.score(dataset)
+        columns = header(names, is_binary=config.is_binary, id_name=config.id_name, has_labels=dataset.has_labels)
+        probabilities = result.preds[:, None] if result.preds.ndim == 1 else result.preds
+        parts = [*([result.ids] if config.id_name else []), *probabilities.T]
+        parts += [dataset.label_strings(range(len(dataset)))] if dataset.has_labels else []
+        parts += [[names[index] for index in predicted_classes(result.preds)]]
+        return pd.DataFrame(dict(zip(columns, parts, strict=True)), index=frame.index)
+
+    def _encode(self, chunk: Chunk) -> Dataset:
+        loaded, config = self.loaded, self.loaded.config
+        return encode_for_prediction(
+            chunk, Roles.from_config(config), loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
+        )
+
     def score(self, dataset: Dataset) -> EpochResult:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""
         plan = evaluation_batches(dataset.lengths, window=WINDOW)
-        hand = deal([len(rows) * int(dataset.lengths[rows].max()) for rows in plan], self.context.world_size)[self.context.rank]
+        hand = deal([dataset.area(rows) for rows in plan], self.context.world_size)[self.context.rank]
         results = []
         with torch.inference_mode():
             for index in hand:

@@ -1,9 +1,16 @@
 """What a command run inside this process leaves behind is put back after every test."""
 
 import logging
+import os
 
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    """Bit-equal promises are the CPU's: without `-m gpu` every process of the tests computes there."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,7 @@ def test_a_json_file_of_the_original_loads_with_one_warning(tmp_path, caplog):
     config = read_config(path)
     assert config == config_from_dict({
         **REQUIRED, "id_name": "row_id", "tab_field_list": ["age", "amount"], "train_path": ["train.csv"], "test_path": ["a.csv", "b.csv"],
+        "precision": "fp32",  # its fp16 is false
     })  # fmt: skip
     [warning] = caplog.records
     assert warning.levelname == "WARNING"
@@ -86,7 +87,7 @@ def test_a_json_file_of_the_original_passes_the_check(tmp_path, capsys):
     assert capsys.readouterr().err.count("need_language_detect") == 1
 
 
-@pytest.mark.parametrize(("fp16", "precision"), [(True, "fp16"), ("true", "fp16"), (False, "auto"), (None, "auto")])
+@pytest.mark.parametrize(("fp16", "precision"), [(True, "fp16"), ("true", "fp16"), (False, "fp32"), (None, "auto")])
 def test_fp16_is_a_precision(fp16, precision):
     assert config_from_dict({**REQUIRED, "fp16": fp16}).precision == precision
 
@@ -175,7 +176,7 @@ def test_values_of_a_file(tmp_path, text, key, value):
         (["--max_train_rows", "null"], "max_train_rows", None),
         (["--encoder", "models/b"], "encoder", "models/b"),
         (["--precision", "fp32"], "precision", "fp32"),
-        (["--fp16", "false"], "precision", "auto"),
+        (["--fp16", "false"], "precision", "fp32"),
     ],
 )
 def test_flags_win_over_the_file(tmp_path, monkeypatch, words, key, value):
@@ -200,6 +201,7 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch, words, key, value):
     [
         ({"fp16": True, "precision": "bf16"}, "fp16 is true and precision is 'bf16'"),
         ({"fp16": False, "precision": "fp16"}, "fp16 is false and precision is 'fp16'"),
+        ({"fp16": False, "precision": "bf16"}, "fp16 is false and precision is 'bf16'"),
         ({"tokenizer": "a", "encoder": "b"}, "encoder is 'b' and tokenizer is 'a'"),
         ({"num_classes": 3}, "num_classes is 3 but is_binary is true"),
         ({"class_weights": [1, 2, 3]}, "class_weights: expected 2 weights (num_classes), found 3"),

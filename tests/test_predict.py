@@ -369,6 +369,16 @@ def test_one_class_in_validation(tables, tmp_path):
     assert line["val/auroc"] is None and line["val/accuracy"] is not None
 
 
+def test_a_frame_is_scored_as_its_file(several, tmp_path):
+    """`Predictor.predict` of rows in memory, whatever their index, equals the command's file."""
+    frame = read_csv(several / "test.csv")
+    frame.index = frame.index[::-1] * 2
+    predicted = Predictor.from_folder(several / "run").predict(frame)
+    written = pd.read_csv(test_file_of(several / "run"), sep="\t", dtype=str, keep_default_na=False)
+    assert predicted.index.tolist() == frame.index.tolist() and predicted.columns.tolist() == written.columns.tolist()
+    assert predicted.astype(str).to_numpy().tolist() == written.to_numpy().tolist()
+
+
 def test_predictions_do_not_depend_on_threads_left_by_a_caller(tables, tmp_path):
     torch.set_num_threads(2)
     predict(tables / "run", tables / "test.csv", tmp_path / "out.tsv")

@@ -28,8 +28,6 @@ class Batch:
     categories: torch.Tensor  # [B, K] int64
     labels: torch.Tensor | None  # [B] int64
     ids: list[str] | None
-    num_tokens: int  # real ones
-    padded_tokens: int  # cells of input_ids
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its inputs and labels on `device`."""
@@ -96,6 +94,17 @@ class Dataset:
         """Categorical column -> its cells with a value that training never saw; columns without one are left out."""
         return dict(unseen_counts(self._lookups, self.encoded.category_codes[self.rows], self._features.category_names))
 
+    def area(self, positions: Sequence[int] | np.ndarray) -> int:
+        """Cells that the encoder computes for these rows as one batch: real chunks times the longest; without text the rows."""
+        tokens, rows = self.encoded.tokens, self.rows[positions]
+        if tokens is None:
+            return len(rows)
+        if self.encoded.max_chunks == 1:
+            return len(rows) * int(self.lengths[positions].max(initial=1))
+        first, last = tokens.row_chunks[rows], tokens.row_chunks[rows + 1]
+        chunks = np.concatenate([np.arange(start, stop) for start, stop in zip(first, last, strict=True)])
+        return len(chunks) * int((tokens.chunk_offsets[chunks + 1] - tokens.chunk_offsets[chunks]).max(initial=1))
+
     def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
         """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""
         positions = np.asarray(positions, dtype=np.int64)
@@ -115,8 +124,6 @@ class Dataset:
             categories=torch.from_numpy(categories),
             labels=None if self.label_index is None else torch.from_numpy(self.label_index[positions]),
             ids=None if self.encoded.ids is None else self.encoded.ids.take(rows),
-            num_tokens=int(mask.sum()),
-            padded_tokens=input_ids.size,
         )
 
 

@@ -19,7 +19,7 @@ from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import sample_rows, split_rows
 from mmbert_core.data.store import check_columns, open_or_build
 from mmbert_core.data.table import Roles, expand_paths, shown
-from mmbert_core.data.tokens import load_tokenizer
+from mmbert_core.data.tokens import load_tokenizer, tokenizer_fingerprint
 from mmbert_core.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Data:
     features: Features
     labels: Labels
     tokenizer: PreTrainedTokenizerFast | None  # None: a columns-only model
-    fingerprints: dict[str, dict[str, int | str]]  # path of every file read -> bytes, sha256
+    fingerprints: dict[str, dict[str, int | str]]  # path of every file read -> bytes, sha256; and the tokenizer's
 
 
 def prepare(config: Config) -> Data:
@@ -80,7 +80,7 @@ def prepare(config: Config) -> Data:
         features=features,
         labels=labels,
         tokenizer=tokenizer,
-        fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()},
+        fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()} | _of_tokenizer(tokenizer),
     )
     _report(data, config)
     return data
@@ -98,6 +98,10 @@ def _progress(name: str) -> Callable[[int], None]:
             logger.info("%d %s rows read and tokenised, %.0f rows/s", num_rows, name, num_rows / (now - started))
 
     return hear
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, dict[str, int | str]]:
+    return {} if tokenizer is None else {"the tokenizer": {"sha256": tokenizer_fingerprint(tokenizer)}}
 
 
 def _check_files(config: Config, train_roles: Roles) -> None:

@@ -227,5 +227,15 @@ def _shown(fingerprint: Mapping[str, Any] | None) -> str:
     return f"sha256 {fingerprint['sha256'][:12]}" if fingerprint else "not read"
 
 
+def forget_lost_best(folder: Path, state: dict[str, Any]) -> None:
+    """Going on from an older step, its best checkpoint may be gone: then the next validation is the best so far."""
+    best = state["best_step"]
+    if best is None or best == state["step"]:
+        return
+    if reason := why_invalid(step_folder(folder, best)):
+        logger.warning("the best step so far, %d, is lost (%s): the best is chosen among what follows", best, reason)
+        state.update(best_step=None, best_value=None, best_metric=None, bad_validations=0)
+
+
 def train_state_from(state: Mapping[str, Any]) -> TrainState:
     return TrainState(**{name: state[name] for name in asdict(TrainState())})

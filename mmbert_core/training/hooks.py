@@ -123,7 +123,8 @@ def on_validation_epoch_end(outputs: list[BatchResult], num_rows: int, *, config
     choices = dict.fromkeys([*config.metric_choices, config.early_stop_metric.removeprefix("val/")])
     choices.pop("val_loss", None)
     metrics = compute_metrics(result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names)
-    return {"val_loss": result.loss, **metrics.values}
+    # rank 0's figures for all: a last bit that differs between machines must not stop some ranks and not others
+    return distributed.broadcast_object({"val_loss": result.loss, **metrics.values})
 
 
 # ---- test ----
@@ -164,11 +165,20 @@ def on_test_epoch_end(outputs: list[BatchResult], dataset: Dataset, folder: Path
         rows = prediction_rows(result.preds, class_names, ids=result.ids, labels=label_strings)
         write_text(folder / "test_result_0.tsv", "".join(map(tsv_line, [names, *rows])))
         write_json(folder / "test_metrics.json", figures)
-        if dataset.has_labels and not write_plots(result.preds, result.labels, folder / "plots", class_names=class_names):
-            logger.info("no pictures of the test: they need matplotlib (extra `plots`) and labelled rows")
+        if dataset.has_labels:
+            draw(result, folder / "plots", class_names)
 
     distributed.on_main(write)
     return figures
+
+
+def draw(result: EpochResult, folder: Path, class_names: Sequence[str]) -> None:
+    """Rank 0 only. Pictures are an extra: whatever goes wrong with them, the figures are written."""
+    try:
+        if not write_plots(result.preds, result.labels, folder, class_names=class_names):
+            logger.info("no pictures of the test: they need matplotlib (extra `plots`) and labelled rows")
+    except Exception as error:  # noqa: BLE001 - matplotlib, fonts, disks
+        logger.warning("no pictures of the test: %s: %s", type(error).__name__, error)
 
 
 # ---- both ----

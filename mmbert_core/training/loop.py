@@ -6,6 +6,7 @@ B rows of a step are cut into micro-batches, dealt to the ranks; every rank know
 import logging
 import math
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     rows = step_rows(order, state.rows_consumed // config.batch_size, config.batch_size)
     lengths = dataset.lengths[rows]
     parts = micro_batches(rows, lengths, run.plan.micro_batches)
-    longest = [int(dataset.lengths[part].max()) for part in parts]
-    areas = [len(part) * length for part, length in zip(parts, longest)]
+    areas = [dataset.area(part) for part in parts]
     hand = deal(areas, run.context.world_size)[run.context.rank]
     # the step's weights, known to every rank without asking; an all-zero step has zero losses over any divisor
     weight_sum = float(run.class_weights[run.train_labels[rows]].sum()) or 1.0
@@ -87,6 +87,7 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     [train_loss] = distributed.all_reduce_sum([float(loss_sum)])
     if not math.isfinite(train_loss):
         raise FloatingPointError(f"the loss is {train_loss} at step {state.step + 1}; stopped before the optimizer step")
+    lr = run.scheduler.get_last_lr()[0]
     try:
         stepped, grad_norm = optimizer_step(run.model.parameters(), run.optimizer, run.scheduler, run.scaler, max_norm=config.gradient_clip_val)
     except FloatingPointError as error:
@@ -94,7 +95,7 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     state.skipped_steps += not stepped
     advance(run, len(rows), time.perf_counter() - started)
     return {
-        "train_loss": train_loss, "grad_norm": grad_norm, "rows": len(rows), "tokens": int(lengths.sum()), "padded": sum(areas),
+        "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "rows": len(rows), "tokens": int(lengths.sum()), "padded": sum(areas),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
@@ -123,14 +124,13 @@ def log_step(run: Run, figures: dict[str, float]) -> None:
     window, state = run.window, run.state
     for name in ("rows", "tokens", "padded", "seconds"):
         window[name] = window.get(name, 0) + figures[name]
-    lr = run.scheduler.get_last_lr()[0]
     rate = window["rows"] / window["seconds"]
     left = (run.plan.total_steps - state.step) * window["seconds"] / window["rows"] * run.config.batch_size
-    shown = f"epoch {min(state.epoch + 1, run.config.max_epochs)}  train_loss {figures['train_loss']:.4f}  lr {lr:.2e}  {rate:.1f} rows/s  {format_seconds(left)} left"
+    shown = f"epoch {min(state.epoch + 1, run.config.max_epochs)}  train_loss {figures['train_loss']:.4f}  lr {figures['lr']:.2e}  {rate:.1f} rows/s  {format_seconds(left)} left"
     run.log.progress(state.step, shown)
     if state.step % run.config.log_every == 0 or state.finished:
         run.log.record({
-            "step": state.step, "epoch": state.epoch, "train_loss": figures["train_loss"], "lr": lr,
+            "step": state.step, "epoch": state.epoch, "train_loss": figures["train_loss"], "lr": figures["lr"],
             "grad_norm": figures["grad_norm"] if math.isfinite(figures["grad_norm"]) else None,
             "rows_per_second": rate, "tokens_per_second": window["tokens"] / window["seconds"], "padding_share": 1 - window["tokens"] / window["padded"],
         })  # fmt: skip
@@ -193,9 +193,9 @@ def judge(run: Run, values: dict[str, float | None]) -> bool:
 def evaluate(run: Run, dataset: Dataset, step: Any) -> None:
     """Run `step(batch, index)` on this rank's share of whole batches, on the raw module, without gradients."""
     plan = evaluation_batches(dataset.lengths)
-    hand = deal([len(rows) * int(dataset.lengths[rows].max()) for rows in plan], run.context.world_size)[run.context.rank]
+    hand = deal([dataset.area(rows) for rows in plan], run.context.world_size)[run.context.rank]
     run.model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: an encoder may keep a table it makes here for training steps
         for index in hand:
             step(dataset.batch(plan[index]), index)
     run.model.train()
@@ -241,12 +241,13 @@ def test(run: Run) -> tuple[dict[str, Any], Path]:
     has_labels = dataset.has_labels
     evaluate(run, dataset, lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels))
     figures = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names)
+    run.log.record({"step": run.state.step, **{name: value for name, value in figures.items() if name != "undefined"}})
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")
     return figures, folder
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory this process has held: of the GPU where there is one, else resident memory (Linux counts it in KiB)."""
+    """Most memory this process has held: of the GPU where there is one, else resident memory (bytes on macOS, else KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
 ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}  # rows of a micro-batch when microbatches_per_step is auto
-SETTLED_BY_CHECKPOINT = ("pooling", "microbatches_per_step", "precision")
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,14 @@ def settle_class_weights(config: Config, data: Data) -> list[float] | None:
 
 def already_finished(config: Config) -> dict[str, Any] | None:
     """Collective. The results of the run in `model_path`, once all of it is written; else None."""
-    path = Path(config.model_path) / RESULTS
-    return distributed.on_main(lambda: read_json(path) if path.is_file() else None)
+
+    def read() -> dict[str, Any] | None:
+        try:
+            return read_json(Path(config.model_path) / RESULTS)
+        except (OSError, ValueError):  # not there, or torn: the end of the run is done once more
+            return None
+
+    return distributed.on_main(read)
 
 
 def start_run(
@@ -112,12 +117,13 @@ def start_run(
 ) -> Run:
     """Collective. A run at its first step, or at the step of the newest whole checkpoint. `loss_op` replaces cross entropy."""
     folder = Path(config.model_path)
+    check_agreement(config, data, context)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
         torch.use_deterministic_algorithms(True)
     found = read_for_all_ranks(config, data, folder / "checkpoints")
     old = found.state["resolved"] if found else {}
-    precision = old.get("precision") or resolve_precision(config.precision, context.device)
+    precision = resolve_precision(old.get("precision", config.precision), context.device)
     micro = old.get("microbatches_per_step") or settle_micro_batches(
         config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=ROWS_AT_ONCE[context.device.type]
     )
@@ -144,6 +150,15 @@ def start_run(
         config, data, context, folder, model, ddp_model, task, optimizer, scheduler, scaler, plan, state, log, resolved,
         class_weights, np.asarray(data.train.label_index),
     )  # fmt: skip
+
+
+def check_agreement(config: Config, data: Data, context: DistContext) -> None:
+    """Collective. All ranks must have read the same config and data, or their plans would part; a node may hold old copies."""
+    here = {**config.to_dict(), "device": context.device.type, **{path: value["sha256"] for path, value in data.fingerprints.items()}}
+    for rank, there in enumerate(item for part in distributed.all_gather_objects([here]) for item in part):
+        for key in sorted({*here, *there} - {"num_threads", "model_path", "cache_path"}):  # which may be a node's own
+            if here.get(key) != there.get(key):
+                raise InputError(f"{key}: expected the same on all ranks, found {here.get(key)!r} on rank {context.rank} and {there.get(key)!r} on rank {rank}")
 
 
 def make_plan(config: Config, num_rows: int, micro_batches: int) -> Plan:
@@ -178,6 +193,7 @@ def read_for_all_ranks(config: Config, data: Data, folder: Path) -> Checkpoint |
             return None
         found = checkpoint.read_checkpoint(path)
         checkpoint.check_resumable(found.state, config=config.to_dict(), fingerprints=data.fingerprints, free_keys=FREE_ON_RESUME)
+        checkpoint.forget_lost_best(folder, found.state)
         logger.info("going on from %s", path)
         return found.state
 

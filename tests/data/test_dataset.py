@@ -77,7 +77,7 @@ def test_a_batch_holds_the_rows_it_is_asked_for(config_of, tokenizer):
     assert batch.input_ids.tolist() == [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in encoded]
     assert batch.attention_mask.tolist() == [[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded]
     assert batch.labels.tolist() == [["no", "yes"].index(source[row][4]) for row in positions]
-    assert batch.num_tokens == sum(map(len, encoded)) and batch.padded_tokens == batch.input_ids.numel()
+    assert int(batch.attention_mask.sum()) == sum(map(len, encoded)) and data.test.area(positions) == batch.input_ids.numel()
     assert data.test.lengths[positions].tolist() == list(map(len, encoded))
     median = data.features.medians[0]
     numbers = [[median if source[row][2] == "" else float(source[row][2]), float(source[row][2] == "")] for row in positions]
@@ -107,7 +107,7 @@ def test_columns_only(config_of):
     data = prepare(config_of(text_name=(), encoder="no/such-encoder", max_chunks=2))
     batch = data.train.batch(range(4))
     assert data.tokenizer is None and batch.input_ids.shape == batch.attention_mask.shape == (4, 0)
-    assert (data.train.lengths == 1).all() and batch.num_tokens == batch.padded_tokens == 0
+    assert (data.train.lengths == 1).all() and batch.input_ids.numel() == 0
 
 
 def test_text_only_and_no_ids(config_of):
@@ -204,7 +204,7 @@ def test_reordered_columns_are_the_same_data(config_of):
 def test_fingerprints_name_every_file(config_of):
     config = config_of(val=rows_of(4, seed=1), test=rows_of(4, seed=2))
     data = prepare(config)
-    assert set(data.fingerprints) == {*config.train_path, *config.val_path, *config.test_path}
+    assert set(data.fingerprints) == {*config.train_path, *config.val_path, *config.test_path, "the tokenizer"}
 
 
 def test_the_cache_is_under_the_model_path_or_where_it_is_told(config_of, tmp_path):

@@ -209,7 +209,7 @@ def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of,
     results, _, _ = train(straight)
     assert results["skipped_steps"] == 2 and results["steps"] == STEPS
     lines = lines_of(straight)
-    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (1 - done / STEPS) for done in (1, 1, 1, 2, 3, 4, 5, 6, 7, 8)])
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (1 - done / STEPS) for done in (0, 1, 1, 1, 2, 3, 4, 5, 6, 7)])
     assert [line["grad_norm"] is None for line in lines] == [step in (2, 3) for step in range(1, STEPS + 1)]
 
     config = replace(straight, model_path=str(tmp_path / "killed"))
