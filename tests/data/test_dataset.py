@@ -101,6 +101,7 @@ def test_chunks_of_a_long_text_are_an_axis_only_when_there_may_be_several(config
     assert (batch.input_ids[batch.attention_mask.bool()] == tokenizer.cls_token_id).sum() == 5  # special tokens in each
     assert data.train.batch([1, 2]).input_ids.shape == (2, 1, 3)
     assert data.train.lengths[:3].tolist() == [31, 3, 2]
+    assert [data.train.area(rows) for rows in ([0, 1, 2], [1, 2], [2])] == [5 * 12, 2 * 3, 1 * 2]  # empty chunks are not encoded
 
 
 def test_columns_only(config_of):

@@ -161,6 +161,46 @@ def test_going_on_from_an_earlier_step(config_of, caplog):
     assert any(message.startswith("going on from") and message.endswith("step-00000004") for message in caplog.messages)
 
 
+def test_a_best_checkpoint_that_is_lost_does_not_stop_the_run(config_of, caplog):
+    """Going on from a step whose best checkpoint has gone: the best is chosen among what follows."""
+    config = config_of(save_every=1, keep_checkpoints=100, val_check_interval=1)
+    train(config)
+    folder = Path(config.model_path) / "checkpoints"
+    best_at = {step: json.loads((checkpoint.step_folder(folder, step) / "state.json").read_text())["best_step"] for step in range(1, STEPS)}
+    last, best = next((step, best) for step, best in best_at.items() if best != step)
+    for step in checkpoint.list_steps(folder):
+        if step > last or step == best:
+            shutil.rmtree(checkpoint.step_folder(folder, step))
+    results, _, _ = train(config)
+    assert results["steps"] == STEPS and results["best_step"] > last
+    assert f"the best step so far, {best}, is lost" in caplog.text
+    assert weights_in(config) == weights_in(config, results["best_step"])
+
+
+def test_a_trained_model_without_checkpoints_is_not_overwritten(config_of):
+    config = config_of(max_epochs=1)
+    train(config)
+    shutil.rmtree(Path(config.model_path) / "checkpoints")
+    before = content(Path(config.model_path))
+    with pytest.raises(InputError, match="found a trained model without checkpoints: choose another model_path"):
+        train(config)
+    assert content(Path(config.model_path)) == before
+
+
+def test_ranks_that_read_other_data_are_refused(config_of, monkeypatch):
+    """What another node's stale file would look like to this rank."""
+    def gather(items):
+        other = {**items[0], items_key(items[0]): "0" * 64}
+        return [items, [other]]
+
+    def items_key(here):
+        return next(key for key in here if key.endswith("train.csv"))
+
+    monkeypatch.setattr(setup.distributed, "all_gather_objects", gather)
+    with pytest.raises(InputError, match=r"train.csv: expected the same on all ranks, found '[0-9a-f]{64}' on rank 0 and '0{64}' on rank 1"):
+        train(config_of())
+
+
 def test_a_finished_run_started_again_does_nothing_and_says_so(config_of, files, monkeypatch, caplog):
     config = config_of(test_path=(str(files / "test.csv"),))
     results, _, _ = train(config)
