@@ -24,7 +24,6 @@ def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_binary_pictures_are_png_and_repeat_byte_for_byte(tmp_path):
-    import matplotlib  # noqa: F401 - the extra `plots` is part of `test`
     first = write_plots(PREDS, LABELS, tmp_path / "one" / "plots", class_names=["$5 or $6", "_hidden"])
     second = write_plots(PREDS, LABELS, str(tmp_path / "two"), class_names=["$5 or $6", "_hidden"])
     assert names(first) == ALL
@@ -38,7 +37,6 @@ def test_binary_pictures_are_png_and_repeat_byte_for_byte(tmp_path):
 
 @pytest.mark.parametrize("num_classes", [3, 30])
 def test_several_classes(tmp_path, num_classes):
-    import matplotlib  # noqa: F401 - the extra `plots` is part of `test`
     labels = RNG.integers(0, num_classes, 400)
     preds = RNG.dirichlet(np.ones(num_classes), 400)
     paths = write_plots(preds, labels, tmp_path, class_names=[f"class {k} 文" for k in range(num_classes)])
@@ -46,6 +44,5 @@ def test_several_classes(tmp_path, num_classes):
 
 
 def test_one_class_only_leaves_the_curves_out_and_no_rows_everything(tmp_path):
-    import matplotlib  # noqa: F401 - the extra `plots` is part of `test`
     assert names(write_plots(PREDS, LABELS * 0, tmp_path, class_names=["a", "b"])) == ["confusion.png"]
     assert write_plots(PREDS[:0], LABELS[:0], tmp_path / "none", class_names=["a", "b"]) == []
