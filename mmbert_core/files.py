@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -47,6 +50,11 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from None
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, not atomic, whose bytes depend on the tensors alone: more metadata keys would come in random order."""
+    save_file(dict(tensors), str(path), metadata={"format": "pt"})
 
 
 def sha256_of(path: Path) -> str:

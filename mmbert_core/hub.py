@@ -1,4 +1,4 @@
-"""Whether a name can be one on the hub of pretrained models, and whether the hub can be reached. Floor 0; imports nothing of ours."""
+"""Whether a name can be one on the hub of pretrained models, and whether the hub can be reached. Floor 0; imports errors."""
 
 import os
 import re
@@ -7,7 +7,21 @@ import threading
 import urllib.error
 import urllib.request
 
+from mmbert_core.errors import InputError
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def check_hub_name(name: str) -> None:
+    """Raise `InputError` when `name`, which is no folder, cannot be a name on the hub either."""
+    if os.path.exists(name) or HUB_NAME.fullmatch(name) is None:
+        raise InputError(f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder")
+
+
+def check_hub_answers(name: str) -> None:
+    """Raise `InputError` when `name`, which the local cache does not have, cannot be fetched."""
+    if not hub_answers():
+        raise InputError(f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached")
 
 
 def hub_answers(timeout: float = 5.0) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import mmbert_core
@@ -22,7 +22,7 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import load_tokenizer
 from mmbert_core.errors import InputError
-from mmbert_core.files import read_json, sync_path, write_json
+from mmbert_core.files import read_json, save_tensors, sync_path, write_json
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pretrained_encoder, reinitialise, resolve_pooling
@@ -96,7 +96,7 @@ def save_model_folder(
     write_json(folder / "labels.json", labels.to_json())
     write_json(folder / "config.json", config_record(config, resolved))
     temporary = folder / f".tmp-{WEIGHTS}"
-    save_file(weights, str(temporary), metadata={"format": "pt"})
+    save_tensors(weights, temporary)
     sync_path(temporary)
     temporary.replace(folder / WEIGHTS)
     sync_path(folder)

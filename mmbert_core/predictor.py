@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from mmbert_core import distributed
-from mmbert_core.data.batches import deal, evaluation_batches
+from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.dataset import Dataset, encode_for_prediction
 from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks
 from mmbert_core.distributed import DistContext
@@ -29,7 +29,6 @@ from mmbert_core.training.optim import resolve_precision
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 8192  # rows in memory at a time; the same as `evaluation_batches`, so a stream scores as a table does
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -107,12 +106,9 @@ class Predictor:
 
     def score(self, dataset: Dataset) -> EpochResult:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""
-        plan = evaluation_batches(dataset.lengths, window=WINDOW)
-        hand = deal([dataset.area(rows) for rows in plan], self.context.world_size)[self.context.rank]
         results = []
         with torch.inference_mode():
-            for index in hand:
-                batch = dataset.batch(plan[index])
+            for index, batch in hooks.own_batches(dataset, self.context):
                 made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
                 preds = made[0] if isinstance(made, tuple) else made
                 results.append(BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+WINDOW = 8192  # rows that are sorted by length together for evaluation, and that a streaming reader holds at a time
+
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation [N] int64 of all rows in an epoch, from (seed, epoch) alone."""
@@ -77,7 +79,7 @@ def settle_micro_batches(asked: int | str, *, batch_size: int, num_ranks: int, r
     return -(-wanted // num_ranks) * num_ranks
 
 
-def evaluation_batches(lengths: np.ndarray, *, token_budget: int = 8192, max_rows: int = 256, window: int = 8192) -> list[np.ndarray]:
+def evaluation_batches(lengths: np.ndarray, *, token_budget: int = 8192, max_rows: int = 256, window: int = WINDOW) -> list[np.ndarray]:
     """All rows [N] in batches of at most `token_budget` padded tokens, sorted by length inside each window of rows.
 
     A reader that streams windows of `window` rows makes the same batches, so predictions of a stream equal those of a

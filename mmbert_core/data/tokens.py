@@ -17,7 +17,7 @@ import pandas as pd
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmbert_core.errors import InputError
-from mmbert_core.hub import HUB_NAME, hub_answers
+from mmbert_core.hub import check_hub_answers, check_hub_name
 
 # Cutting before tokenising bounds the time of a text of any size; English has 4 to 5 characters a token.
 CHARACTERS_PER_TOKEN = 20
@@ -45,10 +45,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     except InputError:
         if os.path.isdir(name):
             raise
-        if HUB_NAME.fullmatch(name) is None:
-            raise InputError(f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder") from None
-        if not hub_answers():  # asked first: the hub's client retries for half a minute before it gives up
-            raise InputError(f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached") from None
+        check_hub_name(name)
+        check_hub_answers(name)
         tokenizer = _load(name, local_files_only=False)
     if not tokenizer.is_fast:
         raise InputError(f"encoder: expected a fast tokenizer (tokenizer.json), found a slow one in {str(name_or_folder)!r}")

@@ -1,4 +1,4 @@
-"""Metrics over all rows, each a number or "undefined" with its reason. Floor 1; imports errors."""
+"""Metrics over all rows, each a number or "undefined" with its reason. Floor 1; imports errors and predictions."""
 
 # N rows, K classes
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mmbert_core.errors import InputError
+from mmbert_core.evaluation.predictions import predicted_classes
 
 CLASS_PREFIX = "average_precision_class_"
 NUM_BINS = 15  # of the expected calibration error: equal width, [a, b), the last one closed
@@ -125,11 +126,11 @@ def _check_arrays(preds: np.ndarray, labels: np.ndarray, task: str, num_classes:
 
 def _scored(preds: np.ndarray, labels: np.ndarray, *, binary: bool, class_names: tuple[str, ...]) -> _Scored:
     # The class of a row is chosen in the dtype of the predictions; float64 afterwards changes no comparison.
-    chosen = preds > 0.5 if binary or len(labels) == 0 else preds.argmax(axis=1)
+    chosen = predicted_classes(preds)
     return _Scored(
         preds=torch.from_numpy(preds.astype(np.float64)),
         labels=torch.from_numpy(labels.astype(np.int64)),
-        chosen=torch.from_numpy(np.asarray(chosen).astype(np.int64)),
+        chosen=torch.from_numpy(chosen),
         binary=binary,
         class_names=class_names,
     )

@@ -1,4 +1,4 @@
-"""ROC, precision-recall and confusion pictures, where matplotlib is installed. Floor 1; imports metrics."""
+"""ROC, precision-recall and confusion pictures, where matplotlib is installed. Floor 1; imports predictions and metrics."""
 
 # N rows, K classes
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mmbert_core.evaluation.metrics import functional
+from mmbert_core.evaluation.predictions import predicted_classes
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 2000  # of a curve: more than a picture's width can show
@@ -81,7 +82,7 @@ def _draw_precision_recall(axes: Any, preds: np.ndarray, labels: np.ndarray, cla
 
 def _draw_confusion(axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> bool:
     num_classes = len(class_names)
-    chosen = (preds > 0.5).astype(np.int64) if preds.ndim == 1 else preds.argmax(axis=1)
+    chosen = predicted_classes(preds)
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)  # [label, chosen]
     np.add.at(counts, (labels.astype(np.int64), chosen), 1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

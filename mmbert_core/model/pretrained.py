@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from mmbert_core.errors import InputError
-from mmbert_core.hub import HUB_NAME, hub_answers
+from mmbert_core.hub import check_hub_answers, check_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +41,11 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
     if os.path.isdir(name):
         _check_weight_files(name)
         return _load(name, local_files_only=True)
-    if os.path.exists(name) or HUB_NAME.fullmatch(name) is None:
-        raise InputError(f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder")
+    check_hub_name(name)
     try:
         return _load(name, local_files_only=True)
-    except _NotCached as error:
-        if not hub_answers():
-            raise InputError(
-                f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached"
-            ) from error.__cause__
+    except _NotCached:
+        check_hub_answers(name)
     logger.info("encoder %s: not in the local cache, downloading it", name)
     return _load(name, local_files_only=False)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mmbert_core.errors import InputError
-from mmbert_core.files import atomic_folder, read_json, remove_path, remove_stale_temporaries, sha256_of, sync_path, write_json
+from mmbert_core.files import atomic_folder, read_json, remove_path, remove_stale_temporaries, save_tensors, sha256_of, sync_path, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,6 @@ def step_folder(folder: Path, step: int) -> Path:
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of parameters and buffers on the CPU, contiguous, no memory shared between names."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
-
-
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file whose bytes depend on the tensors alone: more metadata keys would come in random order."""
-    save_file(dict(tensors), str(path), metadata={"format": "pt"})
 
 
 # ---- optimizer by parameter name ----

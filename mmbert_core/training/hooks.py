@@ -8,7 +8,7 @@ B rows of a batch, N rows of the evaluated table, K classes.
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch import nn
 
 from mmbert_core import distributed
 from mmbert_core.config import Config
+from mmbert_core.data.batches import deal, evaluation_batches
 from mmbert_core.data.dataset import Batch, Dataset
+from mmbert_core.distributed import DistContext
 from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metrics
 from mmbert_core.evaluation.plots import write_plots
 from mmbert_core.evaluation.predictions import header, prediction_rows, tsv_line
@@ -182,6 +184,13 @@ def draw(result: EpochResult, folder: Path, class_names: Sequence[str]) -> None:
 
 
 # ---- both ----
+
+
+def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch]]:
+    """This rank's share of the evaluation batches, with their numbers: whole batches, so that no shape depends on the ranks."""
+    plan = evaluation_batches(dataset.lengths)
+    for index in deal([dataset.area(rows) for rows in plan], context.world_size)[context.rank]:
+        yield index, dataset.batch(plan[index])
 
 
 def _evaluate_batch(model: nn.Module, batch: Batch, batch_idx: int, stage: str, task: Task) -> BatchResult:

@@ -16,7 +16,7 @@ import torch
 
 from mmbert_core import distributed
 from mmbert_core.config import Config
-from mmbert_core.data.batches import deal, epoch_order, evaluation_batches, micro_batch_seed, micro_batches, step_rows
+from mmbert_core.data.batches import deal, epoch_order, micro_batch_seed, micro_batches, step_rows
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
@@ -93,10 +93,11 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     except FloatingPointError as error:
         raise FloatingPointError(f"{error} at step {state.step + 1}; stopped before the optimizer step") from None
     state.skipped_steps += not stepped
-    advance(run, len(rows), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    advance(run, len(rows), seconds)
     return {
         "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "rows": len(rows), "tokens": int(lengths.sum()), "padded": sum(areas),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }  # fmt: skip
 
 
@@ -192,12 +193,10 @@ def judge(run: Run, values: dict[str, float | None]) -> bool:
 
 def evaluate(run: Run, dataset: Dataset, step: Any) -> None:
     """Run `step(batch, index)` on this rank's share of whole batches, on the raw module, without gradients."""
-    plan = evaluation_batches(dataset.lengths)
-    hand = deal([dataset.area(rows) for rows in plan], run.context.world_size)[run.context.rank]
     run.model.eval()
     with torch.no_grad():  # not inference_mode: an encoder may keep a table it makes here for training steps
-        for index in hand:
-            step(dataset.batch(plan[index]), index)
+        for index, batch in hooks.own_batches(dataset, run.context):
+            step(batch, index)
     run.model.train()
 
 

@@ -149,10 +149,10 @@ class PlannedBatches(pl.LightningDataModule):
         return self.loader(dataset, [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], 1)])
 
     def val_dataloader(self) -> DataLoader:
-        return self.loader(self.data.val, loop.evaluation_batches(self.data.val.lengths))
+        return self.loader(self.data.val, hooks.evaluation_batches(self.data.val.lengths))
 
     def test_dataloader(self) -> DataLoader:
-        return self.loader(self.data.test, loop.evaluation_batches(self.data.test.lengths))
+        return self.loader(self.data.test, hooks.evaluation_batches(self.data.test.lengths))
 
     predict_dataloader = test_dataloader  # the test rows once more, as new rows
 
@@ -200,8 +200,7 @@ def run_original(config: Config, data: Data, network: nn.Module, folder: Path, b
 def run_both(folder: Path, monkeypatch: pytest.MonkeyPatch, *, evaluation_rows: int, **changes: Any) -> tuple[Record, Record, Config]:
     """The same run on both sides from the same weights, with evaluation batches of `evaluation_rows` rows."""
     plan = partial(evaluation_batches, max_rows=evaluation_rows)
-    monkeypatch.setattr(loop, "evaluation_batches", plan)
-    monkeypatch.setattr(predictor, "evaluation_batches", plan)
+    monkeypatch.setattr(hooks, "evaluation_batches", plan)
     shared = {"cat_field_list": (), "microbatches_per_step": 1, "warmup_steps": 4, "weight_decay": 0.05, "early_stop_metric": "val_loss"}
     config = Config(**settings(folder, num_rows=77, **shared, **changes))  # 77: each epoch of ten steps ends with a short one
     data = prepare(config)
