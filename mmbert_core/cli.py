@@ -5,13 +5,16 @@
     python train.py                                            # built-in sample, no download
     mmbert predict MODEL_PATH new.csv predictions.tsv          # `mmbert` is also `python -m mmbert_core`
 
-Exit codes of a process: 0 done, 1 failure, 2 bad config or input (one line says what).
+Exit codes of a process: 0 done, 1 failure, 2 bad config or input (one line says what), 75 stopped by a signal with
+nothing lost. torchrun itself makes 1 of all but 0.
 """
 
 import argparse
 import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,31 +23,69 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenised i
 
 import transformers
 
-from mmbert_core import demo, distributed
+from mmbert_core import demo, distributed, signals
 from mmbert_core.config import Config, config_fields
 from mmbert_core.config_reader import ALIASES, add_config_arguments, nearest_name, overrides_from, read_config
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, PeerError, RunError, Stopped, phase
 from mmbert_core.predictor import Predictor
 from mmbert_core.training.loop import fit
+from mmbert_core.training.memory import is_out_of_memory
 from mmbert_core.training.setup import prepare_model, read_for_all_ranks
 
 logger = logging.getLogger("mmbert_core")
 
+SECONDS_FOR_THE_LAUNCHER = 5.0  # to end a rank that lost another one; after that it says so itself
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. The message of a user's mistake is one line on stderr, once per node."""
+    """Run one command; returns the exit code. The message of a user's mistake is one line on stderr, once per node.
+
+    Any other failure is raised, after this rank has told it; a rank that only hears of it stays quiet.
+    """
     context = distributed.read_context()
     set_up_logging(context)
     try:
         arguments = parse(argv)
         return arguments.command(arguments, context)
     except InputError as error:
-        if context.local_rank == 0:
-            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         distributed.wait_for_local_main()
+        say_error(str(error))
         return 2
+    except Stopped as stopped:
+        logger.info("%s", stopped)
+        return signals.EXIT_STOPPED
+    except PeerError as error:
+        if signals.requested() is None:  # else the launcher knows already
+            signals.restore_defaults()
+            time.sleep(SECONDS_FOR_THE_LAUNCHER)
+            say_error(place(error, context) + str(error))
+        raise
+    except Exception as error:
+        tell(error, context)
+        raise
+
+
+def tell(error: Exception, context: DistContext) -> None:
+    """One line, before it the traceback of what is no plain failure; once, from the rank on which it happened."""
+    if is_out_of_memory(error):
+        say_error(f"{place(error, context)}out of memory ({str(error).splitlines()[0]}); raise microbatches_per_step, or use a smaller max_length or encoder")
+    elif isinstance(error, (RunError, OSError)):
+        say_error(place(error, context) + str(error))
+    else:
+        traceback.print_exception(error)
+        say_error(f"{place(error, context)}{type(error).__name__}: {error}")
+
+
+def place(error: Exception, context: DistContext) -> str:
+    """Rank, where there are several, and phase."""
+    parts = [f"rank {context.rank}"] if context.world_size > 1 else []
+    parts += [error.phase] if hasattr(error, "phase") else []
+    return f"{', '.join(parts)}: " if parts else ""
+
+
+def say_error(message: str) -> None:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
 # ---- words of the command line ----
@@ -144,14 +185,15 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     config = read_config(arguments.config, overrides)
     check_folders(config)
     distributed.set_threads(config.num_threads, context)
-    data = prepare(config)
-    model, pooling = prepare_model(config, data)
+    with phase("reading data and encoder"):
+        data = prepare(config)
+        model, pooling = prepare_model(config, data)
     describe(config, data)
     if arguments.check:
-        read_for_all_ranks(config, data, Path(config.model_path) / "checkpoints")  # a resume that must be refused
+        read_for_all_ranks(config, data, model, context)  # a resume that must be refused
         logger.info("the check found nothing wrong")
         return 0
-    with distributed.process_group(context):
+    with distributed.process_group(context, config.timeout_seconds):
         results = fit(config, data, model, pooling, context)
     if context.is_main and results.get("test_metrics"):
         for name, value in results["test_metrics"].items():
@@ -192,12 +234,21 @@ def describe(config: Config, data: Data) -> None:
 def predict(arguments: argparse.Namespace, context: DistContext) -> int:
     distributed.set_threads(arguments.num_threads or "auto", context)
     predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision)
-    with distributed.process_group(context):
+    with distributed.process_group(context), phase("prediction"):
         num_rows = predictor.predict_file([arguments.input], arguments.output)
     logger.info("%d rows scored: %s", num_rows, arguments.output)
     return 0
 
 
-def run() -> None:
-    """Entry point of a worker process: an uncaught error reaches torchrun's report with rank and traceback."""
-    sys.exit(distributed.record(main)())
+def run() -> NoReturn:
+    """Entry point of a process. torchrun's report gets rank and traceback of a failure by `record`; nothing is said twice."""
+    exit_code = 1
+    with signals.caught():
+        try:
+            exit_code = distributed.record(main)()
+        except Exception:  # noqa: BLE001 - main has told it
+            pass
+        except Stopped as stopped:  # outside of a command: nothing had begun
+            logger.info("%s", stopped)
+            exit_code = signals.EXIT_STOPPED
+        distributed.leave(exit_code)

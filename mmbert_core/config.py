@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from mmbert_core.errors import InputError
 
-# Keys that may change between a checkpoint and its resume: none of them touches what is computed.
+# Keys that may change between a checkpoint and its resume: none of them touches what is computed from sound numbers.
 FREE_ON_RESUME = frozenset(
-    {"log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume"}
+    {"log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume", "on_nonfinite", "memory_limit_mb", "timeout_seconds"}
 )
 
 
@@ -74,6 +74,12 @@ class Config:
     run_scheduler: bool = setting(True, "optimisation", "true: linear decay of the learning rate to 0 after warm-up; false: constant after warm-up")
     warmup_steps: int | float = setting(0, "optimisation", "optimizer steps of linear warm-up; below 1: a share of all steps, such as 0.1")
     gradient_clip_val: float = setting(0.0, "optimisation", "largest gradient norm; 0: no clipping")
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop", "optimisation", "a loss or gradient that is no finite number: stop before the step, or skip the step (fp16 overflows are always skipped)"
+    )
+    memory_limit_mb: int | None = setting(
+        None, "optimisation", "on the CPU: resident memory of a process that the trial of the largest micro-batch before step 1 may reach; none: what there is"
+    )
     # ---- validation ----
     val_check_interval: int | float = setting(1.0, "validation", "1.0, 0.5: validate every such share of an epoch; 1, 200: every so many optimizer steps")
     early_stop_metric: str = setting("val/f1_score", "validation", "decides which step is the best and when to stop: val_loss or val/<metric>")
@@ -81,7 +87,7 @@ class Config:
     # ---- run ----
     model_path: str = setting(..., "run", "folder of everything this run writes")
     resume: Literal["auto", "never"] | int = setting(
-        "auto", "run", "auto: go on from the newest checkpoint, if any; never: start anew, refused where there are checkpoints; or the step of one"
+        "auto", "run", "auto: go on from the newest checkpoint, if any; never: start anew, refused where there are checkpoints; or the step of one. A restart by torchrun always goes on"
     )
     save_every: int = setting(500, "run", "optimizer steps between checkpoints")
     keep_checkpoints: int = setting(2, "run", "newest checkpoints to keep, besides the best")
@@ -89,6 +95,7 @@ class Config:
     seed: int = setting(0, "run", "decides order, dropout, initial weights, sampling and split")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "run", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU")
     deterministic: bool = setting(False, "run", "bit-equal reruns on CUDA too, slower")
+    timeout_seconds: int = setting(600, "run", "seconds that a process waits for the others before it gives up")
     num_threads: int | Literal["auto"] = setting("auto", "run", "CPU threads of a process; auto: cores divided by the processes of the node")
 
     def __post_init__(self) -> None:
@@ -109,7 +116,7 @@ class Config:
             "num_classes": 2, "hidden_common_dim": 1, "reinit_layers": 0, "max_length": 4, "max_chunks": 1, "max_epochs": 1,
             "batch_size": 1, "microbatches_per_step": 1, "lr": 0, "head_lr": 0, "weight_decay": 0, "adam_epsilon": 0,
             "warmup_steps": 0, "gradient_clip_val": 0, "early_stop_patience": 1, "save_every": 1, "keep_checkpoints": 1,
-            "log_every": 1, "seed": 0, "num_threads": 1, "val_fraction": 0, "max_train_rows": 2, "resume": 0,
+            "log_every": 1, "seed": 0, "num_threads": 1, "val_fraction": 0, "max_train_rows": 2, "resume": 0, "memory_limit_mb": 1, "timeout_seconds": 1,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)

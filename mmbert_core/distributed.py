@@ -5,13 +5,15 @@ every rank must reach the call, in the same order.
 """
 
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,10 +21,12 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401 - wraps the main function of a worker
 from torch.nn.parallel import DistributedDataParallel
 
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, PeerError
 
 T = TypeVar("T")
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT_SECONDS = 600.0  # that a rank waits for the others in a collective
+BACKEND_WORDS = re.compile(r"gloo|NCCL|Connection (closed|reset)|Timed out|Broken pipe|[Ss]ocket|TCPStore", re.IGNORECASE)
 ITEMS_PER_ROUND = 64  # lists of batch results: 64 batches of at most 256 rows bound what one round pickles
 _object_group: Any = None  # gloo group for Python objects and CPU tensors; the default group itself on the CPU
 
@@ -60,6 +64,11 @@ def read_context() -> DistContext:
     return DistContext(rank, local_rank, world_size, local_world_size, device)
 
 
+def restart_count() -> int:
+    """How often torchrun has started the processes of this run anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def set_threads(num_threads: int | str, context: DistContext) -> int:
     """Set PyTorch's CPU threads explicitly, because their number changes bits; `auto` shares the cores of the node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -69,24 +78,47 @@ def set_threads(num_threads: int | str, context: DistContext) -> int:
 
 
 @contextmanager
-def process_group(context: DistContext, timeout: timedelta = timedelta(minutes=30)) -> Iterator[DistContext]:
+def process_group(context: DistContext, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[DistContext]:
     """Collective. NCCL on CUDA, gloo on the CPU, and always a gloo group for objects; nothing in a single process.
 
-    On an error the group is left as it is: destroying it may wait for ranks that are gone.
+    A rank that waits longer than `timeout_seconds` for the others fails. On an error the group is left as it is:
+    destroying it may wait for ranks that are gone; `leave` ends the process without that.
     """
     global _object_group
+    timeout = timedelta(seconds=timeout_seconds)
     if context.world_size == 1:
         yield context
         return
     on_cuda = context.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(context.device)  # before any collective: object collectives use the current device
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=context.device if on_cuda else None)
-    _object_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
+    with lost_peers():
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=context.device if on_cuda else None)
+        _object_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
     yield context
     barrier()
     dist.destroy_process_group()
     _object_group = None
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """What a backend raises when a rank is gone or stalls becomes a `PeerError`: that rank, or its launcher, tells why."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError is one
+        if is_distributed() and not isinstance(error, PeerError) and (isinstance(error, dist.DistError) or BACKEND_WORDS.search(str(error))):
+            raise PeerError(f"lost contact with another rank ({str(error).splitlines()[0][:200]})") from error
+        raise
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process. After a failure at once: what a broken process group does at the end may wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code and is_distributed():
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def is_distributed() -> bool:
@@ -96,7 +128,8 @@ def is_distributed() -> bool:
 def barrier() -> None:
     """Collective."""
     if is_distributed():
-        dist.barrier(group=_object_group)
+        with lost_peers():
+            dist.barrier(group=_object_group)
 
 
 def broadcast_object(value: T, *, source: int = 0) -> T:
@@ -104,7 +137,8 @@ def broadcast_object(value: T, *, source: int = 0) -> T:
     if not is_distributed():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source, group=_object_group)
+    with lost_peers():
+        dist.broadcast_object_list(box, src=source, group=_object_group)
     return box[0]
 
 
@@ -116,16 +150,18 @@ def all_gather_objects(items: Sequence[T], *, per_round: int = ITEMS_PER_ROUND) 
     """
     if not is_distributed():
         return [list(items)]
-    world_size = dist.get_world_size()
-    counts: list[Any] = [None] * world_size
-    dist.all_gather_object(counts, len(items), group=_object_group)
-    gathered: list[list[T]] = [[] for _ in range(world_size)]
-    for start in range(0, max(counts), per_round):
-        parts: list[Any] = [None] * world_size
-        dist.all_gather_object(parts, list(items[start : start + per_round]), group=_object_group)
-        for whole, part in zip(gathered, parts):
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    for start in range(0, max(_all_gather(len(items))), per_round):
+        for whole, part in zip(gathered, _all_gather(list(items[start : start + per_round]))):
             whole.extend(part)
     return gathered
+
+
+def _all_gather(value: T) -> list[T]:
+    parts: list[Any] = [None] * dist.get_world_size()
+    with lost_peers():
+        dist.all_gather_object(parts, value, group=_object_group)
+    return parts
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
@@ -133,8 +169,38 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     if not is_distributed():
         return list(map(float, values))
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, group=_object_group)
+    with lost_peers():
+        dist.all_reduce(tensor, group=_object_group)
     return tensor.tolist()
+
+
+class Poll:
+    """Whether any rank has raised a flag, without making ranks wait for each other: an answer is two questions old."""
+
+    DELAY = 2
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[torch.Tensor, Any]] = []
+
+    def ask(self, flag: bool) -> bool:
+        """Collective. True on all ranks at the same question, some questions after a rank's first True; at once in a single process."""
+        if not is_distributed():
+            return flag
+        tensor = torch.tensor([float(flag)])
+        with lost_peers():
+            self._pending.append((tensor, dist.all_reduce(tensor, group=_object_group, async_op=True)))
+        return self._oldest() if len(self._pending) > self.DELAY else False
+
+    def _oldest(self) -> bool:
+        tensor, work = self._pending.pop(0)
+        with lost_peers():
+            work.wait()
+        return bool(tensor)
+
+    def close(self) -> None:
+        """Collective. Wait for the questions that are under way."""
+        while self._pending:
+            self._oldest()
 
 
 def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 0) -> dict[str, torch.Tensor]:
@@ -145,28 +211,62 @@ def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 
     result = {}
     for name, (shape, dtype) in shapes.items():
         result[name] = tensors[name].contiguous() if dist.get_rank() == source and tensors else torch.empty(shape, dtype=dtype)
-        dist.broadcast(result[name], src=source, group=_object_group)
+        with lost_peers():
+            dist.broadcast(result[name], src=source, group=_object_group)
     return result
 
 
 def on_main(action: Callable[[], T]) -> T:
     """Collective. Rank 0 runs `action`; all ranks get its result, or all raise when it fails."""
+    return on_rank(0, action)
+
+
+def on_rank(source: int, action: Callable[[], T]) -> T:
+    """Collective. Rank `source` runs `action`; all ranks get its result. When it fails the others raise what it says.
+
+    An `InputError` is one on all ranks; of any other failure the others hear as a `PeerError`.
+    """
     if not is_distributed():
         return action()
-    failure, value = None, None
-    if dist.get_rank() == 0:
-        try:
-            value = action()
-        except Exception as error:  # noqa: BLE001 - any failure must reach the ranks that wait
-            failure = error
-    report = broadcast_object((None if failure is None else (type(failure).__name__, str(failure)), isinstance(failure, InputError), value))
-    if failure is not None:
-        raise failure
-    failed, is_input_error, value = report
-    if failed is not None:
-        kind, message = failed
-        raise InputError(message) if is_input_error else RuntimeError(f"rank 0: {kind}: {message}")
+    value, failure = _attempt(action) if dist.get_rank() == source else (None, None)
+    value, report = broadcast_object((value, _report(failure)), source=source)
+    _raise_failure(source, failure, report)
     return value  # type: ignore[return-value]
+
+
+def on_all(action: Callable[[], T]) -> list[T]:
+    """Collective. Every rank runs `action`, which holds no collective; all get all results by rank, or all raise the first failure."""
+    if not is_distributed():
+        return [action()]
+    value, failure = _attempt(action)
+    answers = _all_gather((value, _report(failure)))
+    for rank, (_, report) in enumerate(answers):
+        _raise_failure(rank, failure, report)
+    return [value for value, _ in answers]  # type: ignore[misc]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # noqa: BLE001 - any failure must reach the ranks that wait
+        return None, error
+
+
+def _report(failure: Exception | None) -> tuple[bool, str] | None:
+    """What other ranks hear of a failure: whether it is an `InputError`, and its message."""
+    if failure is None:
+        return None
+    return (True, str(failure)) if isinstance(failure, InputError) else (False, f"{type(failure).__name__}: {failure}")
+
+
+def _raise_failure(rank: int, own: Exception | None, report: tuple[bool, str] | None) -> None:
+    """Raise the failure of `rank`: there as it was, elsewhere as what that rank reported."""
+    if report is None:
+        return
+    if rank == dist.get_rank() and own is not None:
+        raise own
+    is_input_error, message = report
+    raise InputError(message) if is_input_error else PeerError(f"rank {rank}: {message}")
 
 
 def wrap_ddp(model: nn.Module, context: DistContext) -> nn.Module:
@@ -188,7 +288,10 @@ def no_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
     return model.no_sync() if enabled and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def wait_for_local_main(seconds: float = 30.0) -> None:
-    """Let local rank 0 print the one error line; torchrun ends this process as soon as that one has left."""
+def wait_for_local_main(seconds: float = 15.0) -> None:
+    """Let local rank 0 print the one error line; torchrun ends this process as soon as that one has left.
+
+    When it has not, the error is this rank's alone.
+    """
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(seconds)

@@ -1,4 +1,7 @@
-"""The one exception that means "the user's config or data is wrong". Floor 0; imports nothing of ours."""
+"""The errors that a user or another rank can do something with, and the phase in which an error happened. Floor 0; imports nothing of ours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -7,3 +10,26 @@ class InputError(ValueError):
     The message is one line: which file, row and column (or which key), what was expected, what was found.
     The command line prints it as it is and exits with code 2; nothing has been trained or overwritten by then.
     """
+
+
+class RunError(RuntimeError):
+    """A failure of a run that one line explains: a full disk, a loss that is no number. Exit code 1, no traceback."""
+
+
+class PeerError(RuntimeError):
+    """Another rank has failed, which tells the reason itself, or is gone. This rank only leaves."""
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop, and nothing is lost. Exit code 75. Like KeyboardInterrupt it passes `except Exception`."""
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """An error from inside says where it happened, as its attribute `phase`; the innermost phase counts."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "phase"):
+            error.phase = name  # type: ignore[attr-defined]
+        raise

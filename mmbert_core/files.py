@@ -1,18 +1,28 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed. Floor 0; imports nothing of ours."""
+"""Files that are either whole or absent: written under a temporary name, synced, renamed. Floor 0; imports errors."""
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from mmbert_core.errors import InputError
+
+logger = logging.getLogger(__name__)
+
 TEMPORARY_PREFIX = ".tmp-"
+LOCK = "run.lock"
+MEGABYTE = 2**20
 
 
 def sync_path(path: Path) -> None:
@@ -54,7 +64,10 @@ def read_json(path: Path) -> Any:
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """A safetensors file, not atomic, whose bytes depend on the tensors alone: more metadata keys would come in random order."""
-    save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: {error}") from None
 
 
 def sha256_of(path: Path) -> str:
@@ -103,3 +116,36 @@ def remove_stale_temporaries(folder: Path) -> list[Path]:
     for path in stale:
         remove_path(path)
     return stale
+
+
+# ---- the folder of a run ----
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written in `folder`, or where it will be made."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def lock_folder(folder: Path) -> TextIO | None:
+    """Claim `folder`, which is made if need be, for this process until the returned file is closed or the process ends.
+
+    Raises `InputError` that names the holder when another process has it. None where the file system has no locks.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    stream = open(Path(folder) / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        stream.close()
+        raise InputError(f"{folder}: expected a folder that no other run writes to, found it in use by {holder}") from None
+    except OSError as error:
+        logger.warning("%s: this file system has no locks (%s); see to it that only one run writes there", folder, error.strerror)
+        stream.close()
+        return None
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    return stream

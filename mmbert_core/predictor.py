@@ -6,9 +6,9 @@ Imports distributed, data, evaluation, model, model_folder, training.hooks.
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 import pandas as pd
 import torch
@@ -16,10 +16,12 @@ import torch
 from mmbert_core import distributed
 from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.dataset import Dataset, encode_for_prediction
+from mmbert_core.data.encoding import longest_texts
+from mmbert_core.data.prepare import warn_of_cut_texts, warn_of_unseen
 from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError
-from mmbert_core.evaluation.predictions import header, predicted_classes, prediction_rows, tsv_line
+from mmbert_core.evaluation.predictions import Columns, header, prediction_columns, tsv_line, tsv_rows
 from mmbert_core.files import TEMPORARY_PREFIX, sync_path
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model_folder import LoadedModel, load_model_folder
@@ -49,10 +51,11 @@ class Predictor:
         """Load a model folder. Raises `InputError` when it is not a whole one."""
         return cls(load_model_folder(folder), context or distributed.read_context(), precision=precision)
 
-    def predict_file(self, paths: Sequence[str], output: str | Path) -> int:
+    def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False) -> int:
         """Collective. Score every row of the input once, in its order, into a TSV file; returns the number of rows.
 
-        The file appears whole or not at all. Labels, when the input has the label column, are copied as they are.
+        The file appears whole or not at all. Labels, when the input has the label column, are copied as they are; with
+        `sheet_safe` a text that a spreadsheet would take for a formula gets a ' before it.
         Raises `InputError` for input that cannot be read, a missing column, or an output that cannot be written.
         """
         inputs, output = expand_paths(paths), Path(output)
@@ -61,17 +64,22 @@ class Predictor:
         config = self.loaded.config
         roles = Roles.from_config(config)
         kept = columns_kept(inputs, roles.inputs(), (config.label_name,))
-        windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), chunk_rows=WINDOW)
+        longest = longest_texts(roles, max_length=config.max_length, max_chunks=config.max_chunks)
+        windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), longest=longest, chunk_rows=WINDOW)
         names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
-        num_rows, started, last_line = 0, time.monotonic(), time.monotonic()
+        unseen: Counter[str] = Counter()
+        num_rows, num_cut, started, last_line = 0, 0, time.monotonic(), time.monotonic()
         try:
             distributed.on_main(lambda: create(temporary, output))
             with open(temporary if self.context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
-                stream.write(tsv_line(names))
+                stream.write(tsv_line(names, sheet_safe=sheet_safe))
                 for window in windows:
                     dataset = self._encode(window)
-                    self._write(dataset, self.score(dataset), stream)
-                    num_rows += len(dataset)
+                    result = self.score(dataset)
+                    if self.context.is_main:
+                        stream.writelines(tsv_rows(self._columns(dataset, result), sheet_safe=sheet_safe))
+                    unseen.update(dataset.unseen())
+                    num_rows, num_cut = num_rows + len(dataset), num_cut + dataset.encoded.num_cut
                     if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                         last_line = time.monotonic()
                         logger.info("%d rows scored, %.0f rows/s", num_rows, num_rows / (last_line - started))
@@ -81,6 +89,8 @@ class Predictor:
         finally:
             if self.context.is_main:
                 temporary.unlink(missing_ok=True)
+        warn_of_cut_texts(num_cut, num_rows, config)
+        warn_of_unseen("input", unseen)
         return num_rows
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -88,15 +98,12 @@ class Predictor:
 
         Cells may be texts or numbers. Raises `InputError` for a missing column or a cell that cannot be.
         """
-        config, names = self.loaded.config, self.loaded.labels.names
+        config = self.loaded.config
         dataset = self._encode(frame_to_chunk(frame, Roles.from_config(config).inputs(), (config.label_name,)))
         result = self.score(dataset)
-        columns = header(names, is_binary=config.is_binary, id_name=config.id_name, has_labels=dataset.has_labels)
-        probabilities = result.preds[:, None] if result.preds.ndim == 1 else result.preds
-        parts = [*([result.ids] if config.id_name else []), *probabilities.T]
-        parts += [dataset.label_strings(range(len(dataset)))] if dataset.has_labels else []
-        parts += [[names[index] for index in predicted_classes(result.preds)]]
-        return pd.DataFrame(dict(zip(columns, parts, strict=True)), index=frame.index)
+        warn_of_cut_texts(dataset.encoded.num_cut, len(dataset), config)
+        warn_of_unseen("data frame", dataset.unseen())
+        return pd.DataFrame(self._columns(dataset, result), index=frame.index)
 
     def _encode(self, chunk: Chunk) -> Dataset:
         loaded, config = self.loaded, self.loaded.config
@@ -108,18 +115,18 @@ class Predictor:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""
         results = []
         with torch.inference_mode():
-            for index, batch in hooks.own_batches(dataset, self.context):
+            for index, batch in filter(None, hooks.own_batches(dataset, self.context)):
                 made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
                 preds = made[0] if isinstance(made, tuple) else made
                 results.append(BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0))
         return hooks.gather_results(results, len(dataset))
 
-    def _write(self, dataset: Dataset, result: EpochResult, stream: TextIO) -> None:
-        """Rank 0's stream gets the window's lines; the other ranks' goes nowhere."""
-        if self.context.is_main:
-            labels = dataset.label_strings(range(len(dataset))) if dataset.has_labels else None
-            ids = result.ids if self.loaded.config.id_name else None
-            stream.writelines(map(tsv_line, prediction_rows(result.preds, self.loaded.labels.names, ids=ids, labels=labels)))
+    def _columns(self, dataset: Dataset, result: EpochResult) -> Columns:
+        config = self.loaded.config
+        labels = dataset.label_strings(range(len(dataset))) if dataset.has_labels else None
+        return prediction_columns(
+            result.preds, self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, ids=result.ids, labels=labels
+        )
 
 
 def check_output(inputs: Sequence[str], output: Path) -> None:

@@ -71,9 +71,24 @@ def errors(context: DistContext) -> dict[str, list[str]]:
             distributed.on_main(failing(error))
         except Exception as caught:  # noqa: BLE001 - its kind is what is asked
             seen[name] = [type(caught).__name__, str(caught)]
+    try:
+        distributed.on_all(failing(ValueError("only here")) if context.rank == 1 else lambda: None)
+    except Exception as caught:  # noqa: BLE001
+        seen["all"] = [type(caught).__name__, str(caught)]
+    ran.pop() if context.rank == 1 else None
+    seen["all after"] = distributed.on_all(lambda: f"rank {context.rank}")
     seen["value after"] = distributed.on_main(lambda: ran.append(context.rank) or "made on rank 0")
     seen["ran"] = ran
     return seen
+
+
+def poll(context: DistContext) -> list[bool]:
+    """What each rank hears until it hears yes; rank 1 raises its flag at the fourth question."""
+    questions, heard = distributed.Poll(), []
+    while not any(heard):
+        heard.append(questions.ask(context.rank == 1 and len(heard) == 3))
+    questions.close()
+    return heard
 
 
 def stops_together(config: Config, context: DistContext) -> list[str]:
@@ -89,7 +104,7 @@ def stops_together(config: Config, context: DistContext) -> list[str]:
     try:
         tiny.train(config, context)
         return ["nothing", ""]
-    except FloatingPointError as error:
+    except RuntimeError as error:
         return [type(error).__name__, str(error)]
     finally:
         hooks.training_step = plain
@@ -101,7 +116,7 @@ def main() -> None:
     distributed.set_threads(1, context)
     configs = {name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()}
     with distributed.process_group(context):
-        result = {"collectives": collectives(context), "errors": errors(context)}
+        result = {"collectives": collectives(context), "errors": errors(context), "poll": poll(context)}
         for name, config in configs.items():
             tiny.train(config, context)
         poisoned = replace(configs["few parts"], model_path=str(folder / "poisoned"), microbatches_per_step=2)

@@ -66,8 +66,8 @@ def test_tensors_of_every_kind_arrive(ranks):
 def test_an_error_of_rank_0_reaches_every_rank_as_what_it_is(ranks):
     assert ranks[0]["errors"]["ran"] == [0] * 4 and ranks[1]["errors"]["ran"] == []
     assert [rank["errors"]["input"] for rank in ranks] == [["InputError", "train.csv row 3: no label"]] * 2
-    assert [rank["errors"]["value"] for rank in ranks] == [["ValueError", "a bug"], ["RuntimeError", "rank 0: ValueError: a bug"]]
-    assert ranks[1]["errors"]["disk"] == ["RuntimeError", "rank 0: OSError: [Errno 28] No space left on device"]
+    assert [rank["errors"]["value"] for rank in ranks] == [["ValueError", "a bug"], ["PeerError", "rank 0: ValueError: a bug"]]
+    assert ranks[1]["errors"]["disk"] == ["PeerError", "rank 0: OSError: [Errno 28] No space left on device"]
     assert [rank["errors"]["value after"] for rank in ranks] == ["made on rank 0"] * 2
 
 
@@ -90,7 +90,18 @@ def test_two_processes_train_as_one(ranks, configs, tmp_path, name):
 
 
 def test_a_bad_loss_of_one_rank_stops_all_before_the_step(ranks):
-    assert [rank["poisoned"] for rank in ranks] == [["FloatingPointError", "the loss is nan at step 3; stopped before the optimizer step"]] * 2
+    [(other, heard), (guilty, told)] = [rank["poisoned"] for rank in ranks]
+    assert (other, heard) == ("PeerError", "a loss of step 3 is not finite on another rank")
+    assert guilty == "RunError" and "micro-batch of step 3 is nan" in told and "train.csv row" in told and "stopped before the optimizer step" in told
+
+
+def test_a_failure_of_any_rank_is_one_of_all(ranks):
+    assert [rank["errors"]["all"] for rank in ranks] == [["PeerError", "rank 1: ValueError: only here"], ["ValueError", "only here"]]
+    assert [rank["errors"]["all after"] for rank in ranks] == [["rank 0", "rank 1"]] * 2
+
+
+def test_a_flag_of_one_rank_is_heard_by_all_at_the_same_question(ranks):
+    assert ranks[0]["poll"] == ranks[1]["poll"] == [False] * 5 + [True]  # raised by rank 1 at the fourth
 
 
 # ---- one process ----

@@ -14,14 +14,14 @@ PACKAGE = "mmbert_core"
 # Every file, by floor. A file imports the files of lower floors, and those named before it in its own group.
 # Groups of the same floor do not know each other.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("errors", "files", "hub", "config", "config_reader", "distributed"),),
+    (("errors", "signals", "files", "hub", "config", "config_reader", "distributed"),),
     (
         ("data.batches", "data.sample", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
          "data.encoding", "data.store", "data.dataset", "data.prepare"),
         ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.text_encoder", "model.multimodal_bert"),
         ("evaluation.predictions", "evaluation.metrics", "evaluation.plots"),
     ),
-    (("model_folder", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "training.setup"),),
+    (("model_folder", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "training.memory", "training.setup"),),
     (("predictor", "training.loop", "demo"),),
     (("cli", "__main__", "train"),),  # train: train.py, beside the package
 )  # fmt: skip

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mmbert_core.errors import InputError
-from mmbert_core.files import atomic_folder, read_json, remove_path, remove_stale_temporaries, save_tensors, sha256_of, sync_path, write_json
+from mmbert_core.errors import InputError, RunError
+from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, sha256_of, sync_path, write_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.json"
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
+TEMPORARY_FOLDER = re.compile(re.escape(TEMPORARY_PREFIX) + r"(step-[0-9]{8,})-[0-9]+")
 
 
 @dataclass
@@ -39,6 +41,7 @@ class TrainState:
     best_value: float | None = None
     best_step: int | None = None
     bad_validations: int = 0
+    validation_pending: bool = False  # stopped by a signal before or in this step's validation
     finished: bool = False
     train_seconds: float = 0.0
     rows_trained: int = 0
@@ -56,6 +59,11 @@ class Checkpoint:
 
 def step_folder(folder: Path, step: int) -> Path:
     return Path(folder) / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The inverse of `step_folder`."""
+    return int(Path(path).name.removeprefix("step-"))
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -92,10 +100,38 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
 
 
 def save_checkpoint(folder: Path, *, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-    """Rank 0 only. Write `step-<step>` whole; an existing folder of that step is replaced only by a complete one."""
+    """Rank 0 only. Write `step-<step>` whole; an existing folder of that step is replaced only by a complete one.
+
+    Raises `FloatingPointError` for weights that are no numbers, and `RunError` when the disk does not take it; then
+    nothing of it is left, and the older checkpoints are as they were.
+    """
     if not_finite := [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
         raise FloatingPointError(f"step {state['step']}: {not_finite[0]} is not finite; no checkpoint written")
     final = step_folder(folder, state["step"])
+    check_space(folder, state["step"], weights, moments)
+    try:
+        _write(final, weights, moments, state)
+    except OSError as error:
+        raise RunError(f"the checkpoint of step {state['step']} could not be written: {_space(folder, weights, moments)} ({error})") from error
+    return final
+
+
+def check_space(folder: Path, step: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> None:
+    """Raise `RunError` when a checkpoint of these tensors has no place on the disk."""
+    if free_bytes(folder) < _size(weights, moments):
+        raise RunError(f"no place for the checkpoint of step {step}: {_space(folder, weights, moments)}")
+
+
+def _size(weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> int:
+    """Bytes on the disk, with a twentieth and a megabyte for headers, JSON and blocks."""
+    return sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())) * 21 // 20 + MEGABYTE
+
+
+def _space(folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> str:
+    return f"need {_size(weights, moments) / MEGABYTE:.1f} MB, have {free_bytes(folder) / MEGABYTE:.1f} MB at {folder}"
+
+
+def _write(final: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     with atomic_folder(final) as temporary:
         save_tensors(weights, temporary / "model.safetensors")
         save_tensors(moments, temporary / "optimizer.safetensors")
@@ -105,7 +141,6 @@ def save_checkpoint(folder: Path, *, weights: Mapping[str, torch.Tensor], moment
         files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in PARTS}
         write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
         remove_path(final)  # of an earlier life of this run: found damaged, or newer than the step it went on from
-    return final
 
 
 def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> None:
@@ -198,7 +233,11 @@ def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def clean_up(folder: Path) -> None:
-    """Rank 0 only, at the start: remove what an interrupted write left behind."""
+    """Rank 0 only, at the start, in a folder that is locked: end what a killed write had all but ended, and remove the rest of it."""
+    for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
+        match = TEMPORARY_FOLDER.fullmatch(path.name)  # killed while it replaced a checkpoint of the same step
+        if match and not path.is_symlink() and not (final := Path(folder) / match.group(1)).exists() and why_invalid(path) is None:
+            path.rename(final)
     for path in remove_stale_temporaries(folder):
         logger.info("removed %s, left by an interrupted write", path)
 
@@ -206,8 +245,13 @@ def clean_up(folder: Path) -> None:
 # ---- what a resume must agree with ----
 
 
-def check_resumable(state: Mapping[str, Any], *, config: Mapping[str, Any], fingerprints: Mapping[str, Any], free_keys: frozenset[str]) -> None:
-    """Raise `InputError` naming key, old and new value when config or data differ from the checkpoint's."""
+def check_resumable(
+    state: Mapping[str, Any], *, config: Mapping[str, Any], fingerprints: Mapping[str, Any], parameters: list[list[Any]], versions: Mapping[str, str], free_keys: frozenset[str]
+) -> None:
+    """Raise `InputError` naming key, old and new value when config, data or model differ from the checkpoint's.
+
+    Other versions of the packages are allowed, with a warning: the same bits are not promised across them.
+    """
     for key, new in config.items():
         old = state["config"].get(key)
         if key not in free_keys and old != new:
@@ -216,20 +260,27 @@ def check_resumable(state: Mapping[str, Any], *, config: Mapping[str, Any], fing
         old, new = state["fingerprints"].get(path), fingerprints.get(path)
         if old != new:
             raise InputError(f"{path} has changed since the checkpoint at step {state['step']} ({_shown(old)} then, {_shown(new)} now): restore it, or choose another model_path")
+    for old, new in zip_longest(state["parameters"], parameters):  # an encoder folder may hold another model under the same name
+        if old != new:
+            raise InputError(f"encoder: expected a model whose parameter is {old} as in the checkpoint at step {state['step']}, found {new}: restore it, or choose another model_path")
+    for package, new in versions.items():
+        if (old := state["versions"].get(package)) != new:
+            logger.warning("%s was %s at the checkpoint and is %s now: numbers may differ in their last digits", package, old, new)
 
 
 def _shown(fingerprint: Mapping[str, Any] | None) -> str:
     return f"sha256 {fingerprint['sha256'][:12]}" if fingerprint else "not read"
 
 
-def forget_lost_best(folder: Path, state: dict[str, Any]) -> None:
-    """Going on from an older step, its best checkpoint may be gone: then the next validation is the best so far."""
+def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """`state`, without its best step where that checkpoint is gone: then the next validation is the best so far."""
     best = state["best_step"]
     if best is None or best == state["step"]:
-        return
+        return state
     if reason := why_invalid(step_folder(folder, best)):
         logger.warning("the best step so far, %d, is lost (%s): the best is chosen among what follows", best, reason)
-        state.update(best_step=None, best_value=None, best_metric=None, bad_validations=0)
+        return {**state, "best_step": None, "best_value": None, "best_metric": None, "bad_validations": 0}
+    return state
 
 
 def train_state_from(state: Mapping[str, Any]) -> TrainState:

@@ -186,11 +186,18 @@ def draw(result: EpochResult, folder: Path, class_names: Sequence[str]) -> None:
 # ---- both ----
 
 
-def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch]]:
-    """This rank's share of the evaluation batches, with their numbers: whole batches, so that no shape depends on the ranks."""
+def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch] | None]:
+    """This rank's share of the evaluation batches, with their numbers: whole batches, so that no shape depends on the ranks.
+
+    As many items on every rank, so that the ranks can ask each other something at each; None: nothing more to do here.
+    """
     plan = evaluation_batches(dataset.lengths)
-    for index in deal([dataset.area(rows) for rows in plan], context.world_size)[context.rank]:
+    hands = deal([dataset.area(rows) for rows in plan], context.world_size)
+    hand = hands[context.rank]
+    for index in hand:
         yield index, dataset.batch(plan[index])
+    for _ in range(max(map(len, hands)) - len(hand)):
+        yield None
 
 
 def _evaluate_batch(model: nn.Module, batch: Batch, batch_idx: int, stage: str, task: Task) -> BatchResult:

@@ -8,25 +8,27 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from mmbert_core import distributed
+from mmbert_core import distributed, signals
 from mmbert_core.config import Config
 from mmbert_core.data.batches import deal, epoch_order, micro_batch_seed, micro_batches, step_rows
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
+from mmbert_core.errors import PeerError, RunError, Stopped, phase
 from mmbert_core.files import write_json
 from mmbert_core.model.losses import LossOp
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model_folder import save_model_folder
 from mmbert_core.training import checkpoint, hooks
 from mmbert_core.training.optim import optimizer_step
-from mmbert_core.training.setup import RESULTS, Run, already_finished, save, start_run
+from mmbert_core.training.setup import RESULTS, Run, already_finished, claimed_folder, save, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +41,46 @@ def fit(
     """Collective. Train, keep the best step, write the model folder, score the test rows; returns train_results.json.
 
     `model` and `pooling` come from `setup.prepare_model`. Goes on from a checkpoint in `config.model_path` unless told
-    otherwise; a finished run is left as it is. `loss_op(logits, labels)` replaces the weighted cross entropy
+    otherwise; a finished run is left as it is. Raises `Stopped` when a signal asked for it and a checkpoint is written. `loss_op(logits, labels)` replaces the weighted cross entropy
     (`losses.add_loss_op`); it is code, so no checkpoint knows it: give the same one to resume.
     """
-    run = start_run(config, data, model, pooling, context, loss_op=loss_op)
-    try:
-        if run.state.finished and (results := already_finished(config)):
-            run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")
-            return results
-        order, order_epoch = np.zeros(0, np.int64), -1
-        while not run.state.finished:
-            if order_epoch != run.state.epoch:
-                order, order_epoch = epoch_order(len(data.train), config.seed, run.state.epoch), run.state.epoch
+    with claimed_folder(config), signals.deferred():
+        run = start_run(config, data, model, pooling, context, loss_op=loss_op)
+        try:
+            if run.state.finished and (results := already_finished(config)):
+                run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")
+                return results
+            train_to_the_end(run)
+            return finish(run)
+        finally:
+            run.log.close()
+
+
+def train_to_the_end(run: Run) -> None:
+    """Collective. Steps, validations and checkpoints until the run is finished. Raises `Stopped` after a checkpoint."""
+    order, order_epoch, state = np.zeros(0, np.int64), -1, run.state
+    while not state.finished:
+        if not state.validation_pending:
+            if order_epoch != state.epoch:
+                order, order_epoch = epoch_order(len(run.data.train), run.config.seed, state.epoch), state.epoch
             figures = train_one_step(run, order)
-            improved = validate(run) if is_validation_due(run) else False
-            run.state.finished = run.state.finished or run.state.step == run.plan.total_steps
+            state.validation_pending = is_validation_due(run)
             log_step(run, figures)
-            if improved or run.state.finished or run.state.step % config.save_every == 0:
-                save(run)
-        return finish(run)
-    finally:
-        run.log.close()
+        improved = False
+        if state.validation_pending and not run.stopping:
+            improved = validate(run)
+        state.finished = state.finished or (state.step == run.plan.total_steps and not state.validation_pending)
+        if run.stopping:
+            stop(run)
+        if improved or state.finished or state.step % run.config.save_every == 0:
+            save(run)
+
+
+def stop(run: Run) -> NoReturn:
+    """Collective. All ranks have agreed on it: a checkpoint, and out."""
+    save(run)
+    signals.ignore()
+    raise Stopped(f"stopped by a signal; the checkpoint of step {run.state.step} is written, and the same command goes on from there")
 
 
 # ---- one optimizer step ----
@@ -77,21 +98,16 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     # the step's weights, known to every rank without asking; an all-zero step has zero losses over any divisor
     weight_sum = float(run.class_weights[run.train_labels[rows]].sum()) or 1.0
 
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.context.device)
+    losses = []
     for position, index in enumerate(hand):
         torch.manual_seed(micro_batch_seed(config.seed, state.step, index))
-        loss_sum += backward(run, dataset.batch(parts[index]), index, weight_sum, is_last=position == len(hand) - 1)
+        losses.append(backward(run, dataset.batch(parts[index]), index, weight_sum, is_last=position == len(hand) - 1))
     if not hand:  # fewer micro-batches than ranks: take part in the synchronisation with a row that weighs nothing
         backward(run, dataset.batch(parts[0][:1]), 0, math.inf, is_last=True)
 
-    [train_loss] = distributed.all_reduce_sum([float(loss_sum)])
-    if not math.isfinite(train_loss):
-        raise FloatingPointError(f"the loss is {train_loss} at step {state.step + 1}; stopped before the optimizer step")
+    train_loss, sound = agree(run, [parts[index] for index in hand], torch.stack(losses).tolist() if losses else [], len(rows))
     lr = run.scheduler.get_last_lr()[0]
-    try:
-        stepped, grad_norm = optimizer_step(run.model.parameters(), run.optimizer, run.scheduler, run.scaler, max_norm=config.gradient_clip_val)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error} at step {state.step + 1}; stopped before the optimizer step") from None
+    stepped, grad_norm = step_optimizer(run) if sound else (False, math.nan)
     state.skipped_steps += not stepped
     seconds = time.perf_counter() - started
     advance(run, len(rows), seconds)
@@ -103,10 +119,56 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
 
 def backward(run: Run, batch: Batch, index: int, weight_sum: float, *, is_last: bool) -> torch.Tensor:
     """Gradients of one micro-batch; the rank's last one synchronises. Returns its share of the step's loss, detached."""
-    with distributed.no_sync(run.ddp_model, enabled=not is_last):
-        loss = hooks.training_step(run.ddp_model, batch, index, task=run.task, weight_sum=weight_sum)["loss"]
-        run.scaler.scale(loss * run.context.world_size).backward()  # DDP takes the mean over ranks; the step wants the sum
+    with distributed.no_sync(run.ddp_model, enabled=not is_last), distributed.lost_peers():
+        with phase(f"the forward pass of step {run.state.step + 1}"):
+            loss = hooks.training_step(run.ddp_model, batch, index, task=run.task, weight_sum=weight_sum)["loss"]
+        with phase(f"the backward pass of step {run.state.step + 1}"):
+            run.scaler.scale(loss * run.context.world_size).backward()  # DDP takes the mean over ranks; the step wants the sum
     return loss.detach().double()
+
+
+def agree(run: Run, parts: list[np.ndarray], losses: list[float], num_rows: int) -> tuple[float, bool]:
+    """Collective, once a step, before the optimizer moves: (the step's loss, whether it is sound on every rank).
+
+    `losses` are those of this rank's micro-batches `parts`. All ranks learn in one sum what they must decide alike: rows
+    counted, losses that are no numbers, wishes to stop. Raises `RunError` on the rank with such a loss, `PeerError` on
+    the others, unless the config says to skip the step.
+    """
+    step, bad = run.state.step + 1, [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+    figures = [sum(losses), sum(map(len, parts)), bool(bad), signals.requested() is not None]
+    train_loss, rows_counted, num_bad, num_stopping = distributed.all_reduce_sum(figures)
+    run.stopping = num_stopping > 0
+    if rows_counted != num_rows:
+        raise RuntimeError(f"step {step}: expected {num_rows} rows over all ranks, counted {rows_counted:.0f}")
+    if not num_bad:
+        return train_loss, True
+    if bad:
+        rows = parts[bad[0]]
+        where = f"the loss of a micro-batch of step {step} is {losses[bad[0]]}, of {len(rows)} rows, first {run.data.train.where(int(rows[0]))}"
+        if run.config.on_nonfinite == "stop":
+            raise RunError(f"{where}; stopped before the optimizer step (on_nonfinite: skip would leave the step out)")
+        logger.error("%s; the step is left out on all ranks", where)
+    elif run.config.on_nonfinite == "stop":
+        raise PeerError(f"a loss of step {step} is not finite on another rank")
+    run.optimizer.zero_grad(set_to_none=True)
+    return train_loss, False
+
+
+def step_optimizer(run: Run) -> tuple[bool, float]:
+    """Whether the optimizer moved, and the gradient norm. The gradients are the same on all ranks, and so is what happens."""
+    with phase(f"the optimizer step {run.state.step + 1}"):
+        try:
+            stepped, grad_norm = optimizer_step(
+                run.model.parameters(), run.optimizer, run.scheduler, run.scaler,
+                max_norm=run.config.gradient_clip_val, skip_nonfinite=run.config.on_nonfinite == "skip",
+            )  # fmt: skip
+        except RunError as error:
+            if run.context.is_main:
+                raise RunError(f"{error} at step {run.state.step + 1}; stopped before the optimizer step") from None
+            raise PeerError(str(error)) from None
+    if not stepped and not run.scaler.is_enabled():
+        run.log.say(f"the gradient norm of step {run.state.step + 1} is {grad_norm}; the step is left out")
+    return stepped, grad_norm
 
 
 def advance(run: Run, num_rows: int, seconds: float) -> None:
@@ -121,7 +183,7 @@ def advance(run: Run, num_rows: int, seconds: float) -> None:
 
 
 def log_step(run: Run, figures: dict[str, float]) -> None:
-    """Every `log_every` steps and at the end: a line of metrics.jsonl. Rates and padding are of the steps since the last line."""
+    """Every `log_every` steps and at the last: a line of metrics.jsonl. Rates and padding are of the steps since the last line."""
     window, state = run.window, run.state
     for name in ("rows", "tokens", "padded", "seconds"):
         window[name] = window.get(name, 0) + figures[name]
@@ -129,13 +191,17 @@ def log_step(run: Run, figures: dict[str, float]) -> None:
     left = (run.plan.total_steps - state.step) * window["seconds"] / window["rows"] * run.config.batch_size
     shown = f"epoch {min(state.epoch + 1, run.config.max_epochs)}  train_loss {figures['train_loss']:.4f}  lr {figures['lr']:.2e}  {rate:.1f} rows/s  {format_seconds(left)} left"
     run.log.progress(state.step, shown)
-    if state.step % run.config.log_every == 0 or state.finished:
+    if state.step % run.config.log_every == 0 or state.step == run.plan.total_steps:
         run.log.record({
-            "step": state.step, "epoch": state.epoch, "train_loss": figures["train_loss"], "lr": figures["lr"],
-            "grad_norm": figures["grad_norm"] if math.isfinite(figures["grad_norm"]) else None,
+            "step": state.step, "epoch": state.epoch, "train_loss": finite_or_none(figures["train_loss"]), "lr": figures["lr"],
+            "grad_norm": finite_or_none(figures["grad_norm"]),
             "rows_per_second": rate, "tokens_per_second": window["tokens"] / window["seconds"], "padding_share": 1 - window["tokens"] / window["padded"],
         })  # fmt: skip
         window.clear()
+
+
+def finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def format_seconds(seconds: float) -> str:
@@ -157,9 +223,11 @@ def is_validation_due(run: Run) -> bool:
 
 
 def validate(run: Run) -> bool:
-    """Collective. Score the validation rows; True when this step is the best so far. May end the run early."""
+    """Collective. Score the validation rows; True when this step is the best so far. May end the run early, or be stopped by a signal."""
     outputs = hooks.on_validation_epoch_start()
-    evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task))
+    if not evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)):
+        return False
+    run.state.validation_pending = False
     values = hooks.on_validation_epoch_end(outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names)
     run.log.record({"step": run.state.step, **values})
     improved = judge(run, values)
@@ -191,13 +259,24 @@ def judge(run: Run, values: dict[str, float | None]) -> bool:
     return False
 
 
-def evaluate(run: Run, dataset: Dataset, step: Any) -> None:
-    """Run `step(batch, index)` on this rank's share of whole batches, on the raw module, without gradients."""
+def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> bool:
+    """Collective. Run `step(batch, index)` on this rank's share of whole batches, on the raw module, without gradients.
+
+    False, with `run.stopping` set, when a signal to any rank ended it before the last batch.
+    """
+    poll = distributed.Poll()
     run.model.eval()
-    with torch.no_grad():  # not inference_mode: an encoder may keep a table it makes here for training steps
-        for index, batch in hooks.own_batches(dataset, run.context):
-            step(batch, index)
+    with torch.no_grad(), phase(f"the evaluation at step {run.state.step}"):  # not inference_mode: an encoder may keep a table it makes here for training steps
+        for item in hooks.own_batches(dataset, run.context):
+            run.stopping = poll.ask(signals.requested() is not None)
+            if run.stopping:
+                break
+            if item is not None:
+                index, batch = item
+                step(batch, index)
+    poll.close()
     run.model.train()
+    return not run.stopping
 
 
 # ---- the end ----
@@ -238,7 +317,10 @@ def test(run: Run) -> tuple[dict[str, Any], Path]:
     dataset = run.data.test
     outputs, folder = hooks.on_test_epoch_start(run.folder)
     has_labels = dataset.has_labels
-    evaluate(run, dataset, lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels))
+    if not evaluate(run, dataset, lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels)):
+        distributed.on_main(folder.rmdir)
+        signals.ignore()
+        raise Stopped("stopped by a signal while the test rows were scored; the model is written, and the same command goes on with the test")
     figures = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names)
     run.log.record({"step": run.state.step, **{name: value for name, value in figures.items() if name != "undefined"}})
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")

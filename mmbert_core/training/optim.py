@@ -1,4 +1,4 @@
-"""Optimizer, schedule, precision, and the one order of an optimizer step. Floor 2; imports config."""
+"""Optimizer, schedule, precision, and the one order of an optimizer step. Floor 2; imports config and errors."""
 
 import logging
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mmbert_core.config import Config
+from mmbert_core.errors import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +95,13 @@ def warmup_in_steps(warmup_steps: int | float, total_steps: int) -> int:
 
 
 def optimizer_step(
-    parameters: Iterable[nn.Parameter], optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler, *, max_norm: float
+    parameters: Iterable[nn.Parameter], optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler, *, max_norm: float, skip_nonfinite: bool = False
 ) -> tuple[bool, float]:
     """Unscale, clip, step, update the scaler, schedule, zero the gradients: always in this order, only here.
 
     Returns whether the optimizer moved (fp16 overflow skips it, and the schedule with it) and the gradient norm before
-    clipping. Raises `FloatingPointError` for a non-finite norm without loss scaling, or when loss scaling no longer
-    helps; gradients are synchronised by then, so every rank raises.
+    clipping. Raises `RunError` for a non-finite norm without loss scaling, unless told to skip the step, or when loss
+    scaling no longer helps; gradients are synchronised by then, so every rank does the same.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
@@ -109,7 +110,10 @@ def optimizer_step(
         nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
     grad_norm = float(total_norm)
     if not scaler.is_enabled() and not grad_norm < float("inf"):
-        raise FloatingPointError(f"the gradient norm is {grad_norm}")
+        if not skip_nonfinite:
+            raise RunError(f"the gradient norm is {grad_norm}")
+        optimizer.zero_grad(set_to_none=True)
+        return False, grad_norm
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -117,6 +121,6 @@ def optimizer_step(
     if stepped:
         scheduler.step()
     elif scaler.get_scale() < SMALLEST_LOSS_SCALE:
-        raise FloatingPointError(f"the gradient norm is {grad_norm} at any loss scale down to {scaler.get_scale():.0e}")
+        raise RunError(f"the gradient norm is {grad_norm} at any loss scale down to {scaler.get_scale():.0e}")
     optimizer.zero_grad(set_to_none=True)
     return stepped, grad_norm

@@ -1,10 +1,13 @@
 """Everything of a run put together before its first step: a fresh start or the continuation of a checkpoint. Floor 2.
 
-Imports distributed, config, data, model_folder and the files of this folder named before it (checkpoint, run_log, optim, hooks).
+Imports distributed, config, data, model_folder and the files of this folder named before it (checkpoint, run_log, optim, hooks, memory).
 """
 
 import logging
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,21 +25,23 @@ from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.batches import settle_micro_batches, steps_per_epoch
 from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
-from mmbert_core.files import read_json, write_json
+from mmbert_core.files import LOCK, lock_folder, read_json, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model_folder import WEIGHTS, build_model, config_record
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.hooks import Task, run_epoch
+from mmbert_core.training.memory import settle_by_trial
 from mmbert_core.training.optim import build_scaler, configure_optimizers, resolve_precision
 from mmbert_core.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
+VERSIONS = {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}  # rows of a micro-batch when microbatches_per_step is auto
 
 
@@ -71,6 +76,7 @@ class Run:
     resolved: dict[str, Any]
     class_weights: np.ndarray  # [K] float64, as the loss weighs rows
     train_labels: np.ndarray  # [N] int64
+    stopping: bool = False  # all ranks have agreed to stop: one of them had a signal
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 
     @property
@@ -112,6 +118,28 @@ def already_finished(config: Config) -> dict[str, Any] | None:
     return distributed.on_main(read)
 
 
+@contextmanager
+def claimed_folder(config: Config) -> Iterator[None]:
+    """Collective. Inside, `model_path` of rank 0 belongs to this run alone; what a killed write left there is cleaned up.
+
+    Raises `InputError` when another run has it.
+    """
+    lock = None
+
+    def claim() -> None:
+        nonlocal lock
+        lock = lock_folder(Path(config.model_path))
+        checkpoint.clean_up(Path(config.model_path) / "checkpoints")
+
+    try:
+        distributed.on_main(claim)
+        yield
+    finally:
+        if lock is not None:
+            lock.truncate(0)
+            lock.close()
+
+
 def start_run(
     config: Config, data: Data, model: MultimodalBert, pooling: str | None, context: DistContext, *, loss_op: LossOp | None = None
 ) -> Run:
@@ -121,35 +149,46 @@ def start_run(
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
         torch.use_deterministic_algorithms(True)
-    found = read_for_all_ranks(config, data, folder / "checkpoints")
+    with phase("load"):
+        found, source = read_for_all_ranks(config, data, model, context)
     old = found.state["resolved"] if found else {}
     precision = resolve_precision(old.get("precision", config.precision), context.device)
-    micro = old.get("microbatches_per_step") or settle_micro_batches(
+    asked = old.get("microbatches_asked") or settle_micro_batches(
         config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=ROWS_AT_ONCE[context.device.type]
     )
-    resolved = {"pooling": old.get("pooling", pooling), "precision": precision, "microbatches_per_step": micro}
-    if config.microbatches_per_step == "auto" and context.is_main and not found:
-        logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", micro)
-
+    micro = old.get("microbatches_per_step", asked)
     loss_op = build_loss_op(settle_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
     class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
     loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
     task = Task(config.is_binary, loss_op, precision, context.device)
     model.to(context.device).train()
     if found:
-        model.load_state_dict(found.weights)
+        with phase("load"):
+            distributed.on_all(lambda: str(model.load_state_dict(found.weights)))
     freeze_unused(model, data, task)
     ddp_model = distributed.wrap_ddp(model, context)
+    if not found:
+        micro = settle_by_trial(
+            asked, ddp_model, data.train, task=task, batch_size=config.batch_size, seed=config.seed, limit_mb=config.memory_limit_mb
+        )  # fmt: skip
+    warm_up(ddp_model, data, task)
+    resolved = {"pooling": old.get("pooling", pooling), "precision": precision, "microbatches_asked": asked, "microbatches_per_step": micro}
+    if config.microbatches_per_step == "auto" and not found:
+        logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", micro)
     plan = make_plan(config, len(data.train), micro)
     optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)
     scaler = build_scaler(precision, context.device)
-    state = restore(found, model, optimizer, scheduler, scaler) if found else TrainState()
+    with phase("load"):
+        state = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler) if found else TrainState())[context.rank]
     distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=found is None, finished=state.finished))
     log = RunLog(folder, is_main=context.is_main, first_step=state.step, total_steps=plan.total_steps)
-    return Run(
+    run = Run(
         config, data, context, folder, model, ddp_model, task, optimizer, scheduler, scaler, plan, state, log, resolved,
         class_weights, np.asarray(data.train.label_index),
     )  # fmt: skip
+    if source != 0:  # another node had it: from now on it is where the run is written
+        save(run)
+    return run
 
 
 def check_agreement(config: Config, data: Data, context: DistContext) -> None:
@@ -171,38 +210,55 @@ def make_plan(config: Config, num_rows: int, micro_batches: int) -> Plan:
 
 def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh: bool, finished: bool) -> None:
     """Rank 0 only, after every check: the first thing a run writes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.clean_up(folder / "checkpoints")
     if not finished:  # results of an earlier life, which would pass for this one's
         (folder / RESULTS).unlink(missing_ok=True)
     if fresh:
         write_json(folder / "config.json", config_record(config, resolved))
 
 
-def read_for_all_ranks(config: Config, data: Data, folder: Path) -> Checkpoint | None:
-    """Collective. Rank 0 chooses and reads the checkpoint, the others get step and tensors from it: no shared disk needed."""
+def read_for_all_ranks(config: Config, data: Data, model: nn.Module, context: DistContext) -> tuple[Checkpoint | None, int]:
+    """Collective. The checkpoint to go on from, on all ranks, and the rank that read it; (None, 0): a fresh start.
 
-    found: Checkpoint | None = None
+    The first rank of every node looks into its own disk and the newest one counts, so that no shared disk is needed and
+    a restart that numbers the nodes anew loses nothing. The others get step and tensors by broadcast.
+    """
+    folder = Path(config.model_path) / "checkpoints"
+    resume = "auto" if distributed.restart_count() else config.resume  # torchrun repeats the arguments of the first start
 
-    def choose() -> dict[str, Any] | None:
-        nonlocal found
-        path = checkpoint.find_checkpoint(folder, config.resume)
-        if path is None:
-            if (folder.parent / WEIGHTS).exists():
-                raise InputError(f"{folder.parent}: expected an empty folder or a run to go on from, found a trained model without checkpoints: choose another model_path")
-            return None
-        found = checkpoint.read_checkpoint(path)
-        checkpoint.check_resumable(found.state, config=config.to_dict(), fingerprints=data.fingerprints, free_keys=FREE_ON_RESUME)
-        checkpoint.forget_lost_best(folder, found.state)
-        logger.info("going on from %s", path)
+    def look() -> tuple[int, str] | None:
+        """Step and path of this node's newest whole checkpoint."""
+        looks = context.is_main or (context.local_rank == 0 and resume == "auto")
+        path = checkpoint.find_checkpoint(folder, resume) if looks else None
+        if path is None and context.is_main and (folder.parent / WEIGHTS).exists():
+            raise InputError(f"{folder.parent}: expected an empty folder or a run to go on from, found a trained model without checkpoints: choose another model_path")
+        return None if path is None else (checkpoint.step_of(path), str(path))
+
+    answers = distributed.on_all(look)
+    if not any(answers):
+        return None, 0
+    step, source = max((answer[0], -rank) for rank, answer in enumerate(answers) if answer)
+    source = -source
+    read: list[Checkpoint] = []
+
+    def check_and_read() -> dict[str, Any]:
+        found = checkpoint.read_checkpoint(Path(answers[source][1]))
+        checkpoint.check_resumable(
+            found.state, config=config.to_dict(), fingerprints=data.fingerprints, parameters=parameter_shapes(model), versions=VERSIONS, free_keys=FREE_ON_RESUME
+        )
+        read.append(found)
         return found.state
 
-    state = distributed.on_main(choose)
-    if state is None:
-        return None
-    weights = distributed.broadcast_tensors(found.weights if found else None)
-    moments = distributed.broadcast_tensors(found.moments if found else None)
-    return Checkpoint(checkpoint.step_folder(folder, state["step"]), weights, moments, state)
+    state = distributed.on_rank(source, check_and_read)
+    logger.info("going on from %s%s", answers[source][1], f" of rank {source}" if source else "")
+    weights = distributed.broadcast_tensors(read[0].weights if read else None, source=source)
+    moments = distributed.broadcast_tensors(read[0].moments if read else None, source=source)
+    state = distributed.on_main(lambda: checkpoint.without_lost_best(folder, state))
+    return Checkpoint(checkpoint.step_folder(folder, step), weights, moments, state), source
+
+
+def parameter_shapes(model: nn.Module) -> list[list[Any]]:
+    """Name and shape of every parameter, in order."""
+    return [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
 
 
 def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler) -> TrainState:
@@ -228,6 +284,19 @@ def freeze_unused(model: nn.Module, data: Data, task: Task) -> None:
         logger.info("%d parameters are not reached by the loss and stay as they are: %s", len(unused), ", ".join(list(unused)[:4]))
 
 
+def warm_up(ddp_model: nn.Module, data: Data, task: Task) -> None:
+    """Collective. One row that weighs nothing, forward and backward: a resumed run then adds gradients in the order of a straight one.
+
+    DDP lays out its buckets anew after its first backward, and the layout decides the order in which three and more
+    ranks are summed.
+    """
+    if ddp_model is not getattr(ddp_model, "module", ddp_model):
+        with distributed.lost_peers():
+            loss, _, _ = run_epoch(ddp_model, data.train.batch(np.arange(1)), "train", task=task, weight_sum=math.inf)
+            loss.backward()
+        ddp_model.zero_grad(set_to_none=True)
+
+
 # ---- saving ----
 
 
@@ -235,11 +304,14 @@ def save(run: Run) -> None:
     """Collective. A checkpoint of this step, written by rank 0; on failure every rank raises."""
 
     def write() -> None:
+        if not (run.folder / LOCK).exists():
+            raise RunError(f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written")
         weights, moments = checkpoint.weights_of(run.model), checkpoint.moments_of(run.model, run.optimizer)
         checkpoint.save_checkpoint(run.checkpoints, weights=weights, moments=moments, state=state_record(run))
         checkpoint.rotate(run.checkpoints, keep=run.config.keep_checkpoints, newest=run.state.step, best_step=run.state.best_step)
 
-    distributed.on_main(write)
+    with phase("save"):
+        distributed.on_main(write)
 
 
 def state_record(run: Run) -> dict[str, Any]:
@@ -252,7 +324,7 @@ def state_record(run: Run) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "resolved": run.resolved,
         "fingerprints": run.data.fingerprints,
-        "parameters": [[name, list(parameter.shape)] for name, parameter in run.model.named_parameters()],
+        "parameters": parameter_shapes(run.model),
         "world_size": run.context.world_size,
-        "versions": {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": VERSIONS,
     }

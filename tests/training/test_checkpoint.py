@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch import nn
 
 from mmbert_core import files as project_files
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, RunError
 from mmbert_core.files import sha256_of
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import (
-    MANIFEST, PARTS, TrainState, clean_up, find_checkpoint, list_steps, moments_of, read_checkpoint, read_weights,
+    FORMAT_VERSION, MANIFEST, PARTS, TrainState, clean_up, find_checkpoint, list_steps, moments_of, read_checkpoint, read_weights,
     restore_moments, rotate, save_checkpoint, step_folder, train_state_from, weights_of, why_invalid,
 )  # fmt: skip
 from tests.training.conftest import warnings_in
@@ -64,7 +64,7 @@ def test_weights_and_moments_come_back_by_name(tmp_path):
     assert path == tmp_path / "step-00000003" and sorted(file.name for file in path.iterdir()) == sorted([*PARTS, MANIFEST])
 
     found = read_checkpoint(path)
-    assert found.state == {"format_version": 1, "step": 3, "epoch": 1}
+    assert found.state == {"format_version": FORMAT_VERSION, "step": 3, "epoch": 1}
     assert found.weights.keys() == model.state_dict().keys() and "mean" in found.weights
     names = [name for name, _ in model.named_parameters()]
     assert sorted(found.moments) == sorted(f"{name}.{entry}" for name in names for entry in ("step", "exp_avg", "exp_avg_sq"))
@@ -185,8 +185,8 @@ def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(tmp_path, caplog):
 def test_another_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "format_version": 2}))
-    with pytest.raises(InputError, match="expected checkpoint format 1, found 2"):
+    (path / "state.json").write_text(json.dumps({**state, "format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(InputError, match=f"expected checkpoint format {FORMAT_VERSION}, found {FORMAT_VERSION + 1}"):
         read_checkpoint(path)
 
 
@@ -284,7 +284,7 @@ def test_an_interrupted_write_leaves_the_previous_checkpoint_and_nothing_else(tm
     if stage == "rename":
         step = 2  # past that point there is nothing left that an old folder could be kept for
         monkeypatch.setattr(project_files.os, "rename", breaking(os.rename, lambda *_: Path("rename")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="need .* MB, have .* MB at .*No space"):
         save(tmp_path, step, model=Network(seed=5))
     assert content(tmp_path) == before and os.listdir(tmp_path) == ["step-00000001"]
     assert find_checkpoint(tmp_path, "auto") == step_folder(tmp_path, 1)
@@ -309,3 +309,20 @@ def test_leftovers_of_an_interrupted_write_are_removed_at_the_start(tmp_path):
     clean_up(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "step-00000001"]
     clean_up(tmp_path / "nothing")
+
+
+def test_a_write_killed_while_it_replaced_a_checkpoint_is_ended_at_the_start(tmp_path):
+    complete = save(tmp_path, 1, model=Network(seed=5))
+    before = content(complete)
+    complete.rename(tmp_path / ".tmp-step-00000001-123")  # the old folder is gone, the new one not yet renamed
+    clean_up(tmp_path)
+    assert os.listdir(tmp_path) == ["step-00000001"] and content(step_folder(tmp_path, 1)) == before
+
+
+def test_a_checkpoint_that_has_no_place_is_not_begun(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    before = content(tmp_path)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 1000)
+    with pytest.raises(RunError, match=r"no place for the checkpoint of step 2: need 1\.\d MB, have 0\.0 MB at "):
+        save(tmp_path, 2)
+    assert content(tmp_path) == before

@@ -26,12 +26,28 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 FINGERPRINTS = {"train.csv": {"bytes": 10, "sha256": "a" * 64}, "val.csv": {"bytes": 10, "sha256": "b" * 64}}
+PARAMETERS = [["first.weight", [3, 2]], ["first.bias", [3]]]
 CONFIG = Config(text_name=("text",), label_name="label", model_path="run").to_dict()
 
 
-def check(*, config: dict | None = None, fingerprints: dict | None = None) -> None:
-    state = json.loads(json.dumps({"step": 40, "config": CONFIG, "fingerprints": FINGERPRINTS}))
-    check_resumable(state, config={**CONFIG, **(config or {})}, fingerprints=FINGERPRINTS if fingerprints is None else fingerprints, free_keys=FREE_ON_RESUME)
+def check(*, config: dict | None = None, fingerprints: dict | None = None, parameters: list | None = None, torch_version: str = "2.13") -> None:
+    state = json.loads(json.dumps({"step": 40, "config": CONFIG, "fingerprints": FINGERPRINTS, "parameters": PARAMETERS, "versions": {"torch": "2.13"}}))
+    check_resumable(
+        state, config={**CONFIG, **(config or {})}, fingerprints=FINGERPRINTS if fingerprints is None else fingerprints,
+        parameters=PARAMETERS if parameters is None else parameters, versions={"torch": torch_version}, free_keys=FREE_ON_RESUME,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("parameters", ([["first.weight", [3, 2]]], [["first.weight", [2, 2]], ["first.bias", [3]]], [["other.weight", [3, 2]], ["first.bias", [3]]]))
+def test_another_model_under_the_same_name_is_refused(parameters):
+    check()
+    with pytest.raises(InputError, match="encoder: expected a model whose parameter is .* in the checkpoint at step 40, found "):
+        check(parameters=parameters)
+
+
+def test_other_versions_are_said_and_allowed(caplog):
+    check(torch_version="2.14")
+    assert caplog.messages == ["torch was 2.13 at the checkpoint and is 2.14 now: numbers may differ in their last digits"]
 
 
 @pytest.mark.parametrize("key", config_fields())

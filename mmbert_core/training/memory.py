@@ -1,0 +1,110 @@
+"""Whether a step fits into memory, tried before the first one. Floor 2.
+
+Imports distributed, errors, data and the files of this folder named before it (hooks).
+"""
+
+import logging
+import re
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmbert_core import distributed
+from mmbert_core.data.batches import epoch_order, micro_batches
+from mmbert_core.data.dataset import Dataset
+from mmbert_core.errors import RunError, phase
+from mmbert_core.training.hooks import Task, run_epoch
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = 64  # steps that are looked at closely: those with the most tokens, and those with the longest texts
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+
+
+def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, batch_size: int, seed: int, limit_mb: int | None) -> int:
+    """Collective. The micro-batches of a step: `asked`, or doubled until the first epoch's largest one fits on every rank.
+
+    Raises `RunError` when not even a row alone fits. Leaves no gradients behind.
+    """
+    steps = heaviest_steps(epoch_order(len(dataset), seed, 0), dataset.lengths, batch_size)
+    count = asked
+    while True:
+        rows = largest_micro_batch(steps, dataset, count)
+        with phase("the trial of the largest micro-batch"):
+            fits_here = fits(lambda: compute(ddp_model, dataset, rows, task), task.device, limit_mb)
+        ddp_model.zero_grad(set_to_none=True)
+        [num_failed] = distributed.all_reduce_sum([not fits_here])
+        if not num_failed:
+            break
+        if count >= batch_size:
+            longest = int(dataset.lengths[rows].max())
+            raise RunError(f"not even one row ({longest} tokens) at a time fits into memory: use a smaller max_length or max_chunks, or a smaller encoder")
+        count = min(2 * count, batch_size)
+    if count != asked:
+        logger.warning("microbatches_per_step %d does not fit into memory: %d are used for this run", asked, count)
+    return count
+
+
+def heaviest_steps(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Of an epoch's steps, as rows: those with the most tokens and those with the longest texts."""
+    starts = np.arange(0, len(order), batch_size)
+    in_order = lengths[order]
+    tokens, longest = np.add.reduceat(in_order, starts), np.maximum.reduceat(in_order, starts)
+    chosen = {int(index) for weights in (tokens, longest) for index in np.argsort(-weights, kind="stable")[:CANDIDATES]}
+    return [order[starts[index] : starts[index] + batch_size] for index in sorted(chosen)]
+
+
+def largest_micro_batch(steps: list[np.ndarray], dataset: Dataset, count: int) -> np.ndarray:
+    """Rows of the micro-batch with the largest padded area when each step is cut into `count`."""
+    parts = [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], count)]
+    return max(parts, key=dataset.area)
+
+
+def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task) -> None:
+    """Forward and backward of `rows` without synchronisation, beside stand-ins for AdamW's two moments."""
+    moments = [torch.ones_like(parameter) for parameter in ddp_model.parameters() if parameter.requires_grad for _ in range(2)]
+    with distributed.no_sync(ddp_model, enabled=True):
+        loss, _, _ = run_epoch(ddp_model, dataset.batch(rows), "train", task=task)
+        loss.backward()
+    del moments
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of this machine as PyTorch and Python report it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+
+
+def fits(action: Callable[[], None], device: torch.device, limit_mb: int | None) -> bool:
+    """Run `action`; False when memory runs out, or, on the CPU, when the process's resident memory passes the limit."""
+    reset_peak()
+    try:
+        action()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+    return limit_mb is None or device.type == "cuda" or peak_mb() <= limit_mb
+
+
+def reset_peak() -> None:
+    """Where Linux allows it; elsewhere the peak is that of the process's whole life."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_mb() -> float:
+    """Most resident memory of this process since `reset_peak` (bytes on macOS, else KiB)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10  # type: ignore[index]
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
