@@ -136,6 +136,7 @@ def build_parser() -> Parser:
     predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write: id, probabilities, label if the input has it, predicted label")
     predict_parser.add_argument("--num_threads", type=count, metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
     predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU (default: auto)")
+    predict_parser.add_argument("--sheet_safe", action="store_true", help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte")
     predict_parser.set_defaults(command=predict)
     return parser
 
@@ -151,7 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, unknown = build_parser().parse_known_args(argv)
     if unknown:
         word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
-        flags = [*config_fields(), *ALIASES, "check"] if arguments.command is train else ["num_threads", "precision"]
+        flags = [*config_fields(), *ALIASES, "check"] if arguments.command is train else ["num_threads", "precision", "sheet_safe"]
         nearest = nearest_name(word.lstrip("-"), flags)
         hint = f"did you mean '--{nearest}'?" if nearest and word.startswith("-") else "--help lists all"
         raise InputError(f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
@@ -235,7 +236,7 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
     distributed.set_threads(arguments.num_threads or "auto", context)
     predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision)
     with distributed.process_group(context), phase("prediction"):
-        num_rows = predictor.predict_file([arguments.input], arguments.output)
+        num_rows = predictor.predict_file([arguments.input], arguments.output, sheet_safe=arguments.sheet_safe)
     logger.info("%d rows scored: %s", num_rows, arguments.output)
     return 0
 

@@ -1,14 +1,19 @@
-"""The prediction file: columns, decimals, quoting. Floor 1; imports nothing of ours.
+"""The prediction file: columns, decimals, quoting, cells that a spreadsheet would compute. Floor 1; imports nothing of ours.
 
 `<id_name>` (if set), `prob` (several classes: `prob_<class>` each), `label` (if the input has it), `pred`.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 BINARY_THRESHOLD = 0.5
 NEEDS_QUOTES = frozenset('\t\n\r"')
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins so
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # and is right to
+
+Columns = dict[str, Sequence[str] | np.ndarray]
 
 
 def predicted_classes(preds: np.ndarray, *, threshold: float = BINARY_THRESHOLD) -> np.ndarray:
@@ -22,17 +27,32 @@ def header(class_names: Sequence[str], *, is_binary: bool, id_name: str | None, 
     return [*([id_name] if id_name else []), *probabilities, *(["label"] if has_labels else []), "pred"]
 
 
-def prediction_rows(preds: np.ndarray, class_names: Sequence[str], *, ids: Sequence[str] | None, labels: Sequence[str] | None) -> Iterator[list[str]]:
-    """Cells of each row. Probabilities are the shortest decimals that read back to the same float32."""
+def prediction_columns(
+    preds: np.ndarray, class_names: Sequence[str], *, is_binary: bool, id_name: str | None, ids: Sequence[str] | None, labels: Sequence[str] | None
+) -> Columns:
+    """The columns of a prediction file by name: ids and labels as they are, probabilities float32 [N], predicted class names."""
     preds = np.asarray(preds, dtype=np.float32)
-    predicted = predicted_classes(preds)
-    for index, row in enumerate(preds[:, None] if preds.ndim == 1 else preds):
-        cells = [] if ids is None else [ids[index]]
-        cells += [str(value) for value in row]
-        cells += [] if labels is None else [labels[index]]
-        yield [*cells, class_names[predicted[index]]]
+    probabilities = preds.reshape(len(preds), 1 if is_binary else len(class_names)).T
+    predicted = [class_names[index] for index in predicted_classes(preds)]
+    cells = [*([ids] if id_name else []), *probabilities, *([] if labels is None else [labels]), predicted]
+    return dict(zip(header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None), cells, strict=True))
 
 
-def tsv_line(cells: Sequence[str]) -> str:
-    """One line; cells with tabs, line breaks or quotes are quoted as the csv module and pandas read them (doubled quotes)."""
-    return "\t".join('"' + cell.replace('"', '""') + '"' if NEEDS_QUOTES & set(cell) else cell for cell in cells) + "\n"
+def tsv_rows(columns: Columns, *, sheet_safe: bool = False) -> Iterator[str]:
+    """The lines of a prediction file below its header."""
+    return (tsv_line(row, sheet_safe=sheet_safe) for row in zip(*columns.values(), strict=True))
+
+
+def tsv_line(cells: Iterable[str | np.float32], *, sheet_safe: bool = False) -> str:
+    """One line. A probability is the shortest decimal that reads back to the same float32.
+
+    Texts with tabs, line breaks or quotes are quoted as the csv module and pandas read them (doubled quotes). With
+    `sheet_safe` a text that spreadsheets would take for a formula gets a ' before it; numbers never do.
+    """
+    texts = []
+    for cell in cells:
+        text = str(cell)
+        if sheet_safe and isinstance(cell, str) and text.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(text):
+            text = "'" + text
+        texts.append('"' + text.replace('"', '""') + '"' if NEEDS_QUOTES & set(text) else text)
+    return "\t".join(texts) + "\n"

@@ -24,7 +24,7 @@ from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.distributed import DistContext
 from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metrics
 from mmbert_core.evaluation.plots import write_plots
-from mmbert_core.evaluation.predictions import header, prediction_rows, tsv_line
+from mmbert_core.evaluation.predictions import prediction_columns, tsv_line, tsv_rows
 from mmbert_core.files import write_json, write_text
 from mmbert_core.model.losses import LossOp, row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
@@ -163,9 +163,10 @@ def on_test_epoch_end(outputs: list[BatchResult], dataset: Dataset, folder: Path
 
     def write() -> None:
         label_strings = dataset.label_strings(np.arange(len(dataset))) if dataset.has_labels else None
-        names = header(class_names, is_binary=config.is_binary, id_name=config.id_name, has_labels=dataset.has_labels)
-        rows = prediction_rows(result.preds, class_names, ids=result.ids, labels=label_strings)
-        write_text(folder / "test_result_0.tsv", "".join(map(tsv_line, [names, *rows])))
+        columns = prediction_columns(
+            result.preds, class_names, is_binary=config.is_binary, id_name=config.id_name, ids=result.ids, labels=label_strings
+        )  # fmt: skip
+        write_text(folder / "test_result_0.tsv", "".join([tsv_line(columns), *tsv_rows(columns)]))
         write_json(folder / "test_metrics.json", figures)
         if dataset.has_labels:
             draw(result, folder / "plots", class_names)

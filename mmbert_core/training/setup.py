@@ -151,31 +151,15 @@ def start_run(
         torch.use_deterministic_algorithms(True)
     with phase("load"):
         found, source = read_for_all_ranks(config, data, model, context)
-    old = found.state["resolved"] if found else {}
-    precision = resolve_precision(old.get("precision", config.precision), context.device)
-    asked = old.get("microbatches_asked") or settle_micro_batches(
-        config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=ROWS_AT_ONCE[context.device.type]
-    )
-    micro = old.get("microbatches_per_step", asked)
-    loss_op = build_loss_op(settle_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
-    class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
-    loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
-    task = Task(config.is_binary, loss_op, precision, context.device)
-    model.to(context.device).train()
+    precision = resolve_precision(found.state["resolved"]["precision"] if found else config.precision, context.device)
+    task, class_weights = make_task(config, data, precision, context, loss_op)
+    ddp_model = place_model(model, found, data, task, context)
     if found:
-        with phase("load"):
-            distributed.on_all(lambda: str(model.load_state_dict(found.weights)))
-    freeze_unused(model, data, task)
-    ddp_model = distributed.wrap_ddp(model, context)
-    if not found:
-        micro = settle_by_trial(
-            asked, ddp_model, data.train, task=task, batch_size=config.batch_size, seed=config.seed, limit_mb=config.memory_limit_mb
-        )  # fmt: skip
+        resolved = {**found.state["resolved"], "precision": precision}
+    else:
+        resolved = {"pooling": pooling, "precision": precision, **settle_parts(config, data, ddp_model, task, context)}
     warm_up(ddp_model, data, task)
-    resolved = {"pooling": old.get("pooling", pooling), "precision": precision, "microbatches_asked": asked, "microbatches_per_step": micro}
-    if config.microbatches_per_step == "auto" and not found:
-        logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", micro)
-    plan = make_plan(config, len(data.train), micro)
+    plan = make_plan(config, len(data.train), resolved["microbatches_per_step"])
     optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)
     scaler = build_scaler(precision, context.device)
     with phase("load"):
@@ -189,6 +173,35 @@ def start_run(
     if source != 0:  # another node had it: from now on it is where the run is written
         save(run)
     return run
+
+
+def make_task(config: Config, data: Data, precision: str, context: DistContext, loss_op: LossOp | None) -> tuple[Task, np.ndarray]:
+    """What every step needs, and the loss's weight of each class [K]."""
+    loss_op = build_loss_op(settle_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
+    class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
+    loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
+    return Task(config.is_binary, loss_op, precision, context.device), class_weights
+
+
+def place_model(model: MultimodalBert, found: Checkpoint | None, data: Data, task: Task, context: DistContext) -> nn.Module:
+    """Collective. The model on its device with the checkpoint's weights, as training sees it."""
+    model.to(context.device).train()
+    if found:
+        with phase("load"):
+            distributed.on_all(lambda: str(model.load_state_dict(found.weights)))
+    freeze_unused(model, data, task)
+    return distributed.wrap_ddp(model, context)
+
+
+def settle_parts(config: Config, data: Data, ddp_model: nn.Module, task: Task, context: DistContext) -> dict[str, int]:
+    """Collective. The micro-batches of a step as asked (or `auto`), and as they fit into memory."""
+    asked = settle_micro_batches(
+        config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=ROWS_AT_ONCE[context.device.type]
+    )
+    used = settle_by_trial(asked, ddp_model, data.train, task=task, batch_size=config.batch_size, seed=config.seed, limit_mb=config.memory_limit_mb)
+    if config.microbatches_per_step == "auto":
+        logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", used)
+    return {"microbatches_asked": asked, "microbatches_per_step": used}
 
 
 def check_agreement(config: Config, data: Data, context: DistContext) -> None:
@@ -212,7 +225,7 @@ def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh
     """Rank 0 only, after every check: the first thing a run writes."""
     if not finished:  # results of an earlier life, which would pass for this one's
         (folder / RESULTS).unlink(missing_ok=True)
-    if fresh:
+    if fresh or not (folder / "config.json").exists():  # which another node may have had
         write_json(folder / "config.json", config_record(config, resolved))
 
 

@@ -1,0 +1,59 @@
+"""What being safe costs: the share of a training's time that goes into checkpoints, agreed flags and checks.
+
+    torchrun --standalone --nproc_per_node=2 -m tests.faults.cost examples/womens_reviews.yaml --model_path /tmp/cost
+
+Trains as `train.py` does, with a clock around what exists for safety alone: `save` (finite check, writing, syncing, hashing,
+rotation; the other ranks wait), `agree` (rows, losses, wishes to stop: the step's small all-reduce), the polls of evaluations, and
+before step 1 the lock and the trial of the largest micro-batch. Rank 0 prints a JSON object at the end.
+"""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from mmbert_core import cli, distributed
+from mmbert_core.training import loop, setup
+
+seconds: dict[str, float] = defaultdict(float)
+calls: dict[str, int] = defaultdict(int)
+
+
+def clocked(owner: Any, name: str, label: str) -> None:
+    plain: Callable[..., Any] = getattr(owner, name)
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return plain(*arguments, **options)
+        finally:
+            seconds[label] += time.perf_counter() - started
+            calls[label] += 1
+
+    setattr(owner, name, timed)
+
+
+def main() -> None:
+    clocked(loop, "train_one_step", "steps")
+    clocked(loop, "validate", "validations")
+    clocked(loop, "save", "checkpoints")
+    clocked(loop, "agree", "agreement")
+    clocked(distributed.Poll, "ask", "polls")
+    clocked(setup, "settle_by_trial", "trial before step 1")
+    clocked(setup, "warm_up", "warm-up of DDP")
+    code = cli.main(["train", *sys.argv[1:]])
+    if distributed.read_context().is_main:
+        training = seconds["steps"] + seconds["validations"] + seconds["checkpoints"]
+        safety = seconds["checkpoints"] + seconds["agreement"] + seconds["polls"]
+        print(json.dumps({
+            "seconds": dict(seconds), "calls": dict(calls), "share_of_training": safety / training,
+            "milliseconds_of_agreement_per_step": 1000 * seconds["agreement"] / calls["steps"],
+            "seconds_per_checkpoint": seconds["checkpoints"] / calls["checkpoints"], "seconds_per_step": seconds["steps"] / calls["steps"],
+        }))  # fmt: skip
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

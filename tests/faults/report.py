@@ -1,0 +1,136 @@
+"""Run the matrix of faults and bad inputs and put what was measured into docs/reliability.md.
+
+    python -m tests.faults.report                      small counts, as pytest runs them; prints the table
+    python -m tests.faults.report --full --write       the full counts, into the document (about an hour on 2 cores)
+    python -m tests.faults.report --only F2,D6         some rows
+
+The document keeps its words; only what stands between its `measured` marks is replaced.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests import tiny
+from tests.faults.matrix import ROWS, Figures, Row
+
+DOCUMENT = tiny.ROOT / "docs/reliability.md"
+MODULES = sorted(path for folder in ("faults", "gpu") for path in (tiny.ROOT / "tests" / folder).glob("test_*.py"))
+
+
+def load_rows() -> list[Row]:
+    """All rows, in the matrix's order: F1, F2, ... F10, D1, ..."""
+    for path in MODULES:
+        importlib.import_module(".".join(path.relative_to(tiny.ROOT).with_suffix("").parts))
+    return sorted(ROWS, key=lambda row: ("FDSE".index(row.name[0]), int(re.sub(r"\D", "", row.name))))
+
+
+def run_row(row: Row, *, full: bool) -> Figures:
+    """The figures of one row; whatever it raises is a problem, not the end of the report."""
+    folder = Path(tempfile.mkdtemp(prefix=f"mmbert-{row.name}-"))
+    try:
+        return row.measure(folder, **(row.full if full else {}))
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        figures = Figures()
+        figures.count(False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return figures
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def added(parts: list[Figures]) -> Figures:
+    """Several tests of one row as one."""
+    total = Figures()
+    for part in parts:
+        for name in ("tried", "held", "rows_lost", "rows_repeated", "wrongly_accepted"):
+            setattr(total, name, getattr(total, name) + getattr(part, name))
+        for name in ("seconds", "problems", "notes"):
+            getattr(total, name).extend(getattr(part, name))
+    return total
+
+
+def table(measured: dict[str, tuple[list[Row], Figures | None]]) -> str:
+    """Markdown; a row without figures needs a device that was not there."""
+    lines = [
+        "| row | injected | what must happen | tried | held | rows lost | rows repeated | wrongly accepted | longest end, s | measured beside |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (rows, figures) in measured.items():
+        injected, required = ("; ".join(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("injected", "required"))
+        if figures is None:
+            cells = ["-"] * 6 + ["not run: needs a GPU (`pytest -m gpu tests/gpu`)"]
+        else:
+            seconds = f"{max(figures.seconds):.1f}" if figures.seconds else ""
+            notes = "; ".join(dict.fromkeys([*figures.notes, *(f"**did not hold**: {problem}" for problem in figures.problems)]))
+            counts = [figures.tried, figures.held, figures.rows_lost, figures.rows_repeated, figures.wrongly_accepted]
+            cells = [*map(str, counts), seconds, notes]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in [name, injected, required, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(measured: dict[str, tuple[list[Row], Figures | None]], *, full: bool, seconds: float) -> str:
+    total = added([figures for _, figures in measured.values() if figures is not None])
+    counts = "full" if full else "small"
+    longest = max(total.seconds, default=0.0)
+    return (
+        f"One run of the {counts} counts, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{seconds / 60:.0f} minutes on 2 cores: {total.tried} tried, {total.held} held, {total.rows_lost} rows lost, {total.rows_repeated} rows repeated, "
+        f"{total.wrongly_accepted} bad inputs wrongly accepted, longest time to the end of a job after its fault {longest:.1f} s.\n\n"
+    )
+
+
+def replace_between(text: str, name: str, content: str) -> str:
+    """The text with the part between `<!-- measured: name -->` and `<!-- end -->` replaced."""
+    pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    assert pattern.search(text), f"{DOCUMENT.name} has no mark {name!r}"
+    return pattern.sub(lambda match: match.group(1) + content + match.group(2), text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the matrix's counts")
+    parser.add_argument("--only", help="names of rows, separated by commas")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.relative_to(tiny.ROOT)}")
+    parser.add_argument("--json", type=Path, help="also write every figure to this file, after each row")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    measured: dict[str, tuple[list[Row], Figures | None]] = {}
+    notes: dict[str, Any] = {}
+    for row in load_rows():
+        if arguments.only and row.name not in arguments.only.split(","):
+            continue
+        rows, before = measured.get(row.name, ([], None))
+        if row.marker == "gpu" and not torch.cuda.is_available():
+            measured[row.name] = ([*rows, row], before)
+            continue
+        begun = time.monotonic()
+        figures = run_row(row, full=arguments.full)
+        held = "held" if figures.held == figures.tried and not figures.wrongly_accepted else "DID NOT HOLD"
+        print(f"{row.name:4} {row.measure.__name__:60} {figures.held}/{figures.tried} {held}, {time.monotonic() - begun:.0f} s", *figures.problems, sep="\n     ", flush=True)
+        measured[row.name] = ([*rows, row], added([part for part in (before, figures) if part is not None]))
+        notes[f"{row.name} {row.measure.__name__}"] = asdict(figures)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(notes, indent=2))
+    content = summary(measured, full=arguments.full, seconds=time.monotonic() - started) + table(measured)
+    if arguments.write:
+        DOCUMENT.write_text(replace_between(DOCUMENT.read_text(encoding="utf-8"), "matrix", content), encoding="utf-8")
+    else:
+        print(content)
+    return 0 if all(figures is None or (figures.held == figures.tried and not figures.wrongly_accepted) for _, figures in measured.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
