@@ -287,10 +287,11 @@ def finish(run: Run) -> dict[str, Any]:
     best = run.state.best_step or run.state.step
     if best != run.state.step:
         run.model.load_state_dict(weights_for_all(run, best))
-    distributed.on_main(lambda: save_model_folder(
-        run.folder, checkpoint.weights_of(run.model), config=run.config, model=run.model, features=run.data.features,
-        labels=run.data.labels, tokenizer=run.data.tokenizer, resolved=run.resolved,
-    ))  # fmt: skip
+    with phase("writing the model folder"):
+        distributed.on_main(lambda: save_model_folder(
+            run.folder, checkpoint.weights_of(run.model), config=run.config, model=run.model, features=run.data.features,
+            labels=run.data.labels, tokenizer=run.data.tokenizer, resolved=run.resolved,
+        ))  # fmt: skip
     run.log.say(f"model of step {best} written to {run.folder}")
     test_figures, test_folder = test(run) if run.data.test is not None else (None, None)
     state = run.state
