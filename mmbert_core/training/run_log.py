@@ -23,17 +23,17 @@ SECONDS_BETWEEN_LINES = 5.0
 class RunLog:
     """Lines of `metrics.jsonl`, one object each; on resume those of what is still to come, or to be done once more, are dropped.
 
-    `validated`: the validation of `first_step`, if one is due there, is done.
+    `validated`, `tested`: the validation of `first_step`, if one is due there, and the test are done.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, first_step: int, total_steps: int, validated: bool = True) -> None:
+    def __init__(self, folder: Path, *, is_main: bool, first_step: int, total_steps: int, validated: bool = True, tested: bool = False) -> None:
         self.is_main = is_main
         self.total_steps = total_steps
         self._last_line = 0.0
         if not is_main:
             return
         self._path = Path(folder) / "metrics.jsonl"
-        write_text(self._path, "".join(line + "\n" for line in kept_lines(self._path, first_step, validated=validated)))
+        write_text(self._path, "".join(line + "\n" for line in kept_lines(self._path, first_step, validated=validated, tested=tested)))
         self._stream = open(self._path, "a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(Path(folder) / "tensorboard", first_step)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -75,8 +75,8 @@ class RunLog:
                 self._tensorboard.close()
 
 
-def kept_lines(path: Path, last_step: int, *, validated: bool = True) -> list[str]:
-    """Whole lines of an earlier life of the run up to `last_step`; a torn last line is dropped, and the test's, which ends a run."""
+def kept_lines(path: Path, last_step: int, *, validated: bool, tested: bool) -> list[str]:
+    """Whole lines of an earlier life of the run up to `last_step`, of what is done; a torn last line is dropped."""
     if last_step == 0 or not path.exists():
         return []
     kept = []
@@ -86,8 +86,8 @@ def kept_lines(path: Path, last_step: int, *, validated: bool = True) -> list[st
             step = values["step"]
         except (ValueError, KeyError, TypeError):
             continue
-        is_pending = step == last_step and "val_loss" in values and not validated
-        if step <= last_step and not is_pending and "test/num_rows" not in values:
+        is_pending = ("val_loss" in values and step == last_step and not validated) or ("test/num_rows" in values and not tested)
+        if step <= last_step and not is_pending:
             kept.append(line)
     return kept
 

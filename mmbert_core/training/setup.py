@@ -165,7 +165,10 @@ def start_run(
     with phase("load"):
         state = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler) if found else TrainState())[context.rank]
     distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=found is None, finished=state.finished))
-    log = RunLog(folder, is_main=context.is_main, first_step=state.step, total_steps=plan.total_steps, validated=not state.validation_pending)
+    log = RunLog(
+        folder, is_main=context.is_main, first_step=state.step, total_steps=plan.total_steps,
+        validated=not state.validation_pending, tested=state.finished and already_finished(config) is not None,
+    )  # fmt: skip
     run = Run(
         config, data, context, folder, model, ddp_model, task, optimizer, scheduler, scaler, plan, state, log, resolved,
         class_weights, np.asarray(data.train.label_index),

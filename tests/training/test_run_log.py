@@ -57,9 +57,9 @@ def test_plain_lines_every_few_seconds_without_a_terminal_a_bar_in_one(tmp_path,
     assert ("20/20" in capsys.readouterr().err) == is_terminal
 
 
-@pytest.mark.parametrize("validated", (True, False))
-def test_lines_of_what_is_done_once_more_are_dropped(tmp_path, validated):
+@pytest.mark.parametrize(("validated", "tested", "left"), [(False, False, 2), (True, False, 3), (True, True, 4)])
+def test_lines_of_what_is_done_once_more_are_dropped(tmp_path, validated, tested, left):
     lines = ['{"step": 1, "val_loss": 0.5}', '{"step": 2, "train_loss": 0.4}', '{"step": 2, "val_loss": 0.3}', '{"step": 2, "test/num_rows": 7}', '{"step": 3, "train_loss": 0.2}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    RunLog(tmp_path, is_main=True, first_step=2, total_steps=4, validated=validated).close()
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == (lines[:3] if validated else lines[:2])
+    RunLog(tmp_path, is_main=True, first_step=2, total_steps=4, validated=validated, tested=tested).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:left]
