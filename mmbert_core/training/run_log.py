@@ -75,7 +75,7 @@ class RunLog:
                 self._tensorboard.close()
 
 
-def kept_lines(path: Path, last_step: int, *, validated: bool, tested: bool) -> list[str]:
+def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bool = False) -> list[str]:
     """Whole lines of an earlier life of the run up to `last_step`, of what is done; a torn last line is dropped."""
     if last_step == 0 or not path.exists():
         return []
