@@ -13,14 +13,32 @@
 # Environment, each optional:
 #   NPROC         processes on this machine              number of GPUs, else 1
 #   NNODES        machines                               those of the SLURM step, else 1
-#   NODE_RANK     which of them this is, from 0          that of SLURM, else 0
-#   MASTER_ADDR   name of the machine with rank 0        first of the SLURM step; required when NNODES > 1
+#   NODE_RANK     which of them this is, from 0          that of SLURM; required when NNODES > 1
+#   MASTER_ADDR   name of the machine with NODE_RANK=0   first of the SLURM step; required when NNODES > 1
 #   MASTER_PORT   a free port there                      29500
+#   LOCAL_ADDR    with NODE_RANK=0: the address at which the workers of the others reach it      MASTER_ADDR
+#   RDZV_ID       a name that only this job has          that of the SLURM job, else mmbert
 #   MAX_RESTARTS  restarts after a failed worker         0; a restart goes on from the newest checkpoint
 #   PYTHON        interpreter                            python
+#   PET_SIGNALS_TO_HANDLE           signals that torchrun passes on   SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds until it kills after one  120
+#   (PyTorch before 2.13 knows neither: the first four signals, and 30 s)
 #
-# Bad config or data: one line and exit code 2, before any worker starts. Several machines need one model_path that
-# all of them see.
+# Bad config or data: one line and exit code 2, before any worker starts.
+#
+# After one of these signals the workers write a checkpoint and end with exit code 75, torchrun itself with 1. Started again,
+# the same command goes on from the newest checkpoint. SLURM gives such a signal 3 minutes before the time is over with
+#   #SBATCH --signal=TERM@180                              or USR1@180
+#
+# One machine: every socket listens on 127.0.0.1 alone. (Those of `torchrun --standalone` listen on all addresses, and
+# whoever reaches them can run code: only on a network that you trust. The same holds for several machines.)
+#
+# Several machines need no shared folder. Each needs its own copy of the data and of the encoder, at the paths that stand in
+# the config (relative ones are of the working folder). The machine with NODE_RANK=0 writes the run and reads its
+# checkpoints, the others get them from it: the same machine must have NODE_RANK=0 when a run goes on. MASTER_PORT there
+# and ports chosen by the system must be open between the machines. A machine whose own name leads to 127.0.0.1 or to another
+# network (getent hosts "$(hostname)" tells) must be told the interface, by name:
+#   GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 NNODES=2 ...
 
 set -eu
 
@@ -30,6 +48,12 @@ train=$(dirname -- "$0")/train.py
 # print with DRY_RUN=1, else run
 run() {
     if [ "${DRY_RUN:-0}" = 1 ]; then echo "$@"; else "$@"; fi
+}
+
+# what a variable should have been; the last argument is what it is
+refuse() {
+    echo "torchrun.sh: $1: expected $2, found ${3:-nothing} (NNODES=$NNODES)" >&2
+    exit 2
 }
 
 # ---- help and check need no workers ----
@@ -48,16 +72,17 @@ if [ -z "${NPROC:-}" ]; then
 fi
 # only inside `srun`: a batch script runs on one node, whatever the size of its job
 NNODES=${NNODES:-${SLURM_STEP_NUM_NODES:-1}}
-NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
 
 if [ "$NNODES" -gt 1 ]; then
+    case $NODE_RANK in
+    '' | *[!0-9]*) refuse NODE_RANK "which of the machines this is, from 0" "$NODE_RANK" ;;
+    esac
+    [ "$NODE_RANK" -lt "$NNODES" ] || refuse NODE_RANK "a number below NNODES" "$NODE_RANK"
     if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_STEP_NODELIST:-}" ]; then
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     fi
-    if [ -z "${MASTER_ADDR:-}" ]; then
-        echo "torchrun.sh: MASTER_ADDR: expected the name of the machine with NODE_RANK=0, found nothing (NNODES=$NNODES)" >&2
-        exit 2
-    fi
+    [ -n "${MASTER_ADDR:-}" ] || refuse MASTER_ADDR "the name of the machine with NODE_RANK=0"
 fi
 
 # ---- check first: torchrun would turn exit code 2 into 1 and a long report ----
@@ -66,15 +91,30 @@ if [ $# -gt 0 ]; then
 fi
 
 # ---- go ----
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
+# the workers open their own store, a new one for each start; on one machine it listens at 127.0.0.1, torchrun's does not
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # torchrun would set it too, with a warning; train.py sets its threads itself (num_threads)
 if [ "$NPROC" -gt 1 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
+set -- --nproc-per-node="$NPROC" --max-restarts="${MAX_RESTARTS:-0}" "$train" "$@"
 if [ "$NNODES" -gt 1 ]; then
-    set -- --nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}" \
-        --nproc-per-node="$NPROC" --max-restarts="${MAX_RESTARTS:-0}" "$train" "$@"
+    # torchrun ranks the machines by the order of these names, and uses that of rank 0 alone as an address ("~" sorts last)
+    if [ "$NODE_RANK" -eq 0 ]; then
+        is_host=1 name=${LOCAL_ADDR:-$MASTER_ADDR}
+    else
+        is_host=0 name=$(printf '~%05d' "$NODE_RANK")
+    fi
+    # read_timeout: the machines may come 10 minutes apart
+    set -- --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" \
+        --rdzv-id="${RDZV_ID:-${SLURM_JOB_ID:-mmbert}}" --rdzv-conf="is_host=$is_host,read_timeout=600" --local-addr="$name" "$@"
 else
-    set -- --standalone --nproc-per-node="$NPROC" --max-restarts="${MAX_RESTARTS:-0}" "$train" "$@"
+    # a file to meet at opens no socket
+    meeting=FILE
+    [ "${DRY_RUN:-0}" = 1 ] || meeting=$(mktemp "${TMPDIR:-/tmp}/torchrun.XXXXXX")
+    set -- --rdzv-backend=c10d --rdzv-endpoint="$meeting" --rdzv-conf=store_type=file "$@"
 fi
 if [ "${DRY_RUN:-0}" = 1 ]; then
     run "$PYTHON" -m torch.distributed.run "$@"

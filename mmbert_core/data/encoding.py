@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.table import Chunk, Roles, place_of, shown
-from mmbert_core.data.tokens import Tokens, join_texts, tokenise
+from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
 from mmbert_core.errors import InputError
 
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
@@ -87,6 +87,12 @@ class EncodedRows:
     def where(self, index: int) -> str:
         """Place of a row for messages, as `Chunk.where`."""
         return place_of(self.paths[self.file_index[index]], int(self.file_rows[index]), int(self.lines[index]))
+
+
+def longest_texts(roles: Roles, *, max_length: int, max_chunks: int) -> dict[str, int]:
+    """Text column -> characters of a cell to keep: one more than are tokenised, so that the text still counts as cut."""
+    whole = (roles.id, roles.group)  # whose cells are needed to their end
+    return {name: characters_read(max_length, max_chunks) + 1 for name in roles.text if name not in whole}
 
 
 def encode_chunk(

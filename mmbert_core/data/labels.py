@@ -30,10 +30,12 @@ class Labels:
         positive_label: str | None = None,
         column: str = "label",
         where: Callable[[int], str] = "row {}".format,
+        others: Callable[[int], str] = lambda index: "",
     ) -> "Labels":
         """Classes of the label texts `values` (repeats allowed): sorted as numbers if all are whole numbers, else by code point.
 
-        `positive_label` becomes class 1 of two classes. `where(i)` is the place of `values[i]`.
+        `positive_label` becomes class 1 of two classes. `where(i)` is the place of `values[i]`, `others(i)` what
+        `other_rows` says of its rows.
         Raises `InputError`: a missing label, one class only, another number of classes than `num_classes`,
         two spellings of one number, a positive_label that is no class.
         """
@@ -41,16 +43,16 @@ class Labels:
         for index, value in enumerate(values):
             first.setdefault(value, index)
         if "" in first:
-            raise InputError(f"{where(first[''])}, column {column!r}: expected a label, found an empty cell")
+            raise InputError(f"{where(first[''])}, column {column!r}: expected a label, found an empty cell{others(first[''])}")
         names = sorted(first, key=lambda name: (int(name), name)) if all(WHOLE_NUMBER.fullmatch(name) for name in first) else sorted(first)
-        _check_spellings(names, first, column=column, where=where)
+        _check_spellings(names, first, column=column, where=where, others=others)
         if len(names) == 1:
             raise InputError(f"{where(0)}, column {column!r}: all training rows have the label {shown(names[0])}, expected {num_classes} classes")
         if len(names) != num_classes:
             place, found = where(0), f"{len(names)}: {_listed(names)}"
             if len(names) > num_classes:  # a label too many is one that comes late
                 newest = list(first)[num_classes]
-                place, found = where(first[newest]), f"{found}; {shown(newest)} is in this row for the first time"
+                place, found = where(first[newest]), f"{found}; {shown(newest)} is in this row for the first time{others(first[newest])}"
             raise InputError(f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}")
         if positive_label is not None:
             if positive_label not in names:
@@ -75,10 +77,8 @@ class Labels:
             return
         first = label_of(int(unknown[0]))
         found = f"found {shown(first)}" if first else "found an empty cell"
-        others = "; also " + ", ".join(where(int(index)) for index in unknown[1:3]) if len(unknown) > 1 else ""
-        total = f" ({len(unknown)} such rows{others})" if len(unknown) > 1 else ""
         expected = f"expected one of the labels {_listed(self.names)}"
-        raise InputError(f"{where(int(unknown[0]))}, column {column!r}: {expected}, {found}{total}")
+        raise InputError(f"{where(int(unknown[0]))}, column {column!r}: {expected}, {found}{other_rows(unknown, where)}")
 
     def to_json(self) -> dict[str, Any]:
         return {"names": list(self.names)}
@@ -88,11 +88,20 @@ class Labels:
         return cls(tuple(value["names"]))
 
 
+def other_rows(rows: np.ndarray, where: Callable[[int], str]) -> str:
+    """What a message that names the first of `rows` says of the rest: how many, and where two more are."""
+    if len(rows) == 1:
+        return ""
+    return f" ({len(rows)} such rows; also {', '.join(where(int(row)) for row in rows[1:3])})"
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
 
 
-def _check_spellings(names: Sequence[str], first: dict[str, int], *, column: str, where: Callable[[int], str]) -> None:
+def _check_spellings(
+    names: Sequence[str], first: dict[str, int], *, column: str, where: Callable[[int], str], others: Callable[[int], str]
+) -> None:
     """One number written in two ways ("1" beside "1.0" or "01") is a mistake in the file, never two classes."""
     spelling: dict[float, str] = {}
     for name in names:
@@ -104,5 +113,6 @@ def _check_spellings(names: Sequence[str], first: dict[str, int], *, column: str
             continue
         if number in spelling:
             both = f"{shown(spelling[number])} and {shown(name)}"
-            raise InputError(f"{where(first[name])}, column {column!r}: expected one spelling of a label, found {both} for the same number")
+            newest = max(first[spelling[number]], first[name])
+            raise InputError(f"{where(newest)}, column {column!r}: expected one spelling of a label, found {both} for the same number{others(newest)}")
         spelling[number] = name

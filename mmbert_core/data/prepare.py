@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
 from mmbert_core.data.features import Features
-from mmbert_core.data.labels import Labels
+from mmbert_core.data.labels import Labels, other_rows
 from mmbert_core.data.splits import sample_rows, split_rows
 from mmbert_core.data.store import check_columns, open_or_build
 from mmbert_core.data.table import Roles, expand_paths, shown
@@ -25,6 +25,7 @@ from mmbert_core.errors import InputError
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of a long build
+MANY_CATEGORIES = 10_000  # of one column: more are an id or free text rather than a category
 
 
 @dataclass
@@ -123,13 +124,17 @@ def _check_files(config: Config, train_roles: Roles) -> None:
 
 def _fit_labels(train: EncodedRows, config: Config) -> Labels:
     codes, first_rows = np.unique(train.label_codes, return_index=True)
-    return Labels.fit(
+    labels = Labels.fit(
         [train.label_values[code] for code in codes],
         num_classes=config.num_classes,
         positive_label=config.positive_label,
         column=config.label_name,
         where=lambda index: train.where(int(first_rows[index])),
+        others=lambda index: other_rows(np.flatnonzero(train.label_codes == codes[index]), train.where),
     )
+    if not config.is_binary and config.id_name in {f"prob_{name}" for name in labels.names}:
+        raise InputError(f"id_name: {config.id_name!r} is a column that the prediction file has already: expected another column")
+    return labels
 
 
 def _choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -153,20 +158,47 @@ def _report(data: Data, config: Config) -> None:
     """Say once what a user would want to know about the rows: texts cut, values unseen, ids on both sides."""
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     tables = list({id(part.encoded): part.encoded for part in parts}.values())
-    num_cut = sum(table.num_cut for table in tables)
+    warn_of_cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config)
+    for column, values in zip(data.features.category_names, data.features.categories, strict=True):
+        if len(values) > MANY_CATEGORIES:
+            message = "column %r: %d categories in %d training rows, each with weights of its own to learn: is it an id?"
+            logger.warning(message, column, len(values), len(data.train))
+    for table in tables:
+        _warn_of_repeated_ids(table)
+    for place, part in enumerate(parts[1:], start=1):
+        warn_of_unseen(part.name, part.unseen())
+        for earlier in parts[:place]:
+            _warn_of_shared_ids(part, earlier)
+
+
+def warn_of_cut_texts(num_cut: int, num_rows: int, config: Config) -> None:
     if num_cut:
-        num_rows = sum(table.num_rows for table in tables)
         size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
         logger.warning("%d of %d texts are longer than %s and were cut", num_cut, num_rows, size)
-    for table in tables:
-        known = table.id_codes[table.id_codes >= 0] if table.id_codes is not None else np.zeros(0, np.int64)  # below 0: empty
-        if num_repeats := len(known) - len(np.unique(known)):
-            logger.warning("%s: %d of %d ids repeat one of another row; all rows are kept", table.paths[0], num_repeats, table.num_rows)
-    for part in parts[1:]:
-        for column, count in part.unseen().items():
-            logger.warning("%s: %d cells of column %r hold a value that no training row has", part.name, count, column)
-        codes = part.encoded.id_codes
-        if codes is not None and part.encoded is not data.train.encoded:
-            shared = np.flatnonzero(np.isin(codes, data.train.encoded.id_codes[data.train.rows]) & (codes >= 0))  # below 0: empty
-            if len(shared):
-                logger.warning("%s: %d rows have an id of a training row, first %s", part.name, len(shared), part.where(int(shared[0])))
+
+
+def warn_of_unseen(name: str, counts: Mapping[str, int]) -> None:
+    for column, count in counts.items():
+        logger.warning("%s: %d cells of column %r hold a value that no training row has", name, count, column)
+
+
+def _warn_of_repeated_ids(table: EncodedRows) -> None:
+    if table.id_codes is None:
+        return
+    is_first = np.zeros(table.num_rows, dtype=bool)
+    is_first[np.unique(table.id_codes, return_index=True)[1]] = True  # an empty id equals no other
+    if not is_first.all():
+        repeats = np.flatnonzero(~is_first)
+        message = "%s: %d of %d ids repeat one of an earlier row, first in %s; all rows are kept"
+        logger.warning(message, table.paths[0], len(repeats), table.num_rows, table.where(int(repeats[0])))
+
+
+def _warn_of_shared_ids(part: Dataset, earlier: Dataset) -> None:
+    """Rows that are scored by a model that learned from them, or was chosen by them."""
+    if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
+        return
+    codes = part.encoded.id_codes[part.rows]
+    shared = np.flatnonzero(np.isin(codes, earlier.encoded.id_codes[earlier.rows]) & (codes >= 0))  # below 0: empty
+    if len(shared):
+        kind = {"train": "training", "val": "validation"}[earlier.name]
+        logger.warning("%s: %d rows have an id of a %s row, first %s", part.name, len(shared), kind, part.where(int(shared[0])))

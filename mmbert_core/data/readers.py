@@ -21,6 +21,7 @@ import pandas as pd
 from mmbert_core.errors import InputError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LATIN = "Windows-1252"  # Latin-1 with curly quotes: what a file that is neither UTF-8 nor wider is most often
 TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}  # suffix -> delimiter; all may end in .gz too
 FORMATS = [*TEXT_FORMATS, ".parquet"]
 LARGEST_FIELD = 2**31 - 1  # the csv module's own limit of 128 KiB is less than a long dialogue
@@ -128,22 +129,40 @@ def _open_bytes(path: str) -> BinaryIO:
 def _text_lines(path: str) -> Iterator[str]:
     """Lines with their line breaks, decoded one by one so that an undecodable byte has a place."""
     offset = 0  # bytes of the (unpacked) file before this line
+    other_encoding = LATIN  # of bytes that are no UTF-8, unless the file begins as UTF-16 or UTF-32
     with _open_bytes(path) as stream:
         try:
             for raw in stream:
+                if offset == 0:
+                    other_encoding = _wide_encoding(raw) or other_encoding
                 skipped = len(BYTE_ORDER_MARK) if offset == 0 and raw.startswith(BYTE_ORDER_MARK) else 0
                 try:
                     text = raw[skipped:].decode("utf-8")
                 except UnicodeDecodeError as error:
                     at = error.start + skipped
-                    raise _BadLine(f"expected UTF-8, found byte 0x{raw[at]:02x} at byte {offset + at} of the file") from None
+                    raise _BadLine(f"expected UTF-8, found byte 0x{raw[at]:02x} at byte {offset + at} of the file; {_advice(other_encoding)}") from None
                 if "\0" in text:
-                    raise _BadLine(f"expected text, found a NUL byte at byte {offset + skipped + raw[skipped:].index(0)} of the file")
+                    advice = f"; {_advice(other_encoding)}" if other_encoding != LATIN else ""
+                    raise _BadLine(f"expected text, found a NUL byte at byte {offset + skipped + raw[skipped:].index(0)} of the file{advice}")
                 if text:
                     yield text
                 offset += len(raw)
         except (EOFError, zlib.error, OSError) as error:
             raise _BadLine(f"the file cannot be read to its end ({error})") from None
+
+
+def _wide_encoding(start: bytes) -> str:
+    """The encoding of a file of two or four bytes a character, by its mark or by the NUL bytes beside its first letter; "" for others."""
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    return {(False, True): "UTF-16LE", (True, False): "UTF-16BE"}.get(tuple(byte == 0 for byte in start[:2]), "")
+
+
+def _advice(encoding: str) -> str:
+    name = f"Latin-1 or {encoding}" if encoding == LATIN else encoding
+    return f"if the file is {name}, convert it: iconv -f {encoding} -t UTF-8 OLD > NEW"
 
 
 def _place(path: str, row: int, line: int) -> str:
@@ -162,8 +181,7 @@ def _csv_records(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            problem = "the quoted cell that begins here is never closed" if "end of data" in str(error) else f"broken quoting ({error})"
-            raise InputError(f"{_place(path, row, line)}: {problem}") from None
+            raise InputError(f"{_place(path, row, line)}: {_csv_problem(str(error))}") from None
         except _BadLine as error:
             raise InputError(f"{_place(path, row, reader.line_num + 1)}: {error}") from None
         if not cells:
@@ -173,6 +191,15 @@ def _csv_records(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             raise InputError(f'{_place(path, row, blank_line)}: expected a row, found a blank line (an empty cell alone is written "")')
         yield line, cells
         row += 1
+
+
+def _csv_problem(message: str) -> str:
+    """What the csv module means."""
+    if "end of data" in message:
+        return "the quoted cell that begins here is never closed"
+    if "new-line character" in message:
+        message = r"a carriage return outside quotes; lines end with \n or \r\n"
+    return f"broken quoting ({message})"
 
 
 def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
-from mmbert_core.data.encoding import Arrays, CodeBook, EncodedRows, assemble, encode_arrays
+from mmbert_core.data.encoding import Arrays, CodeBook, EncodedRows, assemble, encode_arrays, longest_texts
 from mmbert_core.data.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
 from mmbert_core.data.tokens import tokenizer_fingerprint
 from mmbert_core.errors import InputError
@@ -90,7 +90,8 @@ def open_or_build(
         with _locked(folder):
             if not _is_whole(folder):  # another process may have built it while this one waited
                 _clear(folder)
-                chunks = read_chunks(files, columns, chunk_rows=chunk_rows)
+                longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
+                chunks = read_chunks(files, columns, longest=longest, chunk_rows=chunk_rows)
                 with atomic_folder(folder) as temporary:
                     _build(
                         temporary, chunks, roles, tokenizer,

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -114,20 +114,27 @@ def columns_kept(paths: Sequence[str], columns: Sequence[str], optional: Sequenc
 
 
 def read_chunks(
-    paths: Sequence[str], columns: Sequence[str], *, optional: Sequence[str] = (), chunk_rows: int = CHUNK_ROWS
+    paths: Sequence[str],
+    columns: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    longest: Mapping[str, int] | None = None,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> Iterator[Chunk]:
     """Rows of all files in order, in chunks of exactly `chunk_rows` (the last may be short; no rows: no chunk).
 
-    Only the asked columns are kept; the headers of all files are checked before the first row is read.
+    Only the asked columns are kept, and of the columns in `longest` only so many characters of a cell: a chunk of
+    thousand-page texts would fill the memory. The headers of all files are checked before the first row is read.
     Raises the `InputError`s of `expand_paths`, `columns_kept` and `readers.rows_of`.
     """
     files = expand_paths(paths)
     kept = columns_kept(files, columns, optional)
+    limits = [(kept.index(name), characters) for name, characters in (longest or {}).items()]
     rows: list[Sequence[str]] = []
     places: list[tuple[int, int, int]] = []  # file index, row, line
     for file_index, path in enumerate(files):
         for row, (line, cells) in enumerate(rows_of(path, kept), start=1):
-            rows.append(cells)
+            rows.append(_shortened(cells, limits) if limits else cells)
             places.append((file_index, row, line))
             if len(rows) == chunk_rows:
                 yield _chunk_of(rows, kept, files, places)
@@ -166,6 +173,16 @@ def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], option
             names = ", ".join(repr(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
             raise InputError(f"{path}: column {column!r} not found{hint}; columns are {names}")
     return list(dict.fromkeys([*columns, *(name for name in optional if name in header)]))
+
+
+def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, int]]) -> Sequence[str]:
+    """The cells, each place of `limits` with at most so many characters; the same object where none is longer."""
+    if all(len(cells[place]) <= characters for place, characters in limits):
+        return cells
+    shortened = list(cells)
+    for place, characters in limits:
+        shortened[place] = shortened[place][:characters]
+    return shortened
 
 
 def _chunk_of(rows: list[Sequence[str]], columns: list[str], files: list[str], places: list[tuple[int, int, int]]) -> Chunk:

@@ -71,6 +71,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def characters_read(max_length: int, max_chunks: int) -> int:
+    """Characters of a text that are tokenised; what comes after them is cut."""
+    return CHARACTERS_PER_TOKEN * max_length * max_chunks
+
+
 def join_texts(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     """The text columns of each row, in order, non-empty cells joined by one space."""
     if len(columns) == 1:
@@ -87,7 +92,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     """
     if max_length <= tokenizer.num_special_tokens_to_add():
         raise InputError(f"max_length: expected more than {tokenizer.num_special_tokens_to_add()} (the special tokens), found {max_length}")
-    most_characters = CHARACTERS_PER_TOKEN * max_length * max_chunks
+    most_characters = characters_read(max_length, max_chunks)
     row_chunks = np.zeros(len(texts) + 1, dtype=np.int64)
     lengths: list[int] = []  # of every chunk so far
     ids: list[np.ndarray] = []

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ REFUSED_KEYS = {
     "quantization_config": "its weights are quantised and cannot be fine-tuned; choose the full-precision one",
     "transformers_weights": "its config names a weight file of its own; expected model.safetensors",
 }
+# Keys with this in their name choose attention code; any other word than these may be fetched from the hub and run.
+IMPLEMENTATION, PLAIN_IMPLEMENTATIONS = "_implementation", (None, "eager", "sdpa")
 
 
 def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
@@ -107,11 +110,24 @@ def _check_weight_files(folder: str) -> None:
 
 def _check_config(name: str, *, local_files_only: bool) -> None:
     config, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
-    for key, reason in REFUSED_KEYS.items():
-        if config.get(key):
-            raise InputError(f"encoder {name!r}: {reason}")
+    for key, value in _settings_in(config):
+        if key in REFUSED_KEYS and value:
+            raise InputError(f"encoder {name!r}: {REFUSED_KEYS[key]}")
+        if IMPLEMENTATION in f"_{key}" and value not in PLAIN_IMPLEMENTATIONS:
+            raise InputError(f"encoder {name!r}: its config chooses code to run, which is never fetched: expected {key} eager or sdpa, found {value!r:.80}")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"encoder {name!r}: its config.json names no model_type")
+
+
+def _settings_in(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a config with its value, those of configs within it too."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from _settings_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _settings_in(inner)
 
 
 @contextmanager

@@ -235,9 +235,12 @@ def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def clean_up(folder: Path) -> None:
     """Rank 0 only, at the start, in a folder that is locked: end what a killed write had all but ended, and remove the rest of it."""
     for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
-        match = TEMPORARY_FOLDER.fullmatch(path.name)  # killed while it replaced a checkpoint of the same step
-        if match and not path.is_symlink() and not (final := Path(folder) / match.group(1)).exists() and why_invalid(path) is None:
-            path.rename(final)
+        match = TEMPORARY_FOLDER.fullmatch(path.name)
+        if match and not path.is_symlink() and why_invalid(path) is None:
+            final = Path(folder) / match.group(1)
+            if why_invalid(final) is not None:  # killed before the rename, or while it removed the checkpoint that this one replaces
+                remove_path(final)
+                path.rename(final)
     for path in remove_stale_temporaries(folder):
         logger.info("removed %s, left by an interrupted write", path)
 

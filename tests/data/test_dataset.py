@@ -244,6 +244,12 @@ def test_mistakes_in_labels(config_of):
     assert error_of(config_of(positive_label="maybe")).startswith("positive_label: expected one of the labels 'no', 'yes', found 'maybe'")
 
 
+def test_an_id_column_that_the_prediction_file_would_have_twice(config_of):
+    header = ["prob_yes", *HEADER[1:]]
+    assert "id_name: 'prob_yes' is a column that the prediction file has already" in error_of(config_of(header={"train": header}, id_name="prob_yes", is_binary=False))
+    assert prepare(config_of(header={"train": header}, id_name="prob_yes")).labels.names == ("no", "yes")  # two classes have one `prob`
+
+
 def test_a_class_that_the_sample_missed(config_of):
     rows = rows_of(60, classes=["no"])
     missed = next(row for row in range(60) if row not in sample_rows(60, 5, 0))

@@ -44,7 +44,7 @@ def test_positive_label_becomes_class_1():
             ),
         (["0", "1"], 5, "t.csv row 0, column 'y': expected 5 classes (num_classes) in the training rows, found 2: '0', '1'"),
         (["0", "1", "1.0"], 3, "t.csv row 2, column 'y': expected one spelling of a label, found '1' and '1.0' for the same number"),
-        (["1", "01"], 2, "t.csv row 0, column 'y': expected one spelling of a label, found '01' and '1' for the same number"),
+        (["1", "01"], 2, "t.csv row 1, column 'y': expected one spelling of a label, found '01' and '1' for the same number"),
     ],
 )
 def test_labels_that_cannot_be(values, num_classes, message):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mmbert_core.data import store
 from mmbert_core.data.encoding import encode_chunk
 from mmbert_core.data.store import META, open_or_build
 from mmbert_core.data.table import Roles, read_chunks
+from mmbert_core.data.tokens import characters_read
 from mmbert_core.errors import InputError
 
 HEADER = ["id", "text", "more", "price", "kind", "y", "g"]
@@ -64,6 +66,23 @@ def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, wri
     assert [stored.where(row) for row in range(43)] == [chunk.where(row) for row in range(43)]
     empty = stored.id_codes < 0  # an empty id equals no other
     assert empty.sum() == (chunk.frame["id"] == "").sum() and len(set(stored.id_codes[empty].tolist())) == empty.sum()
+
+
+@pytest.mark.parametrize("roles", [ROLES, replace(ROLES, id="text"), replace(ROLES, group="text")])
+def test_long_texts_are_cut_while_reading_and_nothing_else_changes(build, write_table, tokenizer, roles):
+    """A cell's end that no token comes from is not kept; the ids and the count of cut texts are those of whole cells."""
+    most = characters_read(8, 3)
+    lengths = [0, 1, most - 1, most, most + 1, most + 2, 3 * most]
+    texts = [("x" * length, "", "y" * length, "a " * length)[row % 4] for length in lengths for row in range(4)]
+    rows = [(f"i{row}", text, other, "1", "a", "1", "g") for row, (text, other) in enumerate((a, b) for a in texts for b in texts)]
+    path = write_table("t.csv", HEADER, rows)
+    [chunk] = read_chunks([path], HEADER)
+    whole, stored = encode_chunk(chunk, roles, tokenizer, max_length=8, max_chunks=3), build(path, roles=roles)
+    assert 0 < whole.num_cut == stored.num_cut < len(rows)
+    for name in ("ids", "chunk_offsets", "row_chunks"):
+        assert np.array_equal(getattr(whole.tokens, name), getattr(stored.tokens, name)), name
+    positions = np.arange(len(rows))
+    assert whole.ids.take(positions) == stored.ids.take(positions) and np.array_equal(whole.group_codes, stored.group_codes)
 
 
 def test_arrays_are_mapped_not_read(build, write_table):

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +45,19 @@ class Job:
         hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         variables = {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", **environment}
         self.process = subprocess.Popen(
-            command, cwd=tiny.ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command, cwd=tiny.ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
         )
-        self._output: str | None = None
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)  # a pipe that nobody reads would fill and stop a job of many lives
+        self._reader.start()
         self._seen: set[int] = set()
 
-    def workers(self) -> dict[int, int]:
-        """Rank -> pid of the worker processes that are there now."""
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self._lines.append(line)
+
+    def workers(self, restart: int | None = None) -> dict[int, int]:
+        """Rank -> pid of the worker processes that are there now; of that restart alone (0: the first start)."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal():
@@ -58,7 +67,8 @@ class Job:
                 if WORKER.encode() not in words or b"torch.distributed.run" in words or int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) not in self._parents():
                     continue
                 variables = dict(item.split(b"=", 1) for item in (entry / "environ").read_bytes().split(b"\0") if b"=" in item)
-                found[int(variables.get(b"RANK", b"0"))] = int(entry.name)
+                if restart in (None, int(variables.get(b"TORCHELASTIC_RESTART_COUNT", b"0"))):
+                    found[int(variables.get(b"RANK", b"0"))] = int(entry.name)
             except (OSError, ValueError, IndexError):
                 continue
         self._seen |= set(found.values())
@@ -87,10 +97,10 @@ class Job:
         return time.monotonic()
 
     def wait(self, *, seconds: float = 120) -> int:
-        """The launcher's exit code; kills everything and returns -999 when it hangs."""
+        """The launcher's exit code once all who could print are gone; kills everything and returns -999 when it hangs."""
+        self._reader.join(seconds)
         try:
-            self._output, _ = self.process.communicate(timeout=seconds)
-            return self.process.returncode
+            return self.process.wait(timeout=0 if self._reader.is_alive() else 10)
         except subprocess.TimeoutExpired:
             self.kill_all()
             return -999
@@ -104,9 +114,9 @@ class Job:
 
     def output(self) -> str:
         """All that launcher and workers printed; waits for the end."""
-        if self._output is None:
-            self._output, _ = self.process.communicate()
-        return self._output
+        self._reader.join()
+        self.process.wait()
+        return "".join(self._lines)
 
     def left_alive(self) -> list[int]:
         """Workers that `workers` or `send` has seen and that are still there."""
@@ -124,6 +134,19 @@ def run_job(num_processes: int, arguments: list[str], *, seconds: float = 180, *
     """Exit code and output of a job that nobody disturbs from outside."""
     job = Job(num_processes, arguments, **options)
     return job.wait(seconds=seconds), job.output()
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The warnings and errors that the package logs inside."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("mmbert_core").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("mmbert_core").removeHandler(handler)
 
 
 # ---- what a run left ----

@@ -1,0 +1,55 @@
+"""What every rank runs for D1 to D3: `rows_worker.py FOLDER ROWSxBATCH...`, alone or under torchrun.
+
+For both models of FOLDER, and each table rows<ROWS>.csv in batches of at most BATCH rows: the figures of the validation, the
+file and figures of the test stage, the file of `predict`; into FOLDER/by<processes>/<model>-rows<ROWS>-batch<BATCH>.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from mmbert_core import distributed
+from mmbert_core.data import batches
+from mmbert_core.data.table import Roles, read_chunks
+from mmbert_core.files import write_json
+from mmbert_core.predictor import Predictor
+from mmbert_core.training import hooks
+
+
+def evaluate(scorer: Predictor, table: Path, folder: Path) -> None:
+    """Collective. The hooks of validation and test over the rows of a table, as the loop calls them."""
+    config, names = scorer.loaded.config, scorer.loaded.labels.names
+    chunks = list(read_chunks([str(table)], Roles.from_config(config).inputs(), optional=(config.label_name,)))
+    if not chunks:  # the table has a header alone
+        return
+    dataset = scorer._encode(chunks[0])
+    validated, tested = hooks.on_validation_epoch_start(), []
+    scorer.loaded.model.eval()
+    for item in hooks.own_batches(dataset, scorer.context):
+        if item is not None:
+            hooks.validation_step(scorer.loaded.model, item[1], item[0], validated, task=scorer.task)
+            hooks.test_step(scorer.loaded.model, item[1], item[0], tested, task=scorer.task, has_labels=True)
+    values = hooks.on_validation_epoch_end(validated, len(dataset), config=config, class_names=names)
+    hooks.on_test_epoch_end(tested, dataset, folder, config=config, class_names=names)
+    if scorer.context.is_main:
+        write_json(folder / "validation.json", values)
+
+
+def main() -> None:
+    folder, pairs = Path(sys.argv[1]), [tuple(map(int, word.split("x"))) for word in sys.argv[2:]]
+    hooks.write_plots = lambda *_, **__: []  # pictures take longer than all of this
+    context = distributed.read_context()
+    distributed.set_threads(1, context)
+    with distributed.process_group(context):
+        for model in ("two", "three"):
+            scorer = Predictor.from_folder(folder / model, context)
+            for num_rows, most in pairs:
+                hooks.evaluation_batches = partial(batches.evaluation_batches, max_rows=most)
+                out = folder / f"by{context.world_size}" / f"{model}-rows{num_rows}-batch{most}"
+                distributed.on_main(lambda: out.mkdir(parents=True))
+                evaluate(scorer, folder / f"rows{num_rows}.csv", out)
+                scorer.predict_file([str(folder / f"rows{num_rows}.csv")], out / "predicted.tsv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Signals: one stops a run with nothing lost, wherever it hits; a second one ends it at once. `pytest tests/faults/test_signals.py -s`"""
+
+import atexit
+import ctypes
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmbert_core.files import sha256_of
+from mmbert_core.signals import EXIT_STOPPED
+from mmbert_core.training.checkpoint import step_folder, why_invalid
+from tests import tiny
+from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
+from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+
+pytestmark = pytest.mark.fault
+STEPS_PER_EPOCH = 8  # of 2 epochs; every epoch ends with a validation and, where it was the best so far, a checkpoint
+SMALL_BATCHES = {"evaluation_rows": 2}  # 12 batches of the validation, 19 of the test
+SECONDS_TO_STOP = 25.0  # torchrun kills after 30
+SECONDS_TO_LEAVE = 5.0
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+# where a signal hits -> what makes that last long enough
+PLACES: dict[str, dict[str, Any]] = {
+    "reading": {"slow_data": 60},
+    "tokenisation": {"native_data": 60},
+    "training": {"slow_step": 0.1},
+    "validation": {"slow_eval": 0.1},
+    "checkpoint": {"slow_save": 0.5},
+    "test": {"slow_eval": 0.1},
+}
+
+
+# ---- a run that a signal may hit ----
+
+
+def config_for(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_config(folder, keep_checkpoints=3, timeout_seconds=60, **changes)
+
+
+def result(run: Path) -> dict[str, Any]:
+    """What a run and its stopped and resumed twin must share, to the last bit."""
+    [test_file] = run.glob("multimodal_bert-*/test_result_0.tsv")
+    return {**digest(run), "test": sha256_of(test_file)}
+
+
+@lru_cache
+def undisturbed(num_processes: int) -> dict[str, Any]:
+    """The result of a run that nobody stops."""
+    folder = Path(tempfile.mkdtemp(prefix="mmbert-signals-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    code, output = run_job(num_processes, ["train", str(config_for(folder))], plants=SMALL_BATCHES)
+    assert code == 0, output[-4000:]
+    return result(folder / "run")
+
+
+def start(num_processes: int, config: Path, place: str, *, ranks: int | None = None, step: int = 3, slow: dict[str, Any] | None = None, **environment: str) -> Job:
+    """A job that is at `place` now, on its first `ranks` ranks."""
+    notes = config.parent / "notes"
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir()
+    plants = {**SMALL_BATCHES, **(PLACES[place] if slow is None else slow), "places": [str(notes), step]}
+    job = Job(num_processes, ["train", str(config)], plants=plants, ends=config.parent / "ends.txt", **environment)
+    expected = 1 if place == "checkpoint" else max(1, num_processes if ranks is None else ranks)
+    job.wait_until(lambda: len(list(notes.glob(f"{'reading' if place == 'tokenisation' else place}-*"))) >= expected)
+    return job
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run took, as its log has it; 0 before the first."""
+    lines = tiny.metrics_lines(run) if (run / "metrics.jsonl").exists() else []
+    return max((line["step"] for line in lines if "train_loss" in line), default=0)
+
+
+def goes_on(figures: Figures, case: str, num_processes: int, config: Path) -> None:
+    """Started again, the run goes on from its newest checkpoint, and ends as if nothing had happened, with nothing left behind."""
+    run = config.parent / "run"
+    saved = steps_saved(run)
+    code, output = run_job(num_processes, ["train", str(config)], plants=SMALL_BATCHES)
+    if not figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
+        return
+    going_on = f"going on from {step_folder(run / 'checkpoints', saved[-1])}" if saved else "going on from"
+    figures.count((going_on in output) == bool(saved), f"{case}: checkpoints {saved}, {going_on!r} in {output[-3000:]}")
+    expected = undisturbed(num_processes)
+    figures.count(result(run) == expected, f"{case}: resumed: expected {expected}, found {result(run)}")
+    figures.count(not [*run.rglob(".tmp-*")], f"{case}: resumed: {[*run.rglob('.tmp-*')]} left")
+
+
+def count_stop(figures: Figures, case: str, job: Job, run: Path, since: float, *, exit_code: int = 1) -> None:
+    """The job stops in time, quietly: every process with 75, torchrun with 1, the step it had reached in a whole checkpoint."""
+    code = job.wait(seconds=LONGEST_SECONDS)
+    figures.seconds.append(time.monotonic() - since)
+    expected = exit_code if job.num_processes else EXIT_STOPPED
+    figures.count(code == expected, f"{case}: exit code {code}, expected {expected}: {job.output()[-3000:]}")
+    figures.count(figures.seconds[-1] <= SECONDS_TO_STOP, f"{case}: {figures.seconds[-1]:.1f} s until the end")
+    codes = job.exit_codes()
+    figures.count(codes == {rank: EXIT_STOPPED for rank in range(max(1, job.num_processes))}, f"{case}: exit codes {codes}: {job.output()[-3000:]}")
+    figures.count(not job.left_alive(), f"{case}: {job.left_alive()} left alive")
+    figures.count("error: " not in own_lines(job), f"{case}: {own_lines(job)[-3000:]}")
+    figures.count(not [*run.rglob(".tmp-*")], f"{case}: {[*run.rglob('.tmp-*')]} left")
+    saved, step = steps_saved(run), last_step(run)
+    holds = (saved[-1:] == [step] and why_invalid(step_folder(run / "checkpoints", step)) is None) if step else not saved
+    figures.count(holds, f"{case}: checkpoints {saved} after {step} steps")
+
+
+def own_lines(job: Job) -> str:
+    """The job's output but for torchrun's."""
+    lines = job.output().split("\nTraceback (most recent call last):")[0].splitlines()
+    return "\n".join(line for line in lines if not (line[:1] in "WE" and "torch/distributed" in line))
+
+
+# ---- F5: a stop from outside ----
+
+
+def stop(figures: Figures, folder: Path, num_processes: int, name: str, place: str) -> None:
+    """`name`: a signal, to the launcher; with "Ctrl-C", SIGINT to all processes of the terminal, as a shell's user sends it."""
+    case = f"{name} in {place}, {num_processes} processes"
+    config = config_for(folder)
+    step = {"checkpoint": STEPS_PER_EPOCH}.get(place, 3)
+    # torchrun passes SIGUSR1 on where it is told to, as torchrun.sh does
+    job = start(num_processes, config, place, step=step, PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    number = signal.SIGINT if name == "Ctrl-C" else signal.Signals[name]
+    since = job.send(number)
+    if name == "Ctrl-C":
+        os.kill(job.process.pid, number)  # to a process that is hit twice it is one request
+        for pid in job.workers().values():
+            os.kill(pid, number)
+    count_stop(figures, case, job, folder / "run", since)
+    figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s, step {last_step(folder / 'run')}")
+    run = folder / "run"
+    if place == "validation":
+        state = json.loads((step_folder(run / "checkpoints", STEPS_PER_EPOCH) / "state.json").read_text())
+        figures.count(state["validation_pending"], f"{case}: the validation was not cut short")
+    if place == "test":
+        figures.count((run / "model.safetensors").exists() and not [*run.glob("multimodal_bert-*")], f"{case}: {os.listdir(run)}")
+    goes_on(figures, case, num_processes, config)
+
+
+@row("F5", "SIGTERM, SIGINT, SIGUSR1 or Ctrl-C to torchrun, or to a single process, in reading, tokenisation, training, validation, test, a checkpoint's writing",
+     "ended within 25 s; every worker exits 75; the step reached is in a checkpoint; started again it ends with the bits of an undisturbed run",
+     full={"cases": (*product((0, 1, 2, 3), ("SIGTERM",), PLACES), *product((0, 2), ("SIGINT", "SIGUSR1", "Ctrl-C"), PLACES))})  # fmt: skip
+def test_F5_a_signal_stops_and_nothing_is_lost(
+    tmp_path: Path,
+    cases: tuple[tuple[int, str, str], ...] = (
+        (0, "SIGINT", "tokenisation"), (2, "SIGTERM", "training"), (2, "Ctrl-C", "validation"), (2, "SIGTERM", "checkpoint"), (2, "SIGUSR1", "test"),
+    ),
+) -> Figures:  # fmt: skip
+    """`cases`: processes (0: without torchrun), signal, place."""
+    figures = Figures()
+    for num_processes, name, place in cases:
+        stop(figures, tmp_path / f"{num_processes}-{name}-{place}", num_processes, name, place)
+    return figures
+
+
+# ---- F6: a stop that not everyone hears ----
+
+
+@row("F6", "SIGTERM to one worker, in training and in validation", "all ranks stop after the same step, with one checkpoint more; every worker exits 75; a resume loses nothing",
+     full={"cases": tuple((count, rank, place) for count in (2, 3, 4) for rank in (0, count - 1) for place in ("training", "validation", "test"))})  # fmt: skip
+def test_F6_one_rank_hears_it_all_stop(tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = ((2, 1, "training"), (2, 0, "validation"))) -> Figures:
+    """`cases`: processes, the rank that gets the signal, place."""
+    figures = Figures()
+    for num_processes, rank, place in cases:
+        case, folder = f"SIGTERM to rank {rank} of {num_processes} in {place}", tmp_path / f"{num_processes}-{rank}-{place}"
+        config, rows = config_for(folder), folder / "rows"
+        rows.mkdir()
+        job = start(num_processes, config, place, slow={**PLACES[place], "rows": str(rows)})
+        before = steps_saved(folder / "run")
+        count_stop(figures, case, job, folder / "run", job.send(signal.SIGTERM, rank))
+        last = {path.name: json.loads(path.read_text().splitlines()[-1])["step"] for path in rows.glob("rows-*.jsonl")}
+        figures.count(len(last) == num_processes and set(last.values()) == {last_step(folder / "run")}, f"{case}: last steps {last}")
+        more = 0 if place == "test" else 1
+        figures.count(len(steps_saved(folder / "run")) == len(before) + more, f"{case}: checkpoints {before}, then {steps_saved(folder / 'run')}")
+        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s, all after step {last_step(folder / 'run')}")
+        goes_on(figures, case, num_processes, config)
+    return figures
+
+
+@contextmanager
+def orphans_are_ours() -> Iterator[None]:
+    """Workers whose launcher is gone become children of this process, which can ask how they ended."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@row("F6", "SIGKILL to torchrun", "the workers notice, write a checkpoint and exit 75; a resume loses nothing",
+     full={"cases": tuple(product((1, 2, 4), ("reading", "training", "validation", "checkpoint", "test")))})  # fmt: skip
+def test_F6_workers_outlive_no_launcher(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "training"),)) -> Figures:
+    """`cases`: processes, place."""
+    figures = Figures()
+    for num_processes, place in cases:
+        case, folder = f"torchrun of {num_processes} killed in {place}", tmp_path / f"{num_processes}-{place}"
+        config = config_for(folder)
+        with orphans_are_ours():
+            job = start(num_processes, config, place, step=STEPS_PER_EPOCH if place == "checkpoint" else 3)
+            workers = job.workers()
+            since = job.send(signal.SIGKILL)
+            figures.count(job.wait(seconds=LONGEST_SECONDS) == -signal.SIGKILL, f"{case}: {job.output()[-3000:]}")
+            figures.seconds.append(time.monotonic() - since)
+            codes = {rank: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for rank, pid in workers.items()}
+        figures.count(codes == dict.fromkeys(range(num_processes), EXIT_STOPPED), f"{case}: exit codes {codes}: {job.output()[-3000:]}")
+        saved, step = steps_saved(folder / "run"), last_step(folder / "run")
+        figures.count(saved[-1:] == ([step] if step else []), f"{case}: checkpoints {saved} after {step} steps")
+        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s, step {step}")
+        goes_on(figures, case, num_processes, config)
+    return figures
+
+
+# ---- F7: someone who will not wait ----
+
+
+def twice(job: Job, target: str, number: int, gap: float) -> float:
+    """The signal twice, `gap` seconds apart, to all workers or to torchrun; returns the time of the second."""
+
+    def send() -> float:
+        if target == "torchrun" or not job.num_processes:
+            return job.send(number)
+        return [job.send(number, rank) for rank in range(job.num_processes)][-1]
+
+    send()
+    time.sleep(gap)
+    return send()
+
+
+@row("F7", "SIGTERM or SIGINT twice, 1 s apart, to the workers or to torchrun, in a step and in a checkpoint's writing",
+     "ended within 5 s of the second; every worker exits with 128 + signal; the checkpoint before it is whole, and a resume loses no more than what came after it",
+     full={"cases": tuple(product((0, 2, 3), ("workers", "torchrun"), ("SIGTERM", "SIGINT"), ("training", "validation", "checkpoint")))})  # fmt: skip
+def test_F7_a_second_signal_ends_it_at_once(
+    tmp_path: Path, cases: tuple[tuple[int, str, str, str], ...] = ((2, "workers", "SIGTERM", "checkpoint"), (2, "torchrun", "SIGINT", "training"))
+) -> Figures:
+    """`cases`: processes, who gets it, signal, place."""
+    figures = Figures()
+    slow: dict[str, dict[str, Any]] = {"training": {"slow_step": [30, 4]}, "validation": {"slow_eval": 2}, "checkpoint": {"slow_save": [30, 4]}}
+    for num_processes, target, name, place in cases:
+        if not num_processes and target == "torchrun":
+            continue
+        case, folder, number = f"two {name} to {target} of {num_processes} in {place}", tmp_path / f"{num_processes}-{target}-{name}-{place}", signal.Signals[name]
+        config, run = config_for(folder, save_every=1), folder / "run"
+        job = start(num_processes, config, place, step=4, slow=slow[place])
+        job.workers()
+        before = steps_saved(run)
+        since = twice(job, target, number, 1.0)
+        code = job.wait(seconds=LONGEST_SECONDS)
+        figures.seconds.append(time.monotonic() - since)
+        figures.count(code == (1 if num_processes else 128 + number), f"{case}: exit code {code}: {job.output()[-3000:]}")
+        figures.count(figures.seconds[-1] <= SECONDS_TO_LEAVE, f"{case}: {figures.seconds[-1]:.1f} s until the end")
+        codes, heard = job.exit_codes(), signal.SIGTERM if target == "torchrun" else number  # torchrun hurries with that, whatever it got
+        figures.count(codes == {rank: 128 + heard for rank in range(max(1, num_processes))}, f"{case}: exit codes {codes}: {job.output()[-3000:]}")
+        figures.count(not job.left_alive(), f"{case}: {job.left_alive()} left alive")
+        invalid = [step for step in before if why_invalid(step_folder(run / "checkpoints", step))]
+        figures.count(steps_saved(run) == before and len(before) == 3 and not invalid, f"{case}: checkpoints {before}, then {steps_saved(run)}, invalid {invalid}")
+        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s")
+        goes_on(figures, case, num_processes, config)
+    return figures
