@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -34,12 +35,23 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` from inside that names no file, as of a write to a full disk, gets `path` and the space that is left."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror} ({free_bytes(Path(path).parent) / MEGABYTE:.1f} MB free)", str(path)) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as stream:
+        with naming(path), open(temporary, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -67,7 +79,8 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), str(path), metadata={"format": "pt"})
     except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(f"{path}: {error}") from None
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(*([int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"])) from None
 
 
 def sha256_of(path: Path) -> str:
@@ -91,7 +104,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(final):
+            yield temporary
         for path in sorted(temporary.rglob("*")):
             sync_path(path)
         sync_path(temporary)
@@ -119,6 +133,11 @@ def remove_stale_temporaries(folder: Path) -> list[Path]:
 
 
 # ---- the folder of a run ----
+
+
+def space(folder: Path, num_bytes: int) -> str:
+    """The words of an error for `num_bytes` that find no place."""
+    return f"need {num_bytes / MEGABYTE:.1f} MB, have {free_bytes(folder) / MEGABYTE:.1f} MB at {folder}"
 
 
 def free_bytes(folder: Path) -> int:

@@ -21,8 +21,8 @@ from mmbert_core.config_reader import config_from_dict
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import load_tokenizer
-from mmbert_core.errors import InputError
-from mmbert_core.files import read_json, save_tensors, sync_path, write_json
+from mmbert_core.errors import InputError, RunError
+from mmbert_core.files import TEMPORARY_PREFIX, read_json, save_tensors, space, sync_path, write_json
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pretrained_encoder, reinitialise, resolve_pooling
@@ -86,20 +86,29 @@ def _tabular_part(config: Config, features: Features) -> TabAE | None:
 def save_model_folder(
     folder: Path, weights: dict[str, torch.Tensor], *, config: Config, model: MultimodalBert, features: Features, labels: Labels, tokenizer: Any, resolved: dict[str, Any]
 ) -> None:
-    """Rank 0 only. Write all parts, the weights last. The same weights always give the same file, byte for byte."""
+    """Rank 0 only. Write all parts, the weights last. The same weights always give the same file, byte for byte.
+
+    Raises `RunError` when the disk does not take it.
+    """
     folder = Path(folder)
     (folder / WEIGHTS).unlink(missing_ok=True)  # never an old model beside new parts
-    if model.text_subnetwork is not None:
-        model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
-        tokenizer.save_pretrained(folder / ENCODER)
-    write_json(folder / "features.json", features.to_json())
-    write_json(folder / "labels.json", labels.to_json())
-    write_json(folder / "config.json", config_record(config, resolved))
-    temporary = folder / f".tmp-{WEIGHTS}"
-    save_tensors(weights, temporary)
-    sync_path(temporary)
-    temporary.replace(folder / WEIGHTS)
-    sync_path(folder)
+    temporary = folder / f"{TEMPORARY_PREFIX}{WEIGHTS}"
+    try:
+        if model.text_subnetwork is not None:
+            model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
+            tokenizer.save_pretrained(folder / ENCODER)
+        write_json(folder / "features.json", features.to_json())
+        write_json(folder / "labels.json", labels.to_json())
+        write_json(folder / "config.json", config_record(config, resolved))
+        save_tensors(weights, temporary)
+        sync_path(temporary)
+        temporary.replace(folder / WEIGHTS)
+        sync_path(folder)
+    except OSError as error:
+        num_bytes = sum(tensor.nbytes for tensor in weights.values())
+        raise RunError(f"the model could not be written: {space(folder, num_bytes)} ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:

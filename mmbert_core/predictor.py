@@ -22,7 +22,7 @@ from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, fra
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError
 from mmbert_core.evaluation.predictions import Columns, header, prediction_columns, tsv_line, tsv_rows
-from mmbert_core.files import TEMPORARY_PREFIX, sync_path
+from mmbert_core.files import TEMPORARY_PREFIX, naming, sync_path
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model_folder import LoadedModel, load_model_folder
 from mmbert_core.training import hooks
@@ -71,7 +71,7 @@ class Predictor:
         num_rows, num_cut, started, last_line = 0, 0, time.monotonic(), time.monotonic()
         try:
             distributed.on_main(lambda: create(temporary, output))
-            with open(temporary if self.context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
+            with naming(output), open(temporary if self.context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
                 stream.write(tsv_line(names, sheet_safe=sheet_safe))
                 for window in windows:
                     dataset = self._encode(window)

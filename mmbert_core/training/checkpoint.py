@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmbert_core.errors import InputError, RunError
-from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, sha256_of, sync_path, write_json
+from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, sha256_of, space, sync_path, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _size(weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tenso
 
 
 def _space(folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> str:
-    return f"need {_size(weights, moments) / MEGABYTE:.1f} MB, have {free_bytes(folder) / MEGABYTE:.1f} MB at {folder}"
+    return space(folder, _size(weights, moments))
 
 
 def _write(final: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:

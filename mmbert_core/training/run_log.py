@@ -8,12 +8,13 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mmbert_core.files import write_text
+from mmbert_core.files import naming, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ class RunLog:
         """One object with `step` and figures; a None is an undefined figure."""
         if not self.is_main:
             return
-        self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
-        self._stream.flush()
+        with naming(self._path):
+            self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
+            self._stream.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 if name not in ("step", "epoch") and value is not None:
@@ -70,7 +72,8 @@ class RunLog:
     def close(self) -> None:
         if self.is_main:
             self._bar.close()
-            self._stream.close()
+            with suppress(OSError):  # a line that found no place; `record` has told it
+                self._stream.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
 

@@ -35,8 +35,7 @@ SLOW = {"slow_step": 0.05, "slow_forward": 0.02, "slow_save": 0.01, "slow_eval":
 PHASES = {"imports": 3.0, "data": 1.5, "start": 0.4, "step": 0.15, "validation": 0.15, "save": 0.1, "finish": 0.3}  # within so many seconds of its beginning
 WEIGHTS = {"imports": 4, "data": 4, "start": 2, "step": 8, "validation": 4, "save": 4, "finish": 3}  # how often a kill aims at it
 WAIT_SECONDS = 120.0  # for a phase; longer is a hang
-# As torchrun.sh has it: in the store that torchrun keeps over its restarts, the ranks of a new life may find addresses of the last one.
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": ""}  # bits are promised on the CPU
 PLACES = {"imports": "before step 1", "data": "before step 1", "start": "before step 1", "finish": "after the last step"}
 
 

@@ -1,0 +1,230 @@
+"""Checkpoints that are not what they were, rotation among strange folders, and two runs in one folder."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmbert_core.errors import InputError
+from mmbert_core.training.checkpoint import MANIFEST, PARTS, find_checkpoint, list_steps, rotate, save_checkpoint, step_folder, why_invalid
+from tests.faults.inputs import command, contents
+from tests.faults.launch import Job, logged, run_job, steps_saved
+from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.faults.soak import BATCHES, ENVIRONMENT, SLOW, differences, notes_of, plants_of, straight, write_run
+from tests.faults.writer import tensors_of
+from tests.training.test_checkpoint import DAMAGES
+
+pytestmark = pytest.mark.fault
+
+
+# ---- F9: torn files ----
+
+TORN = {
+    **DAMAGES,
+    "half": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "a flipped bit": lambda path, data: path.write_bytes(data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 1]) + data[len(data) // 3 + 1 :]),
+}
+
+
+def save(folder: Path, step: int, version: int = 0) -> Path:
+    return save_checkpoint(folder, weights=tensors_of(step, version), moments=tensors_of(version, step), state={"step": step, "version": version})
+
+
+def torn_copies(folder: Path, work: Path) -> Iterator[tuple[str, str, Path]]:
+    """Name of a file, its damage, and a copy of the checkpoints in which the newest one has it."""
+    for name in (*PARTS, MANIFEST):
+        for damage, tear in TORN.items():
+            copy = work / "torn"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder, copy)
+            file = step_folder(copy, list_steps(copy)[0]) / name
+            tear(file, file.read_bytes())
+            yield name, damage, copy
+
+
+@row("F9", f"each file of a checkpoint: {', '.join(TORN)}", "never loaded; the one before counts, with one warning that names the file; refused when none is whole",
+     full={"random_bits": 200, "in_jobs": (*PARTS, MANIFEST)})  # fmt: skip
+def test_F9_torn_files(tmp_path: Path, random_bits: int = 20, in_jobs: tuple[str, ...] = ("model.safetensors",)) -> Figures:
+    """`random_bits`: flipped bits anywhere in any file. `in_jobs`: files that are torn under a real run."""
+    figures = Figures()
+    whole = tmp_path / "whole"
+    save(whole, 10), save(whole, 20)
+    for name, damage, copy in torn_copies(whole, tmp_path):
+        with logged() as warnings:
+            found = find_checkpoint(copy, "auto")
+        is_told = len(warnings) == 1 and name in warnings[0] and "step-00000020" in warnings[0] and "\n" not in warnings[0]
+        figures.refused(found == step_folder(copy, 10) and is_told, f"{name} {damage}: found {found}, warned {warnings}")
+        shutil.rmtree(step_folder(copy, 10))
+        try:
+            figures.refused(False, f"{name} {damage}, nothing else there: found {find_checkpoint(copy, 'auto')}")
+        except InputError as error:
+            figures.refused("none of the checkpoints is whole" in str(error), str(error))
+    count_random_bits(figures, whole, tmp_path, random_bits)
+    for name in in_jobs:
+        count_torn_run(figures, tmp_path / f"run-{name}", name)
+    figures.notes.append(f"{len(PARTS) + 1} files x {len(TORN)} damages with and without an older checkpoint, {random_bits} random bits, {len(in_jobs)} real runs")
+    return figures
+
+
+def count_random_bits(figures: Figures, whole: Path, work: Path, count: int) -> None:
+    """A bit of a manifest that stands for nothing, such as a blank, may flip; then all that it says still holds."""
+    generator = random.Random(0)
+    for _ in range(count):
+        copy = work / "bits"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole, copy)
+        file = step_folder(copy, 20) / generator.choice((*PARTS, MANIFEST))
+        data = bytearray(file.read_bytes())
+        place, bit = generator.randrange(len(data)), generator.randrange(8)
+        data[place] ^= 1 << bit
+        file.write_bytes(data)
+        with logged() as warnings:
+            found = find_checkpoint(copy, "auto")
+        is_blank = file.name == MANIFEST and bytes(data).split() == (step_folder(whole, 20) / MANIFEST).read_bytes().split()
+        figures.refused(is_blank or (found == step_folder(copy, 10) and len(warnings) == 1), f"{file.name}, bit {bit} of byte {place}: found {found}, warned {warnings}")
+
+
+def count_torn_run(figures: Figures, folder: Path, name: str) -> None:
+    """The real command: dies after step 9, its newest checkpoint is torn, goes on from step 8; then with none whole."""
+    config = write_run(folder, save_every=1, val_path=(), val_fraction=0.0)
+    checkpoints = folder / "run/checkpoints"
+    code, _ = run_job(0, ["train", str(config)], plants=plants_of(folder, die_after_save=9), **ENVIRONMENT)
+    figures.count(code == -signal.SIGKILL and steps_saved(folder / "run") == [8, 9], f"exit code {code}, checkpoints {steps_saved(folder / 'run')}")
+    shutil.copytree(folder, folder.with_suffix(".hopeless"))
+    file = step_folder(checkpoints, 9) / name
+    TORN["half"](file, file.read_bytes())
+    code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
+    warnings = [line for line in output.splitlines() if line.startswith("warning: checkpoint ")]
+    is_told = len(warnings) == 1 and str(file.parent) in warnings[0] and name in warnings[0]
+    figures.count(code == 0 and is_told, f"{name}: exit code {code}, warnings {warnings}:\n{output[-2000:]}")
+    figures.count(f"going on from {step_folder(checkpoints, 8)}" in output, f"{name}: did not go on from step 8:\n{output[-2000:]}")
+    if code == 0:
+        problems = differences(folder, straight(0, val_path=(), val_fraction=0.0))
+        figures.count(not problems, f"{name}: {problems}")
+    folder = folder.with_suffix(".hopeless")
+    config = write_run(folder, save_every=1, val_path=(), val_fraction=0.0)
+    for step in (8, 9):
+        file = step_folder(folder / "run/checkpoints", step) / name
+        TORN["half"](file, file.read_bytes())
+    before = contents(folder / "run/checkpoints")
+    code, output = run_job(0, ["train", str(config)], plants=BATCHES, **ENVIRONMENT)
+    last = output.splitlines()[-1]
+    is_told = code == 2 and last.startswith("error: ") and "none of the checkpoints is whole" in last
+    figures.refused(is_told and contents(folder / "run/checkpoints") == before, f"{name}, none whole: exit code {code}:\n{output[-2000:]}")
+
+
+# ---- F23: rotation ----
+
+
+def strangers(folder: Path, generator: random.Random) -> None:
+    """Names that no step would get, beside the checkpoints."""
+    for name in ("step-7", "step-000000007", "step-0000000x", "old", "step-00000007.bak", "..."):
+        if generator.random() < 0.5:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "model.safetensors").write_text(name)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step-00000001.txt").write_text("mine")
+    (folder.parent / "elsewhere").mkdir(exist_ok=True)
+    (folder.parent / "elsewhere/model.safetensors").write_text("elsewhere")
+    (folder / "step-00009999").symlink_to(folder.parent / "elsewhere")
+
+
+def foreign(folder: Path) -> dict[str, str]:
+    """All that is no checkpoint, and where the link leads."""
+    found = contents(folder.parent / "elsewhere") | {"link": os.readlink(folder / "step-00009999")}
+    return found | {name: value for name, value in contents(folder).items() if not re.match(r"step-\d{8}/", name)}
+
+
+def count_history(figures: Figures, folder: Path, seed: int) -> None:
+    """Saves and rotations of several lives: each begins at a whole checkpoint that need not be the newest, or after the newest is torn."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True)
+    strangers(folder, generator)
+    before, keep = foreign(folder), generator.randint(1, 3)
+    step, best = 0, None
+    for _life in range(generator.randint(1, 4)):
+        for _ in range(generator.randint(1, 6)):
+            step += generator.randint(1, 3)
+            best = step if best is None or generator.random() < 0.3 else best
+            save(folder, step)
+            rotate(folder, keep=keep, newest=step, best_step=best)
+            steps = list_steps(folder)
+            below = [other for other in steps if other <= step]
+            is_there = why_invalid(step_folder(folder, step)) is None and why_invalid(step_folder(folder, best)) is None
+            holds = is_there and len(below) <= keep + 1 and (best in below[:keep] or len(below) == len(set(below[:keep])) + 1)
+            figures.count(holds and foreign(folder) == before, f"history {seed}: step {step}, best {best}, keep {keep}: {steps} left; strangers as before: {foreign(folder) == before}")
+        # the next life starts from an earlier step, which leaves higher ones of this life behind
+        whole = [other for other in list_steps(folder) if why_invalid(step_folder(folder, other)) is None and (best is None or other >= best)]
+        step = generator.choice(whole)
+        for stale in (other for other in list_steps(folder) if other > step):
+            if generator.random() < 0.5:
+                (step_folder(folder, stale) / MANIFEST).unlink()
+
+
+@row("F23", "rotation with a pinned best, higher steps of an earlier life, torn and strange folders", "the newest and the best are always there and whole; what is no checkpoint is not touched",
+     full={"histories": 200})  # fmt: skip
+def test_F23_rotation(tmp_path: Path, histories: int = 15) -> Figures:
+    figures = Figures()
+    for seed in range(histories):
+        count_history(figures, tmp_path / f"history{seed}/checkpoints", seed)
+    count_rotating_run(figures, tmp_path / "run-among-strangers")
+    figures.notes.append(f"{histories} random histories of 1 to 4 lives, looked at after every save, and a real run")
+    return figures
+
+
+def count_rotating_run(figures: Figures, folder: Path) -> None:
+    """A real run, again from step 4 when it is at its end, in a folder with strangers: at its end the last two and the best."""
+    config = write_run(folder, save_every=1, keep_checkpoints=30)
+    checkpoints = folder / "run/checkpoints"
+    code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
+    figures.count(code == 0, f"exit code {code}:\n{output[-2000:]}")
+    strangers(checkpoints, random.Random(1))
+    before = foreign(checkpoints)
+    config = write_run(folder, save_every=1, keep_checkpoints=2, resume=4)
+    code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
+    figures.count(code == 0 and f"going on from {step_folder(checkpoints, 4)}" in output, f"from step 4: exit code {code}:\n{output[-2000:]}")
+    wanted = straight(0)
+    problems = differences(folder, wanted)
+    figures.count(not problems and foreign(checkpoints) == before, f"from step 4: {problems}; strangers as before: {foreign(checkpoints) == before}")
+    best = int(re.search(r'"best_step": (\d+)', (folder / "run/train_results.json").read_text())[1])
+    figures.count(set(steps_saved_of(checkpoints)) == {23, 24, best}, f"left {steps_saved_of(checkpoints)}, best {best}")
+
+
+def steps_saved_of(checkpoints: Path) -> list[int]:
+    return list_steps(checkpoints)
+
+
+# ---- F24: two runs in one folder ----
+
+
+@row("F24", "two runs in one folder at once", "the second is refused with exit 2 and a line naming process and machine; the first is as undisturbed; the lock goes with its process, also by SIGKILL")
+def test_F24_two_runs_in_one_folder(tmp_path: Path) -> Figures:
+    figures, folder = Figures(), tmp_path / "shared"
+    config = write_run(folder)
+    first = Job(1, ["train", str(config)], plants=plants_of(folder, **{**SLOW, "slow_step": 0.8}), **ENVIRONMENT)
+    try:
+        first.wait_until(lambda: any(note["phase"] == "step" for note in notes_of(folder, 0)))
+        [holder] = first.workers().values()
+        for num_processes in (0, 2):  # plain Python: exit code 2; torchrun makes 1 of it
+            code, output = run_job(num_processes, ["train", str(config)], plants=BATCHES, **ENVIRONMENT)
+            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            is_told = len(errors) == 1 and f"process {holder} on {socket.gethostname()}" in errors[0] and str(folder / "run") in errors[0]
+            figures.refused(code == (2 if num_processes == 0 else 1) and is_told, f"{num_processes} processes: exit code {code}, {errors}:\n{output[-2000:]}")
+        figures.count(first.process.poll() is None, "the first run ended before it was tried")
+        first.send(signal.SIGKILL, rank=0)
+        first.wait(seconds=LONGEST_SECONDS)
+    finally:
+        first.kill_all()
+    for what in ("after a SIGKILL", "after the end"):
+        code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
+        figures.count(code == 0, f"{what}: exit code {code}:\n{output[-2000:]}")
+    problems = differences(folder, straight(1))
+    figures.count(not problems, f"the first run: {problems}")
+    figures.count("this run is finished" in output, f"started once more: {output[-500:]}")
+    return figures
