@@ -47,9 +47,13 @@ class RunLog:
             self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
             self._stream.flush()
         if self._tensorboard is not None:
-            for name, value in values.items():
-                if name not in ("step", "epoch") and value is not None:
-                    self._tensorboard.add_scalar(name, value, values["step"])
+            try:
+                for name, value in values.items():
+                    if name not in ("step", "epoch") and value is not None:
+                        self._tensorboard.add_scalar(name, value, values["step"])
+            except OSError as error:  # of an earlier line: it writes in a thread
+                logger.warning("no more curves for TensorBoard: %s", error)
+                self._tensorboard = None
 
     def progress(self, step: int, shown: str) -> None:
         """Advance the bar, or print a plain line every few seconds and at the last step."""
@@ -72,10 +76,11 @@ class RunLog:
     def close(self) -> None:
         if self.is_main:
             self._bar.close()
-            with suppress(OSError):  # a line that found no place; `record` has told it
+            with suppress(OSError):  # a line that found no place: `record` has told it
                 self._stream.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            with suppress(OSError):  # never instead of an error that ends the run
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
 
 
 def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bool = False) -> list[str]:

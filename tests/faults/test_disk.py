@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mmbert_core.files import sha256_of
 from mmbert_core.training.checkpoint import step_folder, why_invalid
 from tests import tiny
 from tests.faults.disks import Disk, small_disk
@@ -19,7 +18,6 @@ from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 
 pytestmark = pytest.mark.fault
 KILOBYTES = 8000  # room for several checkpoints of a third of a megabyte, and for the megabyte beside that is asked for
-SPACE = r"need \d+\.\d MB, have \d+\.\d MB at {folder}"
 
 
 def error_lines(output: str) -> list[str]:
