@@ -16,8 +16,6 @@ from mmbert_core.files import sha256_of
 from tests import tiny
 from tests.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, as_csv, read_rows
 
-pytestmark = pytest.mark.fault
-
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory) -> Path:

@@ -163,8 +163,8 @@ def list_steps(folder: Path) -> list[int]:
     if not Path(folder).is_dir():
         return []
     names = [path.name for path in Path(folder).iterdir() if path.is_dir() and not path.is_symlink()]
-    steps = [int(match.group(1)) for match in map(STEP_FOLDER.fullmatch, names) if match]
-    return sorted((step for step in steps if step_folder(folder, step).name in names), reverse=True)
+    steps = {name: int(match.group(1)) for name in names if (match := STEP_FOLDER.fullmatch(name))}
+    return sorted((step for name, step in steps.items() if name == step_folder(folder, step).name), reverse=True)
 
 
 def why_invalid(path: Path) -> str | None:

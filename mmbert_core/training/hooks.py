@@ -119,14 +119,14 @@ def validation_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: lis
     outputs.append(_evaluate_batch(model, batch, batch_idx, "val", task))
 
 
-def on_validation_epoch_end(outputs: list[BatchResult], num_rows: int, *, config: Config, class_names: Sequence[str]) -> dict[str, float | None]:
-    """Collective. `val_loss` and `val/<metric>` over all rows of all ranks, the same on every rank; None: undefined."""
+def on_validation_epoch_end(outputs: list[BatchResult], num_rows: int, *, config: Config, class_names: Sequence[str]) -> dict[str, Any]:
+    """Collective. `val_loss` and `val/<metric>` over all rows of all ranks, the same on every rank; None: undefined, its reason under `undefined`."""
     result = gather_results(outputs, num_rows)
     choices = dict.fromkeys([*config.metric_choices, config.early_stop_metric.removeprefix("val/")])
     choices.pop("val_loss", None)
     metrics = compute_metrics(result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names)
     # rank 0's figures for all: a last bit that differs between machines must not stop some ranks and not others
-    return distributed.broadcast_object({"val_loss": result.loss, **metrics.values})
+    return distributed.broadcast_object({"val_loss": result.loss, **metrics.values, **({"undefined": metrics.undefined} if metrics.undefined else {})})
 
 
 # ---- test ----

@@ -231,16 +231,16 @@ def validate(run: Run) -> bool:
     values = hooks.on_validation_epoch_end(outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names)
     run.log.record({"step": run.state.step, **values})
     improved = judge(run, values)
-    shown = "  ".join(f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in values.items())
+    shown = "  ".join(f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in values.items() if name != "undefined")
     run.log.say(f"step {run.state.step}/{run.plan.total_steps}  {shown}{'  (best so far)' if improved else ''}")
     return improved
 
 
-def judge(run: Run, values: dict[str, float | None]) -> bool:
+def judge(run: Run, values: dict[str, Any]) -> bool:
     """Compare with the best validation so far; count the ones in a row that were not better."""
     state, name = run.state, run.config.early_stop_metric
     if values[name] is None and name != "val_loss":
-        logger.warning("%s is undefined on these validation rows: val_loss decides", name)
+        logger.warning("%s is undefined on these validation rows (%s): val_loss decides", name, values.get("undefined", {}).get(name))
         name = "val_loss"
     value = values[name]
     if value is None:

@@ -3,12 +3,14 @@
 Imports distributed, errors, data and the files of this folder named before it (hooks).
 """
 
+import ctypes
 import logging
 import re
 import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -42,12 +44,15 @@ def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task:
         if not num_failed:
             break
         if count >= batch_size:
-            longest = int(dataset.lengths[rows].max())
-            raise RunError(f"not even one row ({longest} tokens) at a time fits into memory: use a smaller max_length or max_chunks, or a smaller encoder")
+            distributed.on_main(lambda: refuse(int(dataset.lengths[rows].max())))
         count = min(2 * count, batch_size)
     if count != asked:
         logger.warning("microbatches_per_step %d does not fit into memory: %d are used for this run", asked, count)
     return count
+
+
+def refuse(num_tokens: int) -> NoReturn:
+    raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory: use a smaller max_length or max_chunks, or a smaller encoder")
 
 
 def heaviest_steps(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -81,6 +86,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fits(action: Callable[[], None], device: torch.device, limit_mb: int | None) -> bool:
     """Run `action`; False when memory runs out, or, on the CPU, when the process's resident memory passes the limit."""
+    return_freed_memory()
     reset_peak()
     try:
         action()
@@ -91,6 +97,14 @@ def fits(action: Callable[[], None], device: torch.device, limit_mb: int | None)
             torch.cuda.empty_cache()
         return False
     return limit_mb is None or device.type == "cuda" or peak_mb() <= limit_mb
+
+
+def return_freed_memory() -> None:
+    """What an earlier trial has freed would count for this one: the C library keeps it, unless it is told (glibc alone can be)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
 
 
 def reset_peak() -> None:

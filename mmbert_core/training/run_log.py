@@ -40,7 +40,7 @@ class RunLog:
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """One object with `step` and figures; a None is an undefined figure."""
+        """One object with `step` and figures; a None is an undefined figure, with its reason in the object `undefined`."""
         if not self.is_main:
             return
         with naming(self._path):
@@ -49,7 +49,7 @@ class RunLog:
         if self._tensorboard is not None:
             try:
                 for name, value in values.items():
-                    if name not in ("step", "epoch") and value is not None:
+                    if name not in ("step", "epoch") and isinstance(value, (int, float)):
                         self._tensorboard.add_scalar(name, value, values["step"])
             except OSError as error:  # of an earlier line: it writes in a thread
                 logger.warning("no more curves for TensorBoard: %s", error)

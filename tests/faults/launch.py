@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmbert_core.files import sha256_of
+from mmbert_core.training.checkpoint import list_steps
 from tests import tiny
 
 WORKER = str(tiny.ROOT / "tests/faults/worker.py")
@@ -154,7 +155,7 @@ def logged() -> Iterator[list[str]]:
 
 def steps_saved(run: Path) -> list[int]:
     """Steps that have a checkpoint folder, ascending."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    return sorted(list_steps(run / "checkpoints"))
 
 
 def digest(run: Path, step: int | None = None) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def test_F9_torn_files(tmp_path: Path, random_bits: int = 20, in_jobs: tuple[str
     for name, damage, copy in torn_copies(whole, tmp_path):
         with logged() as warnings:
             found = find_checkpoint(copy, "auto")
-        is_told = len(warnings) == 1 and name in warnings[0] and "step-00000020" in warnings[0] and "\n" not in warnings[0]
+        names = PARTS if (name, damage) == (MANIFEST, "a flipped bit") else ()  # then it is the file whose sum it holds that differs
+        is_told = len(warnings) == 1 and any(word in warnings[0] for word in (name, *names)) and "step-00000020" in warnings[0] and "\n" not in warnings[0]
         figures.refused(found == step_folder(copy, 10) and is_told, f"{name} {damage}: found {found}, warned {warnings}")
         shutil.rmtree(step_folder(copy, 10))
         try:
@@ -157,14 +158,14 @@ def count_history(figures: Figures, folder: Path, seed: int) -> None:
             steps = list_steps(folder)
             below = [other for other in steps if other <= step]
             is_there = why_invalid(step_folder(folder, step)) is None and why_invalid(step_folder(folder, best)) is None
-            holds = is_there and len(below) <= keep + 1 and (best in below[:keep] or len(below) == len(set(below[:keep])) + 1)
+            holds = is_there and len(below) == len(set(below)) and len(below) <= keep + (best not in below[:keep])
             figures.count(holds and foreign(folder) == before, f"history {seed}: step {step}, best {best}, keep {keep}: {steps} left; strangers as before: {foreign(folder) == before}")
         # the next life starts from an earlier step, which leaves higher ones of this life behind
         whole = [other for other in list_steps(folder) if why_invalid(step_folder(folder, other)) is None and (best is None or other >= best)]
         step = generator.choice(whole)
         for stale in (other for other in list_steps(folder) if other > step):
             if generator.random() < 0.5:
-                (step_folder(folder, stale) / MANIFEST).unlink()
+                (step_folder(folder, stale) / MANIFEST).unlink(missing_ok=True)
 
 
 @row("F23", "rotation with a pinned best, higher steps of an earlier life, torn and strange folders", "the newest and the best are always there and whole; what is no checkpoint is not touched",
@@ -193,11 +194,8 @@ def count_rotating_run(figures: Figures, folder: Path) -> None:
     problems = differences(folder, wanted)
     figures.count(not problems and foreign(checkpoints) == before, f"from step 4: {problems}; strangers as before: {foreign(checkpoints) == before}")
     best = int(re.search(r'"best_step": (\d+)', (folder / "run/train_results.json").read_text())[1])
-    figures.count(set(steps_saved_of(checkpoints)) == {23, 24, best}, f"left {steps_saved_of(checkpoints)}, best {best}")
-
-
-def steps_saved_of(checkpoints: Path) -> list[int]:
-    return list_steps(checkpoints)
+    left = steps_saved(folder / "run")
+    figures.count(set(left) == {23, 24, best}, f"left {left}, best {best}")
 
 
 # ---- F24: two runs in one folder ----
@@ -207,7 +205,7 @@ def steps_saved_of(checkpoints: Path) -> list[int]:
 def test_F24_two_runs_in_one_folder(tmp_path: Path) -> Figures:
     figures, folder = Figures(), tmp_path / "shared"
     config = write_run(folder)
-    first = Job(1, ["train", str(config)], plants=plants_of(folder, **{**SLOW, "slow_step": 0.8}), **ENVIRONMENT)
+    first = Job(1, ["train", str(config)], plants=plants_of(folder, **{**SLOW, "slow_step": 5.0}), **ENVIRONMENT)
     try:
         first.wait_until(lambda: any(note["phase"] == "step" for note in notes_of(folder, 0)))
         [holder] = first.workers().values()

@@ -86,10 +86,11 @@ def step_now() -> int:
 
 def plant_rows(folder: str) -> None:
     stream = open(Path(folder) / f"rows-{RANK}.jsonl", "a", encoding="utf-8")
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
 
     def note(model, batch, batch_idx, *, task, weight_sum=None):
         if current and weight_sum != float("inf"):  # not the row without weight of an idle rank, nor a trial before step 1
-            stream.write(json.dumps({"life": [os.getppid(), distributed.restart_count()], "time": time.time(), "step": step_now(), "rows": batch.row_index.tolist()}) + "\n")
+            stream.write(json.dumps({"life": [launcher, distributed.restart_count()], "time": time.time(), "step": step_now(), "rows": batch.row_index.tolist()}) + "\n")
             stream.flush()
 
     before(hooks, "training_step", note)

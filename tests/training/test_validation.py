@@ -79,7 +79,9 @@ def test_an_undefined_early_stop_metric_leaves_it_to_val_loss(config_of, files, 
     assert all(line["val/auroc"] is None and line["val/accuracy"] is not None for line in validations)
     best = min(validations, key=lambda line: line["val_loss"])
     assert (results["best_metric"], results["best_step"], results["best_value"]) == ("val_loss", best["step"], best["val_loss"])
-    assert "val/auroc is undefined on these validation rows: val_loss decides" in warnings_in(caplog)
+    [warning] = [message for message in warnings_in(caplog) if "is undefined on these validation rows" in message][:1]
+    [line] = [line for line in lines_of(config, "val_loss")][:1]
+    assert line["val/auroc"] is None and warning == f"val/auroc is undefined on these validation rows ({line['undefined']['val/auroc']}): val_loss decides"
 
 
 def test_a_validation_that_is_not_finite_is_null_and_never_the_best(config_of, monkeypatch):
@@ -95,7 +97,8 @@ def test_a_validation_that_is_not_finite_is_null_and_never_the_best(config_of, m
     config = config_of(early_stop_metric="val_loss")
     results, _, _ = train(config)
     first, second = lines_of(config, "val_loss")
-    assert first == {"step": 5, "val_loss": None, "val/accuracy": None, "val/f1_score": None}
+    reason = "23 of 23 predictions are not finite"
+    assert first == {"step": 5, "val_loss": None, "val/accuracy": None, "val/f1_score": None, "undefined": {"val/accuracy": reason, "val/f1_score": reason}}
     assert results["best_step"] == 10 and results["best_value"] == second["val_loss"]
 
 
