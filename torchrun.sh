@@ -34,10 +34,11 @@
 # whoever reaches them can run code: only on a network that you trust. The same holds for several machines.)
 #
 # Several machines need no shared folder. Each needs its own copy of the data and of the encoder, at the paths that stand in
-# the config (relative ones are of the working folder). The machine with NODE_RANK=0 writes the run and reads its
-# checkpoints, the others get them from it: the same machine must have NODE_RANK=0 when a run goes on. MASTER_PORT there
-# and ports chosen by the system must be open between the machines. A machine whose own name leads to 127.0.0.1 or to another
-# network (getent hosts "$(hostname)" tells) must be told the interface, by name:
+# the config (relative ones are of the working folder). The machine with NODE_RANK=0 writes the run. When a run goes on, the
+# newest checkpoint of any of them counts, and all get it from there; with another machine first, the run is written there
+# from then on, and its earlier metrics and best step stay behind. MASTER_PORT of the first machine and ports chosen by the
+# system must be open between them. A machine whose own name leads to 127.0.0.1 or to another network (see
+# getent hosts "$(hostname)") must be told the interface by name, or the workers do not find each other:
 #   GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 NNODES=2 ...
 
 set -eu

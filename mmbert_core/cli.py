@@ -32,7 +32,7 @@ from mmbert_core.errors import InputError, PeerError, RunError, Stopped, phase
 from mmbert_core.predictor import Predictor
 from mmbert_core.training.loop import fit
 from mmbert_core.training.memory import is_out_of_memory
-from mmbert_core.training.setup import prepare_model, read_for_all_ranks
+from mmbert_core.training.setup import check_no_links, prepare_model, read_for_all_ranks
 
 logger = logging.getLogger("mmbert_core")
 
@@ -204,7 +204,7 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
 
 
 def check_folders(config: Config) -> None:
-    """What the run will write has a place: no file in the way, and the right to write. Makes nothing."""
+    """What the run will write has a place: no file or link in the way, and the right to write. Makes nothing."""
     for key in ("model_path", "cache_path"):
         folder = getattr(config, key)
         if folder is None:
@@ -214,6 +214,7 @@ def check_folders(config: Config) -> None:
             raise InputError(f"{key}: {there}: expected a folder, found a file")
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"{key}: {there}: cannot be written to")
+    check_no_links(Path(config.model_path))
 
 
 def describe(config: Config, data: Data) -> None:

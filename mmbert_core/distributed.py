@@ -6,6 +6,7 @@ every rank must reach the call, in the same order.
 
 import os
 import re
+import socket
 import sys
 import time
 import uuid
@@ -112,7 +113,9 @@ def _store_of_this_start(context: DistContext, timeout: timedelta) -> dist.Store
     of the dead. The restart count cannot tell them apart: nodes whose workers did not fail do not count. So rank 0 shows
     a fresh token, each rank answers with it and a fresh word of its own, and goes on when rank 0 has repeated that word.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store = _loopback_store(context, timeout)
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
 
     def wait_for(is_done: Callable[[], bool], who: Callable[[], str]) -> None:
@@ -150,6 +153,24 @@ def _store_of_this_start(context: DistContext, timeout: timedelta) -> dist.Store
 
     wait_for(is_welcome, lambda: "rank 0")
     return dist.PrefixStore(shown, store)
+
+
+def _loopback_store(context: DistContext, timeout: timedelta) -> dist.Store | None:
+    """Collective. On one node nobody outside needs to reach a rank: gloo and the store where ranks meet listen on loopback.
+
+    None where another store is in use: that of several nodes, or torchrun's own, which listens at all addresses
+    (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` in torchrun's environment, as torchrun.sh sets it, leaves it out).
+    """
+    if context.world_size != context.local_world_size:
+        return None
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:  # else gloo listens at the address that the machine's own name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    listener = socket.create_server(("127.0.0.1", port)).detach() if context.is_main else None
+    return dist.TCPStore("127.0.0.1", port, context.world_size, context.is_main, timeout, master_listen_fd=listener)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -174,6 +175,8 @@ def why_invalid(path: Path) -> str | None:
         expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in PARTS}
         if manifest["format_version"] != FORMAT_VERSION:
             return f"{MANIFEST}: expected format {FORMAT_VERSION}, found {manifest['format_version']}"
+        if others := sorted(set(manifest["files"]) - set(PARTS)):
+            return f"{MANIFEST}: expected {', '.join(PARTS)}, found {others[0]!r:.80} too"
     except FileNotFoundError:
         return f"{MANIFEST}: missing"
     except (OSError, ValueError, KeyError, TypeError):
@@ -218,10 +221,27 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """The tensors and the state of a valid checkpoint folder."""
-    state = read_json(path / "state.json")
-    if state.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path}: expected checkpoint format {FORMAT_VERSION}, found {state.get('format_version')}")
-    return Checkpoint(path, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
+    try:
+        state = read_json(path / "state.json")
+        if state["format_version"] != FORMAT_VERSION:
+            raise InputError(f"expected checkpoint format {FORMAT_VERSION}, found {state['format_version']}")
+        check_state(state, step_of(path))
+        return Checkpoint(path, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
+    except KeyError as error:
+        raise InputError(f"{path}: state.json: expected the key {error}, found none") from None
+    except (ValueError, TypeError, AttributeError, SafetensorError) as error:  # whole, but no run has written it
+        raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}/').split())[:300]}") from None
+
+
+def check_state(state: Mapping[str, Any], step: int) -> None:
+    """Raise `InputError` for values that no run writes: they choose folders and rows. `step` is that of the folder's name."""
+    for name, default in asdict(TrainState()).items():
+        value = state.get(name, default)
+        is_count = type(default) is int or (name == "best_step" and value is not None)
+        if (is_count and (type(value) is not int or value < 0)) or (type(default) is bool and type(value) is not bool):
+            raise InputError(f"state.json: {name}: no run writes {value!r:.80}")
+    if state["step"] != step or (state.get("best_step") or 0) > step:
+        raise InputError(f"state.json: expected step {step} as in the folder's name, and no later best_step, found {state['step']} and {state.get('best_step')}")
 
 
 def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -229,7 +249,10 @@ def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     path = step_folder(folder, step)
     if reason := why_invalid(path):
         raise InputError(f"{path}: the checkpoint of the best step is damaged: {reason}")
-    return load_file(path / "model.safetensors")
+    try:
+        return load_file(path / "model.safetensors")
+    except SafetensorError as error:  # whole, but no run has written it
+        raise InputError(f"{path}: model.safetensors: {error}") from None
 
 
 def clean_up(folder: Path) -> None:
@@ -257,7 +280,7 @@ def check_resumable(
     """
     for key, new in config.items():
         old = state["config"].get(key)
-        if key not in free_keys and old != new:
+        if key not in free_keys and (type(old), old) != (type(new), new):  # val_check_interval: 1.0 is an epoch, 1 a step
             raise InputError(f"{key} was {old!r} in the checkpoint at step {state['step']} and is {new!r} now: set it back, or choose another model_path")
     for path in {**state["fingerprints"], **fingerprints}:  # the paths of globs may come and go
         old, new = state["fingerprints"].get(path), fingerprints.get(path)

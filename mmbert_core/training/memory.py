@@ -25,7 +25,8 @@ from mmbert_core.training.hooks import Task, run_epoch
 logger = logging.getLogger(__name__)
 
 CANDIDATES = 64  # steps that are looked at closely: those with the most tokens, and those with the longest texts
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+# the last is what oneDNN makes of a failed allocation, and hardly ever of anything else
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive", re.IGNORECASE)
 
 
 def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, batch_size: int, seed: int, limit_mb: int | None) -> int:
@@ -38,21 +39,21 @@ def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task:
     while True:
         rows = largest_micro_batch(steps, dataset, count)
         with phase("the trial of the largest micro-batch"):
-            fits_here = fits(lambda: compute(ddp_model, dataset, rows, task), task.device, limit_mb)
+            reason = why_not(lambda: compute(ddp_model, dataset, rows, task), task.device, limit_mb)
         ddp_model.zero_grad(set_to_none=True)
-        [num_failed] = distributed.all_reduce_sum([not fits_here])
+        [num_failed] = distributed.all_reduce_sum([reason is not None])
         if not num_failed:
             break
         if count >= batch_size:
-            distributed.on_main(lambda: refuse(int(dataset.lengths[rows].max())))
+            distributed.on_main(lambda: refuse(int(dataset.lengths[rows].max()), reason or "on another rank"))
         count = min(2 * count, batch_size)
     if count != asked:
         logger.warning("microbatches_per_step %d does not fit into memory: %d are used for this run", asked, count)
     return count
 
 
-def refuse(num_tokens: int) -> NoReturn:
-    raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory: use a smaller max_length or max_chunks, or a smaller encoder")
+def refuse(num_tokens: int, reason: str) -> NoReturn:
+    raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): use a smaller max_length or max_chunks, or a smaller encoder")
 
 
 def heaviest_steps(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -84,8 +85,8 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
 
 
-def fits(action: Callable[[], None], device: torch.device, limit_mb: int | None) -> bool:
-    """Run `action`; False when memory runs out, or, on the CPU, when the process's resident memory passes the limit."""
+def why_not(action: Callable[[], None], device: torch.device, limit_mb: int | None) -> str | None:
+    """Run `action`; None when it fits. Else memory ran out, or, on the CPU, the process's resident memory passed the limit."""
     return_freed_memory()
     reset_peak()
     try:
@@ -95,8 +96,10 @@ def fits(action: Callable[[], None], device: torch.device, limit_mb: int | None)
             raise
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return False
-    return limit_mb is None or device.type == "cuda" or peak_mb() <= limit_mb
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if limit_mb is None or device.type == "cuda" or (peak := peak_mb()) <= limit_mb:
+        return None
+    return f"{peak:.0f} MB, memory_limit_mb is {limit_mb}"
 
 
 def return_freed_memory() -> None:

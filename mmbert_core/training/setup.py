@@ -27,10 +27,10 @@ from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
-from mmbert_core.files import LOCK, lock_folder, read_json, write_json
+from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
-from mmbert_core.model_folder import WEIGHTS, build_model, config_record
+from mmbert_core.model_folder import ENCODER, WEIGHTS, build_model, config_record
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.hooks import Task, run_epoch
@@ -41,6 +41,7 @@ from mmbert_core.training.run_log import RunLog
 logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
+WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK)
 VERSIONS = {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}  # rows of a micro-batch when microbatches_per_step is auto
 
@@ -118,6 +119,14 @@ def already_finished(config: Config) -> dict[str, Any] | None:
     return distributed.on_main(read)
 
 
+def check_no_links(folder: Path) -> None:
+    """Raise `InputError` when a link would lead what a run writes out of its folder; the folder itself may be one. Makes nothing."""
+    for part in (*map(folder.joinpath, WRITTEN), *sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))):
+        for path in (part, *(part.rglob("*") if part.is_dir() and not part.is_symlink() else ())):
+            if path.is_symlink():
+                raise InputError(f"{path}: expected no links in the folder of a run, found one to {os.readlink(path)}")
+
+
 @contextmanager
 def claimed_folder(config: Config) -> Iterator[None]:
     """Collective. Inside, `model_path` of rank 0 belongs to this run alone; what a killed write left there is cleaned up.
@@ -128,6 +137,7 @@ def claimed_folder(config: Config) -> Iterator[None]:
 
     def claim() -> None:
         nonlocal lock
+        check_no_links(Path(config.model_path))
         lock = lock_folder(Path(config.model_path))
         checkpoint.clean_up(Path(config.model_path) / "checkpoints")
 
@@ -239,7 +249,8 @@ def read_for_all_ranks(config: Config, data: Data, model: nn.Module, context: Di
     a restart that numbers the nodes anew loses nothing. The others get step and tensors by broadcast.
     """
     folder = Path(config.model_path) / "checkpoints"
-    resume = "auto" if distributed.restart_count() else config.resume  # torchrun repeats the arguments of the first start
+    # torchrun repeats the arguments of the first start; of several nodes it may count the restart on some only
+    resume = "auto" if any(distributed.on_all(distributed.restart_count)) else config.resume
 
     def look() -> tuple[int, str] | None:
         """Step and path of this node's newest whole checkpoint."""

@@ -24,7 +24,9 @@
     {"memory": [rank, step, MB]}     that rank's address space may grow by so much, from that step on (0: from the trial before step 1 on)
     {"loss_scale": scale}            the loss scale that fp16 starts with
     {"gpu_memory": share}            of a GPU's memory, from the trial before step 1 on
-    {"trials": FOLDER}               every rank notes the memory of each trial of a micro-batch in FOLDER/trials-<rank>.txt
+    {"gpu_memory": [rank, step, MB]} the same for a GPU's memory; lifted after the trial
+    {"loss_scale": [first, factor]}  fp16 begins with that loss scale, and shrinks it by that factor after an overflow
+    {"trials": FOLDER}               every rank notes the most resident MB of each trial of a micro-batch in FOLDER/trials-<rank>.txt, of all steps in steps-...
 """
 
 import functools
@@ -244,14 +246,16 @@ def plant_errors(folder: str) -> None:
 
 
 def plant_trials(folder: str) -> None:
-    stream = open(Path(folder) / f"trials-{RANK}.txt", "a", encoding="utf-8")
+    plain = memory.peak_mb
 
-    def note(peak: float) -> float:
-        stream.write(f"{peak:.1f}\n")
-        stream.flush()
+    def note(name: str, peak: float) -> float:
+        with open(Path(folder) / f"{name}-{RANK}.txt", "a", encoding="utf-8") as stream:
+            stream.write(f"{peak:.1f}\n")
         return peak
 
-    after(memory, "peak_mb", note)
+    after(memory, "peak_mb", lambda peak: note("trials", peak))
+    before(loop, "train_to_the_end", lambda run: (memory.return_freed_memory(), memory.reset_peak()))
+    after(loop, "train_to_the_end", lambda result, run: note("steps", plain()))
 
 
 # ---- what runs out ----
@@ -315,6 +319,7 @@ def plant_memory(rank: int, step: int, megabytes: int) -> None:
         return
 
     def limit(*_: Any, **__: Any) -> None:
+        memory.return_freed_memory()  # or the step would find its place there
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -333,6 +338,30 @@ def plant_loss_scale(scale: float) -> None:
 def plant_gpu_memory(share: float) -> None:
     """Once the model is on the GPU, no more of its memory than this share."""
     before(setup, "settle_by_trial", lambda *_, **__: torch.cuda.set_per_process_memory_fraction(share))
+
+
+def plant_gpu_memory(rank: int, step: int, megabytes: int) -> None:
+    if rank != RANK:
+        return
+
+    def limit(*_: Any, **__: Any) -> None:
+        torch.cuda.empty_cache()
+        most = torch.cuda.memory_reserved() + megabytes * 2**20
+        torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+    def lift(micro_batches: int, *_: Any, **__: Any) -> int:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        return micro_batches
+
+    if step == 0:
+        before(setup, "settle_by_trial", limit)
+        after(setup, "settle_by_trial", lift)
+    else:
+        before(loop, "train_one_step", lambda run, order: limit() if run.state.step + 1 == step else None)
+
+
+def plant_loss_scale(first: float, factor: float) -> None:
+    setup.build_scaler = lambda precision, device: torch.amp.GradScaler(device.type, init_scale=first, backoff_factor=factor)
 
 
 PLANTS: dict[str, Callable[..., None]] = {name.removeprefix("plant_"): value for name, value in list(globals().items()) if name.startswith("plant_")}

@@ -1,71 +1,142 @@
-"""Rows F18-F20 of the matrix, which need a CUDA device: `pytest -m gpu tests/gpu -s`."""
+"""Faults on a CUDA device: overflows of fp16, memory that runs out, a killed rank under NCCL. `pytest -m gpu tests/gpu -s`"""
 
 import json
-import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mmbert_core.files import read_json
-from tests.faults.launch import Job, run_job, steps_saved, write_config
-from tests.faults.matrix import Figures, row
+from mmbert_core.training.checkpoint import step_folder, why_invalid
+from tests import tiny
+from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
+from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.fault]
+STEPS = 16  # 2 epochs
+EVERY_STEP = {"save_every": 1, "keep_checkpoints": 100, "deterministic": True}
 
 
-def state_at(run: Path, step: int) -> dict:
-    return json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+def num_gpus(at_most: int = 2) -> int:
+    """Processes that can have a GPU each."""
+    assert torch.cuda.is_available(), "expected a CUDA device; `pytest` without -m gpu leaves these tests out"
+    return min(at_most, torch.cuda.device_count())
 
 
-@row("F18", "fp16 gradients that overflow in the first steps", "the schedule counts successful steps only; the loss scale survives a resume", marker="gpu")
-def test_F18_overflow(tmp_path: Path) -> Figures:
+def error_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def state_of(run: Path, step: int) -> dict[str, Any]:
+    return json.loads((step_folder(run / "checkpoints", step) / "state.json").read_text())
+
+
+@row("F18", "the loss scale of fp16 begins at 2**52: overflows in steps 1 to 3; dead after each of them", marker="gpu",
+     required="neither optimizer nor schedule moves in an overflowed step; a resume goes on with the scale and the count of such steps, to the same bits",
+     full={"deaths": (1, 2, 3, 4)})  # fmt: skip
+def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figures:
+    """`deaths`: the steps after which a run dies, one run for each."""
     figures = Figures()
-    config = write_config(tmp_path, precision="fp16", save_every=1, keep_checkpoints=100, max_epochs=4, model_path=str(tmp_path / "run"))
-    code, output = run_job(0, ["train", str(config)], plants={"loss_scale": 2.0**40})
-    last = steps_saved(tmp_path / "run")[-1]
-    state = state_at(tmp_path / "run", last)
-    figures.count(code == 0, output[-2000:])
-    figures.count(state["skipped_steps"] >= 1, "no step overflowed")
-    figures.count(state["scheduler"]["last_epoch"] == last - state["skipped_steps"], f"{state['scheduler']['last_epoch']} of {last}")
-    again = write_config(tmp_path, precision="fp16", save_every=1, keep_checkpoints=100, max_epochs=4, model_path=str(tmp_path / "again"))
-    plants = {"loss_scale": 2.0**40, "die_after_save": 5}
-    run_job(0, ["train", str(again)], plants=plants)
-    code, output = run_job(0, ["train", str(again)])
-    figures.count(code == 0 and state_at(tmp_path / "again", last)["scaler"] == state["scaler"], output[-2000:])
+    num_gpus()
+    config = write_config(tmp_path, precision="fp16", warmup_steps=0, test_path=(), **EVERY_STEP)
+    plants = {"loss_scale": [2.0**52, 2.0**-12]}
+    straight = tmp_path / "straight"
+    code, output = run_job(0, ["train", str(config), "--model_path", str(straight)], plants=plants)
+    if not figures.count(code == 0, f"straight: exit code {code}: {output[-3000:]}"):
+        return figures
+    lines = [line for line in tiny.metrics_lines(straight) if "train_loss" in line]
+    moved = [line["grad_norm"] is not None for line in lines]
+    skipped = moved.index(True)
+    figures.count(3 <= skipped <= 4 and moved == [False] * skipped + [True] * (STEPS - skipped), f"steps that moved: {moved}")
+    steps_of_schedule = [state_of(straight, step)["scheduler"]["last_epoch"] for step in range(1, STEPS + 1)]
+    figures.count(steps_of_schedule == [sum(moved[:step]) for step in range(1, STEPS + 1)], f"steps of the schedule: {steps_of_schedule}")
+    # `lr` of a line is the rate that its step used, or would have used
+    figures.count(len({line["lr"] for line in lines[: skipped + 1]}) == 1 and lines[skipped + 1]["lr"] < lines[skipped]["lr"], f"rates {[line['lr'] for line in lines]}")
+    figures.notes.append(f"overflows in the first {skipped} steps; scales {[state_of(straight, step)['scaler']['scale'] for step in range(1, 6)]}")
+    for death in deaths:
+        case, run = f"dead after step {death}", tmp_path / f"dead{death}"
+        words = ["train", str(config), "--model_path", str(run)]
+        run_job(0, words, plants={**plants, "die_after_save": death})
+        figures.count(steps_saved(run) == list(range(1, death + 1)), f"{case}: checkpoints {steps_saved(run)}")
+        code, output = run_job(0, words, plants=plants)
+        if figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
+            figures.count(digest(run) == digest(straight), f"{case}: other bits than an undisturbed run")
+            kept = ("scaler", "skipped_steps")
+            figures.count([state_of(run, STEPS)[key] for key in kept] == [state_of(straight, STEPS)[key] for key in kept], f"{case}: scale or count of skipped steps lost")
     return figures
 
 
-@row("F19", "GPU memory for a small micro-batch only", "the micro-batches are cut before step 1, or one line of advice; no hang", marker="gpu")
-def test_F19_gpu_memory(tmp_path: Path) -> Figures:
+@row("F19", "the GPU's memory runs out on one rank: in the trial before step 1; in the middle of training", marker="gpu",
+     required="before step 1 all ranks double their micro-batches and the run ends; later: exit other than 0 on all ranks within 60 s, one line with advice",
+     full={"steps": (0, 1, 2)})  # fmt: skip
+def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)) -> Figures:
+    """`steps`: when it runs out; 0: in the trial."""
     figures = Figures()
-    config = write_config(tmp_path, batch_size=64, microbatches_per_step=1, num_rows=64, max_epochs=1)
-    for share, ends in ((0.02, (0, 1)), (1e-5, (1,))):
-        started = time.monotonic()
-        code, output = run_job(1, ["train", str(config), "--model_path", str(tmp_path / f"run{share}")], plants={"gpu_memory": share})
-        figures.seconds.append(time.monotonic() - started)
-        lines = [line for line in output.splitlines() if line.startswith("error: ")]
-        figures.count(code in ends and len(lines) == (code != 0), output[-2000:])
-        if code == 0:
-            resolved = read_json(tmp_path / f"run{share}" / "config.json")["resolved"]
-            figures.notes.append(f"{share:.0%} of the memory: {resolved['microbatches_asked']} micro-batches asked, {resolved['microbatches_per_step']} used")
+    num_processes = num_gpus()
+    values = {"num_rows": 512, "batch_size": 256, "max_epochs": 1, "save_every": 1, "precision": "fp32", "timeout_seconds": 30}
+    config = write_config(tmp_path, **values)
+    tiny.write_encoder(tmp_path / "encoder", hidden=256, layers=4)  # hundreds of MB for 256 rows of 32 tokens
+    rank = num_processes - 1
+    for step in steps:
+        case, folder = f"rank {rank} of {num_processes} in {f'step {step}' if step else 'the trial'}", tmp_path / str(step)
+        folder.mkdir()
+        micro_batches = num_processes if step else 1  # in training one for each rank
+        words = ["train", str(config), "--model_path", str(folder / "run"), "--microbatches_per_step", str(micro_batches)]
+        job = Job(num_processes, words, plants={"gpu_memory": [rank, step, 20 if step else 200]}, ends=folder / "ends.txt")
+        code, lines = job.wait(seconds=LONGEST_SECONDS + 120), error_lines(job.output())
+        if step == 0:
+            resolved = json.loads((folder / "run/config.json").read_text())["resolved"] if code == 0 else {}
+            figures.count(code == 0 and not lines and resolved["microbatches_asked"] == 1 < resolved["microbatches_per_step"], f"{case}: exit code {code}, {resolved}: {job.output()[-4000:]}")
+            warnings = [line for line in job.output().splitlines() if "does not fit into memory" in line]
+            figures.count(len(warnings) == 1, f"{case}: expected one line, found {warnings}")
+            figures.notes.append(f"{case}: {warnings}")
+            continue
+        codes = job.exit_codes()
+        figures.count(code == 1 and len(codes) == num_processes and 0 not in codes.values(), f"{case}: exit codes {code}, {codes}: {job.output()[-4000:]}")
+        where = f"rank {rank}, " if num_processes > 1 else ""
+        holds = len(lines) == 1 and lines[0].startswith(f"error: {where}the ") and f"pass of step {step}: out of memory (" in lines[0] and "raise microbatches_per_step" in lines[0]
+        figures.count(holds, f"{case}: expected one line with advice, found {lines}: {job.output()[-4000:]}")
+        saved = steps_saved(folder / "run")
+        figures.count(saved == list(range(1, step)), f"{case}: checkpoints {saved}")
+        figures.notes.append(f"{case}: {lines}")
     return figures
 
 
-@row("F20", "a rank is killed in an NCCL all-reduce", "the others end within the timeout and 30 s", marker="gpu")
-def test_F20_nccl(tmp_path: Path) -> Figures:
+@row("F20", "SIGKILL of a rank while the others wait for it in NCCL's all-reduce; with one GPU: of the only rank", marker="gpu",
+     required="all gone within timeout_seconds + 30 s; the newest checkpoint is whole; a resume ends with the bits of an undisturbed run",
+     full={"kills": 3})  # fmt: skip
+def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figures:
+    """`kills`: runs, each killed some steps later than the one before."""
     figures = Figures()
-    num_processes = torch.cuda.device_count()
-    config = write_config(tmp_path, max_epochs=200, timeout_seconds=20)
-    job = Job(num_processes, ["train", str(config)], plants={"slow_step": 0.02})
-    job.wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(job.workers()) == num_processes)
-    time.sleep(2)
-    started = time.monotonic()
-    os.kill(job.workers()[num_processes - 1], signal.SIGKILL)
-    code = job.wait(seconds=60)
-    figures.seconds.append(time.monotonic() - started)
-    figures.count(code not in (0, -999) and not job.left_alive(), job.output()[-2000:])
-    figures.notes.append(f"{num_processes} GPUs")
+    num_processes, timeout_seconds = num_gpus(), 20
+    config = write_config(tmp_path, precision="fp32", timeout_seconds=timeout_seconds, **EVERY_STEP)
+    straight = tmp_path / "straight"
+    code, output = run_job(num_processes, ["train", str(config), "--model_path", str(straight)])
+    if not figures.count(code == 0, f"straight: exit code {code}: {output[-3000:]}"):
+        return figures
+    for index in range(kills):
+        step, rank = 2 + 4 * index, num_processes - 1
+        case, folder = f"rank {rank} of {num_processes} killed after step {step}", tmp_path / f"killed{step}"
+        run, words = folder / "run", ["train", str(config), "--model_path", str(folder / "run")]
+        folder.mkdir()
+        job = Job(num_processes, words, plants={"slow_step": 0.3}, ends=folder / "ends.txt")
+        job.wait_until(lambda: len(steps_saved(run)) >= step)
+        job.send(signal.SIGSTOP, rank)
+        time.sleep(1.0)  # the others get to the all-reduce
+        since = job.send(signal.SIGKILL, rank)
+        code = job.wait(seconds=LONGEST_SECONDS)
+        figures.seconds.append(time.monotonic() - since)
+        codes = job.exit_codes()
+        figures.count(code == 1 and codes.get(rank) == -signal.SIGKILL and 0 not in codes.values(), f"{case}: exit codes {code}, {codes}: {job.output()[-4000:]}")
+        figures.count(figures.seconds[-1] <= timeout_seconds + 30 and not job.left_alive(), f"{case}: {figures.seconds[-1]:.0f} s, {job.left_alive()} left alive")
+        newest = steps_saved(run)[-1]
+        figures.count(why_invalid(step_folder(run / "checkpoints", newest)) is None, f"{case}: the checkpoint of step {newest} is damaged")
+        code, output = run_job(num_processes, words)
+        if figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
+            figures.count(digest(run) == digest(straight), f"{case}: other bits than an undisturbed run")
+        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s; exit codes {codes}")
+        shutil.rmtree(folder)
     return figures

@@ -322,7 +322,8 @@ def test_a_write_killed_while_it_replaced_a_checkpoint_is_ended_at_the_start(tmp
 def test_a_checkpoint_that_has_no_place_is_not_begun(tmp_path, monkeypatch):
     save(tmp_path, 1)
     before = content(tmp_path)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 1000)
+    for module in (checkpoint, project_files):
+        monkeypatch.setattr(module, "free_bytes", lambda folder: 1000)
     with pytest.raises(RunError, match=r"no place for the checkpoint of step 2: need 1\.\d MB, have 0\.0 MB at "):
         save(tmp_path, 2)
     assert content(tmp_path) == before
