@@ -53,7 +53,7 @@ def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task:
 
 
 def refuse(num_tokens: int, reason: str) -> NoReturn:
-    raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): use a smaller max_length or max_chunks, or a smaller encoder")
+    raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): use a smaller max_length, max_chunks or encoder")
 
 
 def heaviest_steps(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:

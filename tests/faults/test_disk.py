@@ -73,13 +73,17 @@ def fill_in_mid_run(disk: Disk, run: Path, job: Job) -> float:
     return time.monotonic()
 
 
+# when the disk is full, the share of a checkpoint that still finds place
+WAYS = (("before", 0.0), *(("within", share) for share in (0.0, 0.1, 0.3, 0.4, 0.7, 0.95, 1.0)), *(("too long", share) for share in (0.0, 0.2, 0.5)))
+
+
 @row("F10", "the disk of the run is full: before a checkpoint is written, in the middle of each of its files (tmpfs, ENOSPC), or a file gets too long (RLIMIT_FSIZE, EFBIG)",
      "exit other than 0; one line: need X MB, have Y MB at PATH; the checkpoints before it are whole, nothing of the failed one is left; with place again the run goes on to the same bits",
-     full={"cases": tuple((count, way, share) for count in (0, 2) for way, share in (("before", 0.0), *(("within", share) for share in (0.0, 0.1, 0.3, 0.4, 0.7, 0.95, 1.0)), *(("too long", share) for share in (0.0, 0.2, 0.5))))})  # fmt: skip
+     full={"cases": tuple((count, *way) for count in (0, 2) for way in WAYS)})  # fmt: skip
 def test_F10_no_place_for_a_checkpoint(
     tmp_path: Path, cases: tuple[tuple[int, str, float], ...] = ((2, "before", 0.0), (2, "within", 0.1), (0, "within", 0.7), (0, "too long", 0.5))
 ) -> Figures:  # fmt: skip
-    """`cases`: processes, when the disk is full, the share of a checkpoint that still finds place. A third is weights, the rest moments."""
+    """`cases`: processes and one of WAYS. A third of a checkpoint is weights, the rest moments."""
     figures = Figures()
     config = write_config(tmp_path, save_every=1, timeout_seconds=120)
     straight = straight_runs(figures, tmp_path, {case[0] for case in cases}, config)
@@ -181,7 +185,8 @@ def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] =
     return figures
 
 
-@row("F11", "the run's folder is removed in mid-run, or its mode forbids to write from then on", "exit 1 and one line at the next checkpoint; the folder does not come back; what was there is whole",
+@row("F11", "the run's folder is removed in mid-run, or its mode forbids to write from then on",
+     "exit 1 and one line at the next checkpoint; the folder does not come back; what was there is whole",
      full={"cases": tuple((count, way) for count in (0, 2, 3) for way in ("removed", "moved", "closed"))})  # fmt: skip
 def test_F11_gone_in_mid_run(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "removed"), (0, "closed"))) -> Figures:
     """`cases`: processes, what happens to the folder."""

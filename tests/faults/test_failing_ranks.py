@@ -146,10 +146,14 @@ def all_finite(run: Path) -> bool:
 
 
 @row("F17", "a loss that is nan on one rank, or an infinite gradient, in step 3",
-     "on_nonfinite stop: exit other than 0 before the optimizer step; skip: all ranks leave the step out, the learning rate does not advance, the run ends; no checkpoint holds a number that is none",
-     full={"cases": tuple((count, rank, kind, policy) for count in (0, 1, 2, 3) for rank in {0, max(0, count - 1)} for kind in ("loss", "gradient") for policy in ("stop", "skip"))})  # fmt: skip
+     "on_nonfinite stop: exit other than 0 before the optimizer step; skip: all ranks leave the step out, the learning rate does not advance, "
+     "the run ends; no checkpoint holds a number that is none",
+     full={"cases": tuple((*place, kind, policy) for place in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 2)) for kind in ("loss", "gradient") for policy in ("stop", "skip"))})  # fmt: skip
 def test_F17_numbers_that_are_none(
-    tmp_path: Path, cases: tuple[tuple[int, int, str, str], ...] = ((0, 0, "loss", "skip"), (0, 0, "gradient", "stop"), (2, 1, "loss", "stop"), (2, 1, "loss", "skip"), (2, 1, "gradient", "skip"))
+    tmp_path: Path,
+    cases: tuple[tuple[int, int, str, str], ...] = (
+        (0, 0, "loss", "skip"), (0, 0, "gradient", "stop"), (2, 1, "loss", "stop"), (2, 1, "loss", "skip"), (2, 1, "gradient", "skip"),
+    ),
 ) -> Figures:  # fmt: skip
     """`cases`: processes, rank, loss or gradient, on_nonfinite."""
     figures = Figures()
@@ -195,7 +199,8 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
 
 
-@row("F21", "looked for in reading, training, validation and test: processes beside the ranks, such as loaders of data", "there are none: torchrun has its ranks as children, the ranks have none",
+@row("F21", "looked for in reading, training, validation and test: processes beside the ranks, such as loaders of data",
+     "there are none: torchrun has its ranks as children, the ranks have none",
      full={"counts": (0, 1, 2, 4)})  # fmt: skip
 def test_F21_there_are_no_other_processes(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
     """`counts`: processes. That a killed rank ends the job is F3's."""

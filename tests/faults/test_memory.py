@@ -44,7 +44,8 @@ def numbers_in(path: Path) -> list[float]:
 
 
 @row("F19", "memory_limit_mb below what a step's micro-batch takes; below what one row takes",
-     "micro-batches are doubled on all ranks before step 1, one line says so, config.json keeps both numbers, a resume uses them, the run is that of the larger number, bit for bit; for one row: one line, nothing written",
+     "micro-batches are doubled on all ranks before step 1, one line says so, config.json keeps both numbers, a resume uses them, "
+     "the run is that of the larger number, bit for bit; for one row: one line, nothing written",
      full={"counts": (0, 2, 3)})  # fmt: skip
 def test_F19_a_step_that_does_not_fit_is_cut_smaller(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
     figures = Figures()

@@ -301,7 +301,8 @@ def plant_full(folder: str, place: str) -> None:
             fill_disk(folder)
 
     places = {
-        "cache": (cli, "prepare"), "metrics": (loop, "log_step"), "model": (loop, "save_model_folder"), "test": (hooks, "on_test_epoch_end"), "results": (loop, "write_json"),
+        "cache": (cli, "prepare"), "metrics": (loop, "log_step"), "model": (loop, "save_model_folder"), "test": (hooks, "on_test_epoch_end"),
+        "results": (loop, "write_json"),
     }  # fmt: skip
     before(*places[place], fill)
 

@@ -89,7 +89,8 @@ def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)
         code, lines = job.wait(seconds=LONGEST_SECONDS + 120), error_lines(job.output())
         if step == 0:
             resolved = json.loads((folder / "run/config.json").read_text())["resolved"] if code == 0 else {}
-            figures.count(code == 0 and not lines and resolved["microbatches_asked"] == 1 < resolved["microbatches_per_step"], f"{case}: exit code {code}, {resolved}: {job.output()[-4000:]}")
+            holds = code == 0 and not lines and resolved["microbatches_asked"] == 1 < resolved["microbatches_per_step"]
+            figures.count(holds, f"{case}: exit code {code}, {resolved}: {job.output()[-4000:]}")
             warnings = [line for line in job.output().splitlines() if "does not fit into memory" in line]
             figures.count(len(warnings) == 1, f"{case}: expected one line, found {warnings}")
             figures.notes.append(f"{case}: {warnings}")
