@@ -8,9 +8,7 @@ import re
 import shutil
 import signal
 import time
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.numpy import load_file

@@ -13,7 +13,7 @@ import pytest
 
 from mmbert_core.errors import InputError
 from mmbert_core.training.checkpoint import MANIFEST, PARTS, find_checkpoint, list_steps, rotate, save_checkpoint, step_folder, why_invalid
-from tests.faults.inputs import command, contents
+from tests.faults.inputs import contents
 from tests.faults.launch import Job, logged, run_job, steps_saved
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.faults.soak import BATCHES, ENVIRONMENT, SLOW, differences, notes_of, plants_of, straight, write_run

@@ -22,8 +22,6 @@
     {"full": [FOLDER, place]}        not a byte is left on the disk of FOLDER when rank 0 gets to place: cache, metrics (step 3), model, test, results
     {"file_limit": [step, share]}    no file of rank 0 may get longer than that share of a checkpoint, from that step's on
     {"memory": [rank, step, MB]}     that rank's address space may grow by so much, from that step on (0: from the trial before step 1 on)
-    {"loss_scale": scale}            the loss scale that fp16 starts with
-    {"gpu_memory": share}            of a GPU's memory, from the trial before step 1 on
     {"gpu_memory": [rank, step, MB]} the same for a GPU's memory; lifted after the trial
     {"loss_scale": [first, factor]}  fp16 begins with that loss scale, and shrinks it by that factor after an overflow
     {"trials": FOLDER}               every rank notes the most resident MB of each trial of a micro-batch in FOLDER/trials-<rank>.txt, of all steps in steps-...
@@ -329,16 +327,6 @@ def plant_memory(rank: int, step: int, megabytes: int) -> None:
         before(setup, "settle_by_trial", limit)
     else:
         before(loop, "train_one_step", lambda run, order: limit() if run.state.step + 1 == step else None)
-
-
-def plant_loss_scale(scale: float) -> None:
-    """The loss scale that fp16 starts with."""
-    after(setup, "build_scaler", lambda scaler, precision, device: torch.amp.GradScaler(device.type, init_scale=scale, enabled=precision == "fp16"))
-
-
-def plant_gpu_memory(share: float) -> None:
-    """Once the model is on the GPU, no more of its memory than this share."""
-    before(setup, "settle_by_trial", lambda *_, **__: torch.cuda.set_per_process_memory_fraction(share))
 
 
 def plant_gpu_memory(rank: int, step: int, megabytes: int) -> None:
