@@ -81,7 +81,9 @@ def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of this machine as PyTorch and Python report it."""
+    """Of a GPU, or of this machine as PyTorch and Python report it; not what this file makes of it."""
+    if isinstance(error, RunError):
+        return False
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
 
 

@@ -257,11 +257,10 @@ class Soak:
     rows_repeated: int = 0
     bit_equal: int = 0  # jobs
     seconds: float = 0.0
-    slowest_restart: float = 0.0  # from a kill until the next life's processes were there
     phases: Counter = field(default_factory=Counter)  # kills by what the rank was doing
     places: Counter = field(default_factory=Counter)
     per_processes: dict[int, dict[str, int]] = field(default_factory=dict)
-    restart_seconds: list[float] = field(default_factory=list)
+    restart_seconds: list[float] = field(default_factory=list)  # from a kill until the next life's processes were there
     problems: list[str] = field(default_factory=list)
 
     def add(self, num_processes: int, kills: list[Kill], problems: list[str], lost: int, repeated: int) -> None:
@@ -274,7 +273,6 @@ class Soak:
         self.phases.update(kill.phase for kill in kills)
         self.places.update(PLACES.get(kill.phase, "in training") for kill in kills)
         self.restart_seconds += [kill.seconds for kill in kills]
-        self.slowest_restart = max([self.slowest_restart, *(kill.seconds for kill in kills)])
         part = self.per_processes.setdefault(num_processes, {"jobs": 0, "kills": 0, "bit_equal": 0})
         part["jobs"] += 1
         part["kills"] += len(kills)
@@ -283,11 +281,11 @@ class Soak:
 
     def summary(self) -> dict[str, Any]:
         """For JSON."""
-        values = {name: value for name, value in vars(self).items() if name != "restart_seconds"}
-        return {**values, "seconds": round(self.seconds, 1), "slowest_restart": round(self.slowest_restart, 1)}
+        values = {name.removeprefix("rows_"): value for name, value in vars(self).items() if name != "restart_seconds"}
+        return {**values, "seconds": round(self.seconds, 1), "slowest_restart": round(max(self.restart_seconds, default=0.0), 1)}
 
 
-def soak(folder: Path, num_kills: int, seed: int, *, processes: tuple[int, ...] = (1, 2, 3, 4), most_in_a_job: int = 8, say: Callable[[str], None] = lambda line: None) -> Soak:
+def soak(folder: Path, num_kills: int, seed: int, *, processes: tuple[int, ...] = (1, 2, 3, 4), most_in_a_job: int = 10, say: Callable[[str], None] = lambda line: None) -> Soak:
     """Jobs of these numbers of processes in turn, in an order from the seed, until so many kills were sent."""
     generator, total, started = random.Random(seed), Soak(), time.monotonic()
     turns: list[int] = []
@@ -323,6 +321,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="for the jobs; those in which something was wrong stay there")
     parser.add_argument("--json", type=Path, help="file for the summary, which is printed too")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no job is left behind
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="mmbert-soak-"))
     total = soak(folder, arguments.kills, arguments.seed, say=lambda line: print(line, flush=True))
     text = json.dumps(total.summary())
