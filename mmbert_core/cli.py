@@ -10,6 +10,7 @@ nothing lost. torchrun itself makes 1 of all but 0.
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenised in threads; no process is ever forked here
+gc.set_threshold(100_000, 50, 100)  # the imports below make objects that stay: looking through them again and again takes a second
 
 import transformers
 

@@ -81,7 +81,7 @@ WAYS = (("before", 0.0), *(("within", share) for share in (0.0, 0.1, 0.3, 0.4, 0
      "exit other than 0; one line: need X MB, have Y MB at PATH; the checkpoints before it are whole, nothing of the failed one is left; with place again the run goes on to the same bits",
      full={"cases": tuple((count, *way) for count in (0, 2) for way in WAYS)})  # fmt: skip
 def test_F10_no_place_for_a_checkpoint(
-    tmp_path: Path, cases: tuple[tuple[int, str, float], ...] = ((2, "before", 0.0), (2, "within", 0.1), (0, "within", 0.7), (0, "too long", 0.5))
+    tmp_path: Path, cases: tuple[tuple[int, str, float], ...] = ((2, "before", 0.0), (0, "within", 0.1), (0, "too long", 0.5))
 ) -> Figures:  # fmt: skip
     """`cases`: processes and one of WAYS. A third of a checkpoint is weights, the rest moments."""
     figures = Figures()
@@ -108,7 +108,7 @@ def test_F10_no_place_for_a_checkpoint(
 @row("F10", "the disk of the run or of the cache is full when another file is written: cache, log, model, test predictions, results",
      "exit 1; one line with the path and what is left there; nothing torn is left; with place again the run goes on to the same bits",
      full={"cases": tuple((count, place) for count in (0, 2) for place in ("cache", "metrics", "model", "test", "results") if (count, place) != (2, "cache"))})  # fmt: skip
-def test_F10_no_place_for_another_file(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((0, "cache"), (0, "metrics"), (2, "model"))) -> Figures:
+def test_F10_no_place_for_another_file(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((0, "cache"), (0, "metrics"), (0, "model"))) -> Figures:
     """`cases`: processes, the file."""
     figures = Figures()
     values = {"timeout_seconds": 120, "max_epochs": 4, "val_check_interval": 32}  # no checkpoint before the last of 32 steps
@@ -164,7 +164,7 @@ AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowne
 
 @row("F11", "the run's folder lies on a read-only disk, or its mode forbids to write, before the start", "exit 2 and one line before step 1; nothing is written",
      full={"counts": (0, 2, 3)})  # fmt: skip
-def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] = (0, 2)) -> Figures:
+def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
     figures = Figures()
     config = write_config(tmp_path)
     for num_processes in counts:

@@ -81,7 +81,7 @@ def test_F14_one_rank_raises(tmp_path: Path, cases: tuple[tuple[int, int, str], 
 @row("F15", "rank 0 fails in save; one rank fails in load", "every rank ends with the same error; the checkpoints that were there are whole, and the run goes on from them",
      full={"cases": tuple((count, rank, phase) for count in (2, 3) for rank, phase in ((0, "save"), (0, "load"), (count - 1, "load"), (0, "manifest"), (0, "read")))})  # fmt: skip
 def test_F15_every_rank_ends_with_the_same_error(
-    tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = ((2, 0, "save"), (2, 1, "load"), (2, 0, "manifest"))
+    tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = ((2, 1, "load"), (2, 0, "manifest"))
 ) -> Figures:  # fmt: skip
     """`cases`: processes, the rank that fails, phase; `manifest`: the last file of a checkpoint, when all others are written."""
     figures = Figures()
@@ -116,19 +116,19 @@ def test_F15_every_rank_ends_with_the_same_error(
 
 
 @row("F16", "SIGSTOP of one rank, timeout_seconds 20", "the others give up after that time, one line says so; all, the stopped one too, gone within 60 s",
-     full={"cases": ((2, 0), (2, 1), (3, 1), (4, 3)), "timeout_seconds": 20, "shutdown_seconds": 30})  # fmt: skip
-def test_F16_a_rank_stalls(tmp_path: Path, cases: tuple[tuple[int, int], ...] = ((2, 1),), timeout_seconds: int = 10, shutdown_seconds: int = 5) -> Figures:
-    """`cases`: processes, the rank that is stopped. `shutdown_seconds`: torchrun's, until it kills what a signal does not end; 30 is its default."""
+     full={"cases": ((2, 0), (2, 1), (3, 1), (4, 3)), "timeout_seconds": 20})  # fmt: skip
+def test_F16_a_rank_stalls(tmp_path: Path, cases: tuple[tuple[int, int], ...] = ((2, 1),), timeout_seconds: int = 5) -> Figures:
+    """`cases`: processes, the rank that is stopped. torchrun kills it 30 s after another one has failed; its `--shutdown-timeout` counts for signals alone."""
     figures = Figures()
     for num_processes, rank in cases:
         case, folder = f"rank {rank} of {num_processes} stopped", tmp_path / f"{num_processes}-{rank}"
         folder.mkdir()
         config = write_config(folder, save_every=1, timeout_seconds=timeout_seconds)
-        job = Job(num_processes, ["train", str(config)], plants={"slow_step": 0.3}, ends=folder / "ends.txt", TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(shutdown_seconds))
+        job = Job(num_processes, ["train", str(config)], plants={"slow_step": 0.3}, ends=folder / "ends.txt")
         job.wait_until(lambda: len(steps_saved(folder / "run")) >= 2)
         since = job.send(signal.SIGSTOP, rank)
         count_failure(figures, case, job, since, "lost contact with another rank")
-        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s with timeout_seconds {timeout_seconds}, torchrun's {shutdown_seconds} s; exit codes {job.exit_codes()}")
+        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s with timeout_seconds {timeout_seconds}; exit codes {job.exit_codes()}")
         saved = steps_saved(folder / "run")
         figures.count(why_invalid(step_folder(folder / "run/checkpoints", saved[-1])) is None, f"{case}: the checkpoint of step {saved[-1]} is damaged")
     return figures
@@ -150,7 +150,7 @@ def all_finite(run: Path) -> bool:
 def test_F17_numbers_that_are_none(
     tmp_path: Path,
     cases: tuple[tuple[int, int, str, str], ...] = (
-        (0, 0, "loss", "skip"), (0, 0, "gradient", "stop"), (2, 1, "loss", "stop"), (2, 1, "loss", "skip"), (2, 1, "gradient", "skip"),
+        (0, 0, "loss", "skip"), (0, 0, "gradient", "stop"), (2, 1, "loss", "stop"), (2, 1, "gradient", "skip"),
     ),
 ) -> Figures:  # fmt: skip
     """`cases`: processes, rank, loss or gradient, on_nonfinite."""

@@ -269,7 +269,7 @@ def continued(folder: Path, source: Path, step: int, num_processes: int) -> None
 
 @row("F13", "saved by W processes, continued by W'", "the same steps, learning rates and rows in every step; none lost or repeated; losses within 1e-5 of the run that W processes finish",
      full={"pairs": tuple(itertools.product((1, 2, 3, 4), repeat=2))})  # fmt: skip
-def test_F13_another_number_of_processes(tmp_path: Path, pairs: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (1, 4), (2, 3)), step: int = 9) -> Figures:
+def test_F13_another_number_of_processes(tmp_path: Path, pairs: tuple[tuple[int, int], ...] = ((1, 3), (2, 1)), step: int = 9) -> Figures:
     """Step 9 is in the middle of the second epoch of 6 steps."""
     figures, worst = Figures(), 0.0
     for before, after in pairs:

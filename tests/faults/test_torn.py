@@ -137,8 +137,8 @@ def strangers(folder: Path, generator: random.Random) -> None:
 
 
 def foreign(folder: Path) -> dict[str, str]:
-    """All that is no checkpoint, and where the link leads."""
-    found = contents(folder.parent / "elsewhere") | {"link": os.readlink(folder / "step-00009999")}
+    """All that is no checkpoint, and where links lead."""
+    found = contents(folder.parent / "elsewhere") | {"links": str({path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()})}
     return found | {name: value for name, value in contents(folder).items() if not re.match(r"step-\d{8}/", name)}
 
 
@@ -188,6 +188,11 @@ def count_rotating_run(figures: Figures, folder: Path) -> None:
     strangers(checkpoints, random.Random(1))
     before = foreign(checkpoints)
     config = write_run(folder, save_every=1, keep_checkpoints=2, resume=4)
+    link = checkpoints / "step-00009999"
+    code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
+    figures.refused(code == 2 and f"error: {link}: expected no links" in output and foreign(checkpoints) == before, f"a link: exit code {code}:\n{output[-2000:]}")
+    link.unlink()
+    before = foreign(checkpoints)
     code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
     figures.count(code == 0 and f"going on from {step_folder(checkpoints, 4)}" in output, f"from step 4: exit code {code}:\n{output[-2000:]}")
     wanted = straight(0)
