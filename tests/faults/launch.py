@@ -137,6 +137,11 @@ def run_job(num_processes: int, arguments: list[str], *, seconds: float = 180, *
     return job.wait(seconds=seconds), job.output()
 
 
+def error_lines(output: str) -> list[str]:
+    """What a job printed to say why it ended."""
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
 @contextmanager
 def logged() -> Iterator[list[str]]:
     """The warnings and errors that the package logs inside."""

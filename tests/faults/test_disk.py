@@ -13,15 +13,11 @@ import pytest
 from mmbert_core.training.checkpoint import step_folder, why_invalid
 from tests import tiny
 from tests.faults.disks import Disk, small_disk
-from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
+from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 
 pytestmark = pytest.mark.fault
 KILOBYTES = 8000  # room for several checkpoints of a third of a megabyte, and for the megabyte beside that is asked for
-
-
-def error_lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
 def count_refusal(figures: Figures, case: str, job: Job, since: float | None, *expected: str, exit_code: int = 1) -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
 from tests import tiny
-from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
+from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 
 pytestmark = pytest.mark.fault
@@ -24,10 +24,6 @@ PHASES = {  # as the error line has them
     "data": "reading data and encoder", "forward": "the forward pass of step 3", "backward": "the backward pass of step 3",
     "eval": "the evaluation at step 8", "save": "save", "predict": "prediction",
 }  # fmt: skip
-
-
-def error_lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
 def count_failure(figures: Figures, case: str, job: Job, since: float, *expected: str) -> None:

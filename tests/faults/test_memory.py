@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
+from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 
 pytestmark = pytest.mark.fault
@@ -22,10 +22,6 @@ def config_for(folder: Path, **changes: Any) -> Path:
     config = write_config(folder, **(values | changes))
     tiny.write_encoder(folder / "encoder", hidden=192, layers=3)
     return config
-
-
-def error_lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
 def warning_lines(output: str) -> list[str]:

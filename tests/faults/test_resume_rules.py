@@ -18,7 +18,7 @@ from mmbert_core.files import sha256_of
 from mmbert_core.training.checkpoint import MANIFEST, list_steps, step_folder
 from tests import tiny
 from tests.faults.inputs import command, contents, count_refusal
-from tests.faults.launch import Job, digest, rows_of_steps, run_job, steps_saved
+from tests.faults.launch import Job, digest, error_lines, rows_of_steps, run_job, steps_saved
 from tests.faults.matrix import Figures, row
 from tests.faults.soak import ENVIRONMENT, STEPS, count_rows, differences, inputs, notes_of, plants_of, predictions, straight, write_run
 
@@ -237,7 +237,7 @@ def edited_under_torchrun(figures: Figures, folder: Path, num_processes: int) ->
         code = job.wait(seconds=180)
     finally:
         job.kill_all()
-    errors = [line for line in job.output().splitlines() if line.startswith("error: ")]
+    errors = error_lines(job.output())
     is_told = len(errors) == 1 and f"{test} has changed since the checkpoint at step 9" in errors[0]
     figures.refused(code == 1 and is_told and steps_saved(folder / "run")[-1] == 9, f"{num_processes} processes: exit code {code}, {errors}:\n{job.output()[-2000:]}")
     edit(test, data)

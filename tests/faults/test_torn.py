@@ -14,7 +14,7 @@ import pytest
 from mmbert_core.errors import InputError
 from mmbert_core.training.checkpoint import MANIFEST, PARTS, find_checkpoint, list_steps, rotate, save_checkpoint, step_folder, why_invalid
 from tests.faults.inputs import contents
-from tests.faults.launch import Job, logged, run_job, steps_saved
+from tests.faults.launch import Job, error_lines, logged, run_job, steps_saved
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.faults.soak import BATCHES, ENVIRONMENT, SLOW, differences, notes_of, plants_of, straight, write_run
 from tests.faults.writer import tensors_of
@@ -216,7 +216,7 @@ def test_F24_two_runs_in_one_folder(tmp_path: Path) -> Figures:
         [holder] = first.workers().values()
         for num_processes in (0, 2):  # plain Python: exit code 2; torchrun makes 1 of it
             code, output = run_job(num_processes, ["train", str(config)], plants=BATCHES, **ENVIRONMENT)
-            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            errors = error_lines(output)
             is_told = len(errors) == 1 and f"process {holder} on {socket.gethostname()}" in errors[0] and str(folder / "run") in errors[0]
             figures.refused(code == (2 if num_processes == 0 else 1) and is_told, f"{num_processes} processes: exit code {code}, {errors}:\n{output[-2000:]}")
         figures.count(first.process.poll() is None, "the first run ended before it was tried")

@@ -12,7 +12,7 @@ import torch
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
 from tests import tiny
-from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
+from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.fault]
@@ -24,10 +24,6 @@ def num_gpus(at_most: int = 2) -> int:
     """Processes that can have a GPU each."""
     assert torch.cuda.is_available(), "expected a CUDA device; `pytest` without -m gpu leaves these tests out"
     return min(at_most, torch.cuda.device_count())
-
-
-def error_lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
 def state_of(run: Path, step: int) -> dict[str, Any]:
