@@ -75,6 +75,9 @@ fi
 NNODES=${NNODES:-${SLURM_STEP_NUM_NODES:-1}}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
 
+case $NNODES in
+'' | 0* | *[!0-9]*) refuse NNODES "a number of machines" "$NNODES" ;;
+esac
 if [ "$NNODES" -gt 1 ]; then
     case $NODE_RANK in
     '' | *[!0-9]*) refuse NODE_RANK "which of the machines this is, from 0" "$NODE_RANK" ;;
@@ -84,6 +87,7 @@ if [ "$NNODES" -gt 1 ]; then
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     fi
     [ -n "${MASTER_ADDR:-}" ] || refuse MASTER_ADDR "the name of the machine with NODE_RANK=0"
+    export NODE_RANK # the check looks for checkpoints on the first machine alone
 fi
 
 # ---- check first: torchrun would turn exit code 2 into 1 and a long report ----

@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mmbert_core import signals  # first: it notes the launcher
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenised in threads; no process is ever forked here
 gc.set_threshold(100_000, 50, 100)  # the imports below make objects that stay: looking through them again and again takes a second
 
 import transformers
 
-from mmbert_core import demo, distributed, signals
+from mmbert_core import demo, distributed
 from mmbert_core.config import Config, config_fields
 from mmbert_core.config_reader import ALIASES, add_config_arguments, nearest_name, overrides_from, read_config
 from mmbert_core.data.prepare import Data, prepare
@@ -45,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Any other failure is raised, after this rank has told it; a rank that only hears of it stays quiet.
     """
-    context = distributed.read_context()
+    try:
+        context = distributed.read_context()
+    except InputError as error:
+        say_error(str(error))
+        return 2
     set_up_logging(context)
     try:
         arguments = parse(argv)
@@ -71,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def tell(error: Exception, context: DistContext) -> None:
     """One line, before it the traceback of what is no plain failure; once, from the rank on which it happened."""
     if is_out_of_memory(error):
-        say_error(f"{place(error, context)}out of memory ({str(error).splitlines()[0]}); raise microbatches_per_step, or use a smaller max_length or encoder")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        say_error(f"{place(error, context)}out of memory ({reason}); raise microbatches_per_step, or use a smaller max_length or encoder")
     elif isinstance(error, (RunError, OSError)):
         say_error(place(error, context) + str(error))
     else:
@@ -193,7 +200,8 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
         model, pooling = prepare_model(config, data)
     describe(config, data)
     if arguments.check:
-        read_for_all_ranks(config, data, model, context)  # a resume that must be refused
+        if os.environ.get("NODE_RANK", "0") == "0":  # torchrun.sh checks on every machine; the first one alone need have the run
+            read_for_all_ranks(config, data, model, context)  # a resume that must be refused
         logger.info("the check found nothing wrong")
         return 0
     with distributed.process_group(context, config.timeout_seconds):
@@ -255,4 +263,5 @@ def run() -> NoReturn:
         except Stopped as stopped:  # outside of a command: nothing had begun
             logger.info("%s", stopped)
             exit_code = signals.EXIT_STOPPED
+        signals.ignore()
         distributed.leave(exit_code)

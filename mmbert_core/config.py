@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from mmbert_core.errors import InputError
 
-# Keys that may change between a checkpoint and its resume: none of them touches what is computed from sound numbers.
+# Keys that may change between a checkpoint and its resume: none of them touches what is computed from sound numbers,
+# but microbatches_per_step, which a run that ran out of memory must be able to raise, and whose dropout then differs.
 FREE_ON_RESUME = frozenset(
-    {"log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume", "on_nonfinite", "memory_limit_mb", "timeout_seconds"}
+    {"microbatches_per_step", "log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume", "on_nonfinite", "memory_limit_mb", "timeout_seconds"}
 )
 
 

@@ -54,13 +54,16 @@ def read_context() -> DistContext:
 
     Every process of a node has a GPU of its own, or all of them compute on the CPU.
 
-    Raises `RuntimeError` when only some of torchrun's variables are set: guessing would hang the other ranks.
+    Raises `InputError` when only some of torchrun's variables are set, or are no numbers: guessing would hang the other ranks.
     """
     found = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if "RANK" in found or "WORLD_SIZE" in found:
         if missing := sorted(set(TORCHRUN_VARIABLES) - set(found)):
-            raise RuntimeError(f"torchrun environment is incomplete: {', '.join(found)} set, {', '.join(missing)} missing")
-        rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
+            raise InputError(f"environment: expected torchrun's variables or none of them, found {', '.join(found)} without {', '.join(missing)}")
+        try:
+            rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
+        except ValueError as error:
+            raise InputError(f"environment: expected numbers in {', '.join(TORCHRUN_VARIABLES[:4])} ({error})") from None
     else:
         rank, local_rank, world_size, local_world_size = 0, 0, 1, 1
     device = torch.device("cuda", local_rank) if 0 < local_world_size <= torch.cuda.device_count() else torch.device("cpu")
@@ -157,7 +160,7 @@ def _store_of_this_start(context: DistContext, timeout: timedelta) -> dist.Store
 
 
 def _loopback_store(context: DistContext, timeout: timedelta) -> dist.Store | None:
-    """Collective. On one node nobody outside needs to reach a rank: gloo and the store where ranks meet listen on loopback.
+    """Collective. On one node nobody outside needs to reach a rank: gloo, NCCL and the store where ranks meet listen on loopback.
 
     None where another store is in use: that of several nodes, or torchrun's own, which listens at all addresses
     (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` in torchrun's environment, as torchrun.sh sets it, leaves it out).
@@ -165,8 +168,9 @@ def _loopback_store(context: DistContext, timeout: timedelta) -> dist.Store | No
     if context.world_size != context.local_world_size:
         return None
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if loopback is not None:  # else gloo listens at the address that the machine's own name leads to
+    if loopback is not None:  # else they listen at the address that the machine's own name leads to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     port = int(os.environ["MASTER_PORT"])

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -96,11 +96,15 @@ def sha256_of(path: Path) -> str:
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `final`; rename it to `final` when the block ends without an error.
 
-    Every file in it and both folders are synced before the rename. On an error the temporary folder is removed.
+    Every file in it and both folders are synced before the rename. On an error the temporary folder is removed, and a
+    `final` that was there is as it was.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    if not final.parent.is_dir():
+        final.parent.mkdir(parents=True)
+        sync_path(final.parent.parent)
     temporary = final.parent / f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
+    old = final.parent / f"{TEMPORARY_PREFIX}old-{final.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -109,10 +113,19 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             sync_path(path)
         sync_path(temporary)
-        os.rename(temporary, final)
+        if has_old := os.path.lexists(final):
+            os.rename(final, old)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if has_old:
+                os.rename(old, final)
+            raise
         sync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # what is left of it goes at the next start
+            remove_path(old)
 
 
 def remove_path(path: Path) -> None:

@@ -97,6 +97,8 @@ def save_model_folder(
         if model.text_subnetwork is not None:
             model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
             tokenizer.save_pretrained(folder / ENCODER)
+            for path in (*(folder / ENCODER).iterdir(), folder / ENCODER):
+                sync_path(path)
         write_json(folder / "features.json", features.to_json())
         write_json(folder / "labels.json", labels.to_json())
         write_json(folder / "config.json", config_record(config, resolved))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -20,7 +21,7 @@ from mmbert_core.data.encoding import longest_texts
 from mmbert_core.data.prepare import warn_of_cut_texts, warn_of_unseen
 from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks
 from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, RunError
 from mmbert_core.evaluation.predictions import Columns, header, prediction_columns, tsv_line, tsv_rows
 from mmbert_core.files import TEMPORARY_PREFIX, naming, sync_path
 from mmbert_core.model.losses import build_loss_op
@@ -119,7 +120,11 @@ class Predictor:
                 made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
                 preds = made[0] if isinstance(made, tuple) else made
                 results.append(BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0))
-        return hooks.gather_results(results, len(dataset))
+        result = hooks.gather_results(results, len(dataset))
+        if not np.isfinite(result.preds).all():
+            row = int(np.argwhere(~np.isfinite(result.preds))[0, 0])
+            raise RunError(f"{dataset.where(row)}: its probability is no number in {self.task.precision}: choose another precision, or fp32")
+        return result
 
     def _columns(self, dataset: Dataset, result: EpochResult) -> Columns:
         config = self.loaded.config

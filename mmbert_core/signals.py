@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: a flag for the loop, an exception where nothing is at stake, an end for the impatient. Floor 0; imports errors.
 
-SIGTERM (torchrun, SLURM), SIGINT (Ctrl-C) and SIGUSR1 (SLURM's --signal, where the launcher forwards it) mean the same.
+SIGTERM (torchrun, SLURM), SIGINT (Ctrl-C), SIGHUP (a lost terminal), SIGQUIT and SIGUSR1 (SLURM's --signal, where the
+launcher forwards it) mean the same; torchrun forwards the first four by itself.
 The handler itself does nothing that could break what it interrupts: Python runs it between two instructions of the main
 thread, and not at all while that waits in a collective. So a thread hears every signal through a pipe.
 """
@@ -20,8 +21,9 @@ from mmbert_core.errors import Stopped
 logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_REQUEST_SECONDS = 0.5  # one request may come twice: from SLURM to all processes, and once more through torchrun
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # noted before the long imports: it may be gone after them
+SAME_REQUEST_SECONDS = 1.0  # one request may come twice: from SLURM to all processes, and once more through torchrun
 GRACE_SECONDS = 5.0  # for the main thread to leave by itself where nothing is at stake
 PARENT_CHECK_SECONDS = 1.0
 
@@ -30,7 +32,7 @@ class _State:
     """What this process has heard; signals belong to a process, so there is one."""
 
     def __init__(self) -> None:
-        self.first: tuple[int, float] | None = None  # signal number and time of the first request
+        self.first: int | None = None  # signal number of the first request
         self.deferred = False
         self.leaving = False
 
@@ -40,7 +42,7 @@ _state = _State()
 
 def requested() -> str | None:
     """The name of the signal that asked this process to stop, or None."""
-    return signal.Signals(_state.first[0]).name if _state.first else None
+    return signal.Signals(_state.first).name if _state.first else None
 
 
 @contextmanager
@@ -50,7 +52,8 @@ def caught() -> Iterator[None]:
     _state = _State()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, _handle) for number in heard}
     before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reader, _state), name="signals", daemon=True).start()
     try:
@@ -58,7 +61,7 @@ def caught() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if _state.leaving else handler)
         os.close(writer)  # ends the thread
 
 
@@ -86,14 +89,15 @@ def restore_defaults() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     """In the main thread."""
-    _state.first = _state.first or (number, time.monotonic())
+    _state.first = _state.first or number
     if not _state.deferred and not _state.leaving:
         raise Stopped(f"stopped by {signal.Signals(number).name}; nothing was at stake")
 
 
 def _listen(reader: int, state: _State) -> None:
     """In a thread: what the main thread cannot do while it waits in native code."""
-    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    launcher = LAUNCHER
+    first_seconds = None  # when this thread, not the handler, heard the first request: a busy main thread may be long between the two
     last_seconds = None  # when the patience with a main thread that should have left ends
     while True:
         ready, _, _ = select.select([reader], [], [], PARENT_CHECK_SECONDS)
@@ -104,10 +108,10 @@ def _listen(reader: int, state: _State) -> None:
                 os.close(reader)
                 return
             for number in filter(lambda number: number in STOP_SIGNALS, numbers):
-                state.first = state.first or (number, now)
+                state.first, first_seconds = state.first or number, first_seconds or now
                 if state.leaving:
                     continue
-                if now - state.first[1] > SAME_REQUEST_SECONDS:
+                if now - first_seconds > SAME_REQUEST_SECONDS:
                     os._exit(128 + number)
                 if state.deferred:
                     logger.info("%s: stopping after this step or batch; a second signal leaves at once", signal.Signals(number).name)
@@ -118,4 +122,5 @@ def _listen(reader: int, state: _State) -> None:
         if launcher is not None and os.getppid() != launcher:
             launcher = None
             logger.warning("torchrun is gone")
-            os.kill(os.getpid(), signal.SIGTERM)
+            if state.first is None:  # else the request is known, and this would be a second one
+                os.kill(os.getpid(), signal.SIGTERM)

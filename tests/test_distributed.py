@@ -147,7 +147,14 @@ def test_a_partial_torchrun_environment_is_refused(environment, present):
     for name in present:
         environment.setenv(name, "1")
     missing = sorted(set(distributed.TORCHRUN_VARIABLES) - set(present))
-    with pytest.raises(RuntimeError, match=f"{', '.join(missing)} missing"):
+    with pytest.raises(InputError, match=f"without {', '.join(missing)}$"):
+        distributed.read_context()
+
+
+def test_ranks_that_are_no_numbers_are_refused(environment):
+    for name in distributed.TORCHRUN_VARIABLES:
+        environment.setenv(name, "one")
+    with pytest.raises(InputError, match="expected numbers in RANK"):
         distributed.read_context()
 
 

@@ -287,8 +287,12 @@ def _parquet_cells(batch: Any, column: str, *, first_row: int, path: str) -> lis
     values = batch.column(batch.schema.get_field_index(column))
     # as float32, not as the float64 beside it: 0.1 stays 0.1
     narrow = str(values.type) in ("float", "halffloat")
+    try:
+        found = values.to_numpy(zero_copy_only=False) if narrow else values.to_pylist()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} row {first_row} or after, column {column!r}: expected UTF-8 text ({error.reason})") from None
     cells = []
-    for value in values.to_numpy(zero_copy_only=False) if narrow else values.to_pylist():
+    for value in found:
         try:
             cells.append(text_of(value))
         except ValueError as error:

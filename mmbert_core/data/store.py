@@ -87,9 +87,10 @@ def open_or_build(
     }
     folder = Path(cache_path) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     if not _is_whole(folder):
-        with _locked(folder):
+        with _locked(folder) as has_lock:
             if not _is_whole(folder):  # another process may have built it while this one waited
-                _clear(folder)
+                if has_lock:
+                    _clear(folder)
                 longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
                 chunks = read_chunks(files, columns, longest=longest, chunk_rows=chunk_rows)
                 with atomic_folder(folder) as temporary:
@@ -111,14 +112,19 @@ def _stat_of(path: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process of the node at a time; the lock goes with the process that holds it, however it ends."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Only one process of the node at a time; the lock goes with the process that holds it, however it ends. False where there are none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as stream:
-        if not _lock_within(stream, SECONDS_BEFORE_SAYING):
-            logger.info("waiting for another process that builds %s", folder)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        has_lock = True
+        try:
+            if not _lock_within(stream, SECONDS_BEFORE_SAYING):
+                logger.info("waiting for another process that builds %s", folder)
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:  # every process builds it, and the last one's stays
+            has_lock = False
+            logger.warning("%s: this file system has no locks (%s); a cache_path on another one avoids double work", folder.parent, error.strerror)
+        yield has_lock
 
 
 def _lock_within(stream: TextIO, seconds: float) -> bool:

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.json"
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
+ASIDE_PREFIX = "aside-"
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 TEMPORARY_FOLDER = re.compile(re.escape(TEMPORARY_PREFIX) + r"(step-[0-9]{8,})-[0-9]+")
 
@@ -89,7 +90,7 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
         name, entry = key.rsplit(".", 1)
-        by_parameter.setdefault(name, {})[entry] = value
+        by_parameter.setdefault(name, {})[entry] = value.clone()  # not the file itself, which is mapped into memory
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
@@ -137,23 +138,34 @@ def _write(final: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[st
         save_tensors(weights, temporary / "model.safetensors")
         save_tensors(moments, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
-        for name in PARTS:  # before the manifest, and before an old folder of this step goes
+        for name in PARTS:  # before the manifest
             sync_path(temporary / name)
         files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in PARTS}
         write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-        remove_path(final)  # of an earlier life of this run: found damaged, or newer than the step it went on from
 
 
 def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> None:
     """Rank 0 only. Of the checkpoints up to step `newest`, just written, remove all but the last `keep` and the best.
 
-    Higher steps are of an earlier life of the run. They count for nothing, or the one just written might have to go; the
-    run replaces them when it gets there.
+    Higher steps, of an earlier life of the run, are damaged ones that the run went on before; it replaces them when it gets there.
     """
     steps = sorted(step for step in list_steps(folder) if step <= newest)
     for step in steps[:-keep]:
         if step != best_step:
-            remove_path(step_folder(folder, step))
+            try:
+                remove_path(step_folder(folder, step))
+            except OSError as error:  # no reason to end a run whose newest checkpoint is whole
+                logger.warning("the old checkpoint of step %d could not be removed: %s", step, error)
+
+
+def set_aside(folder: Path, newest: int) -> None:
+    """Rank 0 only. A run that was told to go on from step `newest` takes another way: whole checkpoints of later steps get names that no start looks at."""
+    for step in list_steps(folder):
+        if step > newest:
+            path = step_folder(folder, step)
+            aside = next(name for n in count() if not (name := path.with_name(f"{ASIDE_PREFIX}{path.name}{f'-{n}' if n else ''}")).exists())
+            path.rename(aside)
+            logger.info("the checkpoint of step %d, which this run leaves behind, is now %s", step, aside)
 
 
 # ---- reading ----
@@ -264,6 +276,7 @@ def clean_up(folder: Path) -> None:
             if why_invalid(final) is not None:  # killed before the rename, or while it removed the checkpoint that this one replaces
                 remove_path(final)
                 path.rename(final)
+                sync_path(folder)
     for path in remove_stale_temporaries(folder):
         logger.info("removed %s, left by an interrupted write", path)
 
@@ -304,7 +317,7 @@ def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     if best is None or best == state["step"]:
         return state
     if reason := why_invalid(step_folder(folder, best)):
-        logger.warning("the best step so far, %d, is lost (%s): the best is chosen among what follows", best, reason)
+        logger.warning("the best step so far, %d, is lost (%s): the best is chosen from step %d on", best, reason, state["step"])
         return {**state, "best_step": None, "best_value": None, "best_metric": None, "bad_validations": 0}
     return state
 

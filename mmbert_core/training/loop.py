@@ -80,7 +80,8 @@ def stop(run: Run) -> NoReturn:
     """Collective. All ranks have agreed on it: a checkpoint, and out."""
     save(run)
     signals.ignore()
-    raise Stopped(f"stopped by a signal; the checkpoint of step {run.state.step} is written, and the same command goes on from there")
+    how = "the same command" if run.config.resume == "auto" else "with resume: auto the same command"
+    raise Stopped(f"stopped by a signal; the checkpoint of step {run.state.step} is written, and {how} goes on from there")
 
 
 # ---- one optimizer step ----
@@ -101,9 +102,9 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     losses = []
     for position, index in enumerate(hand):
         torch.manual_seed(micro_batch_seed(config.seed, state.step, index))
-        losses.append(backward(run, dataset.batch(parts[index]), index, weight_sum, is_last=position == len(hand) - 1))
+        losses.append(backward(run, parts[index], index, weight_sum, is_last=position == len(hand) - 1))
     if not hand:  # fewer micro-batches than ranks: take part in the synchronisation with a row that weighs nothing
-        backward(run, dataset.batch(parts[0][:1]), 0, math.inf, is_last=True)
+        backward(run, parts[0][:1], 0, math.inf, is_last=True)
 
     train_loss, sound = agree(run, [parts[index] for index in hand], torch.stack(losses).tolist() if losses else [], len(rows))
     lr = run.scheduler.get_last_lr()[0]
@@ -117,8 +118,10 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     }  # fmt: skip
 
 
-def backward(run: Run, batch: Batch, index: int, weight_sum: float, *, is_last: bool) -> torch.Tensor:
+def backward(run: Run, rows: np.ndarray, index: int, weight_sum: float, *, is_last: bool) -> torch.Tensor:
     """Gradients of one micro-batch; the rank's last one synchronises. Returns its share of the step's loss, detached."""
+    with phase(f"the data of step {run.state.step + 1}"):
+        batch = run.data.train.batch(rows)
     with distributed.no_sync(run.ddp_model, enabled=not is_last), distributed.lost_peers():
         with phase(f"the forward pass of step {run.state.step + 1}"):
             loss = hooks.training_step(run.ddp_model, batch, index, task=run.task, weight_sum=weight_sum)["loss"]
@@ -321,7 +324,7 @@ def test(run: Run) -> tuple[dict[str, Any], Path]:
     if not evaluate(run, dataset, lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels)):
         distributed.on_main(folder.rmdir)
         signals.ignore()
-        raise Stopped("stopped by a signal while the test rows were scored; the model is written, and the same command goes on with the test")
+        raise Stopped("stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test")
     figures = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names)
     run.log.record({"step": run.state.step, **{name: value for name, value in figures.items() if name != "undefined"}})
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")

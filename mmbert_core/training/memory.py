@@ -1,6 +1,6 @@
 """Whether a step fits into memory, tried before the first one. Floor 2.
 
-Imports distributed, errors, data and the files of this folder named before it (hooks).
+Imports distributed, config, errors, data and the files of this folder named before it (hooks).
 """
 
 import ctypes
@@ -8,7 +8,7 @@ import logging
 import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mmbert_core import distributed
+from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order, micro_batches
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.errors import RunError, phase
@@ -29,12 +30,14 @@ CANDIDATES = 64  # steps that are looked at closely: those with the most tokens,
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive", re.IGNORECASE)
 
 
-def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, batch_size: int, seed: int, limit_mb: int | None) -> int:
-    """Collective. The micro-batches of a step: `asked`, or doubled until the first epoch's largest one fits on every rank.
+def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, config: Config) -> int:
+    """Collective. The micro-batches of a step: `asked`, or doubled until the largest one of the run fits on every rank.
 
     Raises `RunError` when not even a row alone fits. Leaves no gradients behind.
     """
-    steps = heaviest_steps(epoch_order(len(dataset), seed, 0), dataset.lengths, batch_size)
+    batch_size, limit_mb = config.batch_size, config.memory_limit_mb
+    orders = (epoch_order(len(dataset), config.seed, epoch) for epoch in range(config.max_epochs))
+    steps = heaviest_steps(orders, dataset.lengths, batch_size)
     count = asked
     while True:
         rows = largest_micro_batch(steps, dataset, count)
@@ -56,13 +59,21 @@ def refuse(num_tokens: int, reason: str) -> NoReturn:
     raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): use a smaller max_length, max_chunks or encoder")
 
 
-def heaviest_steps(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Of an epoch's steps, as rows: those with the most tokens and those with the longest texts."""
-    starts = np.arange(0, len(order), batch_size)
-    in_order = lengths[order]
-    tokens, longest = np.add.reduceat(in_order, starts), np.maximum.reduceat(in_order, starts)
-    chosen = {int(index) for weights in (tokens, longest) for index in np.argsort(-weights, kind="stable")[:CANDIDATES]}
-    return [order[starts[index] : starts[index] + batch_size] for index in sorted(chosen)]
+def heaviest_steps(orders: Iterable[np.ndarray], lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Of all steps of these epochs, as rows: those with the most tokens and those with the longest texts."""
+    steps: list[np.ndarray] = []
+    for order in orders:
+        starts = np.arange(0, len(order), batch_size)
+        in_order = lengths[order]
+        for weights in (np.add.reduceat(in_order, starts), np.maximum.reduceat(in_order, starts)):
+            steps += [order[starts[index] : starts[index] + batch_size] for index in np.argsort(-weights, kind="stable")[:CANDIDATES]]
+        steps = [steps[index] for index in heaviest([lengths[rows].sum() for rows in steps]) | heaviest([lengths[rows].max() for rows in steps])]
+    return steps
+
+
+def heaviest(weights: list[int]) -> set[int]:
+    """Places of the CANDIDATES largest."""
+    return set(np.argsort(-np.array(weights), kind="stable")[:CANDIDATES].tolist())
 
 
 def largest_micro_batch(steps: list[np.ndarray], dataset: Dataset, count: int) -> np.ndarray:

@@ -5,6 +5,7 @@ Only rank 0 writes; on the other ranks every method does nothing.
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -55,6 +56,10 @@ class RunLog:
                 logger.warning("no more curves for TensorBoard: %s", error)
                 self._tensorboard = None
 
+    def sync(self) -> None:
+        """Rank 0 only. What was recorded survives a power cut."""
+        os.fsync(self._stream.fileno())
+
     def progress(self, step: int, shown: str) -> None:
         """Advance the bar, or print a plain line every few seconds and at the last step."""
         if not self.is_main:
@@ -88,7 +93,7 @@ def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bo
     if last_step == 0 or not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             step = values["step"]

@@ -122,7 +122,9 @@ def already_finished(config: Config) -> dict[str, Any] | None:
 def check_no_links(folder: Path) -> None:
     """Raise `InputError` when a link would lead what a run writes out of its folder; the folder itself may be one. Makes nothing."""
     for part in (*map(folder.joinpath, WRITTEN), *sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))):
-        for path in (part, *(part.rglob("*") if part.is_dir() and not part.is_symlink() else ())):
+        # os.walk: what another process removes meanwhile is no error
+        inside = (Path(root) / name for root, folders, files in os.walk(part) for name in (*folders, *files))
+        for path in (part, *(() if part.is_symlink() else inside)):
             if path.is_symlink():
                 raise InputError(f"{path}: expected no links in the folder of a run, found one to {os.readlink(path)}")
 
@@ -165,7 +167,7 @@ def start_run(
     task, class_weights = make_task(config, data, precision, context, loss_op)
     ddp_model = place_model(model, found, data, task, context)
     if found:
-        resolved = {**found.state["resolved"], "precision": precision}
+        resolved = {**found.state["resolved"], "precision": precision, **changed_parts(config, found.state)}
     else:
         resolved = {"pooling": pooling, "precision": precision, **settle_parts(config, data, ddp_model, task, context)}
     warm_up(ddp_model, data, task)
@@ -175,6 +177,8 @@ def start_run(
     with phase("load"):
         state = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler) if found else TrainState())[context.rank]
     distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=found is None, finished=state.finished))
+    if found and config.resume == state.step:
+        distributed.on_main(lambda: checkpoint.set_aside(folder / "checkpoints", state.step))
     log = RunLog(
         folder, is_main=context.is_main, first_step=state.step, total_steps=plan.total_steps,
         validated=not state.validation_pending, tested=state.finished and already_finished(config) is not None,
@@ -211,10 +215,19 @@ def settle_parts(config: Config, data: Data, ddp_model: nn.Module, task: Task, c
     asked = settle_micro_batches(
         config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=ROWS_AT_ONCE[context.device.type]
     )
-    used = settle_by_trial(asked, ddp_model, data.train, task=task, batch_size=config.batch_size, seed=config.seed, limit_mb=config.memory_limit_mb)
+    used = settle_by_trial(asked, ddp_model, data.train, task=task, config=config)
     if config.microbatches_per_step == "auto":
         logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", used)
     return {"microbatches_asked": asked, "microbatches_per_step": used}
+
+
+def changed_parts(config: Config, state: dict[str, Any]) -> dict[str, int]:
+    """Another number of micro-batches than the checkpoint's, when the config has changed to it: the way out when memory gave out in mid-run."""
+    new, old = config.microbatches_per_step, state["config"]["microbatches_per_step"]
+    if new in ("auto", old, state["resolved"]["microbatches_per_step"]):
+        return {}
+    logger.warning("microbatches_per_step was %s at the checkpoint and is %s now: steps have the same rows, but other dropout", state["resolved"]["microbatches_per_step"], new)
+    return {"microbatches_asked": new, "microbatches_per_step": new}
 
 
 def check_agreement(config: Config, data: Data, context: DistContext) -> None:
@@ -333,6 +346,7 @@ def save(run: Run) -> None:
     def write() -> None:
         if not (run.folder / LOCK).exists():
             raise RunError(f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written")
+        run.log.sync()  # the lines of the steps that this checkpoint has
         weights, moments = checkpoint.weights_of(run.model), checkpoint.moments_of(run.model, run.optimizer)
         checkpoint.save_checkpoint(run.checkpoints, weights=weights, moments=moments, state=state_record(run))
         checkpoint.rotate(run.checkpoints, keep=run.config.keep_checkpoints, newest=run.state.step, best_step=run.state.best_step)

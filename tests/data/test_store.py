@@ -221,6 +221,16 @@ def test_a_killed_build_is_not_believed_and_cleared_by_the_next(build, write_tab
     assert not name.startswith(".tmp-")
 
 
+def test_without_locks_a_store_is_built_all_the_same(build, write_table, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    path = write_table("t.csv", HEADER, table(9))
+    assert build(path).num_rows == build(path).num_rows == 9
+    assert [message for message in caplog.messages if "no locks (Function not implemented)" in message]
+
+
 @pytest.mark.parametrize("damage", ["cut", "remove", "no meta", "bad meta"])
 def test_a_damaged_store_is_built_again(build, write_table, tmp_path, damage):
     path = write_table("t.csv", HEADER, table(20))

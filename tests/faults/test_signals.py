@@ -26,7 +26,7 @@ from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 
 pytestmark = pytest.mark.fault
 STEPS_PER_EPOCH = 8  # of 2 epochs; every epoch ends with a validation and, where it was the best so far, a checkpoint
-SMALL_BATCHES = {"evaluation_rows": 2}  # 12 batches of the validation, 19 of the test
+SMALL_BATCHES = {"evaluation_rows": 1}  # 23 batches of the validation, 37 of the test
 SECONDS_TO_STOP = 25.0  # torchrun kills after 30
 SECONDS_TO_LEAVE = 5.0
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -147,14 +147,15 @@ def stop(figures: Figures, folder: Path, num_processes: int, name: str, place: s
     goes_on(figures, case, num_processes, config)
 
 
-@row("F5", "SIGTERM, SIGINT, SIGUSR1 or Ctrl-C to torchrun, or to a single process, in reading, tokenisation, training, validation, test, a checkpoint's writing",
+@row("F5", "SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 or Ctrl-C to torchrun, or to a single process, in reading, tokenisation, training, validation, test, a checkpoint's writing",
      "ended within 25 s; every worker exits 75; the step reached is in a checkpoint; started again it ends with the bits of an undisturbed run",
      full={"cases": (*product((2,), ("SIGTERM",), PLACES), *product((0, 3), ("SIGTERM",), ("training", "validation", "checkpoint")),
-                     *product((2,), ("SIGINT", "SIGUSR1", "Ctrl-C"), ("training", "test")))})  # fmt: skip
+                     *product((2,), ("SIGINT", "SIGUSR1", "Ctrl-C"), ("training", "test")),
+                     (2, "SIGHUP", "training"), (2, "SIGQUIT", "checkpoint"), (0, "SIGHUP", "training"))})  # fmt: skip
 def test_F5_a_signal_stops_and_nothing_is_lost(
     tmp_path: Path,
     cases: tuple[tuple[int, str, str], ...] = (
-        (0, "SIGINT", "tokenisation"), (2, "SIGTERM", "training"), (2, "Ctrl-C", "validation"), (2, "SIGUSR1", "test"),
+        (0, "SIGHUP", "tokenisation"), (2, "SIGTERM", "training"), (2, "Ctrl-C", "validation"), (2, "SIGUSR1", "test"),
     ),
 ) -> Figures:  # fmt: skip
     """`cases`: processes (0: without torchrun), signal, place."""
@@ -199,17 +200,23 @@ def orphans_are_ours() -> Iterator[None]:
         prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-@row("F6", "SIGKILL to torchrun", "the workers notice, write a checkpoint and exit 75; a resume loses nothing",
-     full={"cases": ((1, "training"), *product((2,), ("reading", "training", "validation", "checkpoint", "test")))})  # fmt: skip
-def test_F6_workers_outlive_no_launcher(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "training"),)) -> Figures:
-    """`cases`: processes, place."""
+@row("F6", "SIGKILL to torchrun; SIGTERM to torchrun and, while the checkpoint is written, SIGKILL", "the workers notice, write a checkpoint and exit 75; a resume loses nothing",
+     full={"cases": ((1, "training"), *product((2,), ("reading", "training", "validation", "checkpoint", "test", "asked before")))})  # fmt: skip
+def test_F6_workers_outlive_no_launcher(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "training"), (2, "asked before"))) -> Figures:
+    """`cases`: processes, place; `asked before`: SIGTERM in training, SIGKILL 2 s later, when the checkpoint that it asked for takes 6 s."""
     figures = Figures()
     for num_processes, place in cases:
         case, folder = f"torchrun of {num_processes} killed in {place}", tmp_path / f"{num_processes}-{place}"
         config = config_for(folder)
         with orphans_are_ours():
-            job = start(num_processes, config, place, step=STEPS_PER_EPOCH if place == "checkpoint" else 3)
+            if place == "asked before":
+                job = start(num_processes, config, "training", slow={"slow_step": 0.1, "slow_save": 1.5})
+            else:
+                job = start(num_processes, config, place, step=STEPS_PER_EPOCH if place == "checkpoint" else 3)
             workers = job.workers()
+            if place == "asked before":
+                job.send(signal.SIGTERM)
+                time.sleep(2.0)
             since = job.send(signal.SIGKILL)
             figures.count(job.wait(seconds=LONGEST_SECONDS) == -signal.SIGKILL, f"{case}: {job.output()[-3000:]}")
             figures.seconds.append(time.monotonic() - since)
@@ -238,7 +245,7 @@ def twice(job: Job, target: str, number: int, gap: float) -> float:
     return send()
 
 
-@row("F7", "SIGTERM or SIGINT twice, 1 s apart, to the workers or to torchrun, in a step and in a checkpoint's writing",
+@row("F7", "SIGTERM or SIGINT twice, 1.5 s apart, to the workers or to torchrun, in a step and in a checkpoint's writing",
      "ended within 5 s of the second; every worker exits with 128 + signal; the checkpoint before it is whole, and a resume loses no more than what came after it",
      full={"cases": tuple(product((0, 2), ("workers", "torchrun"), ("SIGTERM", "SIGINT"), ("training", "validation", "checkpoint")))})  # fmt: skip
 def test_F7_a_second_signal_ends_it_at_once(
@@ -255,7 +262,7 @@ def test_F7_a_second_signal_ends_it_at_once(
         job = start(num_processes, config, place, step=4, slow=slow[place])
         job.workers()
         before = steps_saved(run)
-        since = twice(job, target, number, 1.0)
+        since = twice(job, target, number, 1.5)
         code = job.wait(seconds=LONGEST_SECONDS)
         figures.seconds.append(time.monotonic() - since)
         figures.count(code == (1 if num_processes else 128 + number), f"{case}: exit code {code}: {job.output()[-3000:]}")

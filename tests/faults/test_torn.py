@@ -139,7 +139,7 @@ def strangers(folder: Path, generator: random.Random) -> None:
 def foreign(folder: Path) -> dict[str, str]:
     """All that is no checkpoint, and where links lead."""
     found = contents(folder.parent / "elsewhere") | {"links": str({path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()})}
-    return found | {name: value for name, value in contents(folder).items() if not re.match(r"step-\d{8}/", name)}
+    return found | {name: value for name, value in contents(folder).items() if not re.match(r"(aside-)?step-\d{8}/", name)}
 
 
 def count_history(figures: Figures, folder: Path, seed: int) -> None:
@@ -200,7 +200,8 @@ def count_rotating_run(figures: Figures, folder: Path) -> None:
     figures.count(not problems and foreign(checkpoints) == before, f"from step 4: {problems}; strangers as before: {foreign(checkpoints) == before}")
     best = int(re.search(r'"best_step": (\d+)', (folder / "run/train_results.json").read_text())[1])
     left = steps_saved(folder / "run")
-    figures.count(set(left) == {23, 24, best}, f"left {left}, best {best}")
+    aside = [path for path in checkpoints.glob("aside-*") if why_invalid(path) is None]
+    figures.count(set(left) == {23, 24, best} and len(aside) == 20, f"left {left}, best {best}, set aside {aside}")
 
 
 # ---- F24: two runs in one folder ----

@@ -16,7 +16,7 @@ from mmbert_core.files import sha256_of
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import (
     FORMAT_VERSION, MANIFEST, PARTS, TrainState, clean_up, find_checkpoint, list_steps, moments_of, read_checkpoint, read_weights,
-    restore_moments, rotate, save_checkpoint, step_folder, train_state_from, weights_of, why_invalid,
+    restore_moments, rotate, save_checkpoint, set_aside, step_folder, train_state_from, weights_of, why_invalid,
 )  # fmt: skip
 from tests.training.conftest import warnings_in
 
@@ -241,8 +241,32 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, keep, best_step, left)
     assert sorted(list_steps(tmp_path)) == left
 
 
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+
+    def refuse(path):
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(checkpoint, "remove_path", refuse)
+    rotate(tmp_path, keep=2, newest=30, best_step=None)
+    assert sorted(list_steps(tmp_path)) == [10, 20, 30]
+    assert [message for message in warnings_in(caplog) if "step 10 could not be removed" in message]
+
+
+def test_later_checkpoints_are_set_aside_not_lost(tmp_path):
+    for _ in range(2):
+        for step in (10, 20, 30):
+            save(tmp_path, step)
+        set_aside(tmp_path, 10)
+        assert list_steps(tmp_path) == [10] and find_checkpoint(tmp_path, "auto") == step_folder(tmp_path, 10)
+    names = [f"aside-step-000000{step}{number}" for step in (20, 30) for number in ("", "-1")]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("aside")) == sorted(names)
+    assert all(why_invalid(tmp_path / name) is None for name in names)
+
+
 def test_rotation_never_removes_what_was_just_written(tmp_path):
-    """After going on from step 10, because 20 and 30 were damaged or an earlier step was asked for."""
+    """After going on from step 10, because 20 and 30 were damaged."""
     for step in (10, 20, 30, 15):
         save(tmp_path, step)
     rotate(tmp_path, keep=1, newest=15, best_step=None)
@@ -281,9 +305,8 @@ def test_an_interrupted_write_leaves_the_previous_checkpoint_and_nothing_else(tm
 
     monkeypatch.setattr(checkpoint, "save_tensors", breaking(checkpoint.save_tensors, lambda tensors, path: path))
     monkeypatch.setattr(checkpoint, "write_json", breaking(checkpoint.write_json, lambda path, value: path))
-    if stage == "rename":
-        step = 2  # past that point there is nothing left that an old folder could be kept for
-        monkeypatch.setattr(project_files.os, "rename", breaking(os.rename, lambda *_: Path("rename")))
+    if stage == "rename":  # of the new folder; the old one was moved aside and comes back
+        monkeypatch.setattr(project_files.os, "rename", breaking(os.rename, lambda old, new: Path("rename" if ".tmp-step" in str(old) else "")))
     with pytest.raises(RunError, match="need .* MB, have .* MB at .*No space"):
         save(tmp_path, step, model=Network(seed=5))
     assert content(tmp_path) == before and os.listdir(tmp_path) == ["step-00000001"]

@@ -89,7 +89,7 @@ def finished(tmp_path_factory, files) -> Config:
 
 REFUSED = {
     "lr": 2e-3, "batch_size": 4, "seed": 1, "max_epochs": 3, "num_classes": 3, "precision": "bf16", "warmup_steps": 0, "weight_decay": 0.1,
-    "class_weights": (1.0, 2.0), "tab_field_list": ("age",), "microbatches_per_step": 2, "test_path": "val_path", "early_stop_metric": "val_loss",
+    "class_weights": (1.0, 2.0), "tab_field_list": ("age",), "test_path": "val_path", "early_stop_metric": "val_loss",
 }  # fmt: skip
 ALLOWED = {"log_every": 7, "save_every": 1, "keep_checkpoints": 9, "num_threads": 2, "cache_path": "elsewhere"}
 
@@ -115,6 +115,33 @@ def test_a_setting_that_changes_no_number_may_change(finished, tmp_path, key):
     new = str(tmp_path / "cache") if key == "cache_path" else ALLOWED[key]
     results, _, _ = train(replace(finished, **{key: new}))
     assert results["steps"] == 5
+
+
+def test_micro_batches_may_change_for_a_run_that_ran_out_of_memory(config_of, caplog):
+    config = config_of(save_every=2, keep_checkpoints=100)
+    train(config)
+    before = weights_in(config)
+    results, _, _ = train(replace(config, resume=4, microbatches_per_step=3))
+    assert (results["microbatches_asked"], results["microbatches_per_step"]) == (3, 3) and weights_in(config) != before
+    assert "microbatches_per_step was 2 at the checkpoint and is 3 now: steps have the same rows, but other dropout" in caplog.messages
+    for again in (3, "auto"):  # auto: as the checkpoint has it
+        results, _, _ = train(replace(config, resume=6, microbatches_per_step=again))
+        assert results["microbatches_per_step"] == 3
+    assert sum("other dropout" in message for message in caplog.messages) == 1
+
+
+def test_a_restart_goes_on_from_where_a_run_was_sent_back_to(config_of, monkeypatch):
+    """Steps beyond the asked one are of another life: a restart, which looks for the newest, must not find them."""
+    config = config_of(save_every=2, keep_checkpoints=100)
+    train(config)
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        die_before(patches, step=6)
+        train(replace(config, resume=4))
+    started = []
+    with monkeypatch.context() as patches:
+        before_each_step(patches, lambda run, order: started.append(run.state.step))
+        train(config)
+    assert started[0] in (4, 5)  # 5: the best validation
 
 
 def test_a_run_may_move(finished, tmp_path):
