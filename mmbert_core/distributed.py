@@ -4,7 +4,6 @@ Every helper is an identity in a single process, so callers have one path. "Coll
 every rank must reach the call, in the same order.
 """
 
-import gc
 import os
 import re
 import socket
@@ -190,13 +189,14 @@ def lost_peers() -> Iterator[None]:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End this process. After a failure at once: what a broken process group does at the end may wait for ranks that are gone."""
+    """End this process at once, when all that it wrote is closed.
+
+    The interpreter's own end takes a second for the objects of torch and transformers, and what is left of a process group
+    may wait there for ranks that are gone, or abort.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if exit_code and is_distributed():
-        os._exit(exit_code)
-    gc.freeze()  # or the interpreter looks through every object of torch and transformers before it ends, which takes a second
-    sys.exit(exit_code)
+    os._exit(exit_code)
 
 
 def is_distributed() -> bool:
