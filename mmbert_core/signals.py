@@ -55,14 +55,16 @@ def caught() -> Iterator[None]:
     heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, _handle) for number in heard}
     before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(reader, _state), name="signals", daemon=True).start()
+    listener = threading.Thread(target=_listen, args=(reader, _state), name="signals", daemon=True)
+    listener.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if _state.leaving else handler)
-        os.close(writer)  # ends the thread
+        os.close(writer)
+        listener.join()
 
 
 @contextmanager
