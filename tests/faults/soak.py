@@ -188,8 +188,10 @@ def notes_of(folder: Path, life: int, rank: int = 0) -> list[dict[str, Any]]:
 def kill(job: Job, pid: int, folder: Path, life: int, rank: int) -> Kill | None:
     """SIGKILL, and the seconds until torchrun has started the next life or has ended. None when the process had ended."""
     try:
+        if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":  # ended, and torchrun has not looked yet
+            return None
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     started = time.monotonic()
     note = [{"phase": "imports", "step": 0}, *notes_of(folder, life, rank)][-1]
