@@ -101,7 +101,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     final = Path(final)
     if not final.parent.is_dir():
-        final.parent.mkdir(parents=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         sync_path(final.parent.parent)
     temporary = final.parent / f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
     old = final.parent / f"{TEMPORARY_PREFIX}old-{final.name}-{os.getpid()}"

@@ -8,7 +8,7 @@ import logging
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,13 +65,14 @@ def heaviest_steps(orders: Iterable[np.ndarray], lengths: np.ndarray, batch_size
     for order in orders:
         starts = np.arange(0, len(order), batch_size)
         in_order = lengths[order]
-        for weights in (np.add.reduceat(in_order, starts), np.maximum.reduceat(in_order, starts)):
-            steps += [order[starts[index] : starts[index] + batch_size] for index in np.argsort(-weights, kind="stable")[:CANDIDATES]]
-        steps = [steps[index] for index in heaviest([lengths[rows].sum() for rows in steps]) | heaviest([lengths[rows].max() for rows in steps])]
+        chosen = heaviest(np.add.reduceat(in_order, starts)) | heaviest(np.maximum.reduceat(in_order, starts))
+        steps += [order[starts[index] : starts[index] + batch_size] for index in sorted(chosen)]
+        chosen = heaviest([lengths[rows].sum() for rows in steps]) | heaviest([lengths[rows].max() for rows in steps])
+        steps = [steps[index] for index in sorted(chosen)]
     return steps
 
 
-def heaviest(weights: list[int]) -> set[int]:
+def heaviest(weights: Sequence[int] | np.ndarray) -> set[int]:
     """Places of the CANDIDATES largest."""
     return set(np.argsort(-np.array(weights), kind="stable")[:CANDIDATES].tolist())
 

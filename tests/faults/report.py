@@ -35,6 +35,7 @@ DOCUMENT = tiny.ROOT / "docs/reliability.md"
 MODULES = sorted(path for folder in ("faults", "gpu") for path in (tiny.ROOT / "tests" / folder).glob("test_*.py"))
 LANES = ("F", "DSE")  # rows of one lane run one after the other; two lanes for two cores
 
+
 @lru_cache
 def load_rows() -> list[Row]:
     """All rows, in the matrix's order: F1, F2, ... F10, D1, ..."""
