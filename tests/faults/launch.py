@@ -42,7 +42,8 @@ class Job:
         if ends:
             ends.unlink(missing_ok=True)
         launcher = [*([LAUNCHER, str(ends)] if ends else ["-m"]), "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", f"--max_restarts={max_restarts}"]
-        command = [*prefix, sys.executable, *(launcher if num_processes else []), WORKER, json.dumps(plants or {}), *arguments]
+        # tests that nohup or a shell's & started would hand on that these are to be ignored
+        command = [*prefix, "env", "--default-signal=HUP,INT,QUIT", sys.executable, *(launcher if num_processes else []), WORKER, json.dumps(plants or {}), *arguments]
         hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         variables = {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", **environment}
         self.process = subprocess.Popen(
