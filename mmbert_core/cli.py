@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PeerError as error:
         if signals.requested() is None:  # else the launcher knows already
             signals.restore_defaults()
-            time.sleep(SECONDS_FOR_THE_LAUNCHER)
+            time.sleep(SECONDS_FOR_THE_LAUNCHER + context.local_rank)  # ranks that gave up together: one line
             say_error(place(error, context) + str(error))
         raise
     except Exception as error:

@@ -88,11 +88,11 @@ def test_F19_an_allocation_fails(tmp_path: Path, cases: tuple[tuple[int, str, in
         rank = max(0, num_processes - 1) if which == "last" else 0
         case, folder = f"rank {rank} of {num_processes} in {f'step {step}' if step else 'the trial'}", tmp_path / f"{num_processes}-{which}-{step}"
         folder.mkdir()
-        megabytes = 40 if step else 260  # with that threshold the C library keeps no address space of what was freed
+        megabytes = 40 if step else 260  # with that threshold the C library keeps no address space of what was freed; an arena for each thread would reserve 64 MB
         words = ["train", str(config), "--model_path", str(folder / "run")]
         if step:
             words += ["--microbatches_per_step", str(max(1, num_processes))]  # one for each rank
-        job = Job(num_processes, words, plants={"memory": [rank, step, megabytes]}, ends=folder / "ends.txt", MALLOC_MMAP_THRESHOLD_="131072")
+        job = Job(num_processes, words, plants={"memory": [rank, step, megabytes]}, ends=folder / "ends.txt", MALLOC_MMAP_THRESHOLD_="131072", MALLOC_ARENA_MAX="1")
         started = time.monotonic()
         code, lines = job.wait(seconds=LONGEST_SECONDS + 60), error_lines(job.output())
         codes = job.exit_codes()
