@@ -27,13 +27,13 @@ from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
-from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, write_json
+from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_path, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model_folder import ENCODER, WEIGHTS, build_model, config_record
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
-from mmbert_core.training.hooks import Task, run_epoch
+from mmbert_core.training.hooks import MODEL_CLASS, Task, run_epoch
 from mmbert_core.training.memory import settle_by_trial
 from mmbert_core.training.optim import build_scaler, configure_optimizers, resolve_precision
 from mmbert_core.training.run_log import RunLog
@@ -129,6 +129,14 @@ def check_no_links(folder: Path) -> None:
                 raise InputError(f"{path}: expected no links in the folder of a run, found one to {os.readlink(path)}")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Rank 0 only, in a locked folder: the halves of files that a killed run was writing; a prediction may write beside them."""
+    ours = (f"{TEMPORARY_PREFIX}{old}{name}*" for name in WRITTEN for old in ("", "old-"))
+    for path in (path for pattern in (*ours, f"{MODEL_CLASS}-*/{TEMPORARY_PREFIX}*") for path in folder.glob(pattern)):
+        remove_path(path)
+        logger.info("removed %s, left by an interrupted write", path)
+
+
 @contextmanager
 def claimed_folder(config: Config) -> Iterator[None]:
     """Collective. Inside, `model_path` of rank 0 belongs to this run alone; what a killed write left there is cleaned up.
@@ -142,6 +150,7 @@ def claimed_folder(config: Config) -> Iterator[None]:
         check_no_links(Path(config.model_path))
         lock = lock_folder(Path(config.model_path))
         checkpoint.clean_up(Path(config.model_path) / "checkpoints")
+        remove_leftovers(Path(config.model_path))
 
     try:
         distributed.on_main(claim)

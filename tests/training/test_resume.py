@@ -256,6 +256,20 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(config_of, files,
     assert f"{config.model_path}: this run is finished at step {STEPS}; nothing to do" in caplog.messages
 
 
+def test_halves_of_files_are_cleared_by_the_next_start(config_of, files):
+    config = config_of(test_path=(str(files / "test.csv"),))
+    train(config)
+    run = Path(config.model_path)
+    [tested] = run.glob("multimodal_bert-*")
+    halves = [run / ".tmp-features.json-16793", run / ".tmp-encoder-1/vocab.txt", run / ".tmp-model.safetensors", run / ".tmp-old-encoder-9/config.json", tested / ".tmp-test_result_0.tsv-1"]
+    others = [run / ".tmp-out.tsv-77", run / "notes.txt"]  # a prediction into this folder goes on
+    for path in (*halves, *others):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    train(config)
+    assert [path for path in (*halves, run / ".tmp-encoder-1", run / ".tmp-old-encoder-9") if path.exists()] == [] and all(path.exists() for path in others)
+
+
 @pytest.mark.parametrize("part", ("save_model_folder", "write_json"))
 def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, files, monkeypatch, part):
     """Its results, of which an earlier life may have left some, appear last."""
