@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -137,12 +137,13 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_stale_temporaries(folder: Path) -> list[Path]:
-    """Remove what an interrupted write left in `folder`; returns the removed paths."""
-    stale = sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")) if Path(folder).is_dir() else []
-    for path in stale:
-        remove_path(path)
-    return stale
+def remove_stale_temporaries(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Remove what an interrupted write left in `folder`, and say so; with `names`, only what was to become one of these."""
+    ours = ".*" if names is None else f"(old-)?({'|'.join(map(re.escape, names))})(-[0-9]+)?"
+    for path in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
+        if re.fullmatch(re.escape(TEMPORARY_PREFIX) + ours, path.name, re.DOTALL):
+            remove_path(path)
+            logger.info("removed %s, left by an interrupted write", path)
 
 
 # ---- the folder of a run ----

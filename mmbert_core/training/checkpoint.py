@@ -277,8 +277,7 @@ def clean_up(folder: Path) -> None:
                 remove_path(final)
                 path.rename(final)
                 sync_path(folder)
-    for path in remove_stale_temporaries(folder):
-        logger.info("removed %s, left by an interrupted write", path)
+    remove_stale_temporaries(folder)
 
 
 # ---- what a resume must agree with ----

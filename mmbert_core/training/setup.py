@@ -27,7 +27,7 @@ from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
-from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_path, write_json
+from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_stale_temporaries, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model_folder import ENCODER, WEIGHTS, build_model, config_record
@@ -131,10 +131,11 @@ def check_no_links(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Rank 0 only, in a locked folder: the halves of files that a killed run was writing; a prediction may write beside them."""
-    ours = (f"{TEMPORARY_PREFIX}{old}{name}*" for name in WRITTEN for old in ("", "old-"))
-    for path in (path for pattern in (*ours, f"{MODEL_CLASS}-*/{TEMPORARY_PREFIX}*") for path in folder.glob(pattern)):
-        remove_path(path)
-        logger.info("removed %s, left by an interrupted write", path)
+    checkpoint.clean_up(folder / "checkpoints")
+    remove_stale_temporaries(folder, WRITTEN)
+    for tested in folder.glob(f"{MODEL_CLASS}-*"):
+        if not tested.is_symlink():  # which may lead out of the run's folder
+            remove_stale_temporaries(tested)
 
 
 @contextmanager
@@ -149,7 +150,6 @@ def claimed_folder(config: Config) -> Iterator[None]:
         nonlocal lock
         check_no_links(Path(config.model_path))
         lock = lock_folder(Path(config.model_path))
-        checkpoint.clean_up(Path(config.model_path) / "checkpoints")
         remove_leftovers(Path(config.model_path))
 
     try:

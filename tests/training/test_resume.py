@@ -262,7 +262,10 @@ def test_halves_of_files_are_cleared_by_the_next_start(config_of, files):
     run = Path(config.model_path)
     [tested] = run.glob("multimodal_bert-*")
     halves = [run / ".tmp-features.json-16793", run / ".tmp-encoder-1/vocab.txt", run / ".tmp-model.safetensors", run / ".tmp-old-encoder-9/config.json", tested / ".tmp-test_result_0.tsv-1"]
-    others = [run / ".tmp-out.tsv-77", run / "notes.txt"]  # a prediction into this folder goes on
+    elsewhere = run.parent / "elsewhere"
+    (run / "multimodal_bert-link").symlink_to(elsewhere)
+    # predictions into this folder go on
+    others = [run / ".tmp-out.tsv-77", run / ".tmp-cache_out.tsv-77", run / ".tmp-encoder-out.tsv-77", run / "notes.txt", elsewhere / ".tmp-theirs"]
     for path in (*halves, *others):
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
