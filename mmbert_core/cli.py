@@ -257,7 +257,7 @@ def run() -> NoReturn:
     exit_code = 1
     with signals.caught():
         try:
-            exit_code = distributed.record(main)()
+            exit_code = distributed.record(main)() or 0  # None: `record` has swallowed the SystemExit of --help
         except Exception:  # noqa: BLE001 - main has told it
             pass
         except Stopped as stopped:  # outside of a command: nothing had begun

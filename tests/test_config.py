@@ -40,6 +40,12 @@ def message_of(*arguments, **options) -> str:
 # ---- help ----
 
 
+@pytest.mark.parametrize("words", [["train.py", "--help"], ["-m", "mmbert_core", "--help"], ["-m", "mmbert_core", "predict", "--help"]])
+def test_help_of_a_process_ends_well(words):
+    done = tiny.run_command(words)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ")
+
+
 def test_help_shows_every_key_with_meaning_and_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as left:
