@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,4 +113,12 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    if getattr(threading.excepthook, "func", None) is not _thread_failed:
+        threading.excepthook = partial(_thread_failed, threading.excepthook)
     return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+
+def _thread_failed(plain: Callable[[Any], object], failure: Any) -> None:
+    """TensorBoard's thread hands what it could not write to the next `add_scalar`; its traceback would stand in the middle of our line."""
+    if not (type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
+        plain(failure)

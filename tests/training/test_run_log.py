@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import threading
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -63,3 +65,25 @@ def test_lines_of_what_is_done_once_more_are_dropped(tmp_path, validated, tested
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     RunLog(tmp_path, is_main=True, first_step=2, total_steps=4, validated=validated, tested=tested).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:left]
+
+
+def test_curves_that_find_no_folder_are_told_once_and_in_one_line(tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's; put back afterwards
+    log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=9)
+    log.record({"step": 1, "train_loss": 0.5})
+    shutil.rmtree(tmp_path)
+    worker = log._tensorboard.file_writer.event_writer._async_writer._worker
+    worker._next_flush_time = 0  # else it writes every two minutes
+    log.record({"step": 2, "train_loss": 0.5})
+    worker.join(timeout=60)
+    assert isinstance(worker.exception, OSError), "this TensorBoard takes a folder that is gone: the test proves nothing"
+    for step in (3, 4, 5):
+        log.record({"step": step, "train_loss": 0.5})
+    log.close()
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no more curves for TensorBoard: ")
+    assert "Traceback" not in capfd.readouterr().err
+
+    failure = threading.Thread(target=lambda: 1 / 0)  # other threads are none of its business
+    failure.start()
+    failure.join()
+    assert "ZeroDivisionError" in capfd.readouterr().err
