@@ -1,7 +1,7 @@
 """Run the matrix of faults and bad inputs and put what was measured into docs/reliability.md.
 
     python -m tests.faults.report                      small counts, as pytest runs them; prints the table
-    python -m tests.faults.report --full --write       the full counts, into the document (about an hour on 2 cores)
+    python -m tests.faults.report --full --write       the full counts, into the document (an hour and a half on 2 cores)
     python -m tests.faults.report --only F2,D6         some rows
 
 The document keeps its words; only what stands between its `measured` marks is replaced.
