@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_error(str(error))
         return 2
     set_up_logging(context)
+    gc.freeze()  # the million objects that imports made stay: collections while rows are read need not look at them
     try:
         arguments = parse(argv)
         return arguments.command(arguments, context)
@@ -144,7 +145,7 @@ def build_parser() -> Parser:
     predict_parser.add_argument("input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz")
     predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write: id, probabilities, label if the input has it, predicted label")
     predict_parser.add_argument("--num_threads", type=count, metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
-    predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU (default: auto)")
+    predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)")
     predict_parser.add_argument("--sheet_safe", action="store_true", help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte")
     predict_parser.set_defaults(command=predict)
     return parser

@@ -125,7 +125,7 @@ def encode_arrays(
     first_row: int = 0,
 ) -> tuple[Arrays, int]:
     """The arrays of one chunk by name, and how many texts were cut. `books` (by column) grow; the chunk begins at `first_row`."""
-    cells = {name: chunk.frame[name].tolist() for name in chunk.frame.columns}
+    cells = chunk.cells
     numbers = np.empty((len(chunk), len(roles.numbers)), dtype=np.float64)
     for place, name in enumerate(roles.numbers):
         numbers[:, place] = _parse_column(cells[name], column=name, where=chunk.where)
@@ -148,7 +148,7 @@ def encode_arrays(
         arrays |= {"id_bytes": ids.data, "id_offsets": ids.offsets, "id_codes": _hash_cells(cells[roles.id], first_row)}
     num_cut = 0
     if roles.text:
-        tokens = tokenise(tokenizer, join_texts(chunk.frame, roles.text), max_length=max_length, max_chunks=max_chunks)
+        tokens = tokenise(tokenizer, join_texts(cells, roles.text), max_length=max_length, max_chunks=max_chunks)
         arrays |= {"token_ids": tokens.ids, "chunk_offsets": tokens.chunk_offsets, "row_chunks": tokens.row_chunks}
         num_cut = tokens.num_cut
     return arrays, num_cut
@@ -195,7 +195,12 @@ def _number_of(cell: str) -> float:
 
 def _parse_column(cells: Sequence[str], *, column: str, where: Callable[[int], str]) -> np.ndarray:
     """A numeric column -> float64 [N], NaN = missing."""
-    numbers = np.empty(len(cells), dtype=np.float64)
+    try:  # nearly all chunks: no word, nothing to refuse
+        numbers = np.fromiter(map(float, cells), dtype=np.float64, count=len(cells))
+        if "_" not in "".join(cells) and not (np.abs(numbers) > LARGEST_NUMBER).any():
+            return numbers
+    except ValueError:
+        numbers = np.empty(len(cells), dtype=np.float64)
     for index, cell in enumerate(cells):
         try:
             numbers[index] = _number_of(cell)
@@ -211,8 +216,8 @@ def _hash_cells(cells: Sequence[str], first_row: int) -> np.ndarray:
     Codes would need a dictionary of as many texts as a table of ten million rows has groups or ids. Among ten million
     hashes the chance that any two texts share one is below 1e-5.
     """
-    hashes = np.empty(len(cells), dtype=np.int64)
-    for index, cell in enumerate(cells):
-        digest = blake2b(cell.encode("utf-8"), digest_size=8).digest()
-        hashes[index] = int.from_bytes(digest, "little") >> 1 if cell else -1 - (first_row + index)
+    digests = b"".join([blake2b(cell.encode("utf-8"), digest_size=8).digest() for cell in cells])
+    hashes = (np.frombuffer(digests, dtype="<u8") >> 1).astype(np.int64)
+    empty = [index for index, cell in enumerate(cells) if not cell]
+    hashes[empty] = -1 - first_row - np.array(empty, dtype=np.int64)
     return hashes

@@ -123,7 +123,7 @@ def _check_files(config: Config, train_roles: Roles) -> None:
 
 
 def _fit_labels(train: EncodedRows, config: Config) -> Labels:
-    codes, first_rows = np.unique(train.label_codes, return_index=True)
+    codes, first_rows = _first_places(train.label_codes)
     labels = Labels.fit(
         [train.label_values[code] for code in codes],
         num_classes=config.num_classes,
@@ -137,11 +137,19 @@ def _fit_labels(train: EncodedRows, config: Config) -> Labels:
     return labels
 
 
+def _first_places(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique(codes, return_index=True) of codes [N] from 0 on, without sorting ten million of them."""
+    first = np.full(int(codes.max(initial=-1)) + 1, -1, dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last one written stays
+    present = np.flatnonzero(first >= 0)
+    return present, first[present]
+
+
 def _choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training table for training and for validation (none where val_path has them)."""
     rows = sample_rows(train.num_rows, config.max_train_rows, config.seed)
     classes = labels.lookup(train.label_values)[train.label_codes[rows]]
-    missing = set(range(len(labels.names))) - set(np.unique(classes).tolist())
+    missing = set(np.flatnonzero(np.bincount(classes, minlength=len(labels.names)) == 0).tolist())
     if missing:
         name = shown(labels.names[min(missing)])
         raise InputError(f"max_train_rows: expected rows of every class, found none of class {name} among {len(rows)} sampled training rows")
@@ -185,20 +193,33 @@ def warn_of_unseen(name: str, counts: Mapping[str, int]) -> None:
 def _warn_of_repeated_ids(table: EncodedRows) -> None:
     if table.id_codes is None:
         return
+    in_order = np.sort(table.id_codes)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return
     is_first = np.zeros(table.num_rows, dtype=bool)
     is_first[np.unique(table.id_codes, return_index=True)[1]] = True  # an empty id equals no other
-    if not is_first.all():
-        repeats = np.flatnonzero(~is_first)
-        message = "%s: %d of %d ids repeat one of an earlier row, first in %s; all rows are kept"
-        logger.warning(message, table.paths[0], len(repeats), table.num_rows, table.where(int(repeats[0])))
+    repeats = np.flatnonzero(~is_first)
+    message = "%s: %d of %d ids repeat one of an earlier row, first in %s; all rows are kept"
+    logger.warning(message, table.paths[0], len(repeats), table.num_rows, table.where(int(repeats[0])))
+
+
+def _is_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """np.isin [N] bool, by sorting `others` alone: among ten million hashes numpy's own takes ten seconds."""
+    if not len(others):
+        return np.zeros(len(values), dtype=bool)
+    others = np.sort(others)
+    places = np.searchsorted(others, values)
+    return others[np.minimum(places, len(others) - 1)] == values
 
 
 def _warn_of_shared_ids(part: Dataset, earlier: Dataset) -> None:
     """Rows that are scored by a model that learned from them, or was chosen by them."""
     if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
         return
-    codes = part.encoded.id_codes[part.rows]
-    shared = np.flatnonzero(np.isin(codes, earlier.encoded.id_codes[earlier.rows]) & (codes >= 0))  # below 0: empty
+    codes, theirs = (each.encoded.id_codes[each.rows] for each in (part, earlier))
+    if len(codes) < len(theirs):
+        theirs = theirs[_is_in(theirs, codes)]
+    shared = np.flatnonzero(_is_in(codes, theirs) & (codes >= 0))  # below 0: empty
     if len(shared):
         kind = {"train": "training", "val": "validation"}[earlier.name]
         logger.warning("%s: %d rows have an id of a %s row, first %s", part.name, len(shared), kind, part.where(int(shared[0])))

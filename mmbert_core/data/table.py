@@ -14,7 +14,7 @@ from mmbert_core.data.readers import check_once, header_of, rows_of, text_of
 from mmbert_core.errors import InputError
 
 CHUNK_ROWS = 8192
-MEMORY_PATH = "data frame"  # what stands for the path of rows that come from no file
+MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # what stands for the path of rows that come from no file
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Roles:
 
 @dataclass
 class Chunk:
-    """Consecutive rows. N rows; `frame` has object columns of str, a missing cell is ""."""
+    """Consecutive rows. N rows; `cells` holds N texts for every column, a missing cell is ""."""
 
-    frame: pd.DataFrame
+    cells: dict[str, list[str]]
     paths: list[str]  # all files of the table, as the user gave them
     file_index: np.ndarray  # [N] int64 into paths
     row: np.ndarray  # [N] int64, counted from 1 in the row's file
@@ -131,16 +131,18 @@ def read_chunks(
     kept = columns_kept(files, columns, optional)
     limits = [(kept.index(name), characters) for name, characters in (longest or {}).items()]
     rows: list[Sequence[str]] = []
-    places: list[tuple[int, int, int]] = []  # file index, row, line
+    lines: list[int] = []
+    starts: list[tuple[int, int, int]] = []  # where rows of another file begin: place in `rows`, file, row
     for file_index, path in enumerate(files):
+        starts.append((len(rows), file_index, 1))
         for row, (line, cells) in enumerate(rows_of(path, kept), start=1):
             rows.append(_shortened(cells, limits) if limits else cells)
-            places.append((file_index, row, line))
+            lines.append(line)
             if len(rows) == chunk_rows:
-                yield _chunk_of(rows, kept, files, places)
-                rows, places = [], []
+                yield _chunk_of(rows, kept, files, lines, starts)
+                rows, lines, starts = [], [], [(0, file_index, row + 1)]
     if rows:
-        yield _chunk_of(rows, kept, files, places)
+        yield _chunk_of(rows, kept, files, lines, starts)
 
 
 def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
@@ -151,16 +153,29 @@ def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequen
     """
     names = [str(name) for name in frame.columns]
     check_once(MEMORY_PATH, names)
-    texts = {}
-    for name in _columns_of(MEMORY_PATH, names, columns, optional):
-        values = frame.iloc[:, names.index(name)].astype(object)
-        texts[name] = [_frame_cell(value, name, row) for row, value in enumerate(values, start=1)]
+    kept = _columns_of(MEMORY_PATH, names, columns, optional)
+    return _chunk_in_memory(MEMORY_PATH, {name: frame.iloc[:, names.index(name)].astype(object).tolist() for name in kept}, len(frame))
+
+
+def records_to_chunk(records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
+    """The same from rows as dicts; an optional column counts when the first row has it, and must then be in all.
+
+    Raises `InputError` for a row without a column, and for a cell that is no single value.
+    """
+    rows = [{str(name): value for name, value in record.items()} for record in records]
+    kept = _columns_of(RECORDS_PATH, list(rows[0]), columns, optional) if rows else list(columns)
+    for number, row in enumerate(rows[1:], start=2):
+        _columns_of(f"{RECORDS_PATH} row {number}", list(row), kept, ())
+    return _chunk_in_memory(RECORDS_PATH, {name: [row[name] for row in rows] for name in kept}, len(rows))
+
+
+def _chunk_in_memory(path: str, values: Mapping[str, Sequence[object]], num_rows: int) -> Chunk:
     return Chunk(
-        frame=pd.DataFrame(texts, dtype=object, index=range(len(frame))),
-        paths=[MEMORY_PATH],
-        file_index=np.zeros(len(frame), dtype=np.int64),
-        row=np.arange(1, len(frame) + 1, dtype=np.int64),
-        line=np.zeros(len(frame), dtype=np.int64),
+        cells={name: [_memory_cell(value, path, name, row) for row, value in enumerate(column, start=1)] for name, column in values.items()},
+        paths=[path],
+        file_index=np.zeros(num_rows, dtype=np.int64),
+        row=np.arange(1, num_rows + 1, dtype=np.int64),
+        line=np.zeros(num_rows, dtype=np.int64),
     )
 
 
@@ -177,24 +192,26 @@ def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], option
 
 def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, int]]) -> Sequence[str]:
     """The cells, each place of `limits` with at most so many characters; the same object where none is longer."""
-    if all(len(cells[place]) <= characters for place, characters in limits):
-        return cells
-    shortened = list(cells)
     for place, characters in limits:
-        shortened[place] = shortened[place][:characters]
-    return shortened
+        if len(cells[place]) > characters:
+            cells = [*cells[:place], cells[place][:characters], *cells[place + 1 :]]
+    return cells
 
 
-def _chunk_of(rows: list[Sequence[str]], columns: list[str], files: list[str], places: list[tuple[int, int, int]]) -> Chunk:
-    file_index, row, line = np.array(places, dtype=np.int64).T.copy()
-    frame = pd.DataFrame(dict(zip(columns, zip(*rows, strict=True), strict=True)), dtype=object)
-    return Chunk(frame=frame, paths=files, file_index=file_index, row=row, line=line)
+def _chunk_of(rows: list[Sequence[str]], columns: list[str], files: list[str], lines: list[int], starts: list[tuple[int, int, int]]) -> Chunk:
+    line = np.array(lines, dtype=np.int64)
+    first, file, first_row = np.array(starts, dtype=np.int64).T
+    counts = np.diff(first, append=len(rows))
+    file_index = np.repeat(file, counts)
+    row = np.arange(len(rows)) + np.repeat(first_row - first, counts)
+    cells = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+    return Chunk(cells=cells, paths=files, file_index=file_index, row=row, line=line)
 
 
-def _frame_cell(value: object, column: str, row: int) -> str:
+def _memory_cell(value: object, path: str, column: str, row: int) -> str:
     try:
         text = text_of(value)
         text.encode("utf-8")  # half a surrogate pair is no text
         return text
     except ValueError as error:
-        raise InputError(f"{MEMORY_PATH} row {row}, column {column!r}: expected a single value, found {error}") from None
+        raise InputError(f"{path} row {row}, column {column!r}: expected a single value, found {error}") from None

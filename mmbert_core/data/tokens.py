@@ -6,14 +6,13 @@ N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmbert_core.errors import InputError
@@ -76,11 +75,11 @@ def characters_read(max_length: int, max_chunks: int) -> int:
     return CHARACTERS_PER_TOKEN * max_length * max_chunks
 
 
-def join_texts(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+def join_texts(cells: Mapping[str, list[str]], columns: Sequence[str]) -> list[str]:
     """The text columns of each row, in order, non-empty cells joined by one space."""
     if len(columns) == 1:
-        return frame[columns[0]].tolist()
-    return [" ".join(filter(None, cells)) for cells in zip(*(frame[column].tolist() for column in columns), strict=True)]
+        return cells[columns[0]]
+    return [" ".join(filter(None, parts)) for parts in zip(*(cells[column] for column in columns), strict=True)]
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_length: int, max_chunks: int) -> Tokens:
@@ -93,24 +92,25 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     if max_length <= tokenizer.num_special_tokens_to_add():
         raise InputError(f"max_length: expected more than {tokenizer.num_special_tokens_to_add()} (the special tokens), found {max_length}")
     most_characters = characters_read(max_length, max_chunks)
-    row_chunks = np.zeros(len(texts) + 1, dtype=np.int64)
-    lengths: list[int] = []  # of every chunk so far
+    lengths: list[int] = []  # of every chunk
+    counts: list[int] = []  # chunks of every row
     ids: list[np.ndarray] = []
     num_cut = 0
+    empty = [tokenizer.pad_token_id or 0]  # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
     with _truncating(tokenizer.backend_tokenizer, max_length) as backend:
         for start in range(0, len(texts), ENCODED_AT_ONCE):
             some = texts[start : start + ENCODED_AT_ONCE]
-            chunks: list[list[int]] = []
-            for row, encoding in enumerate(backend.encode_batch_fast([text[:most_characters] for text in some])):
-                more = encoding.overflowing
-                # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
-                chunks.append(encoding.ids or [tokenizer.pad_token_id or 0])
-                chunks.extend(part.ids for part in more[: max_chunks - 1])
-                row_chunks[start + row + 1] = len(lengths) + len(chunks)
-                num_cut += len(more) > max_chunks - 1 or len(some[row]) > most_characters
+            encodings = backend.encode_batch_fast([text[:most_characters] for text in some])
+            more = [encoding.overflowing for encoding in encodings]
+            if any(more) and max_chunks > 1:
+                chunks = [part.ids or empty for encoding, parts in zip(encodings, more, strict=True) for part in (encoding, *parts[: max_chunks - 1])]
+            else:
+                chunks = [encoding.ids or empty for encoding in encodings]
+            num_cut += sum(len(parts) > max_chunks - 1 or len(text) > most_characters for parts, text in zip(more, some, strict=True))
+            counts.extend(min(len(parts) + 1, max_chunks) for parts in more)
             lengths.extend(map(len, chunks))
             ids.append(np.fromiter(chain.from_iterable(chunks), dtype=np.int32))
-    chunk_offsets = np.concatenate([[0], np.cumsum(np.array(lengths, dtype=np.int64))]).astype(np.int64)
+    chunk_offsets, row_chunks = (np.concatenate([[0], np.cumsum(np.array(each, dtype=np.int64))]).astype(np.int64) for each in (lengths, counts))
     return Tokens(ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]), chunk_offsets=chunk_offsets, row_chunks=row_chunks, num_cut=num_cut)
 
 

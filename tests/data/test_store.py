@@ -62,10 +62,10 @@ def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, wri
         assert getattr(stored, name).dtype == getattr(memory, name).dtype, name
     for name in ("ids", "chunk_offsets", "row_chunks"):
         assert np.array_equal(getattr(stored.tokens, name), getattr(memory.tokens, name)), name
-    assert stored.ids.take(np.arange(43)) == chunk.frame["id"].tolist()
+    assert stored.ids.take(np.arange(43)) == chunk.cells["id"]
     assert [stored.where(row) for row in range(43)] == [chunk.where(row) for row in range(43)]
     empty = stored.id_codes < 0  # an empty id equals no other
-    assert empty.sum() == (chunk.frame["id"] == "").sum() and len(set(stored.id_codes[empty].tolist())) == empty.sum()
+    assert empty.sum() == chunk.cells["id"].count("") and len(set(stored.id_codes[empty].tolist())) == empty.sum()
 
 
 @pytest.mark.parametrize("roles", [ROLES, replace(ROLES, id="text"), replace(ROLES, group="text")])

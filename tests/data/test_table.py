@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from mmbert_core.data.readers import header_of, text_of
-from mmbert_core.data.table import Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks
+from mmbert_core.data.table import Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
 from mmbert_core.errors import InputError
 
 ODD_CELLS = ["007", "NA", "=1+1", "a\tb", "line\nbreak", "line\r\nbreak", 'quote " inside', "1e5", "ü 漢 🙂", " space ", "", "x" * 300]
@@ -18,7 +18,7 @@ ODD_CELLS = ["007", "NA", "=1+1", "a\tb", "line\nbreak", "line\r\nbreak", 'quote
 
 def cells_of(paths, columns, **options):
     chunks = list(read_chunks([str(path) for path in paths], columns, **options))
-    return [tuple(record) for chunk in chunks for record in chunk.frame[columns].itertuples(index=False, name=None)]
+    return [tuple(record) for chunk in chunks for record in zip(*(chunk.cells[column] for column in columns))]
 
 
 def error_of(path, columns=("a", "b"), **options):
@@ -57,8 +57,8 @@ def test_windows_line_ends_are_no_part_of_cells_but_stay_in_quotes(tmp_path):
 def test_columns_come_in_the_asked_order_and_others_are_dropped(write_table):
     path = write_table("t.csv", ["c", "b", "a"], [(3, 2, 1)])
     [chunk] = read_chunks([path], ["a", "b"])
-    assert list(chunk.frame.columns) == ["a", "b"]
-    assert chunk.frame.to_dict("records") == [{"a": "1", "b": "2"}]
+    assert list(chunk.cells) == ["a", "b"]
+    assert chunk.cells == {"a": ["1"], "b": ["2"]}
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 100])
@@ -74,7 +74,7 @@ def test_chunks_run_on_over_files_and_know_their_places(write_table, chunk_rows)
         f"{first} row 1 (line 2)", f"{first} row 2 (line 4)", f"{first} row 3 (line 5)",
         f"{second} row 1 (line 2)", f"{second} row 2 (line 3)", f"{second} row 3 (line 6)", f"{second} row 4 (line 7)",
     ]  # fmt: skip
-    assert [cell for chunk in chunks for cell in chunk.frame["a"]] == ["x\ny", "b", "c", "d", "e\n\n", "f", "g"]
+    assert [cell for chunk in chunks for cell in chunk.cells["a"]] == ["x\ny", "b", "c", "d", "e\n\n", "f", "g"]
 
 
 def test_parquet_rows_have_no_lines(tmp_path):
@@ -82,7 +82,7 @@ def test_parquet_rows_have_no_lines(tmp_path):
     chunks = list(read_chunks([str(tmp_path / "t.parquet")], ["a"], chunk_rows=4999))
     assert [len(chunk) for chunk in chunks] == [4999, 1]
     assert chunks[1].where(0) == f"{tmp_path / 't.parquet'} row 5000"
-    assert chunks[1].frame["a"].tolist() == ["4999"]
+    assert chunks[1].cells["a"] == ["4999"]
 
 
 def test_a_header_alone_gives_no_chunk(write_table):
@@ -236,8 +236,7 @@ def test_unknown_suffix(tmp_path, name):
 def test_a_frame_in_memory_gives_the_same_chunk():
     frame = pd.DataFrame({"n": [1.5, None], "s": ["x", None], "i": [2**53 + 1, 2], "t": [True, False], "extra": [0, 0]}, index=[5, 5])
     chunk = frame_to_chunk(frame, ["i", "s", "n"], ["t", "label"])
-    expected = [{"i": "9007199254740993", "s": "x", "n": "1.5", "t": "true"}, {"i": "2", "s": "", "n": "", "t": "false"}]
-    assert chunk.frame.to_dict("records") == expected
+    assert chunk.cells == {"i": ["9007199254740993", "2"], "s": ["x", ""], "n": ["1.5", ""], "t": ["true", "false"]}
     assert chunk.where(1) == "data frame row 2"
     with pytest.raises(InputError, match="data frame: column 'x' not found"):
         frame_to_chunk(frame, ["x"])
@@ -255,3 +254,16 @@ def test_text_of_typed_cells():
 def test_roles_list_each_input_once():
     roles = Roles(text=("t", "k"), numbers=("n",), categories=("k",), label="y", id="t", group="g")
     assert roles.inputs() == ["t", "k", "n"]
+
+
+def test_rows_as_dicts_give_the_same_chunk():
+    records = [{"n": 1.5, "s": "x", "i": 2**53 + 1, "t": True, "extra": 0}, {"t": False, "i": 2, "s": None, "n": None}]
+    chunk = records_to_chunk(records, ["i", "s", "n"], ["t", "label"])
+    assert chunk.cells == {"i": ["9007199254740993", "2"], "s": ["x", ""], "n": ["1.5", ""], "t": ["true", "false"]}
+    assert chunk.where(1) == "data row 2" and len(records_to_chunk([], ["i"])) == 0
+    with pytest.raises(InputError, match="data: column 'x' not found"):
+        records_to_chunk(records, ["x"])
+    with pytest.raises(InputError, match="data row 2: column 'extra' not found"):
+        records_to_chunk(records, ["extra"])
+    with pytest.raises(InputError, match="data row 1, column 's': expected a single value"):
+        records_to_chunk([{"s": ["x", "y"]}], ["s"])

@@ -4,7 +4,6 @@ import json
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 from tests.data.conftest import WORDS
 from transformers import BertConfig
@@ -57,10 +56,10 @@ def test_every_text_gives_bounded_chunks_quickly(tokenizer, text):
 
 
 def test_texts_are_joined_by_one_space_without_empty_cells():
-    frame = pd.DataFrame({"a": ["x", "", ""], "b": ["y", "z", ""]}, dtype=object)
-    assert join_texts(frame, ["a", "b"]) == ["x y", "z", ""]
-    assert join_texts(frame, ["b", "a"]) == ["y x", "z", ""]
-    assert join_texts(frame, ["a"]) == ["x", "", ""]
+    cells = {"a": ["x", "", ""], "b": ["y", "z", ""]}
+    assert join_texts(cells, ["a", "b"]) == ["x y", "z", ""]
+    assert join_texts(cells, ["b", "a"]) == ["y x", "z", ""]
+    assert join_texts(cells, ["a"]) == ["x", "", ""]
 
 
 def test_fingerprint_knows_the_vocabulary_and_not_the_last_call(tokenizer, encoder_folder, tmp_path):
