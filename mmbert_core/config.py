@@ -66,7 +66,7 @@ class Config:
     max_epochs: int = setting(10, "optimisation", "passes over the training rows")
     batch_size: int = setting(32, "optimisation", "rows of one optimizer step over all processes")
     microbatches_per_step: int | Literal["auto"] = setting(
-        "auto", "optimisation", "parts of a step, each of similar text lengths, computed one at a time; auto is settled before step 1 and printed"
+        "auto", "optimisation", "parts of a step, each of similar text lengths, computed one at a time (more: less memory); auto is settled before step 1 and printed"
     )
     lr: float = setting(2e-5, "optimisation", "peak learning rate of AdamW; small encoders need more, such as 2e-4")
     head_lr: float | None = setting(None, "optimisation", "peak learning rate of everything but the encoder; none: lr")

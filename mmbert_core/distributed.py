@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401 - wraps the main function of a worker
 from torch.nn.parallel import DistributedDataParallel
 
@@ -347,18 +348,49 @@ def _raise_failure(rank: int, own: Exception | None, report: tuple[bool, str] | 
     raise InputError(message) if is_input_error else PeerError(f"rank {rank}: {message}")
 
 
-def wrap_ddp(model: nn.Module, context: DistContext) -> nn.Module:
+@dataclass
+class UsedRows:
+    """Which rows of an embedding a step looks up, on all ranks together; the others have a gradient of zero everywhere."""
+
+    weight: nn.Parameter  # [V, H]
+    rows: torch.Tensor | None = None  # [U] int64, alike on all ranks; none: all rows
+
+
+def wrap_ddp(model: nn.Module, context: DistContext, used: UsedRows | None = None) -> nn.Module:
     """Collective. The module behind DDP, or itself in a single process. Parameters become rank 0's.
 
-    Buffers are constants here (column statistics), so DDP need not broadcast them at every forward. Evaluate and save
-    the unwrapped module: DDP's forward is a collective.
+    Buffers are constants here (column statistics), so DDP need not broadcast them at every forward. Without device_ids
+    it leaves inputs where they are: texts are packed on the CPU. Evaluate and save the unwrapped module: DDP's forward is a collective.
+    With `used`, which the caller keeps up to date, the ranks sum no more of that embedding's gradient than its used rows:
+    the vocabulary is half of a small BERT, the last part of a backward pass, and a step looks up a few hundred tokens of it.
     """
     if not is_distributed():
         return model
-    device_ids = [context.device] if context.device.type == "cuda" else None
     # torch 2.13 renamed the flag
     flag = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **{flag: False})
+    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
+    if used is not None:
+        ddp_model.register_comm_hook(used, _average_used_rows)
+    return ddp_model
+
+
+def _average_used_rows(used: UsedRows, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: mean over the ranks of a bucket of gradients, in which the used rows stand for their embedding."""
+    buffer, gradients = bucket.buffer(), bucket.gradients()
+    place = next((index for index, parameter in enumerate(bucket.parameters()) if parameter is used.weight), None)
+    if place is None or used.rows is None:
+        return allreduce_hook(None, bucket)
+    rows = used.rows
+    parts = [gradient.index_select(0, rows) if index == place else gradient for index, gradient in enumerate(gradients)]
+    flat = torch.cat([part.flatten() for part in parts]).div_(dist.get_world_size())
+
+    def write_back(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        [mean] = done.value()
+        for index, (gradient, part) in enumerate(zip(gradients, mean.split([part.numel() for part in parts]), strict=True)):
+            gradient.index_copy_(0, rows, part.view(len(rows), -1)) if index == place else gradient.copy_(part.view_as(gradient))
+        return buffer
+
+    return dist.all_reduce(flat, async_op=True).get_future().then(write_back)
 
 
 def no_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:

@@ -7,8 +7,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,11 +20,12 @@ from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.dataset import Dataset, encode_for_prediction
 from mmbert_core.data.encoding import longest_texts
 from mmbert_core.data.prepare import warn_of_cut_texts, warn_of_unseen
-from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks
+from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.evaluation.predictions import Columns, header, prediction_columns, tsv_line, tsv_rows
 from mmbert_core.files import TEMPORARY_PREFIX, naming, sync_path
+from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model_folder import LoadedModel, load_model_folder
 from mmbert_core.training import hooks
@@ -33,6 +35,7 @@ from mmbert_core.training.optim import resolve_precision
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+Rows = TypeVar("Rows", pd.DataFrame, list[Mapping[str, Any]], Mapping[str, Any])
 
 
 class Predictor:
@@ -44,12 +47,21 @@ class Predictor:
         config = loaded.config
         if precision == "auto" and context.device.type == "cuda":
             precision = loaded.resolved["precision"]  # as the run's own test stage did
+        if precision == "int8":
+            precision = "fp32"  # of all but the encoder's linear layers
+            if context.device.type != "cpu":
+                raise InputError("precision int8: expected to predict on the CPU, found a GPU (use bf16, or hide the GPU with CUDA_VISIBLE_DEVICES=)")
+            if loaded.model.text_subnetwork is not None:
+                quantise_linears(loaded.model.text_subnetwork.encoder)
         self.task = Task(config.is_binary, build_loss_op(None), resolve_precision(precision, context.device), context.device)
         loaded.model.to(context.device).eval()
 
     @classmethod
     def from_folder(cls, folder: str | Path, context: DistContext | None = None, *, precision: str = "auto") -> "Predictor":
-        """Load a model folder. Raises `InputError` when it is not a whole one."""
+        """Load a model folder. Raises `InputError` when it is not a whole one.
+
+        `precision`: "auto" (on a GPU as the model was trained, on the CPU fp32), "fp32", "bf16", "fp16" or, on the CPU, "int8".
+        """
         return cls(load_model_folder(folder), context or distributed.read_context(), precision=precision)
 
     def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False) -> int:
@@ -94,17 +106,23 @@ class Predictor:
         warn_of_unseen("input", unseen)
         return num_rows
 
-    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Collective. The rows of a frame as a prediction file has them, in the frame's order; probabilities are float32.
+    def predict(self, rows: Rows) -> Rows:
+        """Collective. Rows as a prediction file has them, in their order: a frame for a frame, a list of dicts for a list, a dict for one row.
 
-        Cells may be texts or numbers. Raises `InputError` for a missing column or a cell that cannot be.
+        Cells may be texts or numbers. Probabilities are float32 in a frame. Raises `InputError` for a missing column or a cell that cannot be.
         """
-        config = self.loaded.config
-        dataset = self._encode(frame_to_chunk(frame, Roles.from_config(config).inputs(), (config.label_name,)))
-        result = self.score(dataset)
-        warn_of_cut_texts(dataset.encoded.num_cut, len(dataset), config)
-        warn_of_unseen("data frame", dataset.unseen())
-        return pd.DataFrame(self._columns(dataset, result), index=frame.index)
+        if isinstance(rows, Mapping):
+            return self.predict([rows])[0]
+        inputs, optional = Roles.from_config(self.loaded.config).inputs(), (self.loaded.config.label_name,)
+        chunk = frame_to_chunk(rows, inputs, optional) if isinstance(rows, pd.DataFrame) else records_to_chunk(rows, inputs, optional)
+        dataset = self._encode(chunk)
+        columns = self._columns(dataset, self.score(dataset))
+        warn_of_cut_texts(dataset.encoded.num_cut, len(dataset), self.loaded.config)
+        warn_of_unseen("data in memory", dataset.unseen())
+        if isinstance(rows, pd.DataFrame):
+            return pd.DataFrame(columns, index=rows.index)
+        values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*values, strict=True)]
 
     def _encode(self, chunk: Chunk) -> Dataset:
         loaded, config = self.loaded, self.loaded.config

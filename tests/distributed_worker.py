@@ -91,6 +91,32 @@ def poll(context: DistContext) -> list[bool]:
     return heard
 
 
+def embedding_gradients(context: DistContext) -> dict[str, Any]:
+    """The mean gradients of an embedding and a layer behind it, with all of its rows summed and with its used rows alone."""
+    ids, found = torch.tensor([[1, 7, 7], [2, 7, 90]])[context.rank], {}
+    plain, sent = distributed.dist.all_reduce, []
+
+    def noting(tensor, *arguments, **options):
+        sent.append(tensor.numel())
+        return plain(tensor, *arguments, **options)
+
+    distributed.dist.all_reduce = noting
+    for name, rows in (("all", None), ("used", torch.tensor([1, 2, 7, 90]))):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(100, 4), torch.nn.Linear(4, 3))
+        used = distributed.UsedRows(model[0].weight, rows)
+        ddp_model = distributed.wrap_ddp(model, context, used)
+        for step in range(2):  # DDP lays out its buckets anew after the first
+            ddp_model.zero_grad(set_to_none=True)
+            with distributed.no_sync(ddp_model, enabled=True):
+                ddp_model(ids[:1]).square().sum().backward()
+            sent.clear()
+            ddp_model(ids[1:]).square().sum().backward()
+        found[name] = {"gradients": [parameter.grad.tolist() for parameter in model.parameters()], "sent": sum(sent)}
+    distributed.dist.all_reduce = plain
+    return found
+
+
 def stops_together(config: Config, context: DistContext) -> list[str]:
     """A loss that is not a number on rank 1 alone, at its third micro-batch."""
     plain, calls = hooks.training_step, [0]
@@ -116,7 +142,7 @@ def main() -> None:
     distributed.set_threads(1, context)
     configs = {name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()}
     with distributed.process_group(context):
-        result = {"collectives": collectives(context), "errors": errors(context), "poll": poll(context)}
+        result = {"collectives": collectives(context), "errors": errors(context), "poll": poll(context), "embedding": embedding_gradients(context)}
         for name, config in configs.items():
             tiny.train(config, context)
         poisoned = replace(configs["few parts"], model_path=str(folder / "poisoned"), microbatches_per_step=2)

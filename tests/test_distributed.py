@@ -75,10 +75,7 @@ def test_an_error_of_rank_0_reaches_every_rank_as_what_it_is(ranks):
 def test_two_processes_train_as_one(ranks, configs, tmp_path, name):
     """Also when a rank has no micro-batch, and when a rank would wait for gradients that never come."""
     two, one = configs[name], replace(configs[name], model_path=str(tmp_path / "one"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     results, _ = tiny.train(one)
-    torch.set_num_threads(threads)
     losses = [[line["train_loss"] for line in tiny.metrics_lines(config.model_path) if "train_loss" in line] for config in (one, two)]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     weights = [load_file(Path(config.model_path) / "model.safetensors") for config in (one, two)]
@@ -102,6 +99,13 @@ def test_a_failure_of_any_rank_is_one_of_all(ranks):
 
 def test_a_flag_of_one_rank_is_heard_by_all_at_the_same_question(ranks):
     assert ranks[0]["poll"] == ranks[1]["poll"] == [False] * 5 + [True]  # raised by rank 1 at the fourth
+
+
+def test_the_used_rows_of_an_embedding_are_summed_alone_and_the_gradients_are_the_same(ranks):
+    every, used = (ranks[0]["embedding"][name] for name in ("all", "used"))
+    assert used["gradients"] == every["gradients"] == ranks[1]["embedding"]["used"]["gradients"]
+    assert [row for row, gradient in enumerate(used["gradients"][0]) if any(gradient)] == [1, 2, 7, 90]
+    assert used["sent"] == 4 * 4 + 4 * 3 + 3 and every["sent"] in (0, 100 * 4 + 4 * 3 + 3)  # 0: torch's own, not through Python
 
 
 # ---- one process ----

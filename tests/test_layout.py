@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("data.batches", "data.sample", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
          "data.encoding", "data.store", "data.dataset", "data.prepare"),
-        ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.text_encoder", "model.multimodal_bert"),
+        ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.multimodal_bert"),
         ("evaluation.predictions", "evaluation.metrics", "evaluation.plots"),
     ),
     (("model_folder", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "training.memory", "training.setup"),),

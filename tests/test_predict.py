@@ -373,10 +373,24 @@ def test_a_frame_is_scored_as_its_file(several, tmp_path):
     """`Predictor.predict` of rows in memory, whatever their index, equals the command's file."""
     frame = read_csv(several / "test.csv")
     frame.index = frame.index[::-1] * 2
+    torch.set_num_threads(1)  # as the run had
     predicted = Predictor.from_folder(several / "run").predict(frame)
     written = pd.read_csv(test_file_of(several / "run"), sep="\t", dtype=str, keep_default_na=False)
     assert predicted.index.tolist() == frame.index.tolist() and predicted.columns.tolist() == written.columns.tolist()
     assert predicted.astype(str).to_numpy().tolist() == written.to_numpy().tolist()
+
+
+def test_rows_as_dicts_are_scored_as_the_frame(several, tmp_path):
+    frame = read_csv(several / "test.csv")
+    predictor = Predictor.from_folder(several / "run")
+    records = frame.to_dict("records")
+    predicted = predictor.predict(frame)
+    assert predictor.predict(records) == predicted.astype(object).to_dict("records")
+    assert predictor.predict([]) == []
+    one = predictor.predict(records[3])
+    assert {key: one[key] for key in ("row_id", "label", "pred")} == {key: predicted[key].iloc[3] for key in ("row_id", "label", "pred")}
+    assert all(one[key] == pytest.approx(value, abs=1e-6) for key, value in predicted.iloc[3].items() if key.startswith("prob"))
+    assert "label" not in predictor.predict({key: value for key, value in records[3].items() if key != "label"})
 
 
 def test_predictions_do_not_depend_on_threads_left_by_a_caller(tables, tmp_path):

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import Data, prepare
-from mmbert_core.distributed import DistContext, read_context
+from mmbert_core.distributed import DistContext, read_context, set_threads
 from mmbert_core.training.loop import fit
 from mmbert_core.training.setup import prepare_model
 
@@ -73,11 +73,15 @@ def settings(folder: Path, *, num_rows: int = 64, num_classes: int = 2, **change
 
 
 def train(config: Config, context: DistContext | None = None) -> tuple[dict[str, Any], Data]:
-    """Prepare and fit in this process (or, inside a process group, on every rank)."""
-    context = context or read_context()
-    data = prepare(config)
-    model, pooling = prepare_model(config, data)
-    return fit(config, data, model, pooling, context), data
+    """Prepare and fit in this process (or, inside a process group, on every rank), with the config's threads, as the command does."""
+    context, threads = context or read_context(), torch.get_num_threads()
+    set_threads(config.num_threads, context)
+    try:
+        data = prepare(config)
+        model, pooling = prepare_model(config, data)
+        return fit(config, data, model, pooling, context), data
+    finally:
+        torch.set_num_threads(threads)
 
 
 def metrics_lines(folder: Path) -> list[dict[str, Any]]:

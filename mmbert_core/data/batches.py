@@ -26,47 +26,56 @@ def step_rows(order: np.ndarray, index: int, batch_size: int) -> np.ndarray:
     return order[index * batch_size : (index + 1) * batch_size]
 
 
-def micro_batches(rows: np.ndarray, lengths: np.ndarray, count: int) -> list[np.ndarray]:
-    """A step's rows [B], sorted by length and cut into min(count, B) parts whose largest padded area is least.
+def micro_batches(rows: np.ndarray, lengths: np.ndarray, count: int, *, packed: bool = False) -> list[np.ndarray]:
+    """A step's rows [B], sorted by length and cut into min(count, B) parts of which the most expensive is as cheap as can be.
 
-    `lengths` [B] int are the tokens of these rows; the padded area of a part is its rows times its longest row.
+    `lengths` [B] int are the tokens of these rows. A part costs its padded area, rows times the longest, or, where the
+    model packs rows end to end, its tokens.
     """
     sorting = np.lexsort((rows, lengths))
     rows, lengths = rows[sorting], np.maximum(lengths[sorting], 1)
+    tokens = np.concatenate([[0], np.cumsum(lengths)])  # before each row
+
+    def cost(start: int, stop: int) -> int:
+        return int(tokens[stop] - tokens[start]) if packed else (stop - start) * int(lengths[stop - 1])
+
+    def first_of(stop: int, limit: int) -> int:
+        """Where a part that ends at `stop` may begin at the earliest."""
+        return int(np.searchsorted(tokens, tokens[stop] - limit)) if packed else max(0, stop - limit // int(lengths[stop - 1]))
+
+    def greedy_cuts(limit: int) -> list[int]:
+        """First rows of parts filled from the long end up to `limit`."""
+        cuts, stop = [], len(rows)
+        while stop > 0:
+            stop = first_of(stop, limit)
+            cuts.append(stop)
+        return cuts
+
     count = min(count, len(rows))
-    low, high = int(lengths[-1]), int(lengths[-1]) * len(rows)
-    while low < high:  # the smallest area limit with which a greedy cut from the long end needs no more parts
+    low, high = int(lengths[-1]), cost(0, len(rows))
+    while low < high:  # the smallest limit with which a greedy cut needs no more parts
         limit = (low + high) // 2
-        low, high = (low, limit) if len(_greedy_cuts(lengths, limit)) <= count else (limit + 1, high)
-    cuts = _greedy_cuts(lengths, low)
-    while len(cuts) < count:  # parts to spare: halve the one with the largest area
+        low, high = (low, limit) if len(greedy_cuts(limit)) <= count else (limit + 1, high)
+    cuts = greedy_cuts(low)
+    while len(cuts) < count:  # parts to spare: halve the most expensive one
         starts = [*sorted(cuts), len(rows)]
-        areas = [(stop - start) * lengths[stop - 1] if stop - start > 1 else 0 for start, stop in zip(starts, starts[1:])]
-        widest = int(np.argmax(areas))
+        costs = [cost(start, stop) if stop - start > 1 else 0 for start, stop in zip(starts, starts[1:])]
+        widest = int(np.argmax(costs))
         cuts.append((starts[widest] + starts[widest + 1]) // 2)
     starts = [*sorted(cuts), len(rows)]
     return [rows[start:stop] for start, stop in zip(starts, starts[1:])]
 
 
-def _greedy_cuts(lengths: np.ndarray, limit: int) -> list[int]:
-    """First positions of parts of ascending `lengths`, filled from the long end up to the area `limit`."""
-    cuts, stop = [], len(lengths)
-    while stop > 0:
-        stop = max(0, stop - limit // int(lengths[stop - 1]))
-        cuts.append(stop)
-    return cuts
-
-
-def deal(areas: Sequence[int], num_ranks: int) -> list[list[int]]:
+def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Micro-batch indices for each rank: the largest first, each to the rank with least so far (Graham's LPT rule).
 
     A rank's list ascends. A rank may get none when there are fewer micro-batches than ranks.
     """
     loads: list[int] = [0] * num_ranks
     hands: list[list[int]] = [[] for _ in range(num_ranks)]
-    for index in sorted(range(len(areas)), key=lambda i: (-areas[i], i)):
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = loads.index(min(loads))
-        loads[rank] += areas[index]
+        loads[rank] += costs[index]
         hands[rank].append(index)
     return [sorted(hand) for hand in hands]
 
@@ -79,7 +88,7 @@ def settle_micro_batches(asked: int | str, *, batch_size: int, num_ranks: int, r
     return -(-wanted // num_ranks) * num_ranks
 
 
-def evaluation_batches(lengths: np.ndarray, *, token_budget: int = 8192, max_rows: int = 256, window: int = WINDOW) -> list[np.ndarray]:
+def evaluation_batches(lengths: np.ndarray, *, token_budget: int = 2048, max_rows: int = 256, window: int = WINDOW) -> list[np.ndarray]:
     """All rows [N] in batches of at most `token_budget` padded tokens, sorted by length inside each window of rows.
 
     A reader that streams windows of `window` rows makes the same batches, so predictions of a stream equal those of a

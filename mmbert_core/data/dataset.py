@@ -30,9 +30,13 @@ class Batch:
     ids: list[str] | None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its inputs and labels on `device`."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "row_index"}
-        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        """The same batch with its columns and labels on `device`. Texts stay: the model packs them first and moves what is left."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in ("numbers", "categories", "labels")}
+        to_gpu = torch.device(device).type == "cuda"  # pinned, or the copy waits for what the GPU computes
+        moved = {
+            name: (value.pin_memory() if to_gpu and value.device.type == "cpu" else value).to(device, non_blocking=True)
+            for name, value in values.items() if value is not None
+        }  # fmt: skip
         return replace(self, **moved)
 
 
@@ -54,6 +58,7 @@ class Dataset:
         """`rows` picks rows of `encoded`, none: all. With `require_labels` a missing or unknown label is an `InputError`."""
         self.encoded = encoded
         self.name = name
+        self.packed = False  # set by a run, which knows the model: rows are learned end to end, and padding costs nothing
         self.rows = np.arange(encoded.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)  # [N]
         self._features = features
         self._lookups = features.category_lookup(encoded.vocabularies)
@@ -94,16 +99,25 @@ class Dataset:
         """Categorical column -> its cells with a value that training never saw; columns without one are left out."""
         return dict(unseen_counts(self._lookups, self.encoded.category_codes[self.rows], self._features.category_names))
 
-    def area(self, positions: Sequence[int] | np.ndarray) -> int:
-        """Cells that the encoder computes for these rows as one batch: real chunks times the longest; without text the rows."""
+    def cost(self, positions: Sequence[int] | np.ndarray) -> int:
+        """What these rows cost as one micro-batch: real tokens when packed, else real chunks times the longest; without text the rows."""
         tokens, rows = self.encoded.tokens, self.rows[positions]
         if tokens is None:
             return len(rows)
+        if self.packed:
+            return int(self.lengths[positions].sum())
         if self.encoded.max_chunks == 1:
             return len(rows) * int(self.lengths[positions].max(initial=1))
         first, last = tokens.row_chunks[rows], tokens.row_chunks[rows + 1]
         chunks = np.concatenate([np.arange(start, stop) for start, stop in zip(first, last, strict=True)])
         return len(chunks) * int((tokens.chunk_offsets[chunks + 1] - tokens.chunk_offsets[chunks]).max(initial=1))
+
+    def used_token_ids(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The different token ids of these rows [U] int64, ascending; padding's is always one."""
+        tokens, rows = self.encoded.tokens, self.rows[positions]
+        starts, stops = (tokens.chunk_offsets[tokens.row_chunks[places]] for places in (rows, rows + 1))
+        texts = [tokens.ids[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        return np.unique(np.concatenate([*texts, [self._pad_token_id]])).astype(np.int64)
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
         """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""

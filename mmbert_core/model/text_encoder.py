@@ -1,4 +1,4 @@
-"""The text half: a pretrained encoder, its pooling and its projection. Floor 1; imports errors and model.pretrained."""
+"""The text half: a pretrained encoder, its pooling and its projection. Floor 1; imports errors, model.pretrained, model.dropout and model.packing."""
 
 # B rows, C chunks of a row, N real chunks of the batch, T tokens, H hidden size of the encoder, D hidden_common_dim
 
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from mmbert_core.errors import InputError
+from mmbert_core.model import packing
+from mmbert_core.model.dropout import Dropout, replace_dropouts
 from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder
 
 __all__ = ["TextBertBase", "build_encoder", "load_pretrained_encoder", "reinitialise", "resolve_pooling"]
@@ -110,9 +112,12 @@ class TextBertBase(nn.Module):
             encoder.pooler = None
         self.encoder = encoder
         self.pooling = pooling
+        replace_dropouts(encoder)
+        self.is_packed = packing.use_packed_attention(encoder)
+        self.ends_at_first_tokens = self.is_packed and pooling != "mean" and packing.end_at_first_tokens(encoder)
         # Longformer and its kin: the row's vector is read at the first token, which must see the whole text.
         self.has_global_attention = "global_attention_mask" in inspect.signature(encoder.forward).parameters
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(encoder.config.hidden_size, hidden_common_dim)
         self.output_text_dim = hidden_common_dim
 
@@ -120,6 +125,7 @@ class TextBertBase(nn.Module):
         """``input_ids``, ``attention_mask`` int64 [B, T], or [B, C, T] for rows of several chunks -> [B, D].
 
         A chunk without a real token is padding of the chunk axis: it is not encoded and does not count in the mean.
+        Both may lie on any device; texts on the CPU are packed there, and the GPU need not be waited for.
         """
         if input_ids.ndim == 2:
             pooled = self._pool(input_ids, attention_mask)  # [B, H]
@@ -127,13 +133,17 @@ class TextBertBase(nn.Module):
             real = attention_mask.any(dim=2)  # [B, C]
             chunks = self._pool(input_ids[real], attention_mask[real])  # [N, H]
             # Scattered back rather than index_add: every slot is written once, so the sum's order is fixed.
-            by_row = chunks.new_zeros(*real.shape, chunks.shape[-1])  # [B, C, H]
-            by_row[real] = chunks
-            pooled = by_row.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)  # [B, H]
+            places, counts = (packing.moved(made, chunks.device) for made in (real.flatten().nonzero()[:, 0], real.sum(dim=1, keepdim=True).clamp(min=1)))
+            by_row = chunks.new_zeros(real.numel(), chunks.shape[-1]).index_copy(0, places, chunks)  # [B x C, H]
+            pooled = by_row.unflatten(0, real.shape).sum(dim=1) / counts  # [B, H]
         return self.linear(self.dropout(pooled))
 
     def _pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[N, T] -> [N, H]"""
+        if self.is_packed:
+            return self._pool_packed(input_ids, attention_mask)
+        device = self.linear.weight.device
+        input_ids, attention_mask = input_ids.to(device, non_blocking=True), attention_mask.to(device, non_blocking=True)
         extra = {}
         if self.has_global_attention:
             extra["global_attention_mask"] = torch.zeros_like(attention_mask)
@@ -146,3 +156,12 @@ class TextBertBase(nn.Module):
             return hidden[:, 0]
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+    def _pool_packed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[N, T] -> [N, H]"""
+        arguments, layout = packing.pack(self.encoder, input_ids, attention_mask)
+        hidden = self.encoder(**arguments, return_dict=True).last_hidden_state.squeeze(0)  # [S, H]
+        if self.pooling == "mean":
+            return layout.means(hidden)
+        first = hidden if self.ends_at_first_tokens else layout.first_tokens(hidden)  # [N, H]
+        return first if self.pooling == "cls" else self.encoder.pooler(first[:, None])

@@ -33,6 +33,7 @@ from mmbert_core.training.optim import autocast
 logger = logging.getLogger(__name__)
 
 MODEL_CLASS = "multimodal_bert"
+TOKEN_BUDGETS = {"cpu": 1024, "cuda": 16384}  # of an evaluation batch: what a CPU keeps in its caches, what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, B
 
     As many items on every rank, so that the ranks can ask each other something at each; None: nothing more to do here.
     """
-    plan = evaluation_batches(dataset.lengths)
-    hands = deal([dataset.area(rows) for rows in plan], context.world_size)
+    plan = evaluation_batches(dataset.lengths, token_budget=TOKEN_BUDGETS[context.device.type])
+    hands = deal([dataset.cost(rows) for rows in plan], context.world_size)
     hand = hands[context.rank]
     for index in hand:
         yield index, dataset.batch(plan[index])

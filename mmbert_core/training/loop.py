@@ -93,12 +93,14 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     state, config, dataset = run.state, run.config, run.data.train
     rows = step_rows(order, state.rows_consumed // config.batch_size, config.batch_size)
     lengths = dataset.lengths[rows]
-    parts = micro_batches(rows, lengths, run.plan.micro_batches)
-    areas = [dataset.area(part) for part in parts]
-    hand = deal(areas, run.context.world_size)[run.context.rank]
+    parts = micro_batches(rows, lengths, run.plan.micro_batches, packed=dataset.packed)
+    costs = [dataset.cost(part) for part in parts]
+    hand = deal(costs, run.context.world_size)[run.context.rank]
     # the step's weights, known to every rank without asking; an all-zero step has zero losses over any divisor
     weight_sum = float(run.class_weights[run.train_labels[rows]].sum()) or 1.0
 
+    if run.used_rows is not None:
+        run.used_rows.rows = torch.from_numpy(dataset.used_token_ids(rows))
     losses = []
     for position, index in enumerate(hand):
         torch.manual_seed(micro_batch_seed(config.seed, state.step, index))
@@ -113,7 +115,7 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     seconds = time.perf_counter() - started
     advance(run, len(rows), seconds)
     return {
-        "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "rows": len(rows), "tokens": int(lengths.sum()), "padded": sum(areas),
+        "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "rows": len(rows), "tokens": int(lengths.sum()), "padded": sum(costs),
         "seconds": seconds,
     }  # fmt: skip
 

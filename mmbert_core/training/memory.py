@@ -5,6 +5,7 @@ Imports distributed, config, errors, data and the files of this folder named bef
 
 import ctypes
 import logging
+import os
 import re
 import resource
 import sys
@@ -25,7 +26,9 @@ from mmbert_core.training.hooks import Task, run_epoch
 
 logger = logging.getLogger(__name__)
 
+ROWS_LOOKED_AT = 5_000_000  # whole epochs, at least one: a permutation of 10^7 rows takes a second
 CANDIDATES = 64  # steps that are looked at closely: those with the most tokens, and those with the longest texts
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # names of mallopt(3)
 # the last is what oneDNN makes of a failed allocation, and hardly ever of anything else
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive", re.IGNORECASE)
 
@@ -36,19 +39,20 @@ def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task:
     Raises `RunError` when not even a row alone fits. Leaves no gradients behind.
     """
     batch_size, limit_mb = config.batch_size, config.memory_limit_mb
-    orders = (epoch_order(len(dataset), config.seed, epoch) for epoch in range(config.max_epochs))
+    epochs = min(config.max_epochs, max(1, ROWS_LOOKED_AT // len(dataset)))
+    orders = (epoch_order(len(dataset), config.seed, epoch) for epoch in range(epochs))
     steps = heaviest_steps(orders, dataset.lengths, batch_size)
     count = asked
     while True:
-        rows = largest_micro_batch(steps, dataset, count)
+        largest = largest_micro_batches(steps, dataset, count)
         with phase("the trial of the largest micro-batch"):
-            reason = why_not(lambda: compute(ddp_model, dataset, rows, task), task.device, limit_mb)
+            reason = why_not(lambda: [compute(ddp_model, dataset, rows, task) for rows in largest], task.device, limit_mb)
         ddp_model.zero_grad(set_to_none=True)
         [num_failed] = distributed.all_reduce_sum([reason is not None])
         if not num_failed:
             break
         if count >= batch_size:
-            distributed.on_main(lambda: refuse(int(dataset.lengths[rows].max()), reason or "on another rank"))
+            distributed.on_main(lambda: refuse(int(dataset.lengths[largest[0]].max()), reason or "on another rank"))
         count = min(2 * count, batch_size)
     if count != asked:
         logger.warning("microbatches_per_step %d does not fit into memory: %d are used for this run", asked, count)
@@ -77,10 +81,11 @@ def heaviest(weights: Sequence[int] | np.ndarray) -> set[int]:
     return set(np.argsort(-np.array(weights), kind="stable")[:CANDIDATES].tolist())
 
 
-def largest_micro_batch(steps: list[np.ndarray], dataset: Dataset, count: int) -> np.ndarray:
-    """Rows of the micro-batch with the largest padded area when each step is cut into `count`."""
-    parts = [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], count)]
-    return max(parts, key=dataset.area)
+def largest_micro_batches(steps: list[np.ndarray], dataset: Dataset, count: int) -> list[np.ndarray]:
+    """Of all parts when each step is cut into `count`, those that cost most, with the most tokens, the most when padded, and the most pairs of tokens."""
+    parts = [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], count, packed=dataset.packed)]
+    sizes = [(dataset.cost(part), lengths.sum(), len(lengths) * lengths.max(), (lengths**2).sum()) for part, lengths in ((part, dataset.lengths[part]) for part in parts)]
+    return [parts[index] for index in dict.fromkeys(np.argmax(sizes, axis=0).tolist())]
 
 
 def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task) -> None:
@@ -99,7 +104,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
 
 
-def why_not(action: Callable[[], None], device: torch.device, limit_mb: int | None) -> str | None:
+def why_not(action: Callable[[], object], device: torch.device, limit_mb: int | None) -> str | None:
     """Run `action`; None when it fits. Else memory ran out, or, on the CPU, the process's resident memory passed the limit."""
     return_freed_memory()
     reset_peak()
@@ -117,9 +122,25 @@ def why_not(action: Callable[[], None], device: torch.device, limit_mb: int | No
 
 
 def return_freed_memory() -> None:
-    """What an earlier trial has freed would count for this one: the C library keeps it, unless it is told (glibc alone can be)."""
+    """What an earlier trial has freed would count for this one: the C library keeps it, unless it is told."""
+    call_glibc("malloc_trim", 0)
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps the memory that it frees: a step takes the same sizes again.
+
+    Left alone, glibc gives blocks beyond 32 MB, and the top of the heap, back at every free, and the kernel hands them
+    out anew page by page and zeroed: a sixth of a step. Settings of the user's (MALLOC_...) stay.
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        call_glibc("mallopt", TRIM_THRESHOLD, 2**31 - 1)
+        call_glibc("mallopt", MMAP_MAX, 0)
+
+
+def call_glibc(function: str, *arguments: int) -> None:
+    """A function of glibc's own; nothing where the C library is another."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, AttributeError):
         pass
 

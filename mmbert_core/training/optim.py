@@ -82,6 +82,7 @@ def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> 
         ],
         lr=config.lr,
         eps=config.adam_epsilon,
+        fused=True,
     )
     warmup = warmup_in_steps(config.warmup_steps, total_steps)
     if config.run_scheduler:

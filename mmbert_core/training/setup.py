@@ -24,7 +24,7 @@ from mmbert_core import distributed
 from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.batches import settle_micro_batches, steps_per_epoch
 from mmbert_core.data.prepare import Data
-from mmbert_core.distributed import DistContext
+from mmbert_core.distributed import DistContext, UsedRows
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
 from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_stale_temporaries, write_json
@@ -34,7 +34,7 @@ from mmbert_core.model_folder import ENCODER, WEIGHTS, build_model, config_recor
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.hooks import MODEL_CLASS, Task, run_epoch
-from mmbert_core.training.memory import settle_by_trial
+from mmbert_core.training.memory import keep_freed_memory, settle_by_trial
 from mmbert_core.training.optim import build_scaler, configure_optimizers, resolve_precision
 from mmbert_core.training.run_log import RunLog
 
@@ -43,7 +43,10 @@ logger = logging.getLogger(__name__)
 RESULTS = "train_results.json"
 WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK)
 VERSIONS = {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}  # rows of a micro-batch when microbatches_per_step is auto
+# Of a micro-batch when microbatches_per_step is auto: where texts are packed, more of them cost time (each has its own gradient
+# of the embeddings); where they are padded, fewer of them cost padding.
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
+ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Run:
     resolved: dict[str, Any]
     class_weights: np.ndarray  # [K] float64, as the loss weighs rows
     train_labels: np.ndarray  # [N] int64
+    used_rows: UsedRows | None  # of the token embedding; none: DDP sums all of it
     stopping: bool = False  # all ranks have agreed to stop: one of them had a signal
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 
@@ -166,6 +170,11 @@ def start_run(
 ) -> Run:
     """Collective. A run at its first step, or at the step of the newest whole checkpoint. `loss_op` replaces cross entropy."""
     folder = Path(config.model_path)
+    for part in (data.train, data.val, data.test):
+        if part is not None:
+            part.packed = model.text_subnetwork is not None and model.text_subnetwork.is_packed
+    if context.device.type == "cpu":
+        keep_freed_memory()
     check_agreement(config, data, context)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
@@ -174,7 +183,8 @@ def start_run(
         found, source = read_for_all_ranks(config, data, model, context)
     precision = resolve_precision(found.state["resolved"]["precision"] if found else config.precision, context.device)
     task, class_weights = make_task(config, data, precision, context, loss_op)
-    ddp_model = place_model(model, found, data, task, context)
+    used_rows = rows_to_sum(model, context)
+    ddp_model = place_model(model, found, data, task, context, used_rows)
     if found:
         resolved = {**found.state["resolved"], "precision": precision, **changed_parts(config, found.state)}
     else:
@@ -194,7 +204,7 @@ def start_run(
     )  # fmt: skip
     run = Run(
         config, data, context, folder, model, ddp_model, task, optimizer, scheduler, scaler, plan, state, log, resolved,
-        class_weights, np.asarray(data.train.label_index),
+        class_weights, np.asarray(data.train.label_index), used_rows,
     )  # fmt: skip
     if source != 0:  # another node had it: from now on it is where the run is written
         save(run)
@@ -209,21 +219,28 @@ def make_task(config: Config, data: Data, precision: str, context: DistContext, 
     return Task(config.is_binary, loss_op, precision, context.device), class_weights
 
 
-def place_model(model: MultimodalBert, found: Checkpoint | None, data: Data, task: Task, context: DistContext) -> nn.Module:
+def rows_to_sum(model: MultimodalBert, context: DistContext) -> UsedRows | None:
+    """Where ranks sum gradients on the CPU, and the tokens of a step are all that its encoder looks up, as a packed one does."""
+    if context.device.type != "cpu" or model.text_subnetwork is None or not model.text_subnetwork.is_packed:
+        return None
+    return UsedRows(model.text_subnetwork.encoder.get_input_embeddings().weight)
+
+
+def place_model(model: MultimodalBert, found: Checkpoint | None, data: Data, task: Task, context: DistContext, used_rows: UsedRows | None) -> nn.Module:
     """Collective. The model on its device with the checkpoint's weights, as training sees it."""
     model.to(context.device).train()
     if found:
         with phase("load"):
             distributed.on_all(lambda: str(model.load_state_dict(found.weights)))
     freeze_unused(model, data, task)
-    return distributed.wrap_ddp(model, context)
+    return distributed.wrap_ddp(model, context, used_rows)
 
 
 def settle_parts(config: Config, data: Data, ddp_model: nn.Module, task: Task, context: DistContext) -> dict[str, int]:
     """Collective. The micro-batches of a step as asked (or `auto`), and as they fit into memory."""
-    asked = settle_micro_batches(
-        config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=ROWS_AT_ONCE[context.device.type]
-    )
+    device, train = context.device.type, data.train
+    rows_at_once = max(1, int(TOKENS_AT_ONCE[device] / max(1.0, train.lengths.mean()))) if train.packed else ROWS_AT_ONCE[device]
+    asked = settle_micro_batches(config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=rows_at_once)
     used = settle_by_trial(asked, ddp_model, data.train, task=task, config=config)
     if config.microbatches_per_step == "auto":
         logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", used)

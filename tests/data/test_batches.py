@@ -49,6 +49,16 @@ def test_micro_batches_minimise_the_largest_area():
         assert max(area(lengths, part) for part in parts) == best
 
 
+def test_packed_micro_batches_minimise_the_most_tokens():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        lengths = np.sort(rng.integers(1, 40, size=8))
+        parts = batches.micro_batches(np.arange(8), lengths, 3, packed=True)
+        best = min(max(lengths[:i].sum(), lengths[i:j].sum(), lengths[j:].sum()) for i, j in itertools.combinations(range(1, 8), 2))
+        assert max(lengths[part].sum() for part in parts) == best
+        assert len(parts) == 3 and np.array_equal(np.concatenate(parts), np.arange(8))
+
+
 def test_micro_batches_cost_less_padding_than_one_batch():
     lengths = np.random.default_rng(2).integers(5, 250, size=32)
     whole = area(lengths, np.arange(32))

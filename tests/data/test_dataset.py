@@ -77,7 +77,7 @@ def test_a_batch_holds_the_rows_it_is_asked_for(config_of, tokenizer):
     assert batch.input_ids.tolist() == [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in encoded]
     assert batch.attention_mask.tolist() == [[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded]
     assert batch.labels.tolist() == [["no", "yes"].index(source[row][4]) for row in positions]
-    assert int(batch.attention_mask.sum()) == sum(map(len, encoded)) and data.test.area(positions) == batch.input_ids.numel()
+    assert int(batch.attention_mask.sum()) == sum(map(len, encoded)) and data.test.cost(positions) == batch.input_ids.numel()
     assert data.test.lengths[positions].tolist() == list(map(len, encoded))
     median = data.features.medians[0]
     numbers = [[median if source[row][2] == "" else float(source[row][2]), float(source[row][2] == "")] for row in positions]
@@ -87,7 +87,7 @@ def test_a_batch_holds_the_rows_it_is_asked_for(config_of, tokenizer):
     assert dtypes == [torch.int64] * 4 + [torch.float32]
     assert data.test.label_strings(positions) == [source[row][4] for row in positions]
     moved = batch.to("meta")
-    assert moved.input_ids.is_meta and moved.labels.is_meta and not moved.row_index.is_meta and moved.ids == batch.ids
+    assert moved.numbers.is_meta and moved.labels.is_meta and not moved.row_index.is_meta and not moved.input_ids.is_meta and moved.ids == batch.ids
 
 
 def test_chunks_of_a_long_text_are_an_axis_only_when_there_may_be_several(config_of, tokenizer):
@@ -101,7 +101,7 @@ def test_chunks_of_a_long_text_are_an_axis_only_when_there_may_be_several(config
     assert (batch.input_ids[batch.attention_mask.bool()] == tokenizer.cls_token_id).sum() == 5  # special tokens in each
     assert data.train.batch([1, 2]).input_ids.shape == (2, 1, 3)
     assert data.train.lengths[:3].tolist() == [31, 3, 2]
-    assert [data.train.area(rows) for rows in ([0, 1, 2], [1, 2], [2])] == [5 * 12, 2 * 3, 1 * 2]  # empty chunks are not encoded
+    assert [data.train.cost(rows) for rows in ([0, 1, 2], [1, 2], [2])] == [5 * 12, 2 * 3, 1 * 2]  # empty chunks are not encoded
 
 
 def test_columns_only(config_of):

@@ -17,6 +17,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.batches import step_rows
 from mmbert_core.data.prepare import prepare
 from mmbert_core.errors import RunError
+from mmbert_core.model import packing
 from mmbert_core.predictor import Predictor
 from mmbert_core.training import checkpoint, hooks, loop, setup
 from tests import tiny
@@ -162,7 +163,8 @@ def test_metrics_file(config_of):
     assert all(0 <= line["padding_share"] < 1 and line["rows_per_second"] > 0 and line["tokens_per_second"] > line["rows_per_second"] for line in lines)
 
 
-def test_padding_share_and_gradient_norm_are_what_they_say(config_of, monkeypatch):
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_share_and_gradient_norm_are_what_they_say(config_of, monkeypatch, packed):
     shares, norms, cells = [], [], [0, 0]
     plain_step, plain_optimizer_step = hooks.training_step, loop.optimizer_step
 
@@ -174,10 +176,12 @@ def test_padding_share_and_gradient_norm_are_what_they_say(config_of, monkeypatc
     def optimizer_step(parameters, *arguments, **options):
         parameters = list(parameters)
         norms.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).norm().item())
-        shares.append(1 - cells[0] / cells[1])
+        shares.append(0.0 if packed else 1 - cells[0] / cells[1])
         cells[:] = [0, 0]
         return plain_optimizer_step(parameters, *arguments, **options)
 
+    if not packed:
+        monkeypatch.setattr(packing, "use_packed_attention", lambda _: False)
     monkeypatch.setattr(hooks, "training_step", training_step)
     monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
     config = config_of(gradient_clip_val=0.01, **NO_VALIDATION)
