@@ -1,0 +1,249 @@
+"""Time and memory from 10^4 to 10^7 generated rows, and one process beside two.
+
+    python -m benchmarks.scaling rows --sizes 10000 100000 1000000          # a tiny encoder, so that the data path shows
+    python -m benchmarks.scaling processes examples/womens_reviews.yaml      # 1 process x all threads, 2 x half
+
+Every measurement runs in a process of its own, whose peak memory is the kernel's figure (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from benchmarks.common import machine, table
+from mmbert_core.config import Config
+from mmbert_core.data.batches import epoch_order, step_rows
+from mmbert_core.data.prepare import prepare
+from mmbert_core.distributed import read_context, set_threads
+from mmbert_core.predictor import Predictor
+from mmbert_core.training import loop
+from mmbert_core.training.setup import claimed_folder, prepare_model, start_run
+
+STEPS = 200
+SYLLABLES = [first + second for first in "bcdfghjklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er")]
+PREDICTED = 1_000_000
+
+
+# ---- generated tables ----
+
+
+def write_encoder(folder: Path) -> None:
+    """One layer of width 32 with random weights, and a WordPiece tokenizer of syllables."""
+    folder.mkdir(parents=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *SYLLABLES, *(f"##{syllable}" for syllable in SYLLABLES)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128)
+    BertModel(config).save_pretrained(folder)
+
+
+def write_table(path: Path, num_rows: int, seed: int = 0) -> None:
+    """5 to 40 words of 1 to 3 syllables, two numbers, a category of 50 values, a label that leans on the first number."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(rng.choice(SYLLABLES, size)) for size in rng.integers(1, 4, size=20_000)]
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write("row_id,text,age,amount,kind,label\n")
+        for start in range(0, num_rows, 50_000):
+            count = min(50_000, num_rows - start)
+            lengths = rng.integers(5, 41, size=count)
+            picks = iter(rng.integers(0, len(words), size=int(lengths.sum())).tolist())
+            ages, amounts, kinds = rng.integers(0, 100, count).tolist(), rng.lognormal(size=count).round(2).tolist(), rng.integers(0, 50, count).tolist()
+            stream.writelines(
+                f"{start + row},{' '.join(words[next(picks)] for _ in range(length))},{ages[row]},{amounts[row]},k{kinds[row]},{int(ages[row] > 50)}\n"
+                for row, length in enumerate(lengths.tolist())
+            )
+
+
+def config_for(folder: Path, name: str) -> Config:
+    small = folder / "small.csv"
+    return Config(
+        train_path=str(folder / f"{name}.csv"), val_path=str(small), model_path=str(folder / f"run-{name}"), cache_path=str(folder / "cache"),
+        text_name=("text",), label_name="label", id_name="row_id", tab_field_list=("age", "amount"), cat_field_list=("kind",),
+        encoder=str(folder / "encoder"), max_length=128, max_epochs=1, save_every=10**9, num_threads=1,
+    )  # fmt: skip
+
+
+# ---- what runs in a process of its own ----
+
+
+def peak_mb() -> float:
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10  # type: ignore[index]
+
+
+def stage_start(folder: Path, num_rows: int) -> dict[str, float]:
+    """Read, tokenise and store the table, or open what an earlier process stored."""
+    before, started = peak_mb(), time.perf_counter()
+    set_threads(1, read_context())
+    data = prepare(config_for(folder, str(num_rows)))
+    assert len(data.train) == num_rows
+    return {"seconds": time.perf_counter() - started, "mb_of_imports": before, "peak_mb": peak_mb()}
+
+
+def stage_tokenizer(folder: Path, num_rows: int) -> dict[str, float]:
+    """The bare tokenizer on up to 100,000 of the texts."""
+    backend = BertTokenizerFast.from_pretrained(folder / "encoder").backend_tokenizer
+    with open(folder / f"{num_rows}.csv", encoding="utf-8") as stream:
+        next(stream)
+        texts = [line.split(",")[1] for _, line in zip(range(100_000), stream)]
+    started = time.perf_counter()
+    for first in range(0, len(texts), 1024):
+        backend.encode_batch_fast(texts[first : first + 1024])
+    return {"texts_per_second": len(texts) / (time.perf_counter() - started)}
+
+
+def stage_train(folder: Path, num_rows: int) -> dict[str, float]:
+    """The start from the store until the first step could be taken, the batches of STEPS steps alone, then STEPS steps."""
+    started = time.perf_counter()
+    config = config_for(folder, str(num_rows))
+    data, context = prepare(config), read_context()
+    set_threads(1, context)
+    model, pooling = prepare_model(config, data)
+    prepared = time.perf_counter() - started
+    order = epoch_order(num_rows, config.seed, 0)
+    steps = min(STEPS, num_rows // config.batch_size)
+    started = time.perf_counter()
+    for index in range(steps):
+        data.train.batch(step_rows(order, index, config.batch_size))
+    ready = time.perf_counter() - started
+    with claimed_folder(config):
+        started = time.perf_counter()
+        run = start_run(config, data, model, pooling, context)
+        start_seconds = prepared + time.perf_counter() - started
+        started = time.perf_counter()
+        for _ in range(steps):
+            loop.train_one_step(run, order)
+        trained = time.perf_counter() - started
+    rows = steps * config.batch_size
+    return {"start_seconds": start_seconds, "batched_rows_per_second": rows / ready, "trained_rows_per_second": rows / trained, "peak_mb": peak_mb()}
+
+
+def stage_finish(folder: Path, num_rows: int) -> dict[str, float]:
+    """A model folder, for the prediction."""
+    config = config_for(folder, "first")
+    data, context = prepare(config), read_context()
+    model, pooling = prepare_model(config, data)
+    return {"steps": loop.fit(config, data, model, pooling, context)["steps"]}
+
+
+def stage_predict(folder: Path, num_rows: int) -> dict[str, float]:
+    set_threads(1, read_context())
+    predictor = Predictor.from_folder(folder / "run-first")
+    before, started = peak_mb(), time.perf_counter()
+    count = predictor.predict_file([str(folder / f"{num_rows}.csv")], folder / "predictions.tsv")
+    return {"rows_per_second": count / (time.perf_counter() - started), "mb_of_imports": before, "peak_mb": peak_mb()}
+
+
+STAGES = {name.removeprefix("stage_"): function for name, function in list(globals().items()) if name.startswith("stage_")}
+
+
+def in_a_process(stage: str, folder: Path, num_rows: int) -> dict[str, float]:
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.scaling", "stage", stage, str(folder), str(num_rows)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    figures = {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": time.perf_counter() - started}
+    print(f"{num_rows:>10,} rows  {stage}: " + "  ".join(f"{name} {value:,.1f}" for name, value in figures.items()), file=sys.stderr, flush=True)
+    return figures
+
+
+# ---- the two questions ----
+
+
+def measure_rows(sizes: list[int], json_path: Path | None) -> None:
+    record: dict[str, Any] = {"machine": {**machine(), "threads": 1}, "sizes": {}}
+    with tempfile.TemporaryDirectory(prefix="mmbert-scaling-") as name:
+        folder = Path(name)
+        write_encoder(folder / "encoder")
+        write_table(folder / "small.csv", 1000, seed=1)
+        write_table(folder / "first.csv", 1000, seed=2)
+        in_a_process("finish", folder, 1000)
+        for num_rows in sizes:
+            write_table(folder / f"{num_rows}.csv", num_rows)
+            made = {stage: in_a_process(name, folder, num_rows) for stage, name in {"tokenizer": "tokenizer", "cold": "start", "warm": "start", "train": "train"}.items()}
+            if num_rows <= PREDICTED:
+                made["predict"] = in_a_process("predict", folder, num_rows)
+            record["sizes"][num_rows] = made
+            for path in (folder / f"{num_rows}.csv", folder / "predictions.tsv"):
+                path.unlink(missing_ok=True)
+            subprocess.run(["rm", "-rf", str(folder / "cache")], check=True)
+    rows = []
+    for num_rows, made in record["sizes"].items():
+        tokenised = num_rows / made["cold"]["seconds"]
+        rows.append([
+            f"{num_rows:,}", f"{made['cold']['seconds']:,.1f}", f"{tokenised / made['tokenizer']['texts_per_second']:.0%}", f"{made['cold']['peak_mb']:,.0f}",
+            f"{made['train']['start_seconds']:.2f}", f"{made['train']['batched_rows_per_second']:,.0f}", f"{made['train']['trained_rows_per_second']:,.0f}",
+            f"{made['train']['peak_mb']:,.0f}", f"{made['predict']['rows_per_second']:,.0f}" if "predict" in made else "", f"{made['predict']['peak_mb']:,.0f}" if "predict" in made else "",
+        ])  # fmt: skip
+    print(table(
+        ["rows", "first start, s", "of the bare tokenizer's rate", "peak MB", "next start, to step 1, s", "batches, rows/s", "training, rows/s", "peak MB", "prediction, rows/s", "peak MB"], rows
+    ))  # fmt: skip
+    if json_path:
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure_processes(config: str, rounds: int, extra: list[str], json_path: Path | None) -> None:
+    cores = len(os.sched_getaffinity(0))
+    results: dict[str, list[float]] = {f"{count} x {cores // count}": [] for count in (1, 2)}
+    with tempfile.TemporaryDirectory(prefix="mmbert-scaling-") as folder:
+        for number in range(rounds):
+            for count in (1, 2):
+                path = Path(folder) / f"run-{number}-{count}"
+                command = [
+                    sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train.py", config, "--model_path", str(path),
+                    "--cache_path", f"{folder}/cache", "--num_threads", str(cores // count), "--microbatches_per_step", "2",
+                    "--val_path", "null", "--val_fraction", "0", "--test_path", "null", *extra,
+                ]  # fmt: skip
+                visible = os.environ if torch.cuda.device_count() > 1 else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # one GPU would train one process alone
+                subprocess.run(command, check=True, stdout=sys.stderr, env=visible)
+                rate = json.loads((path / "train_results.json").read_text())["train_rows_per_second"]
+                results[f"{count} x {cores // count}"].append(rate)
+                print(f"round {number + 1}/{rounds}  {count} processes x {cores // count} threads: {rate:.2f} rows/s", file=sys.stderr, flush=True)
+    one, two = results.values()
+    ratio = statistics.median(second / first for first, second in zip(one, two, strict=True))
+    print(table(["processes x threads", "training rows/s, median", "spread"], [[name, f"{statistics.median(rates):.2f}", f"{min(rates):.2f} - {max(rates):.2f}"] for name, rates in results.items()]))
+    print(f"2 processes beside 1: {ratio:.3f} (median of the rounds)")
+    if json_path:
+        json_path.write_text(json.dumps({"machine": {**machine(), "threads": cores}, "rows_per_second": results}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    rows = commands.add_parser("rows", help="time and memory by the number of rows")
+    rows.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
+    processes = commands.add_parser("processes", help="1 and 2 processes; other arguments go to train.py")
+    processes.add_argument("config")
+    processes.add_argument("--rounds", type=int, default=5)
+    for each in (rows, processes):
+        each.add_argument("--json", type=Path)
+    stage = commands.add_parser("stage")
+    stage.add_argument("name", choices=list(STAGES))
+    stage.add_argument("folder", type=Path)
+    stage.add_argument("num_rows", type=int)
+    arguments, extra = parser.parse_known_args()
+    if arguments.command == "stage":
+        gc.freeze()  # as the command line does
+        print(json.dumps(STAGES[arguments.name](arguments.folder, arguments.num_rows)))
+    elif arguments.command == "rows":
+        measure_rows(arguments.sizes, arguments.json)
+    else:
+        measure_processes(arguments.config, arguments.rounds, extra, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
