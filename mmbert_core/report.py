@@ -1,0 +1,291 @@
+"""The report of evaluated rows, as report.json and report.html. Floor 3.
+
+Imports assessment, config, data, evaluation, explain, files, importance, model_folder, training.hooks. N rows, K classes.
+Everything runs on rank 0 alone, and what cannot be shown is a section with its reason: a report never ends a run.
+"""
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import mmbert_core
+from mmbert_core.assessment import main_metric, verdict
+from mmbert_core.config import Config
+from mmbert_core.data.dataset import Dataset
+from mmbert_core.data.prepare import Data
+from mmbert_core.data.encoding import longest_texts, number_of
+from mmbert_core.data.table import Roles, read_chunks
+from mmbert_core.data.tokens import join_texts
+from mmbert_core.errors import InputError
+from mmbert_core.evaluation import sections
+from mmbert_core.evaluation.baselines import HOW
+from mmbert_core.evaluation.metrics import METRICS
+from mmbert_core.evaluation.page import render
+from mmbert_core.evaluation.predictions import predicted_classes
+from mmbert_core.evaluation.slices import slices_of
+from mmbert_core.explain import Pieces, explain_rows
+from mmbert_core.files import read_json, write_json, write_text
+from mmbert_core.importance import permutation_importance
+from mmbert_core.model_folder import LoadedModel
+from mmbert_core.training.hooks import Task
+from mmbert_core.training.run_log import kept_lines
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+REPORT, PAGE = "report.json", "report.html"
+HEADLINE = ("auroc", "average_precision", "f1_score", "precision", "recall", "accuracy")
+SLICE_METRICS = ("f1_score", "accuracy")  # beside the main one
+MOST_ERRORS, MOST_SLICES, MOST_STEPS = 20, 400, 500
+# An explanation costs as much as scoring 48 rows (16 steps, backward passes count double): all of them a quarter of the scoring.
+FEWEST_EXPLAINED, ROWS_PER_EXPLANATION = 3, 200
+
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Evaluated rows and what they were scored with."""
+
+    loaded: LoadedModel
+    task: Task
+    dataset: Dataset
+    preds: np.ndarray  # [N] or [N, K]
+    ids: Sequence[str] | None
+    figures: Mapping[str, Any]  # as in test_metrics.json
+    model_path: str
+    training: Section = field(default_factory=lambda: {"reason": "the log of the run is not at hand"})
+    data: Section = field(default_factory=lambda: {"reason": "the training data are not at hand"})
+    warnings: Sequence[str] | Section = ()
+    slice_columns: Sequence[str] = ()
+
+    @property
+    def labels(self) -> np.ndarray:
+        assert self.dataset.label_index is not None
+        return self.dataset.label_index
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.loaded.labels.names
+
+    @property
+    def threshold(self) -> float:
+        return self.loaded.judgement.threshold.value
+
+
+def write_report(make: Callable[[], Scored], folder: Path) -> bool:
+    """report.json and report.html of what `make` gives, in `folder`; whether they are there. Raises `OSError` alone: a full disk."""
+    try:
+        report = build_report(make())
+        write_json(folder / REPORT, report)
+        write_text(folder / PAGE, render(report))
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the figures are written
+        logger.warning("no %s: %s: %s", PAGE, type(error).__name__, error)
+        return False
+    return True
+
+
+def render_again(folder: Path) -> Path:
+    """report.html of the report.json in `folder`. Raises `InputError` when there is none."""
+    try:
+        report = read_json(folder / REPORT)
+        if report["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"expected format {FORMAT_VERSION}, found {report['format_version']}")
+        write_text(folder / PAGE, render(report))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: expected the folder of a test or of `mmbert evaluate`, found no {REPORT}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / REPORT}: not a report ({error})") from None
+    return folder / PAGE
+
+
+def build_report(scored: Scored) -> Section:
+    """All sections, each with its figures or its reason."""
+    config, dataset, preds, names = scored.loaded.config, scored.dataset, scored.preds, scored.class_names
+    paths = dataset.encoded.paths
+    judgement = scored.loaded.judgement
+
+    def of_labels(make: Callable[[], Section]) -> Section:
+        if not dataset.has_labels or len(dataset) == 0:
+            return {"reason": "no labelled rows"}
+        if not np.isfinite(preds).all():
+            return {"reason": "predictions that are no numbers"}
+        try:
+            return make()
+        except Exception as error:  # noqa: BLE001 - one section less, never a run
+            logger.warning("a section of the report is missing: %s: %s", type(error).__name__, error)
+            return {"reason": f"{type(error).__name__}: {error}"}
+
+    return {
+        "format_version": FORMAT_VERSION,
+        "title": f"{Path(scored.model_path).resolve().name}: {len(dataset):,} rows of {', '.join(Path(path).name for path in paths)}",
+        "created": time.strftime("%Y-%m-%d %H:%M"),
+        "model_path": scored.model_path, "input": list(paths), "num_rows": len(dataset), "has_labels": dataset.has_labels,
+        "task": config.task, "class_names": list(names), "label_name": config.label_name,
+        "warnings": scored.warnings if isinstance(scored.warnings, Mapping) else list(scored.warnings),
+        "metrics": of_labels(lambda: metrics_section(scored.figures)),
+        "baselines": of_labels(lambda: baselines_section(scored)),
+        "threshold": of_labels(lambda: sections.threshold_section(preds, scored.labels, judgement)),
+        "calibration": of_labels(lambda: sections.calibration_section(preds, scored.labels, judgement)),
+        "roc": of_labels(lambda: sections.roc_section(preds, scored.labels, names)),
+        "precision_recall": of_labels(lambda: sections.precision_recall_section(preds, scored.labels, names)),
+        "confusion": of_labels(lambda: sections.confusion_section(preds, scored.labels, len(names), scored.threshold)),
+        "scores": of_labels(lambda: sections.scores_section(preds, scored.labels, names)),
+        "training": scored.training,
+        "slices": of_labels(lambda: slices_section(scored)),
+        "importance": of_labels(lambda: importance_section(scored)),
+        "errors": of_labels(lambda: errors_section(scored)),
+        "config": config.to_dict(), "resolved": dict(scored.loaded.resolved),
+        "data": scored.data,
+        "versions": {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+# ---- what a run knows ----
+
+
+def training_section(folder: Path, best_step: int | None = None, metric: str | None = None) -> Section:
+    """Curves of `metrics.jsonl`, thinned."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return {"reason": "the folder has no metrics.jsonl"}
+    lines = [json.loads(line) for line in kept_lines(path, sys.maxsize, tested=True)]
+    steps = [line for line in lines if "train_loss" in line]
+    steps = steps[:: max(1, len(steps) // MOST_STEPS)]
+    validations = [{name: value for name, value in line.items() if name != "undefined"} for line in lines if "val_loss" in line]
+    curves = {"steps": [line["step"] for line in steps], "train_loss": [line["train_loss"] for line in steps], "lr": [line["lr"] for line in steps]}
+    return {**curves, "validations": validations, "best_step": best_step, "metric": metric}
+
+
+def data_section(data: Data) -> Section:
+    """Rows, classes and lengths of each part, and the files with their hashes."""
+    parts: Section = {"files": data.fingerprints}
+    for name, part in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if part is not None:
+            classes = {label: int((part.label_index == index).sum()) for index, label in enumerate(data.labels.names)} if part.has_labels else None
+            parts[name] = {"rows": len(part), "classes": classes, "mean_tokens": float(part.lengths.mean()) if len(part) else None}
+    return parts
+
+
+# ---- sections ----
+
+
+def cell(figures: Mapping[str, Any], key: str) -> Section:
+    interval = figures.get("intervals", {}).get(key)
+    return {"value": figures.get(key), "interval": None if interval is None else list(interval), "reason": figures.get("undefined", {}).get(key)}
+
+
+def metrics_section(figures: Mapping[str, Any]) -> Section:
+    names = [*HEADLINE, *(name for name in METRICS if name not in HEADLINE)]
+    names += [key.removeprefix("test/") for key in figures if key.startswith("test/average_precision_class_")]
+    return {"names": names, "model": {name: cell(figures, f"test/{name}") for name in names}}
+
+
+def baselines_section(scored: Scored) -> Section:
+    rows = [
+        {"name": name, "how": HOW[name], "metrics": {key.removeprefix("test/"): {"value": value, "interval": None, "reason": None} for key, value in values.items()}}
+        for name, values in scored.figures["baselines"].items()
+    ]
+    if not rows:
+        return {"reason": "the model folder has none"}
+    return {"rows": rows, "verdict": verdict(scored.figures, "test", scored.loaded.config)}
+
+
+def slices_section(scored: Scored) -> Section:
+    metric = slice_metric(scored.loaded.config)
+    columns = scored.dataset.cells(np.arange(len(scored.dataset)))
+    if scored.slice_columns:
+        columns = named_columns(scored, columns)
+    if not columns:
+        return {"reason": "the model has no columns, and none were named"}
+    names = tuple(dict.fromkeys([metric, *SLICE_METRICS]))
+    made = slices_of(scored.preds, scored.labels, columns, names, class_names=scored.class_names, threshold=scored.threshold)
+    return {"metric": metric, "rows": [part.to_json() for part in made[:MOST_SLICES]]}
+
+
+def slice_metric(config: Config) -> str:
+    """The main metric; of several classes one that a slice without some of them has too."""
+    metric = main_metric(config)
+    return "accuracy" if not config.is_binary and metric.startswith(("auroc", "average_precision")) else metric
+
+
+def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The named columns: those of the model, and others as texts from the file; of numbers alone: as numbers."""
+    others = [name for name in scored.slice_columns if name not in columns]
+    cells: dict[str, list[str]] = {name: [] for name in others}
+    if others:
+        for chunk in read_chunks(scored.dataset.encoded.paths, others):
+            for name in others:
+                cells[name] += chunk.cells[name]
+    rows = scored.dataset.rows
+    picked: dict[str, Any] = {name: [values[row] for row in rows] for name, values in cells.items()}
+    for name, values in picked.items():
+        with suppress(ValueError):
+            picked[name] = np.array([number_of(value) for value in values])
+    return {name: columns[name] if name in columns else picked[name] for name in scored.slice_columns}
+
+
+def importance_section(scored: Scored) -> Section:
+    config = scored.loaded.config
+    return permutation_importance(
+        scored.loaded.model, scored.dataset, task=scored.task, metric=main_metric(config), class_names=scored.class_names,
+        threshold=scored.threshold, text_name=", ".join(config.text_name), seed=config.seed,
+    )  # fmt: skip
+
+
+def errors_section(scored: Scored) -> Section:
+    """The wrong rows that the model was surest of, with the words that spoke for its answer."""
+    preds, labels, dataset = scored.preds, scored.labels, scored.dataset
+    chosen = predicted_classes(preds, threshold=scored.threshold)
+    of_chosen = np.where(chosen == 1, preds, 1 - preds) if preds.ndim == 1 else preds[np.arange(len(preds)), chosen]
+    wrong = np.flatnonzero(chosen != labels)
+    if len(wrong) == 0:
+        return {"reason": "no row was predicted wrong"}
+    worst = wrong[np.argsort(-of_chosen[wrong], kind="stable")[:MOST_ERRORS]]
+    texts, num_explained = texts_of(scored, worst), max(FEWEST_EXPLAINED, len(preds) // ROWS_PER_EXPLANATION)
+    pieces: list[Pieces] = []  # row by row: all of them at once could take more memory than training did
+    for row, text in zip(worst[:num_explained], texts):
+        pieces += explain_rows(scored.loaded, dataset, [row], texts=[text], task=scored.task)
+    pieces += [[(text, 0.0)] if text else [] for text in texts[num_explained:]]
+    columns = dataset.cells(worst)
+    return {"rows": [
+        {
+            "place": dataset.where(int(row)), "id": scored.ids[row] if scored.ids else None,
+            "label": scored.class_names[labels[row]], "pred": scored.class_names[chosen[row]], "prob": float(of_chosen[row]),
+            "columns": {name: str(values[place]) for name, values in columns.items()},
+            "tokens": [list(piece) for piece in pieces[place]], "method": "integrated gradients" if place < num_explained else None,
+        }
+        for place, row in enumerate(worst)
+    ]}  # fmt: skip
+
+
+def texts_of(scored: Scored, positions: np.ndarray) -> list[str]:
+    """The texts of some rows, read once more: what is kept of them is token ids."""
+    config, encoded = scored.loaded.config, scored.dataset.encoded
+    columns = config.text_name
+    if not columns:
+        return [""] * len(positions)
+    longest = longest_texts(Roles.from_config(config), max_length=config.max_length, max_chunks=config.max_chunks)
+    wanted = {int(row): place for place, row in enumerate(scored.dataset.rows[positions])}
+    texts, first = [""] * len(positions), 0
+    for chunk in read_chunks(encoded.paths, list(columns), longest=longest):
+        if first > max(wanted):
+            break
+        for row in [row for row in wanted if first <= row < first + len(chunk)]:
+            cells = {name: [chunk.cells[name][row - first]] for name in columns}
+            [texts[wanted[row]]] = join_texts(cells, columns)
+        first += len(chunk)
+    return texts
