@@ -1,22 +1,27 @@
-"""The command line: `train` (also `train.py`) and `predict`. Floor 4; imports all floors.
+"""The command line: `train` (also `train.py`), `predict`, `evaluate`, `serve` and what looks at a model. Floor 4; imports all floors.
 
     torchrun --standalone --nproc_per_node=4 train.py run.yaml --lr 3e-5
     python train.py run.yaml                                   # one process
     python train.py                                            # built-in sample, no download
     mmbert predict MODEL_PATH new.csv predictions.tsv          # `mmbert` is also `python -m mmbert_core`
+    mmbert evaluate MODEL_PATH labelled.csv                    # also: ablate inspect report export
+    mmbert serve MODEL_PATH                                    # a page and JSON on this machine
 
 Exit codes of a process: 0 done, 1 failure, 2 bad config or input (one line says what), 75 stopped by a signal with
-nothing lost. torchrun itself makes 1 of all but 0.
+nothing lost (`serve` once it listens: 0, a signal is how it ends). torchrun itself makes 1 of all but 0.
 """
 
 import argparse
 import gc
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,12 +33,20 @@ gc.set_threshold(100_000, 50, 100)  # the imports below make objects that stay: 
 import transformers
 
 from mmbert_core import demo, distributed
-from mmbert_core.config import Config, config_fields
-from mmbert_core.config_reader import ALIASES, add_config_arguments, nearest_name, overrides_from, read_config
+from mmbert_core.ablation import run_ablation, table
+from mmbert_core.assessment import verdict
+from mmbert_core.card import describe as describe_model
+from mmbert_core.command_line import parse
+from mmbert_core.config import Config
+from mmbert_core.config_reader import overrides_from, read_config
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, PeerError, RunError, Stopped, phase
-from mmbert_core.predictor import Predictor
+from mmbert_core.export import check_request, export_model
+from mmbert_core.model_folder import load_model_folder
+from mmbert_core.predictor import STANDARD, Predictor
+from mmbert_core.report import PAGE, render_again
+from mmbert_core.serve import run_server
 from mmbert_core.training.loop import fit
 from mmbert_core.training.memory import is_out_of_memory
 from mmbert_core.training.setup import check_no_links, prepare_model, read_for_all_ranks
@@ -56,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.freeze()  # the million objects that imports made stay: collections while rows are read need not look at them
     try:
         arguments = parse(argv)
-        return arguments.command(arguments, context)
+        return COMMANDS[arguments.command](arguments, context)
     except InputError as error:
         distributed.wait_for_local_main()
         say_error(str(error))
@@ -98,77 +111,6 @@ def say_error(message: str) -> None:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
-# ---- words of the command line ----
-
-TRAIN_DESCRIPTION = """\
-Train from a config file, from flags, or from both: flags win. Without any: a built-in sample, no download, about a
-minute. torchrun starts several processes; the steps are the same for any number of them.
-
-  python train.py run.yaml --check
-  python train.py run.yaml --lr 2e-4
-  torchrun --standalone --nproc_per_node=4 train.py run.yaml
-
-Below, N is a whole number, X a number, [...] any number of words. `--KEY null` takes a file's value back.
-"""
-PREDICT_DESCRIPTION = """\
-Score every row of INPUT once, in its order. Needs the columns that the model was trained on, in any order; other columns
-are ignored, labels are not needed. The same under torchrun, for several processes:
-
-  mmbert predict runs/reviews new.csv predictions.tsv
-  torchrun --standalone --nproc_per_node=4 -m mmbert_core predict runs/reviews new.csv predictions.tsv
-"""
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line are `InputError`s like all others: one line, and once per node."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}; `{self.prog} --help` explains")
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="mmbert", description="Fine-tune a pretrained BERT together with tabular columns into a classifier.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    usage = "mmbert train [CONFIG] [--check] [--KEY VALUE ...]      or: python train.py ..."
-    train_parser = commands.add_parser("train", help="train a model folder from labelled rows", usage=usage, description=TRAIN_DESCRIPTION)
-    train_parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML or JSON file with any of the keys below")
-    train_parser.add_argument("--check", action="store_true", help="read config, data and encoder, say what was found, and stop")
-    add_config_arguments(train_parser)
-    train_parser.set_defaults(command=train)
-
-    predict_parser = commands.add_parser("predict", help="score new rows with a model folder", description=PREDICT_DESCRIPTION)
-    predict_parser.add_argument("model_path", metavar="MODEL_PATH", help="folder that train has written")
-    predict_parser.add_argument("input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz")
-    predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write: id, probabilities, label if the input has it, predicted label")
-    predict_parser.add_argument("--num_threads", type=count, metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
-    predict_parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)")
-    predict_parser.add_argument("--sheet_safe", action="store_true", help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte")
-    predict_parser.set_defaults(command=predict)
-    return parser
-
-
-def count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {word!r}")
-    return int(word)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a command. Raises `InputError` for words it does not know, with the nearest flag."""
-    arguments, unknown = build_parser().parse_known_args(argv)
-    if unknown:
-        word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
-        flags = [*config_fields(), *ALIASES, "check"] if arguments.command is train else ["num_threads", "precision", "sheet_safe"]
-        nearest = nearest_name(word.lstrip("-"), flags)
-        hint = f"did you mean '--{nearest}'?" if nearest and word.startswith("-") else "--help lists all"
-        raise InputError(f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
-    return arguments
-
-
 def set_up_logging(context: DistContext) -> None:
     """Rank 0 tells everything, the others only errors. Lines are plain; warnings say so."""
 
@@ -208,24 +150,41 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     with distributed.process_group(context, config.timeout_seconds):
         results = fit(config, data, model, pooling, context)
     if context.is_main and results.get("test_metrics"):
-        for name, value in results["test_metrics"].items():
-            if name != "undefined":
-                print(f"{name:45} {'undefined' if value is None else value if isinstance(value, int) else format(value, '.4f')}")
+        print_figures(results["test_metrics"], config)
     return 0
+
+
+def print_figures(figures: dict[str, Any], config: Config) -> None:
+    """Metrics with their intervals, the baselines beside them, and what to make of it."""
+    baselines = figures.get("baselines", {})
+    if baselines:
+        print(f"{'':34} {'model':>10}  {'95 % interval':<17}" + "".join(f"{name:>21}" for name in baselines))
+    for name, value in figures.items():
+        if not name.startswith("test"):
+            continue
+        shown = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+        low_high = figures.get("intervals", {}).get(name)
+        interval = f"{low_high[0]:.4f} - {low_high[1]:.4f}" if low_high else ""
+        rivals = "".join(f"{values[name]:>21.4f}" if values.get(name) is not None else f"{'':21}" for values in baselines.values())
+        print(f"{name:34} {shown:>10}  {interval:<17}{rivals if name in figures.get('intervals', {}) else ''}".rstrip())
+    if baselines:
+        print(verdict(figures, "test", config))
 
 
 def check_folders(config: Config) -> None:
     """What the run will write has a place: no file or link in the way, and the right to write. Makes nothing."""
     for key in ("model_path", "cache_path"):
-        folder = getattr(config, key)
-        if folder is None:
-            continue
-        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise InputError(f"{key}: {there}: expected a folder, found a file")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise InputError(f"{key}: {there}: cannot be written to")
+        if getattr(config, key) is not None:
+            check_folder(key, getattr(config, key))
     check_no_links(Path(config.model_path))
+
+
+def check_folder(key: str, folder: str) -> None:
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}: {there}: expected a folder, found a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {there}: cannot be written to")
 
 
 def describe(config: Config, data: Data) -> None:
@@ -245,12 +204,105 @@ def describe(config: Config, data: Data) -> None:
 
 
 def predict(arguments: argparse.Namespace, context: DistContext) -> int:
-    distributed.set_threads(arguments.num_threads or "auto", context)
-    predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision)
-    with distributed.process_group(context), phase("prediction"):
-        num_rows = predictor.predict_file([arguments.input], arguments.output, sheet_safe=arguments.sheet_safe)
-    logger.info("%d rows scored: %s", num_rows, arguments.output)
+    predictor = build_predictor(arguments, context)
+    standard = [name for name in ("input", "output") if getattr(arguments, name) == STANDARD]
+    if standard and context.world_size > 1:
+        raise InputError(f"command line: - as {' and '.join(standard)} is for one process, found {context.world_size}: name files")
+    with distributed.process_group(context), phase("prediction"), spooled(arguments) as path:
+        try:
+            num_rows = predictor.predict_file([path], arguments.output, sheet_safe=arguments.sheet_safe)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+    logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
     return 0
+
+
+def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Predictor:
+    distributed.set_threads(arguments.num_threads or "auto", context)
+    predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold)
+    if arguments.threshold is not None and not predictor.loaded.config.is_binary:
+        raise InputError(f"--threshold: expected a model of two classes, found {len(predictor.loaded.labels.names)} in {arguments.model_path}")
+    return predictor
+
+
+@contextmanager
+def spooled(arguments: argparse.Namespace) -> Iterator[str]:
+    """The path of the input; standard input is first copied to disk, for it is read more than once, and may be larger than memory."""
+    if arguments.input != STANDARD:
+        yield arguments.input
+        return
+    with tempfile.TemporaryDirectory(prefix="mmbert-") as folder:
+        path = Path(folder) / f"stdin.{arguments.input_format}"
+        with open(path, "wb") as stream:
+            shutil.copyfileobj(sys.stdin.buffer, stream)
+        yield str(path)
+
+
+# ---- evaluate, ablate, inspect, report, export ----
+
+
+def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
+    predictor = build_predictor(arguments, context)
+    output = arguments.output or arguments.model_path
+    check_folder("--output" if arguments.output else "model_path", output)
+    with distributed.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
+        figures, folder = predictor.evaluate_file([arguments.input], output, slice_columns=arguments.slices)
+    if context.is_main:
+        print_figures(figures, predictor.loaded.config)
+        page = folder / PAGE
+        logger.info("report: %s", page if page.exists() else f"none; the figures are in {folder}")
+    return 0
+
+
+def ablate(arguments: argparse.Namespace, context: DistContext) -> int:
+    config = read_config(arguments.config, overrides_from(arguments))
+    check_folders(config)
+    distributed.set_threads(config.num_threads, context)
+    with distributed.process_group(context, config.timeout_seconds):
+        results = run_ablation(config, arguments.seeds, context)
+    if context.is_main:
+        print(table(results))
+    return 0
+
+
+def inspect(arguments: argparse.Namespace, context: DistContext) -> int:
+    lines = describe_model(Path(arguments.model_path))
+    if context.is_main:
+        print("\n".join(lines))
+    return 0
+
+
+def report(arguments: argparse.Namespace, context: DistContext) -> int:
+    if context.is_main:
+        logger.info("report: %s", render_again(Path(arguments.folder)))
+    return 0
+
+
+# ---- serve ----
+
+
+def serve(arguments: argparse.Namespace, context: DistContext) -> int:
+    if context.world_size > 1:
+        raise InputError(f"serve: expected one process, found {context.world_size} (start it without torchrun)")
+    distributed.set_threads(arguments.num_threads or "auto", context)
+    run_server(Predictor.from_folder(arguments.model_path, context), arguments.model_path, host=arguments.host, port=arguments.port)
+    return 0
+
+
+def export(arguments: argparse.Namespace, context: DistContext) -> int:
+    if context.world_size > 1:
+        raise InputError(f"export: expected one process, found {context.world_size}; start it without torchrun")
+    distributed.set_threads("auto", context)
+    check_request(Path(arguments.output), arguments.format)
+    with phase("export"):
+        export_model(load_model_folder(arguments.model_path), arguments.output, format=arguments.format, check=arguments.check)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
+    "train": train, "predict": predict, "evaluate": evaluate, "ablate": ablate, "inspect": inspect, "report": report, "serve": serve, "export": export,
+}  # fmt: skip
 
 
 def run() -> NoReturn:

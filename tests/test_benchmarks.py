@@ -40,6 +40,13 @@ def test_inference(config: str, tmp_path: Path) -> None:
     assert record["contenders"]["mmbert_core, fp32"][0]["rows/s"] > 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None, reason="needs the extra onnx")
+def test_export(config: str, tmp_path: Path) -> None:
+    run("benchmarks.export", config, "--rounds", "1", "--rows", "40", "--json", str(tmp_path / "e.json"))
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert record["contenders"].keys() == {"mmbert_core", "onnxruntime"} and all(rounds[0]["rows/s"] > 0 for rounds in record["contenders"].values())
+
+
 def test_limits(config: str) -> None:
     assert "bare fast tokenizer" in run("benchmarks.limits", config)
 

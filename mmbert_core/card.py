@@ -1,0 +1,119 @@
+"""What a model is, for whoever gets its folder: summary.json, and README.md, the model card (Mitchell et al. 2019). Floor 3.
+
+Imports config, evaluation, files, model_folder.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mmbert_core
+from mmbert_core.errors import InputError
+from mmbert_core.files import read_json, write_json, write_text
+from mmbert_core.model_folder import CARD, SUMMARY, LoadedModel, load_model_folder
+
+logger = logging.getLogger(__name__)
+
+SHOWN = ("auroc", "average_precision", "f1_score", "precision", "recall", "accuracy", "log_loss", "ece")
+
+Values = dict[str, Any]
+
+
+def write_card(folder: Path, loaded: LoadedModel, *, data: Values, best: Values, test: Mapping[str, Any] | None) -> None:
+    """Rank 0 only. `data` as the report has it, `best` step and metric, `test` figures as in test_metrics.json."""
+    summary = {"mmbert_core": mmbert_core.__version__, "data": data, "best": best, "test": dict(test) if test else None}
+    if (folder / CARD).exists():
+        logger.warning("%s is there and not ours: no model card is written", folder / CARD)
+    else:
+        write_text(folder / CARD, "\n".join(card(folder.resolve().name, loaded, summary)) + "\n")
+    write_json(folder / SUMMARY, summary)
+
+
+def describe(folder: Path) -> list[str]:
+    """Lines of `mmbert inspect`: what the model needs, what it was trained on, how good it is. Raises `InputError`."""
+    loaded = load_model_folder(folder)
+    try:
+        summary = read_json(folder / SUMMARY)
+    except FileNotFoundError:
+        summary = {"data": {}, "best": {}, "test": None}
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        return card(folder.resolve().name, loaded, summary)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / SUMMARY}: expected another structure ({type(error).__name__}: {error})") from None
+
+
+def card(name: str, loaded: LoadedModel, summary: Values) -> list[str]:
+    """Markdown."""
+    return [
+        f"# {markdown(name)}", "",
+        f"A classifier of {', '.join(f'`{markdown(label)}`' for label in loaded.labels.names[:20])}"
+        f"{', ...' if len(loaded.labels.names) > 20 else ''} (column `{markdown(loaded.config.label_name)}`), fine-tuned from "
+        f"`{markdown(loaded.config.encoder)}` with mmbert_core." if loaded.config.text_name else
+        f"A classifier of {', '.join(f'`{markdown(label)}`' for label in loaded.labels.names[:20])} from columns alone, made with mmbert_core.",
+        "", "## Input", "", *inputs(loaded),
+        "", "## Training rows", "", *training(summary),
+        "", "## How good it is", "", *figures(loaded, summary.get("test")),
+        "", "## From probability to class", "", *decision(loaded),
+        "", "## Use", "", "```sh", f"mmbert predict {name} new.csv predictions.tsv", "```", "",
+        "It was measured on the rows above alone; on others, of another time or place, it may do worse. Look at `report.html` of the test for "
+        "the parts of the rows where it does.",
+    ]  # fmt: skip
+
+
+def inputs(loaded: LoadedModel) -> list[str]:
+    config, features = loaded.config, loaded.features
+    lines = ["| column | as | |", "|---|---|---|"]
+    lines += [f"| `{markdown(name)}` | text | up to {config.max_chunks} x {config.max_length} tokens |" for name in config.text_name]
+    lines += [f"| `{markdown(name)}` | number | missing: {median:g} |" for name, median in zip(features.number_names, features.medians, strict=True)]
+    lines += [f"| `{markdown(name)}` | category | {len(values):,} known values |" for name, values in zip(features.category_names, features.categories, strict=True)]
+    return [*lines, *([f"| `{markdown(config.id_name)}` | id | carried through |"] if config.id_name else [])]
+
+
+def training(summary: Values) -> list[str]:
+    lines = []
+    for name, part in summary["data"].items():
+        if name != "files":
+            classes = ", ".join(f"`{markdown(label)}` {count:,}" for label, count in list((part["classes"] or {}).items())[:20])
+            lines.append(f"* {name}: {part['rows']:,} rows{f' ({classes})' if classes else ''}")
+    best = summary["best"]
+    if best.get("step"):
+        value = "" if best.get("value") is None else f": {markdown(best['metric'])} {best['value']:.4f} on the validation rows"
+        lines.append(f"* best step {best['step']:,}{value}")
+    return lines or ["Not recorded in this folder."]
+
+
+def figures(loaded: LoadedModel, test: Mapping[str, Any] | None) -> list[str]:
+    """A table with intervals, the baselines beside it."""
+    if not test or "test/accuracy" not in test:
+        return ["No labelled test rows were scored."]
+    rivals = test.get("baselines", {})
+    lines = [f"{test['test/num_rows']:,} test rows; 95 % bootstrap intervals.", "", "| metric | model | interval | " + " | ".join(rivals) + " |", "|---|---|---|" + "---|" * len(rivals)]
+    for name in SHOWN:
+        key = f"test/{name}"
+        low_high = test["intervals"].get(key)
+        interval = f"{low_high[0]:.4f} - {low_high[1]:.4f}" if low_high else ""
+        lines.append(f"| {name} | {number(test[key])} | {interval} | " + " | ".join(number(values.get(key)) for values in rivals.values()) + " |")
+    return lines
+
+
+def decision(loaded: LoadedModel) -> list[str]:
+    threshold, calibration = loaded.judgement.threshold, loaded.judgement.calibration
+    lines = ["The class of the largest probability is predicted."]
+    if loaded.config.is_binary:
+        why = f" ({threshold.reason})" if threshold.reason else f", by the rule `{threshold.rule}` on {threshold.rows:,} validation rows"
+        lines = [f"A row counts as `{markdown(loaded.labels.names[1])}` when its probability is above {threshold.value:.6g}{why}."]
+    if calibration.reason:
+        return [*lines, f"Probabilities are not calibrated: {calibration.reason}."]
+    return [*lines, f"`prob_calibrated` divides logits by {calibration.temperature:.4f}; expected calibration error on the validation rows {number(calibration.ece_before)} before, {number(calibration.ece_after)} after."]
+
+
+def number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def markdown(text: str) -> str:
+    """A name that stays a name, on one line of a table."""
+    return " ".join(text.split()).replace("`", "'").replace("|", "\\|")

@@ -1,0 +1,181 @@
+"""Score the rows of a CSV file with the exported model: python example.py new.csv predictions.tsv
+
+Needs numpy, tokenizers, onnxruntime and the files beside it: model.onnx, preprocessing.json and, for texts, tokenizer.json.
+Reads CSV in UTF-8, nothing else: convert TSV, JSONL, Parquet and gzipped files first. Floor 0; imports nothing of ours.
+"""
+
+# N rows of a window, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categorical columns
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+WINDOW = 8192  # rows in memory at a time
+MAX_ROWS, MAX_TOKENS = 256, 8192  # of a batch; tokens with their padding
+
+Row = dict[str, str]  # column -> cell
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the model: its inputs by name -> probabilities [B] or [B, K]
+
+
+def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of a CSV file with a header. Raises ValueError for a missing column and a row of another length."""
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="\n") as stream:  # a cell's own line breaks stay as they are
+        reader = csv.reader(stream, strict=True)
+        header = next(reader, [])
+        for column in columns:
+            if header.count(column) != 1:
+                raise ValueError(f"{path}: expected the column {column!r} once, found it {header.count(column)} times")
+        blank = False
+        for cells in reader:
+            if not cells:
+                blank = True  # which only the end of a file may have
+                continue
+            if blank or len(cells) != len(header):
+                raise ValueError(f"{path}, before line {reader.line_num + 1}: expected rows of {len(header)} cells, found {'a blank line' if blank else len(cells)}")
+            yield dict(zip(header, cells))
+
+
+# ---- cells to arrays ----
+
+
+def number_of(cell: str, missing_words: Sequence[str], largest: float) -> float:
+    """The number in a cell; NaN for an empty cell and for words such as NA."""
+    try:
+        number = float(cell)
+    except ValueError:
+        if cell.strip().lower() in missing_words:
+            return math.nan
+        raise ValueError(f"expected a number, found {cell!r:.60}") from None
+    if "_" in cell or abs(number) > largest:
+        raise ValueError(f"expected a finite number, found {cell!r:.60}")
+    return number
+
+
+def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
+    """float32 [N, F]: the columns with medians for what is missing, then a 0 or 1 for each column that has an indicator."""
+    raw = np.array([[number_of(row[column], numbers["missing_words"], numbers["largest"]) for column in numbers["columns"]] for row in rows])
+    missing = np.isnan(raw)
+    indicators = missing[:, np.array(numbers["has_indicator"])]
+    return np.concatenate([np.where(missing, numbers["medians"], raw), indicators], axis=1).astype(np.float32)
+
+
+def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray:
+    """int64 [N, K]: an index of its own for each value of the training rows, one for missing and one for unseen cells."""
+    indices = []
+    for column, values in zip(categories["columns"], categories["values"]):
+        index_of = {value: categories["first_index"] + place for place, value in enumerate(values)}
+        index_of[""] = categories["missing_index"]
+        indices.append([index_of.get(row[column], categories["unseen_index"]) for row in rows])
+    return np.array(indices, dtype=np.int64).T
+
+
+def chunks_of(rows: Sequence[Row], text: dict[str, Any], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Token ids of each row's text, in one or more chunks; tokenizer.json itself cuts at `max_length`."""
+    texts = [text["separator"].join(filter(None, (row[column] for column in text["columns"]))) for row in rows]
+    encodings = tokenizer.encode_batch_fast([joined[: text["max_characters"]] for joined in texts])
+    return [[each.ids or text["ids_of_nothing"], *(part.ids for part in each.overflowing[: text["max_chunks"] - 1])] for each in encodings]
+
+
+def padded(texts: Sequence[list[list[int]]], text: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask, int64 [B, T], or [B, C, T] where a text may have several chunks."""
+    input_ids = np.full((len(texts), max(map(len, texts)), max(len(ids) for chunks in texts for ids in chunks)), text["pad_token_id"], dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, chunks in enumerate(texts):
+        for chunk, ids in enumerate(chunks):
+            input_ids[row, chunk, : len(ids)] = ids
+            attention_mask[row, chunk, : len(ids)] = 1
+    return (input_ids, attention_mask) if text["max_chunks"] > 1 else (input_ids[:, 0], attention_mask[:, 0])
+
+
+# ---- scoring ----
+
+
+def score(rows: Sequence[Row], settings: dict[str, Any], tokenizer: Tokenizer | None, run: Run, *, max_rows: int = MAX_ROWS) -> np.ndarray:
+    """Probabilities float32 in the order of the rows: of class 1 [N], or of all classes [N, number of classes]."""
+    text, columns = settings["text"], {}
+    chunks = chunks_of(rows, text, tokenizer) if text else []
+    if settings["numbers"]["columns"]:
+        columns["numbers"] = numbers_of(rows, settings["numbers"])
+    if settings["categories"]["columns"]:
+        columns["categories"] = categories_of(rows, settings["categories"])
+    sizes = [len(parts) * max(map(len, parts)) for parts in chunks] or [1] * len(rows)
+    order = sorted(range(len(rows)), key=lambda row: -sizes[row])  # texts of one length together: little padding
+    probabilities = np.empty(len(rows) if settings["is_binary"] else (len(rows), len(settings["classes"])), dtype=np.float32)
+    while order:
+        count = max(1, min(max_rows, MAX_TOKENS // sizes[order[0]]))
+        batch, order = order[:count], order[count:]
+        inputs = {name: values[batch] for name, values in columns.items()}
+        if text:
+            inputs["input_ids"], inputs["attention_mask"] = padded([chunks[row] for row in batch], text)
+        probabilities[batch] = run(inputs)
+    return probabilities
+
+
+def calibrated(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities of all classes [N, K] whose logits are divided by the temperature; [N] are those of class 1 of two."""
+    by_class = probabilities.astype(np.float64)
+    by_class = np.stack([1 - by_class, by_class], axis=1) if by_class.ndim == 1 else by_class
+    powers = np.maximum(by_class, np.finfo(np.float32).tiny) ** (1 / temperature)
+    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def load_preprocessing(folder: Path) -> tuple[dict[str, Any], Tokenizer | None]:
+    settings = json.loads((folder / "preprocessing.json").read_text(encoding="utf-8"))
+    if not settings["text"]:
+        return settings, None
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = settings["text"]["encode_special_tokens"]  # which tokenizer.json has no place for
+    return settings, tokenizer
+
+
+def load_model(folder: Path) -> Run:
+    import onnxruntime  # not at the top: the functions above serve other runtimes too
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(["probabilities"], inputs)[0]
+
+
+# ---- the prediction file ----
+
+
+def tsv_line(cells: Sequence[object]) -> str:
+    """Cells with tabs, line breaks or quotes are quoted, as the csv module reads them."""
+    texts = [str(cell) for cell in cells]
+    return "\t".join('"' + text.replace('"', '""') + '"' if set(text) & set('\t\n\r"') else text for text in texts) + "\n"
+
+
+def main(source: str, output: str) -> None:
+    folder = Path(__file__).parent
+    settings, tokenizer = load_preprocessing(folder)
+    run = load_model(folder)
+    classes, ids = settings["classes"], [settings["id"]] if settings["id"] else []
+    columns = [*ids, *(settings["text"] or {"columns": []})["columns"], *settings["numbers"]["columns"], *settings["categories"]["columns"]]
+    rows = read_rows(source, columns)
+    with open(output, "w", encoding="utf-8", newline="") as stream:
+        stream.write(tsv_line([*ids, *(["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]), "pred", "prob_calibrated"]))
+        while window := list(islice(rows, WINDOW)):
+            scores = score(window, settings, tokenizer, run)
+            chosen = (scores > np.float64(settings["threshold"])).astype(int) if settings["is_binary"] else scores.argmax(axis=1)
+            shown = calibrated(scores, settings["temperature"])[np.arange(len(window)), 1 if settings["is_binary"] else chosen]
+            for row, probability, index, likely in zip(window, scores, chosen, shown):
+                stream.write(tsv_line([*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely]))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python example.py INPUT.csv OUTPUT.tsv")
+    try:
+        main(*sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

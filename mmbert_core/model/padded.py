@@ -1,0 +1,63 @@
+"""The model as a graph can hold it: padded batches to probabilities. Floor 1; imports model.multimodal_bert."""
+
+# B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from mmbert_core.model.multimodal_bert import MultimodalBert
+
+
+class PaddedModel(nn.Module):
+    """A copy of the model that takes padded batches and returns probabilities; only what the model has is given.
+
+    Packing makes shapes from the lengths of the texts, which no graph can hold.
+    """
+
+    def __init__(self, model: MultimodalBert, *, is_binary: bool, max_chunks: int) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+        self.is_binary = is_binary
+        text = self.model.text_subnetwork
+        if text is not None and text.is_packed:
+            text.is_packed = False
+            text.encoder.set_attn_implementation("sdpa")
+        if text is not None and max_chunks > 1:
+            self.model.text_subnetwork = AllChunks(text)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
+        categories: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[B, T] or [B, C, T] twice, [B, F], [B, K] -> probabilities of class 1 [B], or of all classes."""
+        if numbers is None and categories is not None:
+            numbers = torch.zeros_like(categories[:, :0], dtype=torch.float32)
+        probabilities = torch.softmax(self.model(input_ids, attention_mask, numbers, categories).float(), dim=1)
+        return probabilities[:, 1] if self.is_binary else probabilities
+
+
+class AllChunks(nn.Module):
+    """The text half for a graph: every chunk of [B, C, T] is encoded, also those that are padding, which the mean leaves out."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        num_rows, num_chunks, num_tokens = attention_mask.shape
+        is_chunk = attention_mask.any(dim=2)  # [B, C]
+        is_first = torch.arange(num_tokens) == 0  # a chunk that sees no token would be NaN
+        mask = torch.where(is_first, 1, attention_mask)
+        vectors = self.text(input_ids.flatten(0, 1), mask.flatten(0, 1))  # [B C, D]
+        # picked, not reshaped: a graph with that reshape is refused where all texts have one chunk
+        vectors = vectors[torch.arange(num_rows)[:, None] * num_chunks + torch.arange(num_chunks)]  # [B, C, D]
+        weights = is_chunk / is_chunk.sum(dim=1, keepdim=True).clamp(min=1)
+        # the projection comes before the mean here: it is linear, and the weights add up to 1
+        return (vectors * weights.unsqueeze(2)).sum(dim=1)
