@@ -11,7 +11,7 @@ from mmbert_core.errors import InputError
 # Keys that may change between a checkpoint and its resume: none of them touches what is computed from sound numbers,
 # but microbatches_per_step, which a run that ran out of memory must be able to raise, and whose dropout then differs.
 FREE_ON_RESUME = frozenset(
-    {"microbatches_per_step", "log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume", "on_nonfinite", "memory_limit_mb", "timeout_seconds"}
+    {"microbatches_per_step", "log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume", "on_nonfinite", "memory_limit_mb", "timeout_seconds", "threshold_rule", "slice_columns"}
 )
 
 
@@ -85,6 +85,11 @@ class Config:
     val_check_interval: int | float = setting(1.0, "validation", "1.0, 0.5: validate every such share of an epoch; 1, 200: every so many optimizer steps")
     early_stop_metric: str = setting("val/f1_score", "validation", "decides which step is the best and when to stop: val_loss or val/<metric>")
     early_stop_patience: int = setting(10, "validation", "stop after so many validations in a row without a better early_stop_metric")
+    threshold_rule: str = setting(
+        "best_f1", "validation",
+        "which probability counts as class 1 (two classes), chosen on the validation rows: best_f1, half, recall_at_precision=X, precision_at_recall=X, alerts_per_1000=X",
+    )  # fmt: skip
+    slice_columns: tuple[str, ...] = setting((), "validation", "columns whose values or quarters the report looks at one by one; none: every numeric and categorical column")
     # ---- run ----
     model_path: str = setting(..., "run", "folder of everything this run writes")
     resume: Literal["auto", "never"] | int = setting(
@@ -143,7 +148,7 @@ class Config:
                 if column in roles:
                     raise InputError(f"column {column!r} stands in {roles[column]} and in {key}: expected one role for each column")
                 roles[column] = key
-        if self.id_name in ("prob", "label", "pred", self.label_name):
+        if self.id_name in ("prob", "label", "pred", "prob_calibrated", self.label_name):
             raise InputError(f"id_name: {self.id_name!r} is a column that the prediction file has already: expected another column")
 
     @property

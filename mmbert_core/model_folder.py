@@ -1,8 +1,9 @@
 """A whole model in a folder: it scores new files without training data, network or pickle. Floor 2.
 
     config.json  model.safetensors  encoder/ (config and tokenizer)  features.json  labels.json
+    thresholds.json  baselines.json  baselines.safetensors (older folders have none of the last three)
 
-Imports errors, files, config, data, model. Texts, columns and classes are those of the training run.
+Imports errors, files, config, data, model, evaluation.judgement. Texts, columns and classes are those of the training run.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,10 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import load_tokenizer
 from mmbert_core.errors import InputError, RunError
+from mmbert_core.evaluation.baselines import Baselines
+from mmbert_core.evaluation.calibration import Calibration
+from mmbert_core.evaluation.judgement import Judgement
+from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.files import TEMPORARY_PREFIX, read_json, save_tensors, space, sync_path, write_json
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
@@ -29,7 +34,8 @@ from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pre
 
 T = TypeVar("T")
 FORMAT_VERSION = 1
-ENCODER = "encoder"
+ENCODER, THRESHOLDS, BASELINES, BASELINE_WEIGHTS = "encoder", "thresholds.json", "baselines.json", "baselines.safetensors"
+SUMMARY, CARD = "summary.json", "README.md"  # for people, written after the test
 WEIGHTS = "model.safetensors"  # written last: a folder that has it is whole
 
 
@@ -43,6 +49,7 @@ class LoadedModel:
     labels: Labels
     tokenizer: Any  # None for a columns-only model
     resolved: dict[str, Any]  # settings that were `auto`, as used
+    judgement: Judgement = Judgement()
 
 
 def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str | None]:
@@ -83,34 +90,44 @@ def _tabular_part(config: Config, features: Features) -> TabAE | None:
 # ---- save and load ----
 
 
-def save_model_folder(
-    folder: Path, weights: dict[str, torch.Tensor], *, config: Config, model: MultimodalBert, features: Features, labels: Labels, tokenizer: Any, resolved: dict[str, Any]
-) -> None:
+def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: LoadedModel) -> None:
     """Rank 0 only. Write all parts, the weights last. The same weights always give the same file, byte for byte.
 
     Raises `RunError` when the disk does not take it.
     """
     folder = Path(folder)
-    (folder / WEIGHTS).unlink(missing_ok=True)  # never an old model beside new parts
-    temporary = folder / f"{TEMPORARY_PREFIX}{WEIGHTS}"
+    stale = (WEIGHTS, SUMMARY, CARD) if (folder / SUMMARY).exists() else (WEIGHTS,)  # a README.md may be another's
+    for name in stale:  # never an old model, or its figures, beside new parts
+        (folder / name).unlink(missing_ok=True)
+    baselines = made.judgement.baselines
+    temporaries = {name: folder / f"{TEMPORARY_PREFIX}{name}" for name in (BASELINE_WEIGHTS, WEIGHTS)}
     try:
-        if model.text_subnetwork is not None:
-            model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
-            tokenizer.save_pretrained(folder / ENCODER)
+        if made.model.text_subnetwork is not None:
+            made.model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
+            made.tokenizer.save_pretrained(folder / ENCODER)
             for path in (*(folder / ENCODER).iterdir(), folder / ENCODER):
                 sync_path(path)
-        write_json(folder / "features.json", features.to_json())
-        write_json(folder / "labels.json", labels.to_json())
-        write_json(folder / "config.json", config_record(config, resolved))
-        save_tensors(weights, temporary)
-        sync_path(temporary)
-        temporary.replace(folder / WEIGHTS)
-        sync_path(folder)
+        write_json(folder / "features.json", made.features.to_json())
+        write_json(folder / "labels.json", made.labels.to_json())
+        write_json(folder / "config.json", config_record(made.config, made.resolved))
+        write_json(folder / THRESHOLDS, made.judgement.to_json())
+        if baselines is not None:
+            write_json(folder / BASELINES, baselines.to_json())
+            _replace_tensors(baselines.tensors(), temporaries[BASELINE_WEIGHTS], folder / BASELINE_WEIGHTS)
+        _replace_tensors(weights, temporaries[WEIGHTS], folder / WEIGHTS)
     except OSError as error:
         num_bytes = sum(tensor.nbytes for tensor in weights.values())
         raise RunError(f"the model could not be written: {space(folder, num_bytes)} ({error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _replace_tensors(tensors: dict[str, torch.Tensor], temporary: Path, final: Path) -> None:
+    save_tensors(tensors, temporary)
+    sync_path(temporary)
+    temporary.replace(final)
+    sync_path(final.parent)
 
 
 def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -144,16 +161,28 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:  # RuntimeError: names or shapes differ
         raise InputError(f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}") from None
-    return LoadedModel(model.eval(), config, features, labels, tokenizer, resolved)
+    return LoadedModel(model.eval(), config, features, labels, tokenizer, resolved, _judgement_of(folder))
 
 
-def _read_part(path: Path, build: Callable[[Any], T]) -> T:
-    """What a JSON file of the folder holds; whatever is wrong in it is one line that names the file."""
+def _judgement_of(folder: Path) -> Judgement:
+    """Threshold, calibration and baselines; a folder of version 0.2 or older has none, and counts rows above one half."""
+    if not (folder / THRESHOLDS).is_file():
+        return Judgement()
+    threshold, calibration = _read_part(folder / THRESHOLDS, lambda values: (Threshold.from_json(values["threshold"]), Calibration.from_json(values["calibration"])))
+    baselines = None
+    if (folder / BASELINES).is_file():
+        tensors = _read_part(folder / BASELINE_WEIGHTS, load_file, read=Path)
+        baselines = _read_part(folder / BASELINES, lambda values: Baselines.from_json(values, tensors))
+    return Judgement(threshold, calibration, baselines)
+
+
+def _read_part(path: Path, build: Callable[[Any], T], *, read: Callable[[Path], Any] = read_json) -> T:
+    """What a file of the folder holds; whatever is wrong in it is one line that names the file."""
     try:
-        return build(read_json(path))
+        return build(read(path))
     except KeyError as error:
         raise InputError(f"{path}: expected the key {error}, found none") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}: ').split())}") from None
     except (TypeError, AttributeError) as error:
         raise InputError(f"{path}: expected another structure ({error})") from None

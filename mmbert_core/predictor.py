@@ -1,15 +1,20 @@
 """A loaded model scores new rows: a file, in windows of constant memory, on one process or several. Floor 3.
 
-Imports distributed, data, evaluation, model, model_folder, training.hooks.
+Imports distributed, data, evaluation, explain, model, model_folder, report, training.hooks and run_log.
 """
 
+import io
 import logging
 import os
+import shutil
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,32 +22,50 @@ import torch
 
 from mmbert_core import distributed
 from mmbert_core.data.batches import WINDOW
-from mmbert_core.data.dataset import Dataset, encode_for_prediction
+from mmbert_core.data.dataset import Dataset, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import longest_texts
 from mmbert_core.data.prepare import warn_of_cut_texts, warn_of_unseen
+from mmbert_core.data.readers import rows_about
+from mmbert_core.data.store import open_or_build
 from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
+from mmbert_core.data.tokens import join_texts
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError
+from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.evaluation.predictions import Columns, header, prediction_columns, tsv_line, tsv_rows
-from mmbert_core.files import TEMPORARY_PREFIX, naming, sync_path
+from mmbert_core.evaluation.thresholds import Threshold
+from mmbert_core.explain import explain_rows
+from mmbert_core.files import TEMPORARY_PREFIX, naming, read_json, sync_path
 from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
-from mmbert_core.model_folder import LoadedModel, load_model_folder
+from mmbert_core.model_folder import SUMMARY, LoadedModel, load_model_folder
+from mmbert_core.report import Scored, training_section, write_report
 from mmbert_core.training import hooks
 from mmbert_core.training.hooks import BatchResult, EpochResult, Task
 from mmbert_core.training.optim import resolve_precision
+from mmbert_core.training.run_log import format_seconds
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+STANDARD = "-"  # standard input or output
+CACHE = "cache"  # of an evaluation, while it lasts
 Rows = TypeVar("Rows", pd.DataFrame, list[Mapping[str, Any]], Mapping[str, Any])
 
 
 class Predictor:
     """A model folder ready to score rows. Needs neither training data nor labels nor network."""
 
-    def __init__(self, loaded: LoadedModel, context: DistContext, *, precision: str = "auto") -> None:
+    def __init__(
+        self, loaded: LoadedModel, context: DistContext, *, precision: str = "auto", threshold: float | None = None, folder: Path | None = None
+    ) -> None:
+        """`threshold`: above which probability a row is class 1; none: as chosen on the validation rows. Several classes have none.
+
+        `folder`: where the model was loaded from, for reports.
+        """
         self.loaded = loaded
+        self.folder = folder
+        self.threshold = loaded.judgement.threshold.value if threshold is None else threshold
         self.context = context
         config = loaded.config
         if precision == "auto" and context.device.type == "cuda":
@@ -57,65 +80,104 @@ class Predictor:
         loaded.model.to(context.device).eval()
 
     @classmethod
-    def from_folder(cls, folder: str | Path, context: DistContext | None = None, *, precision: str = "auto") -> "Predictor":
+    def from_folder(cls, folder: str | Path, context: DistContext | None = None, *, precision: str = "auto", threshold: float | None = None) -> "Predictor":
         """Load a model folder. Raises `InputError` when it is not a whole one.
 
         `precision`: "auto" (on a GPU as the model was trained, on the CPU fp32), "fp32", "bf16", "fp16" or, on the CPU, "int8".
         """
-        return cls(load_model_folder(folder), context or distributed.read_context(), precision=precision)
+        return cls(load_model_folder(folder), context or distributed.read_context(), precision=precision, threshold=threshold, folder=Path(folder))
 
     def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False) -> int:
-        """Collective. Score every row of the input once, in its order, into a TSV file; returns the number of rows.
+        """Collective. Score every row of the input once, in its order, into a TSV file ("-": standard output); returns the number of rows.
 
         The file appears whole or not at all. Labels, when the input has the label column, are copied as they are; with
         `sheet_safe` a text that a spreadsheet would take for a formula gets a ' before it.
         Raises `InputError` for input that cannot be read, a missing column, or an output that cannot be written.
         """
-        inputs, output = expand_paths(paths), Path(output)
-        check_output(inputs, output)
-        temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
-        config = self.loaded.config
-        roles = Roles.from_config(config)
+        inputs = expand_paths(paths)
+        config, roles = self.loaded.config, Roles.from_config(self.loaded.config)
         kept = columns_kept(inputs, roles.inputs(), (config.label_name,))
         longest = longest_texts(roles, max_length=config.max_length, max_chunks=config.max_chunks)
         windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), longest=longest, chunk_rows=WINDOW)
         names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
         unseen: Counter[str] = Counter()
-        num_rows, num_cut, started, last_line = 0, 0, time.monotonic(), time.monotonic()
-        try:
-            distributed.on_main(lambda: create(temporary, output))
-            with naming(output), open(temporary if self.context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
-                stream.write(tsv_line(names, sheet_safe=sheet_safe))
-                for window in windows:
-                    dataset = self._encode(window)
-                    result = self.score(dataset)
-                    if self.context.is_main:
-                        stream.writelines(tsv_rows(self._columns(dataset, result), sheet_safe=sheet_safe))
-                    unseen.update(dataset.unseen())
-                    num_rows, num_cut = num_rows + len(dataset), num_cut + dataset.encoded.num_cut
-                    if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                        last_line = time.monotonic()
-                        logger.info("%d rows scored, %.0f rows/s", num_rows, num_rows / (last_line - started))
-                stream.flush()
-                os.fsync(stream.fileno()) if self.context.is_main else None
-            distributed.on_main(lambda: publish(temporary, output))
-        finally:
-            if self.context.is_main:
-                temporary.unlink(missing_ok=True)
-        warn_of_cut_texts(num_cut, num_rows, config)
+        num_cut, progress = 0, Progress(rows_about(inputs))
+        with written_whole(output, inputs, self.context) as stream:
+            stream.write(tsv_line(names, sheet_safe=sheet_safe))
+            for window in windows:
+                dataset = self._encode(window)
+                result = self.score(dataset)
+                if self.context.is_main:
+                    stream.writelines(tsv_rows(self._columns(dataset, result), sheet_safe=sheet_safe))
+                unseen.update(dataset.unseen())
+                num_cut += dataset.encoded.num_cut
+                progress.advance(len(dataset))
+        warn_of_cut_texts(num_cut, progress.done, config)
         warn_of_unseen("input", unseen)
-        return num_rows
+        return progress.done
+
+    def evaluate_file(self, paths: Sequence[str], parent: str | Path, *, slice_columns: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
+        """Collective. Score labelled rows into a new folder in `parent`: what the test of a run writes, the report with it.
+
+        Returns the figures of test_metrics.json and the folder. Raises `InputError` for input that cannot be read or has no labels.
+        """
+        config, inputs = self.loaded.config, expand_paths(paths)
+        columns_kept(inputs, [*Roles.from_config(config).inputs(), config.label_name, *slice_columns])
+        slice_columns = slice_columns or [name for name in config.slice_columns if columns_kept(inputs, [], [name])]
+        made = [path for path in (Path(parent), *Path(parent).parents) if not path.exists()]
+        _, folder = hooks.on_test_epoch_start(parent)
+        try:
+            dataset = self._stored(inputs, folder / CACHE)
+            result = self.score(dataset)
+            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns))
+        finally:
+            if self.context.local_rank == 0:
+                shutil.rmtree(folder / CACHE, ignore_errors=True)
+                with suppress(OSError):  # not empty: what it is for
+                    for path in (folder, *made):
+                        path.rmdir()
+        return figures, folder
+
+    def _stored(self, inputs: Sequence[str], cache: Path) -> Dataset:
+        """Labelled rows as memory-mapped arrays, so that any number of them can be compared with each other."""
+        loaded, config = self.loaded, self.loaded.config
+        roles = replace(Roles.from_config(config), group=None)
+        encoded = open_or_build(inputs, roles, loaded.tokenizer, max_length=config.max_length, max_chunks=config.max_chunks, cache_path=cache)
+        return Dataset(
+            encoded, None, loaded.features, loaded.labels, pad_token_id=pad_token_id_of(loaded.tokenizer), name="test", label_column=config.label_name
+        )
+
+    def _write_evaluation(self, dataset: Dataset, result: EpochResult, folder: Path, slice_columns: Sequence[str]) -> dict[str, Any]:
+        """Rank 0 only."""
+        loaded = replace(self.loaded, judgement=self.judgement)
+        figures = hooks.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
+
+        def scored() -> Scored:
+            training = {"reason": "no folder of a run"} if self.folder is None else training_section(self.folder)
+            source = str(self.folder or "a model in memory")
+            warnings = known_files(self.folder, dataset) or {"reason": "The training rows are not at hand: only the files were compared."}
+            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, warnings=warnings, slice_columns=slice_columns)
+
+        write_report(scored, folder)
+        return figures
+
+    @property
+    def judgement(self) -> Judgement:
+        """The model folder's, with this predictor's threshold."""
+        kept = self.loaded.judgement
+        if self.threshold == kept.threshold.value:
+            return kept
+        return replace(kept, threshold=Threshold(self.threshold, "given", reason="given on the command line"))
 
     def predict(self, rows: Rows) -> Rows:
         """Collective. Rows as a prediction file has them, in their order: a frame for a frame, a list of dicts for a list, a dict for one row.
 
-        Cells may be texts or numbers. Probabilities are float32 in a frame. Raises `InputError` for a missing column or a cell that cannot be.
+        Cells may be texts or numbers; id and label may be left out. Probabilities are float32 in a frame.
+        Raises `InputError` for a missing column or a cell that cannot be.
         """
         if isinstance(rows, Mapping):
             return self.predict([rows])[0]
-        inputs, optional = Roles.from_config(self.loaded.config).inputs(), (self.loaded.config.label_name,)
-        chunk = frame_to_chunk(rows, inputs, optional) if isinstance(rows, pd.DataFrame) else records_to_chunk(rows, inputs, optional)
-        dataset = self._encode(chunk)
+        dataset = self._encode(self._chunk_of(rows))
         columns = self._columns(dataset, self.score(dataset))
         warn_of_cut_texts(dataset.encoded.num_cut, len(dataset), self.loaded.config)
         warn_of_unseen("data in memory", dataset.unseen())
@@ -123,6 +185,24 @@ class Predictor:
             return pd.DataFrame(columns, index=rows.index)
         values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
         return [dict(zip(columns, cells, strict=True)) for cells in zip(*values, strict=True)]
+
+    def explain(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One row's `prediction`, as `predict` gives it, and its `tokens`: the pieces of the text with a weight of -1 to 1, above 0 for the predicted class.
+
+        The pieces side by side are the text that the model read; a columns-only model has none. Not collective. Raises `InputError` as `predict` does.
+        """
+        config = self.loaded.config
+        prediction = self.predict(row)
+        chunk = self._chunk_of([row])
+        texts = join_texts(chunk.cells, config.text_name) if config.text_name else [""]
+        [pieces] = explain_rows(self.loaded, self._encode(chunk), [0], texts=texts, task=self.task)
+        return {"prediction": prediction, "tokens": [list(piece) for piece in pieces]}
+
+    def _chunk_of(self, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> Chunk:
+        """Rows in memory, where label and id may be left out."""
+        roles = Roles.from_config(self.loaded.config)
+        features, optional = roles.features(), [name for name in (roles.id, roles.label) if name is not None]
+        return frame_to_chunk(rows, features, optional) if isinstance(rows, pd.DataFrame) else records_to_chunk(rows, features, optional)
 
     def _encode(self, chunk: Chunk) -> Dataset:
         loaded, config = self.loaded, self.loaded.config
@@ -133,7 +213,9 @@ class Predictor:
     def score(self, dataset: Dataset) -> EpochResult:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""
         results = []
-        with torch.inference_mode():
+        text = self.loaded.model.text_subnetwork
+        # a table that an encoder makes and keeps in inference mode could not be part of an explanation's gradients
+        with torch.inference_mode() if text is None or text.is_packed else torch.no_grad():
             for index, batch in filter(None, hooks.own_batches(dataset, self.context)):
                 made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
                 preds = made[0] if isinstance(made, tuple) else made
@@ -148,8 +230,64 @@ class Predictor:
         config = self.loaded.config
         labels = dataset.label_strings(range(len(dataset))) if dataset.has_labels else None
         return prediction_columns(
-            result.preds, self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, ids=result.ids, labels=labels
-        )
+            result.preds, self.loaded.labels.names, is_binary=config.is_binary, id_name=None if result.ids is None else config.id_name, ids=result.ids, labels=labels,
+            calibrated=self.loaded.judgement.calibration.apply(result.preds), threshold=self.threshold,
+        )  # fmt: skip
+
+
+class Progress:
+    """Rows scored, told every few seconds, with the time that is left where the number of rows is known."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total, self.done = total, 0
+        self._started = self._said = time.monotonic()
+
+    def advance(self, num_rows: int) -> None:
+        self.done += num_rows
+        now = time.monotonic()
+        if now - self._said > SECONDS_BETWEEN_LINES:
+            self._said, rate = now, self.done / (now - self._started)
+            left = f", about {format_seconds(max(0, self.total - self.done) / rate)} left" if self.total else ""
+            logger.info("%d rows scored, %.0f rows/s%s", self.done, rate, left)
+
+
+def known_files(folder: Path | None, dataset: Dataset) -> list[str]:
+    """Lines about evaluated files that the model was trained or chosen on, as summary.json of its folder has them."""
+    try:
+        known = {} if folder is None else read_json(folder / SUMMARY)["data"]["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    trained = {value["sha256"]: path for path, value in known.items()}
+    here = {path: value["sha256"] for path, value in dataset.encoded.fingerprints.items()}
+    return [f"{path} is a file of the model's own run ({trained[digest]})" for path, digest in here.items() if digest in trained]
+
+
+# ---- the output ----
+
+
+@contextmanager
+def written_whole(output: str | Path, inputs: Sequence[str], context: DistContext) -> Iterator[TextIO]:
+    """Collective. A stream, on rank 0, to a file that takes its name when the block ends without an error; "-" is standard output."""
+    if str(output) == STANDARD:
+        stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="")
+        try:
+            yield stream
+        finally:
+            stream.detach().flush()
+        return
+    output = Path(output)
+    check_output(inputs, output)
+    temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
+    try:
+        distributed.on_main(lambda: create(temporary, output))
+        with naming(output), open(temporary if context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno()) if context.is_main else None
+        distributed.on_main(lambda: publish(temporary, output))
+    finally:
+        if context.is_main:
+            temporary.unlink(missing_ok=True)
 
 
 def check_output(inputs: Sequence[str], output: Path) -> None:

@@ -14,16 +14,19 @@ PACKAGE = "mmbert_core"
 # Every file, by floor. A file imports the files of lower floors, and those named before it in its own group.
 # Groups of the same floor do not know each other.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("errors", "signals", "files", "hub", "config", "config_reader", "distributed"),),
+    (("errors", "signals", "files", "hub", "config", "config_reader", "distributed"), ("export_example",)),
     (
         ("data.batches", "data.sample", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
-         "data.encoding", "data.store", "data.dataset", "data.prepare"),
-        ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.multimodal_bert"),
-        ("evaluation.predictions", "evaluation.metrics", "evaluation.plots"),
+         "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare"),
+        ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.multimodal_bert",
+         "model.padded"),
+        ("evaluation.predictions", "evaluation.metrics", "evaluation.plots", "evaluation.intervals", "evaluation.slices", "evaluation.thresholds",
+         "evaluation.calibration", "evaluation.baselines", "evaluation.judgement", "evaluation.sections",
+         "evaluation.markup", "evaluation.charts", "evaluation.page_style", "evaluation.page_quality", "evaluation.page_details", "evaluation.page"),
     ),
-    (("model_folder", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "training.memory", "training.setup"),),
-    (("predictor", "training.loop", "demo"),),
-    (("cli", "__main__", "train"),),  # train: train.py, beside the package
+    (("model_folder", "assessment", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "explain", "importance", "training.memory", "training.setup"),),
+    (("card", "report", "predictor", "serve_page", "serve", "export", "training.loop", "ablation", "demo"),),
+    (("command_line", "cli", "__main__", "train"),),  # train: train.py, beside the package
 )  # fmt: skip
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle"}

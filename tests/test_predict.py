@@ -119,7 +119,7 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_alone_is_scored(tables, tmp_path, case):
     [row] = predict(tables / "run", write_csv(tmp_path / "one.csv", [ROWS[case]]), tmp_path / "out.tsv")
-    assert list(row) == ["row_id", "prob", "label", "pred"]
+    assert list(row) == ["row_id", "prob", "label", "pred", "prob_calibrated"]
     assert 0 <= float(row["prob"]) <= 1 and row["pred"] == ("1" if float(row["prob"]) > 0.5 else "0")
     assert row["row_id"] == ROWS[case][0] and row["label"] == ROWS[case][-1]
 
@@ -141,7 +141,7 @@ def test_labels_are_copied_and_never_needed(tables, tmp_path):
     with_strange = predict(tables / "run", tmp_path / "strange.csv", tmp_path / "strange.tsv")
     assert [row["label"] for row in with_strange] == strange
     without = predict(tables / "run", tmp_path / "none.csv", tmp_path / "none.tsv")
-    assert list(without[0]) == ["row_id", "prob", "pred"]
+    assert list(without[0]) == ["row_id", "prob", "pred", "prob_calibrated"]
     for name in ("row_id", "prob", "pred"):
         assert [row[name] for row in with_strange] == [row[name] for row in without] == [row[name] for row in plain]
 
@@ -157,9 +157,9 @@ def test_order_and_number_of_columns_do_not_matter(tables, tmp_path):
 def test_a_header_alone_gives_a_header_alone(tables, several, tmp_path):
     table = write_csv(tmp_path / "header.csv", [], COLUMNS[:-1])
     assert predict(tables / "run", table, tmp_path / "out.tsv") == []
-    assert (tmp_path / "out.tsv").read_bytes() == b"row_id\tprob\tpred\n"
+    assert (tmp_path / "out.tsv").read_bytes() == b"row_id\tprob\tpred\tprob_calibrated\n"
     assert predict(several / "run", table, tmp_path / "out.tsv") == []
-    assert (tmp_path / "out.tsv").read_bytes() == b"row_id\tprob_0\tprob_1\tprob_2\tpred\n"
+    assert (tmp_path / "out.tsv").read_bytes() == b"row_id\tprob_0\tprob_1\tprob_2\tpred\tprob_calibrated\n"
 
 
 def test_ids_come_back_byte_for_byte(tables, tmp_path):
@@ -181,7 +181,7 @@ def test_probabilities_read_back_to_the_models_float32(tables, several, tmp_path
             chunk, roles, scorer.loaded.tokenizer, scorer.loaded.features, scorer.loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
         )
         computed = scorer.score(dataset).preds
-        columns = [name for name in rows[0] if name.startswith("prob")]
+        columns = [name for name in rows[0] if name.startswith("prob") and name != "prob_calibrated"]
         read = np.array([[np.float32(row[name]) for name in columns] for row in rows])
         assert computed.dtype == np.float32 and np.array_equal(read.reshape(computed.shape), computed)
         shortest = {str(value) for value in computed.ravel()}
@@ -191,7 +191,7 @@ def test_probabilities_read_back_to_the_models_float32(tables, several, tmp_path
 def test_several_classes(several, tmp_path):
     rows = predict(several / "run", several / "test.csv", tmp_path / "out.tsv")
     names = ["prob_0", "prob_1", "prob_2"]
-    assert list(rows[0]) == ["row_id", *names, "label", "pred"]
+    assert list(rows[0]) == ["row_id", *names, "label", "pred", "prob_calibrated"]
     for row in rows:
         values = [float(row[name]) for name in names]
         assert sum(values) == pytest.approx(1, abs=1e-6)
@@ -206,7 +206,7 @@ def test_class_names_of_any_text(tables, tmp_path):
     paths = {f"{part}_path": (str(tmp_path / f"{part}.csv"),) for part in ("train", "val")} | {"test_path": ()}
     folder, _, _ = train_in(tables, tmp_path, is_binary=False, num_classes=3, max_train_rows=16, **paths)
     rows = predict(folder, tmp_path / "val.csv", tmp_path / "out.tsv")
-    assert list(rows[0]) == ["row_id", *(f"prob_{name}" for name in names), "label", "pred"]
+    assert list(rows[0]) == ["row_id", *(f"prob_{name}" for name in names), "label", "pred", "prob_calibrated"]
     for position, row in enumerate(rows):
         assert row["label"] == names[position % 3]
         assert row["pred"] == max(names, key=lambda name: float(row[f"prob_{name}"]))
@@ -282,7 +282,7 @@ def test_test_rows_change_nothing_that_is_fitted(tables, tmp_path):
         first, second = ((folder / name).read_bytes() for folder in folders)
         assert first == second, name
     assert test_file_of(folders[0]).read_bytes() != test_file_of(folders[1]).read_bytes()
-    assert list(read_tsv(test_file_of(folders[1]))[0]) == ["row_id", "prob", "pred"]
+    assert list(read_tsv(test_file_of(folders[1]))[0]) == ["row_id", "prob", "pred", "prob_calibrated"]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_other_shapes_of_a_model(tables, tmp_path, changes):
     assert len(rows) == 37 and len({row["prob"] for row in rows}) > 1
     if "positive_label" in changes:
         assert data.labels.names == ("1", "0") and json.loads((folder / "labels.json").read_text()) == {"names": ["1", "0"]}
-        assert list(rows[0]) == ["prob", "label", "pred"]
+        assert list(rows[0]) == ["prob", "label", "pred", "prob_calibrated"]
         assert all(row["pred"] == ("0" if float(row["prob"]) > 0.5 else "1") for row in rows)
     if "max_chunks" in changes:
         assert {batch.input_ids.shape[1] for batch in (data.test.batch([row]) for row in range(37)) if batch.input_ids.ndim == 3} >= {2, 3}
@@ -390,7 +390,9 @@ def test_rows_as_dicts_are_scored_as_the_frame(several, tmp_path):
     one = predictor.predict(records[3])
     assert {key: one[key] for key in ("row_id", "label", "pred")} == {key: predicted[key].iloc[3] for key in ("row_id", "label", "pred")}
     assert all(one[key] == pytest.approx(value, abs=1e-6) for key, value in predicted.iloc[3].items() if key.startswith("prob"))
-    assert "label" not in predictor.predict({key: value for key, value in records[3].items() if key != "label"})
+    bare = predictor.predict({key: value for key, value in records[3].items() if key not in ("label", "row_id")})
+    assert bare == {key: value for key, value in one.items() if key not in ("label", "row_id")}
+    assert list(predictor.predict(frame.drop(columns="row_id"))) == [name for name in predicted if name != "row_id"]
 
 
 def test_predictions_do_not_depend_on_threads_left_by_a_caller(tables, tmp_path):

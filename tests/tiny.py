@@ -88,10 +88,10 @@ def metrics_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_command(arguments: list[str], *, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(arguments: list[str], *, timeout: float = 180, input: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a Python command line from the project's root; its output as text."""
     variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, input=input)
 
 
 def torchrun(num_processes: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

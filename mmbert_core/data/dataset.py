@@ -60,7 +60,7 @@ class Dataset:
         self.name = name
         self.packed = False  # set by a run, which knows the model: rows are learned end to end, and padding costs nothing
         self.rows = np.arange(encoded.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)  # [N]
-        self._features = features
+        self.features = features
         self._lookups = features.category_lookup(encoded.vocabularies)
         self._pad_token_id = pad_token_id
         self.lengths = _lengths_of(encoded.tokens, self.rows)  # [N] int64, real tokens over all chunks; 1 without text
@@ -97,7 +97,7 @@ class Dataset:
 
     def unseen(self) -> dict[str, int]:
         """Categorical column -> its cells with a value that training never saw; columns without one are left out."""
-        return dict(unseen_counts(self._lookups, self.encoded.category_codes[self.rows], self._features.category_names))
+        return dict(unseen_counts(self._lookups, self.encoded.category_codes[self.rows], self.features.category_names))
 
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:
         """What these rows cost as one micro-batch: real tokens when packed, else real chunks times the longest; without text the rows."""
@@ -112,21 +112,41 @@ class Dataset:
         chunks = np.concatenate([np.arange(start, stop) for start, stop in zip(first, last, strict=True)])
         return len(chunks) * int((tokens.chunk_offsets[chunks + 1] - tokens.chunk_offsets[chunks]).max(initial=1))
 
-    def used_token_ids(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The different token ids of these rows [U] int64, ascending; padding's is always one."""
-        tokens, rows = self.encoded.tokens, self.rows[positions]
-        starts, stops = (tokens.chunk_offsets[tokens.row_chunks[places]] for places in (rows, rows + 1))
-        texts = [tokens.ids[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-        return np.unique(np.concatenate([*texts, [self._pad_token_id]])).astype(np.int64)
-
-    def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
-        """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""
-        positions = np.asarray(positions, dtype=np.int64)
+    def columns(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers [B, F] float32, imputed, with the indicators behind them, and category indices [B, K] int64."""
         rows = self.rows[positions]
         codes = self.encoded.category_codes[rows]
         categories = np.empty(codes.shape, dtype=np.int64)
         for place, lookup in enumerate(self._lookups):
             categories[:, place] = lookup[codes[:, place]]
+        return self.features.transform_numbers(self.encoded.numbers[rows]), categories
+
+    def token_ids(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end [L] int32, and where each begins and the last ends [B + 1]."""
+        tokens, rows = self.encoded.tokens, self.rows[positions]
+        assert tokens is not None, "no text column was read"
+        starts, ends = tokens.chunk_offsets[tokens.row_chunks[rows]], tokens.chunk_offsets[tokens.row_chunks[rows + 1]]
+        parts = [tokens.ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return np.concatenate([np.zeros(0, np.int32), *parts]), np.concatenate([[0], np.cumsum(ends - starts)])
+
+    def used_token_ids(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The different token ids of these rows [U] int64, ascending; padding's is always one."""
+        ids, _ = self.token_ids(positions)
+        return np.unique(np.append(ids, self._pad_token_id)).astype(np.int64)
+
+    def cells(self, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray | list[str]]:
+        """Column -> numbers [B] as they were read (NaN: missing), or texts of categories ("": missing)."""
+        rows, encoded = self.rows[positions], self.encoded
+        made: dict[str, np.ndarray | list[str]] = {name: encoded.numbers[rows, place] for place, name in enumerate(self.features.number_names)}
+        for place, (name, vocabulary) in enumerate(zip(self.features.category_names, encoded.vocabularies, strict=True)):
+            made[name] = [vocabulary[code] for code in encoded.category_codes[rows, place].tolist()]
+        return made
+
+    def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
+        """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""
+        positions = np.asarray(positions, dtype=np.int64)
+        rows = self.rows[positions]
+        numbers, categories = self.columns(positions)
         input_ids, mask = _padded(self.encoded.tokens, rows, self._pad_token_id)  # [B, C, T]
         if self.encoded.max_chunks == 1 or self.encoded.tokens is None:
             input_ids, mask = input_ids[:, 0], mask[:, 0]
@@ -134,7 +154,7 @@ class Dataset:
             row_index=torch.from_numpy(positions),
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(mask),
-            numbers=torch.from_numpy(self._features.transform_numbers(self.encoded.numbers[rows])),
+            numbers=torch.from_numpy(numbers),
             categories=torch.from_numpy(categories),
             labels=None if self.label_index is None else torch.from_numpy(self.label_index[positions]),
             ids=None if self.encoded.ids is None else self.encoded.ids.take(rows),

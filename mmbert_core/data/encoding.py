@@ -180,7 +180,7 @@ def assemble(
     )
 
 
-def _number_of(cell: str) -> float:
+def number_of(cell: str) -> float:
     """A number as Python writes it, without digit grouping; NaN for the words that mean missing."""
     try:
         number = float(cell)
@@ -203,7 +203,7 @@ def _parse_column(cells: Sequence[str], *, column: str, where: Callable[[int], s
         numbers = np.empty(len(cells), dtype=np.float64)
     for index, cell in enumerate(cells):
         try:
-            numbers[index] = _number_of(cell)
+            numbers[index] = number_of(cell)
         except ValueError:
             expected = "expected a finite number (such as 3.5 or 1e5, at most 3.4e38) or an empty cell"
             raise InputError(f"{where(index)}, column {column!r}: {expected}, found {shown(cell)}") from None

@@ -3,8 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels, other_rows
+from mmbert_core.data.leaks import find_leaks
+from mmbert_core.data.readers import header_of
 from mmbert_core.data.splits import sample_rows, split_rows
 from mmbert_core.data.store import check_columns, open_or_build
-from mmbert_core.data.table import Roles, expand_paths, shown
+from mmbert_core.data.table import Roles, columns_kept, expand_paths, shown
 from mmbert_core.data.tokens import load_tokenizer, tokenizer_fingerprint
 from mmbert_core.errors import InputError
 
@@ -39,6 +41,7 @@ class Data:
     labels: Labels
     tokenizer: PreTrainedTokenizerFast | None  # None: a columns-only model
     fingerprints: dict[str, dict[str, int | str]]  # path of every file read -> bytes, sha256; and the tokenizer's
+    leaks: list[str] = field(default_factory=list)  # lines of `find_leaks`
 
 
 def prepare(config: Config) -> Data:
@@ -47,8 +50,7 @@ def prepare(config: Config) -> Data:
     Every process calls it; it needs no process group. Raises `InputError`, one line, for every mistake in the data.
     """
     roles = Roles.from_config(config)
-    ungrouped = replace(roles, group=None)
-    train_roles = ungrouped if config.val_path else roles
+    train_roles = roles_with_group(config.train_path, roles) if config.val_path else roles
     _check_files(config, train_roles)
     tokenizer = load_tokenizer(config.encoder) if roles.text else None
     encode = partial(
@@ -60,9 +62,9 @@ def prepare(config: Config) -> Data:
     )
     tables = {"train": encode(config.train_path, train_roles, progress=_progress("training"))}
     if config.val_path:
-        tables["val"] = encode(config.val_path, ungrouped, progress=_progress("validation"))
+        tables["val"] = encode(config.val_path, roles_with_group(config.val_path, roles), progress=_progress("validation"))
     if config.test_path:
-        tables["test"] = encode(config.test_path, ungrouped, label_optional=True, progress=_progress("test"))
+        tables["test"] = encode(config.test_path, roles_with_group(config.test_path, roles), label_optional=True, progress=_progress("test"))
     for table in (tables["train"], tables.get("val")):
         if table is not None and table.num_rows == 0:
             raise InputError(f"{table.paths[0]}: expected rows, found a header only")
@@ -83,8 +85,15 @@ def prepare(config: Config) -> Data:
         tokenizer=tokenizer,
         fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()} | _of_tokenizer(tokenizer),
     )
+    data.leaks = find_leaks(data.train, data.val, data.test, labels)
     _report(data, config)
     return data
+
+
+def roles_with_group(paths: Sequence[str], roles: Roles) -> Roles:
+    """The roles of files that are not split: their groups are compared, where they have the column."""
+    has_groups = roles.group is not None and all(roles.group in header_of(path) for path in expand_paths(paths))
+    return roles if has_groups else replace(roles, group=None)
 
 
 def _progress(name: str) -> Callable[[int], None]:
@@ -108,7 +117,8 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, dict[s
 def _check_files(config: Config, train_roles: Roles) -> None:
     """What can be known before the first row is read: files there, none in two roles, all columns there."""
     if config.val_path and config.group_name:
-        logger.warning("group_name has no effect: val_path says which rows validate")
+        seen = "groups are only looked for on both sides" if train_roles.group else "and the training rows have no such column"
+        logger.warning("group_name splits nothing: val_path says which rows validate, %s", seen)
     if not config.train_path:
         raise InputError("train_path: expected at least one file, found none")
     train_files = {os.path.realpath(path) for path in expand_paths(config.train_path)}
@@ -120,6 +130,8 @@ def _check_files(config: Config, train_roles: Roles) -> None:
                 raise InputError(f"{key}: {path} is in train_path too, expected files that the model is not trained on")
         if paths:
             check_columns(paths, replace(train_roles, group=None), label_optional=key == "test_path")
+    if config.test_path:
+        columns_kept(config.test_path, config.slice_columns)
 
 
 def _fit_labels(train: EncodedRows, config: Config) -> Labels:
@@ -132,6 +144,8 @@ def _fit_labels(train: EncodedRows, config: Config) -> Labels:
         where=lambda index: train.where(int(first_rows[index])),
         others=lambda index: other_rows(np.flatnonzero(train.label_codes == codes[index]), train.where),
     )
+    if not config.is_binary and "calibrated" in labels.names:
+        raise InputError(f"label_name: a class 'calibrated' would take the name of the column prob_calibrated in the prediction file: rename it in {config.label_name!r}")
     if not config.is_binary and config.id_name in {f"prob_{name}" for name in labels.names}:
         raise InputError(f"id_name: {config.id_name!r} is a column that the prediction file has already: expected another column")
     return labels
@@ -173,6 +187,8 @@ def _report(data: Data, config: Config) -> None:
             logger.warning(message, column, len(values), len(data.train))
     for table in tables:
         _warn_of_repeated_ids(table)
+    for line in data.leaks:
+        logger.warning("%s", line)
     for place, part in enumerate(parts[1:], start=1):
         warn_of_unseen(part.name, part.unseen())
         for earlier in parts[:place]:

@@ -39,9 +39,13 @@ class Roles:
             group=config.group_name,
         )
 
+    def features(self) -> list[str]:
+        """Columns that the model reads: text, numbers, categories. Each once."""
+        return list(dict.fromkeys([*self.text, *self.numbers, *self.categories]))
+
     def inputs(self) -> list[str]:
-        """Columns that scoring needs: text, numbers, categories, id. Each once."""
-        return list(dict.fromkeys([*self.text, *self.numbers, *self.categories, *([self.id] if self.id is not None else [])]))
+        """Columns that scoring a file needs: features and id. Each once."""
+        return list(dict.fromkeys([*self.features(), *([self.id] if self.id is not None else [])]))
 
 
 @dataclass

@@ -114,6 +114,21 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     return Tokens(ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]), chunk_offsets=chunk_offsets, row_chunks=row_chunks, num_cut=num_cut)
 
 
+def token_spans(tokenizer: PreTrainedTokenizerFast, text: str, *, max_length: int, max_chunks: int) -> tuple[list[tuple[int, int]], str]:
+    """Where the tokens of `tokenise` stand in the text: first character and the one after the last, chunk after chunk; and the text as far as it is read.
+
+    A special token stands nowhere: its two places are equal. A character of several tokens has several spans.
+    """
+    read = text[: characters_read(max_length, max_chunks)]
+    with _truncating(tokenizer.backend_tokenizer, max_length) as backend:
+        encoding = backend.encode_batch([read])[0]  # the fast one knows no places
+    more = encoding.overflowing
+    spans = [span for part in (encoding, *more[: max_chunks - 1]) for span in part.offsets or [(0, 0)]]
+    if len(more) > max_chunks - 1:
+        read = read[: max(end for _, end in spans)]
+    return spans, read
+
+
 @contextmanager
 def _truncating(backend: Any, max_length: int) -> Iterator[Any]:
     """The Rust tokenizer set to chunks of `max_length`; left as it was, because it is saved with the model."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mmbert_core.errors import InputError
-from mmbert_core.evaluation.predictions import predicted_classes
+from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 
 CLASS_PREFIX = "average_precision_class_"
 NUM_BINS = 15  # of the expected calibration error: equal width, [a, b), the last one closed
@@ -64,11 +64,12 @@ def compute_metrics(
     stage: str,
     *,
     class_names: Sequence[str] | None = None,
+    threshold: float = BINARY_THRESHOLD,
 ) -> MetricValues:
     """Metrics of ``preds`` [N] (binary: probability of class 1) or [N, K] against ``labels`` int [N].
 
     ``task`` is "binary" or "multiclass"; ``class_names`` default to "0", "1", ... The class a row is counted as is
-    class 1 above (not at) one half, or the first largest probability. With several classes f1_score, precision and
+    class 1 above (not at) the threshold, or the first largest probability. With several classes f1_score, precision and
     recall are macro means over the classes seen in labels or predictions, auroc and average_precision macro means of
     one class against the rest. ece: NUM_BINS bins; binary: of the probability of class 1, else of the largest one.
     All agree with scikit-learn's; zero denominators are 0 as there. What the rows cannot define is None, with a reason.
@@ -84,7 +85,7 @@ def compute_metrics(
         reason = "no rows"
     elif num_bad := int((~np.isfinite(preds)).reshape(len(labels), -1).any(axis=1).sum()):
         reason = f"{num_bad} of {len(labels)} predictions are not finite"
-    scored = _scored(preds, labels, binary=task == "binary", class_names=names)
+    scored = _scored(preds, labels, binary=task == "binary", class_names=names, threshold=threshold)
     values: dict[str, float | None] = {}
     undefined: dict[str, str] = {}
     for name in metric_choices:
@@ -124,9 +125,9 @@ def _check_arrays(preds: np.ndarray, labels: np.ndarray, task: str, num_classes:
         raise ValueError(f"expected labels from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")
 
 
-def _scored(preds: np.ndarray, labels: np.ndarray, *, binary: bool, class_names: tuple[str, ...]) -> _Scored:
+def _scored(preds: np.ndarray, labels: np.ndarray, *, binary: bool, class_names: tuple[str, ...], threshold: float) -> _Scored:
     # The class of a row is chosen in the dtype of the predictions; float64 afterwards changes no comparison.
-    chosen = predicted_classes(preds)
+    chosen = predicted_classes(preds, threshold=threshold)
     return _Scored(
         preds=torch.from_numpy(preds.astype(np.float64)),
         labels=torch.from_numpy(labels.astype(np.int64)),

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from mmbert_core.evaluation.metrics import functional
-from mmbert_core.evaluation.predictions import predicted_classes
+from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 2000  # of a curve: more than a picture's width can show
 MAX_NUMBERED = 20  # with more classes the confusion cells carry no numbers
 
 
-def write_plots(preds: np.ndarray, labels: np.ndarray, folder: str | Path, *, class_names: Sequence[str]) -> list[str]:
+def write_plots(preds: np.ndarray, labels: np.ndarray, folder: str | Path, *, class_names: Sequence[str], threshold: float = BINARY_THRESHOLD) -> list[str]:
     """Write roc.png, precision_recall.png and confusion.png into ``folder`` (made if need be); their paths.
 
     ``preds`` [N] (binary: probability of class 1) or [N, K], ``labels`` int [N], as for compute_metrics; binary curves
@@ -40,7 +40,7 @@ def write_plots(preds: np.ndarray, labels: np.ndarray, folder: str | Path, *, cl
     pictures: dict[str, Callable[[Any], bool]] = {
         "roc.png": lambda axes: _draw_roc(axes, preds, labels, class_names),
         "precision_recall.png": lambda axes: _draw_precision_recall(axes, preds, labels, class_names),
-        "confusion.png": lambda axes: _draw_confusion(axes, preds, labels, class_names),
+        "confusion.png": lambda axes: _draw_confusion(axes, preds, labels, class_names, threshold),
     }
     written = []
     for name, draw in pictures.items():
@@ -80,9 +80,9 @@ def _draw_precision_recall(axes: Any, preds: np.ndarray, labels: np.ndarray, cla
     return bool(curves)
 
 
-def _draw_confusion(axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> bool:
+def _draw_confusion(axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float) -> bool:
     num_classes = len(class_names)
-    chosen = predicted_classes(preds)
+    chosen = predicted_classes(preds, threshold=threshold)
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)  # [label, chosen]
     np.add.at(counts, (labels.astype(np.int64), chosen), 1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

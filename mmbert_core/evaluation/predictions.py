@@ -1,6 +1,7 @@
 """The prediction file: columns, decimals, quoting, cells that a spreadsheet would compute. Floor 1; imports nothing of ours.
 
-`<id_name>` (if set), `prob` (several classes: `prob_<class>` each), `label` (if the input has it), `pred`.
+`<id_name>` (if set), `prob` (several classes: `prob_<class>` each), `label` (if the input has it), `pred`, `prob_calibrated`
+(of class 1; several classes: of the predicted one).
 """
 
 import re
@@ -18,23 +19,37 @@ Columns = dict[str, Sequence[str] | np.ndarray]
 
 def predicted_classes(preds: np.ndarray, *, threshold: float = BINARY_THRESHOLD) -> np.ndarray:
     """Class index [N] int64 from probabilities of class 1 [N] (1 above the threshold), or of all classes [N, K] (the first largest)."""
-    return (preds > threshold).astype(np.int64) if preds.ndim == 1 else preds.argmax(axis=1)
+    # float64: a threshold between two neighbouring float32 must not become one of them
+    return (preds > np.float64(threshold)).astype(np.int64) if preds.ndim == 1 else preds.argmax(axis=1)
 
 
 def header(class_names: Sequence[str], *, is_binary: bool, id_name: str | None, has_labels: bool) -> list[str]:
     """Column names of a prediction file."""
     probabilities = ["prob"] if is_binary else [f"prob_{name}" for name in class_names]
-    return [*([id_name] if id_name else []), *probabilities, *(["label"] if has_labels else []), "pred"]
+    return [*([id_name] if id_name else []), *probabilities, *(["label"] if has_labels else []), "pred", "prob_calibrated"]
 
 
 def prediction_columns(
-    preds: np.ndarray, class_names: Sequence[str], *, is_binary: bool, id_name: str | None, ids: Sequence[str] | None, labels: Sequence[str] | None
+    preds: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    is_binary: bool,
+    id_name: str | None,
+    ids: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    calibrated: np.ndarray,
+    threshold: float = BINARY_THRESHOLD,
 ) -> Columns:
-    """The columns of a prediction file by name: ids and labels as they are, probabilities float32 [N], predicted class names."""
-    preds = np.asarray(preds, dtype=np.float32)
-    probabilities = preds.reshape(len(preds), 1 if is_binary else len(class_names)).T
-    predicted = [class_names[index] for index in predicted_classes(preds)]
-    cells = [*([ids] if id_name else []), *probabilities, *([] if labels is None else [labels]), predicted]
+    """The columns of a prediction file by name: ids and labels as they are, probabilities float32 [N], predicted class names.
+
+    `calibrated` are the probabilities `preds` [N] or [N, K] after calibration; which class is predicted is told by `preds`.
+    """
+    shape = (len(preds), 1 if is_binary else len(class_names))
+    preds, calibrated = (np.asarray(values, dtype=np.float32).reshape(shape) for values in (preds, calibrated))
+    chosen = predicted_classes(preds[:, 0] if is_binary else preds, threshold=threshold)
+    predicted = [class_names[index] for index in chosen]
+    of_chosen = calibrated[np.arange(len(chosen)), 0 if is_binary else chosen]
+    cells = [*([ids] if id_name else []), *preds.T, *([] if labels is None else [labels]), predicted, of_chosen]
     return dict(zip(header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None), cells, strict=True))
 
 

@@ -44,11 +44,15 @@ class MultimodalBert(nn.Module):
 
         What an absent half would read is ignored and may be None.
         """
-        parts = []
-        if self.text_subnetwork is not None:
-            parts.append(self.text_subnetwork(input_ids, attention_mask).float())
-        # Everything after the encoder costs next to nothing and stays in float32: a standardised outlier of 1e4
-        # would overflow fp16 in the two linear layers.
+        text_vectors = None if self.text_subnetwork is None else self.text_subnetwork(input_ids, attention_mask)
+        return self.merge(text_vectors, tab_data, cat_data)
+
+    def merge(self, text_vectors: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None) -> torch.Tensor:
+        """The text half's vectors [B, D] and the columns -> logits: all that comes behind the encoder, next to nothing beside it.
+
+        It stays in float32: a standardised outlier of 1e4 would overflow fp16 in the two linear layers.
+        """
+        parts = [] if text_vectors is None else [text_vectors.float()]
         with _without_autocast(self.final_merge_network.linear_layer_final.weight.device.type):
             if self.tab_subnetwork is not None:
                 parts.append(self.tab_subnetwork(tab_data, cat_data))

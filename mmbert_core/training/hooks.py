@@ -1,6 +1,6 @@
 """The original module's hooks as plain functions of the same names: what happens, while `loop` says when. Floor 2.
 
-Imports distributed, config, files, data, model, evaluation and optim. A hook takes what it uses and returns what it made.
+Imports distributed, config, files, data, model, evaluation, assessment and optim. A hook takes what it uses and returns what it made.
 B rows of a batch, N rows of the evaluated table, K classes.
 `configure_optimizers` is in `optim`, `add_loss_op` in `model.losses`, `build_merge_subnetwork` in `model.fusion`.
 """
@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from mmbert_core import distributed
+from mmbert_core.assessment import figures_of
 from mmbert_core.config import Config
 from mmbert_core.data.batches import deal, evaluation_batches
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.distributed import DistContext
-from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metrics
+from mmbert_core.evaluation.judgement import Judgement
+from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.evaluation.plots import write_plots
 from mmbert_core.evaluation.predictions import prediction_columns, tsv_line, tsv_rows
 from mmbert_core.files import write_json, write_text
@@ -120,14 +122,20 @@ def validation_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: lis
     outputs.append(_evaluate_batch(model, batch, batch_idx, "val", task))
 
 
-def on_validation_epoch_end(outputs: list[BatchResult], num_rows: int, *, config: Config, class_names: Sequence[str]) -> dict[str, Any]:
-    """Collective. `val_loss` and `val/<metric>` over all rows of all ranks, the same on every rank; None: undefined, its reason under `undefined`."""
+def on_validation_epoch_end(
+    outputs: list[BatchResult], num_rows: int, *, config: Config, class_names: Sequence[str]
+) -> tuple[dict[str, Any], EpochResult]:
+    """Collective. `val_loss` and `val/<metric>` over all rows of all ranks, the same on every rank, and the rows themselves.
+
+    None: undefined, its reason under `undefined`.
+    """
     result = gather_results(outputs, num_rows)
     choices = dict.fromkeys([*config.metric_choices, config.early_stop_metric.removeprefix("val/")])
     choices.pop("val_loss", None)
     metrics = compute_metrics(result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names)
     # rank 0's figures for all: a last bit that differs between machines must not stop some ranks and not others
-    return distributed.broadcast_object({"val_loss": result.loss, **metrics.values, **({"undefined": metrics.undefined} if metrics.undefined else {})})
+    values = {"val_loss": result.loss, **metrics.values, **({"undefined": metrics.undefined} if metrics.undefined else {})}
+    return distributed.broadcast_object(values), result
 
 
 # ---- test ----
@@ -153,33 +161,42 @@ def test_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: list[Batc
     outputs.append(_evaluate_batch(model, batch, batch_idx, "test" if has_labels else "pred", task))
 
 
-def on_test_epoch_end(outputs: list[BatchResult], dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str]) -> dict[str, Any]:
-    """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; all ranks get the metrics."""
+def on_test_epoch_end(
+    outputs: list[BatchResult], dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str], judgement: Judgement | None
+) -> tuple[dict[str, Any], EpochResult]:
+    """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; all ranks get the figures and the rows.
+
+    `judgement` is rank 0's: the others may not have it.
+    """
     result = gather_results(outputs, len(dataset))
+    return distributed.on_main(lambda: write_results(result, dataset, folder, config=config, class_names=class_names, judgement=judgement)), result
+
+
+def write_results(
+    result: EpochResult, dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str], judgement: Judgement
+) -> dict[str, Any]:
+    """Rank 0 only. Scored rows as a prediction file, figures and pictures in `folder`; returns the figures."""
     figures: dict[str, Any] = {"test/num_rows": len(dataset)}
     if dataset.has_labels:
-        choices = (*METRICS, *(CLASS_PREFIX + name for name in class_names))
-        metrics = compute_metrics(result.preds, result.labels, choices, config.task, config.num_classes, "test", class_names=class_names)
-        figures |= {"test_loss": result.loss, **metrics.values, "undefined": metrics.undefined}
-
-    def write() -> None:
-        label_strings = dataset.label_strings(np.arange(len(dataset))) if dataset.has_labels else None
-        columns = prediction_columns(
-            result.preds, class_names, is_binary=config.is_binary, id_name=config.id_name, ids=result.ids, labels=label_strings
-        )  # fmt: skip
-        write_text(folder / "test_result_0.tsv", "".join([tsv_line(columns), *tsv_rows(columns)]))
-        write_json(folder / "test_metrics.json", figures)
-        if dataset.has_labels:
-            draw(result, folder / "plots", class_names)
-
-    distributed.on_main(write)
+        if result.labels is not None:  # else rows of a prediction, which has no loss
+            figures["test_loss"] = result.loss
+        figures |= figures_of(result.preds, dataset.label_index, dataset, stage="test", config=config, class_names=class_names, judgement=judgement)
+    label_strings = dataset.label_strings(np.arange(len(dataset))) if dataset.has_labels else None
+    columns = prediction_columns(
+        result.preds, class_names, is_binary=config.is_binary, id_name=config.id_name, ids=result.ids, labels=label_strings,
+        calibrated=judgement.calibration.apply(result.preds), threshold=judgement.threshold.value,
+    )  # fmt: skip
+    write_text(folder / "test_result_0.tsv", "".join([tsv_line(columns), *tsv_rows(columns)]))
+    write_json(folder / "test_metrics.json", figures)
+    if dataset.has_labels:
+        draw(result.preds, dataset.label_index, folder / "plots", class_names, judgement.threshold.value)
     return figures
 
 
-def draw(result: EpochResult, folder: Path, class_names: Sequence[str]) -> None:
+def draw(preds: np.ndarray, labels: np.ndarray, folder: Path, class_names: Sequence[str], threshold: float) -> None:
     """Rank 0 only. Pictures are an extra: whatever goes wrong with them, the figures are written."""
     try:
-        if not write_plots(result.preds, result.labels, folder, class_names=class_names):
+        if not write_plots(preds, labels, folder, class_names=class_names, threshold=threshold):
             logger.info("no pictures of the test: they need matplotlib (extra `plots`) and labelled rows")
     except Exception as error:  # noqa: BLE001 - matplotlib, fonts, disks
         logger.warning("no pictures of the test: %s: %s", type(error).__name__, error)

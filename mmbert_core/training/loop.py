@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from mmbert_core import distributed, signals
+from mmbert_core.assessment import LOWER_IS_BETTER, make_judgement
+from mmbert_core.card import write_card
 from mmbert_core.config import Config
 from mmbert_core.data.batches import deal, epoch_order, micro_batch_seed, micro_batches, step_rows
 from mmbert_core.data.dataset import Batch, Dataset
@@ -25,14 +27,14 @@ from mmbert_core.errors import PeerError, RunError, Stopped, phase
 from mmbert_core.files import write_json
 from mmbert_core.model.losses import LossOp
 from mmbert_core.model.multimodal_bert import MultimodalBert
-from mmbert_core.model_folder import save_model_folder
+from mmbert_core.model_folder import LoadedModel, save_model_folder
+from mmbert_core.report import PAGE, Scored, data_section, training_section, write_report
 from mmbert_core.training import checkpoint, hooks
 from mmbert_core.training.optim import optimizer_step
+from mmbert_core.training.run_log import format_seconds
 from mmbert_core.training.setup import RESULTS, Run, already_finished, claimed_folder, save, start_run
 
 logger = logging.getLogger(__name__)
-
-LOWER_IS_BETTER = ("val_loss", "val/log_loss", "val/ece")
 
 
 def fit(
@@ -209,11 +211,6 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def format_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
 # ---- validation: the best step and the early stop, decided from figures that are the same on all ranks ----
 
 
@@ -233,9 +230,11 @@ def validate(run: Run) -> bool:
     if not evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)):
         return False
     run.state.validation_pending = False
-    values = hooks.on_validation_epoch_end(outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names)
+    values, result = hooks.on_validation_epoch_end(outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names)
     run.log.record({"step": run.state.step, **values})
     improved = judge(run, values)
+    if improved:
+        run.best_validation = result.preds
     shown = "  ".join(f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in values.items() if name != "undefined")
     run.log.say(f"step {run.state.step}/{run.plan.total_steps}  {shown}{'  (best so far)' if improved else ''}")
     return improved
@@ -292,13 +291,16 @@ def finish(run: Run) -> dict[str, Any]:
     best = run.state.best_step or run.state.step
     if best != run.state.step:
         run.model.load_state_dict(weights_for_all(run, best))
+    val_preds = validation_of_best(run)
+    with phase("threshold, calibration and baselines"):
+        made: list[LoadedModel] = []  # rank 0's: the others need none
+        distributed.on_main(lambda: made.append(assessed_model(run, val_preds)))
     with phase("writing the model folder"):
-        distributed.on_main(lambda: save_model_folder(
-            run.folder, checkpoint.weights_of(run.model), config=run.config, model=run.model, features=run.data.features,
-            labels=run.data.labels, tokenizer=run.data.tokenizer, resolved=run.resolved,
-        ))  # fmt: skip
+        distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), made[0]))
     run.log.say(f"model of step {best} written to {run.folder}")
-    test_figures, test_folder = test(run) if run.data.test is not None else (None, None)
+    test_figures, test_folder = test(run, made[0] if made else None) if run.data.test is not None else (None, None)
+    best_figures = {"step": best, "metric": run.state.best_metric, "value": run.state.best_value}
+    distributed.on_main(lambda: write_card(run.folder, made[0], data=data_section(run.data), best=best_figures, test=test_figures))
     state = run.state
     results = {
         "steps": state.step, "epochs": state.rows_trained / len(run.data.train), "best_step": best, "best_metric": state.best_metric,
@@ -311,6 +313,24 @@ def finish(run: Run) -> dict[str, Any]:
     return results
 
 
+def validation_of_best(run: Run) -> np.ndarray | None:
+    """Collective. The best step's predictions of the validation rows: as it was validated, or, in a later life of the run, once more."""
+    if run.data.val is None or run.best_validation is not None:
+        return run.best_validation
+    outputs = hooks.on_validation_epoch_start()
+    if not evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)):
+        signals.ignore()
+        raise Stopped("stopped by a signal while the validation rows were scored; the same command (resume: auto) goes on with that")
+    return hooks.gather_results(outputs, len(run.data.val)).preds
+
+
+def assessed_model(run: Run, val_preds: np.ndarray | None) -> LoadedModel:
+    """Rank 0 only."""
+    judgement = make_judgement(run.data, run.config, val_preds)
+    data = run.data
+    return LoadedModel(run.model, run.config, data.features, data.labels, data.tokenizer, run.resolved, judgement)
+
+
 def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
     """Collective. Rank 0 reads a step's weights, the others receive them."""
     kept: dict[str, torch.Tensor] = {}
@@ -318,8 +338,8 @@ def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
     return distributed.broadcast_tensors(kept)
 
 
-def test(run: Run) -> tuple[dict[str, Any], Path]:
-    """Collective. Score the test rows with the model as it is; returns the figures and the folder they are in."""
+def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
+    """Collective. Score the test rows with the model as it is; returns the figures and the folder they are in. `made` is rank 0's."""
     dataset = run.data.test
     outputs, folder = hooks.on_test_epoch_start(run.folder)
     has_labels = dataset.has_labels
@@ -327,10 +347,28 @@ def test(run: Run) -> tuple[dict[str, Any], Path]:
         distributed.on_main(folder.rmdir)
         signals.ignore()
         raise Stopped("stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test")
-    figures = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names)
-    run.log.record({"step": run.state.step, **{name: value for name, value in figures.items() if name != "undefined"}})
+    judgement = made.judgement if made else None
+    figures, result = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, judgement=judgement)
+    distributed.on_main(lambda: report(run, made, result, figures, folder))
+    run.log.record({"step": run.state.step, **{name: value for name, value in figures.items() if name.startswith("test")}})
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")
     return figures, folder
+
+
+def report(run: Run, made: LoadedModel, result: hooks.EpochResult, figures: dict[str, Any], folder: Path) -> None:
+    """Rank 0 only. The page about the test."""
+
+    def scored() -> Scored:
+        training = training_section(run.folder, run.state.best_step, run.state.best_metric)
+        return Scored(
+            made, run.task, run.data.test, result.preds, result.ids, figures, str(run.folder), training, data_section(run.data),
+            warnings=run.data.leaks, slice_columns=run.config.slice_columns,
+        )  # fmt: skip
+
+    run.model.eval()
+    if write_report(scored, folder):
+        run.log.say(f"report: {folder / PAGE}")
+    run.model.train()
 
 
 def peak_memory_mb(device: torch.device) -> float:

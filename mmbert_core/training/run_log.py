@@ -90,6 +90,11 @@ class RunLog:
                     self._tensorboard.close()
 
 
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
 def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bool = False) -> list[str]:
     """Whole lines of an earlier life of the run up to `last_step`, of what is done; a torn last line is dropped."""
     if last_step == 0 or not path.exists():

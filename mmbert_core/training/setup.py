@@ -27,10 +27,11 @@ from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext, UsedRows
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
+from mmbert_core.evaluation.thresholds import parse_rule
 from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_stale_temporaries, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
-from mmbert_core.model_folder import ENCODER, WEIGHTS, build_model, config_record
+from mmbert_core.model_folder import BASELINE_WEIGHTS, BASELINES, CARD, ENCODER, SUMMARY, THRESHOLDS, WEIGHTS, build_model, config_record
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.hooks import MODEL_CLASS, Task, run_epoch
@@ -41,7 +42,7 @@ from mmbert_core.training.run_log import RunLog
 logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
-WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK)
+WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK)
 VERSIONS = {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 # Of a micro-batch when microbatches_per_step is auto: where texts are packed, more of them cost time (each has its own gradient
 # of the embeddings); where they are padded, fewer of them cost padding.
@@ -81,6 +82,7 @@ class Run:
     class_weights: np.ndarray  # [K] float64, as the loss weighs rows
     train_labels: np.ndarray  # [N] int64
     used_rows: UsedRows | None  # of the token embedding; none: DDP sums all of it
+    best_validation: np.ndarray | None = None  # [N] or [N, K] predictions of the best step, if this life of the run validated it
     stopping: bool = False  # all ranks have agreed to stop: one of them had a signal
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 
@@ -93,7 +95,8 @@ class Run:
 
 
 def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | None]:
-    """Check the metric names and build the model. Raises `InputError`; needs no process group."""
+    """Check the metric names and the threshold's rule and build the model. Raises `InputError`; needs no process group."""
+    parse_rule(config.threshold_rule)
     check_metric_choices(config.metric_choices, data.labels.names)
     if config.early_stop_metric != "val_loss":
         check_metric_choices([config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric")

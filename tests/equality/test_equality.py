@@ -231,7 +231,7 @@ def probabilities_by_id(rows: pd.DataFrame, num_classes: int) -> dict[str, np.nd
     if num_classes > 2 and "prob" in rows:
         values = [np.array(json.loads(cell)) for cell in rows["prob"]]
     else:
-        values = rows.filter(regex="^prob").to_numpy()
+        values = rows.filter(regex="^prob").drop(columns="prob_calibrated", errors="ignore").to_numpy()
     return dict(sorted(zip(rows["row_id"], values, strict=True)))
 
 

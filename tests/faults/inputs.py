@@ -148,7 +148,7 @@ def count_prediction(figures: Figures, case: str, source: Path, output: Path, *,
     rows = read_tsv(output)
     figures.rows_lost += max(0, num_rows - len(rows))
     figures.rows_repeated += max(0, len(rows) - num_rows)
-    numbers = [[float(cell) for name, cell in row.items() if name.startswith("prob")] for row in rows]
+    numbers = [[float(cell) for name, cell in row.items() if name.startswith("prob") and name != "prob_calibrated"] for row in rows]
     sums_hold = all(abs(sum(row) - 1) <= 1e-6 for row in numbers if len(row) > 1)
     figures.count(sums_hold and all(0 <= value <= 1 for row in numbers for value in row), f"{case}: probabilities {numbers[:3]}")
     return rows

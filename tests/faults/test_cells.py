@@ -129,8 +129,8 @@ def test_D4_formulas(tmp_path: Path) -> Figures:
         figures.count(done.code == 0, f"{output}: exit code {done.code}: {done.err[-600:]}")
     plain, safe = read_tsv(tmp_path / "plain.tsv"), read_tsv(tmp_path / "safe.tsv")
     probabilities = [f"prob_{name}" for name in sorted(classes)]
-    figures.count(list(plain[0]) == ["=id", *probabilities, "label", "pred"], f"plain header {list(plain[0])}")
-    figures.count(list(safe[0]) == ["'=id", *probabilities, "label", "pred"], f"safe header {list(safe[0])}")
+    figures.count(list(plain[0]) == ["=id", *probabilities, "label", "pred", "prob_calibrated"], f"plain header {list(plain[0])}")
+    figures.count(list(safe[0]) == ["'=id", *probabilities, "label", "pred", "prob_calibrated"], f"safe header {list(safe[0])}")
     for text, is_formula, before, after in zip(cells, [True] * len(FORMULAS) + [False] * len(NO_FORMULAS), plain, safe, strict=True):
         figures.count(before["=id"] == before["label"] == text, f"plain: {text!r} became {before}")
         expected = "'" + text if is_formula else text

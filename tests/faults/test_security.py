@@ -531,15 +531,16 @@ def test_S4_formula_cells(tmp_path: Path) -> Figures:
 
 
 def compare_cells(figures: Figures, plain: list[list[str]], safe: list[list[str]], ids: Sequence[str], labels: Sequence[str], swaps: dict[str, str]) -> None:
-    last = len(plain[0]) - 2  # the label's column; between it and the id stand probabilities
+    label, pred, calibrated = len(plain[0]) - 3, len(plain[0]) - 2, len(plain[0]) - 1  # between id and label stand probabilities
     figures.rows_lost += max(0, len(ids) - len(plain) + 1)
     figures.count([line[0] for line in plain[1:]] == list(ids), f"plain ids: {[line[0] for line in plain[1:]]}")
-    figures.count([line[last] for line in plain[1:]] == list(labels), "plain labels")
-    figures.count({line[-1] for line in plain[1:]} <= set(swaps.values()), "plain predicted classes")
+    figures.count([line[label] for line in plain[1:]] == list(labels), "plain labels")
+    figures.count({line[pred] for line in plain[1:]} <= set(swaps.values()), "plain predicted classes")
     figures.count(plain[0][0] == "=id" and safe[0][0] == "'=id", f"header: {plain[0]} and {safe[0]}")
     for cells, shown in zip(plain[1:], safe[1:], strict=True):
-        figures.count(cells[1:last] == shown[1:last], f"probabilities {cells[1:last]} became {shown[1:last]}")
-        for index in (0, last, last + 1):
+        for part in (slice(1, label), slice(calibrated, None)):
+            figures.count(cells[part] == shown[part], f"probabilities {cells[part]} became {shown[part]}")
+        for index in (0, label, pred):
             expected = cells[index] if cells[index] in (*PLAIN_TEXTS, *NUMBERS) else "'" + cells[index]
             figures.count(shown[index] == expected, f"{cells[index]!r} became {shown[index]!r}")
 

@@ -93,7 +93,7 @@ def test_D5_columns_that_do_no_harm(tmp_path: Path) -> Figures:
     for name in ("model.safetensors", "features.json", "labels.json"):
         figures.count((tmp_path / "run" / name).read_bytes() == (run / name).read_bytes(), f"trained on all three: another {name}")
     figures.count(predictions_of(tmp_path / "run").read_bytes() == right, "trained on all three: other test predictions")
-    for with_label, expected in ((False, b"row_id\tprob\tpred\n"), (True, b"row_id\tprob\tlabel\tpred\n")):
+    for with_label, expected in ((False, b"row_id\tprob\tpred\tprob_calibrated\n"), (True, b"row_id\tprob\tlabel\tpred\tprob_calibrated\n")):
         path = write_rows(tmp_path / "header.csv", [list(COLUMNS[: 5 + with_label])])
         count_prediction(figures, "header only", path, tmp_path / "out.tsv", num_rows=0)
         figures.count((tmp_path / "out.tsv").read_bytes() == expected, "header only: another header")

@@ -142,7 +142,7 @@ def test_parts_of_the_input_and_several_classes(config_of, files, tmp_path, part
     with open(Path(results["test_folder"]) / "test_result_0.tsv", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     probabilities = ["prob_0", "prob_1", "prob_2"] if part == "several classes" else ["prob"]
-    assert list(rows[0]) == ["row_id", *probabilities, "label", "pred"] and len(rows) == 37
+    assert list(rows[0]) == ["row_id", *probabilities, "label", "pred", "prob_calibrated"] and len(rows) == 37
     if part == "columns only":
         assert {line["padding_share"] for line in lines_of(config)} == {0.0}
 

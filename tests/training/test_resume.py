@@ -195,6 +195,30 @@ def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(config_of, tmp_p
     assert weights_in(config) == weights_in(straight)
 
 
+@pytest.mark.parametrize("where", ("between steps", "before the model is written"))
+def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp_path, monkeypatch, where):
+    """Also when the best step was validated in an earlier life, so that its validation rows are scored once more."""
+    val = tiny.write_table(tmp_path / "val.csv", 220, seed=5)
+    straight = config_of(save_every=3, val_check_interval=2, val_path=(str(val),), lr=2e-2, run_scheduler=False, model_path=str(tmp_path / "straight"))
+    results, _, _ = train(straight)
+    kept = (Path(straight.model_path) / "thresholds.json").read_bytes()
+    assert all(part["reason"] is None for part in json.loads(kept).values()) and json.loads(kept)["threshold"]["value"] != 0.5
+    assert results["best_step"] < STEPS  # the weights at the end are not those that are judged
+    config = replace(straight, model_path=str(tmp_path / "killed"))
+
+    def die(*_, **__):
+        raise Interrupted
+
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        die_before(patches, step=8) if where == "between steps" else patches.setattr(loop, "save_model_folder", die)
+        train(config)
+    assert not (Path(config.model_path) / "thresholds.json").exists()
+    assert train(config)[0]["best_step"] == results["best_step"]
+    assert (Path(config.model_path) / "thresholds.json").read_bytes() == kept
+    for name in ("baselines.json", "baselines.safetensors"):
+        assert (Path(config.model_path) / name).read_bytes() == (Path(straight.model_path) / name).read_bytes()
+
+
 def test_going_on_from_an_earlier_step(config_of, caplog):
     config = config_of(save_every=2, keep_checkpoints=100)
     train(config)

@@ -53,9 +53,9 @@ def test_early_stop_after_patience_and_the_best_step_is_the_model(config_of, cap
 def test_best_and_stop_follow_from_the_validations(config_of, monkeypatch, metric, values, best, steps):
     left = iter(values)
 
-    def on_validation_epoch_end(*_, **__):
+    def on_validation_epoch_end(outputs, num_rows, **_):
         value = next(left)
-        return {"val_loss": 1.0 if value is None else value, metric: value}
+        return {"val_loss": 1.0 if value is None else value, metric: value}, hooks.gather_results(outputs, num_rows)
 
     monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
     config = config_of(early_stop_metric=metric, early_stop_patience=2, val_check_interval=1)

@@ -1,0 +1,148 @@
+"""What a result is worth: metrics with intervals, beside those of simple models on the same rows. Floor 2.
+
+Imports config, data, evaluation. N rows, K classes.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmbert_core.config import Config
+from mmbert_core.data.dataset import Dataset
+from mmbert_core.data.prepare import Data
+from mmbert_core.evaluation import baselines
+from mmbert_core.evaluation.baselines import COLUMNS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
+from mmbert_core.evaluation.intervals import bootstrap_intervals
+from mmbert_core.evaluation.judgement import Judgement, fit_judgement, fit_threshold
+from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metrics
+
+logger = logging.getLogger(__name__)
+
+LOWER_IS_BETTER = ("val_loss", "val/log_loss", "val/ece")
+CHUNK_ROWS = 20_000  # whose sparse features are in memory at a time
+
+
+# ---- what is kept with the model ----
+
+
+def make_judgement(data: Data, config: Config, val_preds: np.ndarray | None) -> Judgement:
+    """Rank 0 only, for it takes seconds. Threshold and calibration from the validation rows, baselines from the training rows."""
+    val_labels = None if val_preds is None or data.val is None else data.val.label_index
+    try:
+        fitted = fit_baselines(data, config)
+    except Exception as error:  # noqa: BLE001 - memory, say: the model is worth more than what stands beside it
+        logger.warning("no baselines: %s: %s", type(error).__name__, error)
+        fitted = None
+    made = fit_judgement(val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted)
+    if config.is_binary and made.threshold.reason:
+        logger.warning("threshold_rule %s could not be followed, the threshold is 0.5: %s", config.threshold_rule, made.threshold.reason)
+    return made
+
+
+def fit_baselines(data: Data, config: Config) -> Baselines:
+    """On a seeded sample of the training rows; the validation rows choose the penalty, and the threshold as they choose the model's."""
+    rows, labels = sample(data.train, config.seed)
+    val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed)
+    models, thresholds, reasons = {}, {}, {}
+    for name, is_there in {COLUMNS: bool(config.tab_field_list or config.cat_field_list), WORDS: bool(config.text_name)}.items():
+        if not is_there:
+            reasons[name] = f"the model has no {'columns' if name == COLUMNS else 'text'}"
+        elif name == WORDS and config.num_classes > MOST_CLASSES:
+            reasons[name] = f"more than {MOST_CLASSES} classes"
+        else:
+            val = None if data.val is None else (baseline_features(name, data.val, val_rows), val_labels)
+            models[name] = baselines.fit_best((baseline_features(name, data.train, rows), labels), val, config.num_classes)
+            scores = None if val is None else models[name].probabilities(val[0])
+            thresholds[name] = fit_threshold(scores[:, 1] if scores is not None and config.is_binary else scores, val_labels, config.threshold_rule).value
+    shares = baselines.majority(data.train.label_index, config.num_classes)
+    return Baselines(shares, models, thresholds, len(rows), reasons)
+
+
+def sample(dataset: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of all rows, or of as many as MOST_ROWS and MOST_TOKENS allow, ascending, and their labels."""
+    rows = np.random.default_rng(seed).permutation(len(dataset))
+    rows = np.sort(rows[: min(MOST_ROWS, int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MOST_TOKENS, side="right")) + 1)])
+    return rows, dataset.label_index[rows]
+
+
+def baseline_features(name: str, dataset: Dataset, positions: np.ndarray) -> torch.Tensor:
+    """Sparse [N, F] of rows, for the baseline of that name."""
+    if name == WORDS:
+        return baselines.word_features(*dataset.token_ids(positions))
+    features, (numbers, categories) = dataset.features, dataset.columns(positions)
+    standardised = (numbers - np.array(features.means)) / np.array(features.stds)
+    return baselines.column_features(np.clip(standardised, -10, 10), categories, features.cardinalities)
+
+
+# ---- figures of evaluated rows ----
+
+
+def metric_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    return (*METRICS, *(CLASS_PREFIX + name for name in class_names))
+
+
+def figures_of(
+    preds: np.ndarray, labels: np.ndarray, dataset: Dataset, *, stage: str, config: Config, class_names: Sequence[str], judgement: Judgement
+) -> dict[str, Any]:
+    """`<stage>/<metric>` of the model; under `intervals`, `undefined` and `baselines` the same names, `preds` [N] or [N, K], `labels` [N]."""
+    names, threshold = metric_names(class_names), judgement.threshold.value
+    metrics = compute_metrics(preds, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=threshold)
+    defined = [name for name in names if metrics.values[f"{stage}/{name}"] is not None]
+    intervals = bootstrap_intervals(preds, labels, defined, class_names=class_names, threshold=threshold, seed=config.seed)
+    figures = {
+        **metrics.values, "undefined": metrics.undefined, "intervals": {f"{stage}/{name}": pair and list(pair) for name, pair in intervals.items()},
+        "threshold": threshold if config.is_binary else None, "baselines": {},
+        "no_baselines": {} if judgement.baselines is None else dict(judgement.baselines.reasons),
+    }  # fmt: skip
+    if judgement.baselines is not None:
+        for name, scores in baseline_predictions(judgement.baselines, dataset).items():
+            scores = scores[:, 1] if config.is_binary else scores
+            cut = judgement.baselines.thresholds.get(name, 0.5)
+            made = compute_metrics(scores, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=cut)
+            figures["baselines"][name] = made.values
+    return figures
+
+
+def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.ndarray]:
+    """Baseline -> probabilities [N, K] of all rows."""
+    parts = []
+    for start in range(0, len(dataset), CHUNK_ROWS):
+        positions = np.arange(start, min(start + CHUNK_ROWS, len(dataset)))
+        parts.append(models.probabilities(len(positions), {name: baseline_features(name, dataset, positions) for name in models.models}))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def main_metric(config: Config) -> str:
+    """The metric that parts of the rows, columns and rivals are compared by: the one that chose the best step, if more of it is better."""
+    name = config.early_stop_metric
+    return "auroc" if name in LOWER_IS_BETTER else name.removeprefix("val/")
+
+
+def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> str:
+    """The main one, or, where a class has no row, one that is defined all the same."""
+    return next((name for name in (main_metric(config), "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main_metric(config))
+
+
+def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
+    """Whether the model is above its baselines, and what to try where it is not."""
+    metric = defined_metric(figures, stage, config)
+    key = f"{stage}/{metric}"
+    missing = "".join(f" No baseline {name!r}: {reason}." for name, reason in figures["no_baselines"].items() if not reason.startswith("the model has no"))
+    rivals = {name: values[key] for name, values in figures["baselines"].items() if values.get(key) is not None}
+    value = figures[key]
+    if value is None or not rivals:
+        return f"No comparison with baselines: {figures['undefined'].get(key, 'there are none')}." + missing
+    best = max(rivals, key=lambda name: rivals[name])
+    low = (figures["intervals"].get(key) or (value, value))[0]
+    beside = f"{metric} {value:.4f} beside {rivals[best]:.4f} ({best})"
+    if low > rivals[best]:
+        return f"The model is above all baselines: {beside}." + missing
+    if value > rivals[best]:
+        return f"The model is above all baselines, but by less than its interval is wide: {beside}." + missing
+    return (
+        f"The model does not beat its baselines: {beside}. Try a higher lr (small encoders need 2e-4 rather than 2e-5), a head_lr of 1e-3, "
+        "more epochs, or more training rows." + missing
+    )

@@ -1,0 +1,112 @@
+"""Signs that figures will be too good: rows on both sides of a split, columns that know the label, columns that are ids. Floor 1.
+
+Imports dataset. N rows. Each finding is a line with a count; nothing is changed or refused.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from mmbert_core.data.dataset import Dataset
+from mmbert_core.data.labels import Labels
+
+TRAINING_ROWS, OTHER_ROWS, COLUMN_ROWS = 1_000_000, 100_000, 100_000  # that are looked at, at most
+CHUNK_ROWS = 20_000
+FEWEST_TOKENS = 8  # of a text that is no coincidence
+NEARLY = 0.98  # AUROC of a column alone
+FEWEST_OF_A_CLASS = 10  # rows in each half of those looked at
+FEWEST_DIFFERENT = 50  # rows from which a value of its own in each is no coincidence
+KINDS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def find_leaks(train: Dataset, val: Dataset | None, test: Dataset | None, labels: Labels) -> list[str]:
+    """One line for each finding, the most serious kind first."""
+    parts = [part for part in (train, val, test) if part is not None]
+    pairs = [(part, earlier) for place, part in enumerate(parts) for earlier in parts[:place]]
+    lines = [line for part, earlier in pairs for line in _shared_groups(part, earlier)]
+    hashes = {id(part): text_hashes(part, TRAINING_ROWS if part is train else OTHER_ROWS) for part in parts} if train.encoded.tokens is not None else {}
+    lines += [line for part, earlier in pairs if hashes for line in _shared_texts(part, earlier, hashes[id(part)], hashes[id(earlier)])]
+    return [*lines, *_columns(train, labels)]
+
+
+# ---- rows on both sides ----
+
+
+def _shared_groups(part: Dataset, earlier: Dataset) -> Iterator[str]:
+    if part.encoded.group_codes is None or earlier.encoded.group_codes is None:
+        return
+    codes = part.encoded.group_codes[part.rows]
+    shared = np.flatnonzero(np.isin(codes, earlier.encoded.group_codes[earlier.rows]) & (codes >= 0))
+    if len(shared):
+        yield f"{part.name}: {len(shared)} of {len(part)} rows are of a group that has {KINDS[earlier.name]} rows, first {part.where(int(shared[0]))}"
+
+
+def _shared_texts(part: Dataset, earlier: Dataset, hashes: np.ndarray, others: np.ndarray) -> Iterator[str]:
+    shared = np.flatnonzero(np.isin(hashes, others) & (part.lengths[: len(hashes)] >= FEWEST_TOKENS))
+    if len(shared):
+        count = f"{len(shared)} of {len(hashes)} texts"
+        yield f"{part.name}: {count} are those of {KINDS[earlier.name]} rows (texts of {FEWEST_TOKENS} tokens or more), first {part.where(int(shared[0]))}"
+
+
+def text_hashes(dataset: Dataset, most_rows: int) -> np.ndarray:
+    """uint64 [N] of the token ids of the first rows, in their order; equal texts have equal ones."""
+    hashes = [np.zeros(0, np.uint64)]
+    for start in range(0, min(len(dataset), most_rows), CHUNK_ROWS):
+        ids, offsets = dataset.token_ids(np.arange(start, min(start + CHUNK_ROWS, len(dataset), most_rows)))
+        place = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
+        mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ (place.astype(np.uint64) + np.uint64(1)) * np.uint64(0xC2B2AE3D27D4EB4F)
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(32)
+        hashes.append(np.add.reduceat(mixed, offsets[:-1]))  # every text has a token
+    return np.concatenate(hashes)
+
+
+# ---- columns ----
+
+
+def _columns(train: Dataset, labels: Labels) -> Iterator[str]:
+    rows = np.random.default_rng(0).permutation(len(train))[:COLUMN_ROWS]
+    classes = train.label_index[rows]
+    for name, cells in train.cells(rows).items():
+        is_number = isinstance(cells, np.ndarray)
+        codes, values = pd.factorize(cells if is_number else np.array(cells, dtype=object), use_na_sentinel=False)
+        if len(values) == 1:
+            yield f"column {name!r}: the same value in all {len(rows)} training rows looked at, nothing can be learned from it"
+            continue
+        if len(values) == len(rows) >= FEWEST_DIFFERENT and not (is_number and (cells % 1 != 0).any()):
+            yield f"column {name!r}: another value in each of {len(rows)} training rows: is it an id?"
+        index, area = _best_class(cells if is_number else codes, classes, len(labels.names), is_number=is_number)
+        if area >= NEARLY:
+            yield f"column {name!r} alone tells class {labels.names[index]!r} from the rest with an AUROC of {area:.4f}: is it known before the label is?"
+
+
+def _best_class(cells: np.ndarray, classes: np.ndarray, num_classes: int, *, is_number: bool) -> tuple[int, float]:
+    """The class that this column alone tells best, and its AUROC; classes with few rows are left out, for they are told by chance."""
+    fitted, tried = slice(0, None, 2), slice(1, None, 2)  # of rows in random order
+    scored = cells if is_number else cells[tried]
+    ranks = pd.Series(np.where(np.isnan(cells), -np.inf, cells)).rank().to_numpy() if is_number else None
+    best = (0, 0.5)
+    for index in range(1 if num_classes == 2 else 0, num_classes):
+        is_class = classes == index
+        if min(is_class[fitted].sum(), is_class[tried].sum(), (~is_class[fitted]).sum(), (~is_class[tried]).sum()) < FEWEST_OF_A_CLASS:
+            continue
+        if ranks is not None:
+            area = _area(ranks, is_class)
+            area = max(area, 1 - area)
+        else:  # the share of the class in each category on one half of the rows, tried on the other
+            counts, hits = (np.bincount(cells[fitted], weights, cells.max() + 1) for weights in (None, is_class[fitted]))
+            area = auroc(((hits + is_class.mean()) / (counts + 1))[scored], is_class[tried])
+        best = max(best, (index, area), key=lambda item: item[1])
+    return best
+
+
+def auroc(scores: np.ndarray, is_positive: np.ndarray) -> float:
+    """Share of pairs of a positive and a negative row in the right order, ties count half (Mann and Whitney)."""
+    return _area(pd.Series(scores).rank().to_numpy(), is_positive)
+
+
+def _area(ranks: np.ndarray, is_positive: np.ndarray) -> float:
+    positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
+    return float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -1,0 +1,102 @@
+"""How good the model is on parts of the rows, the worst parts first. Floor 1; imports metrics and intervals.
+
+N rows, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmbert_core.evaluation.intervals import bootstrap_intervals
+from mmbert_core.evaluation.metrics import compute_metrics
+from mmbert_core.evaluation.predictions import BINARY_THRESHOLD
+
+FEWEST_ROWS = 30  # of a slice; smaller ones are put together
+DRAWS = 300  # of the intervals: there are many slices
+MOST_VALUES = 20  # slices of one column
+FEW_NUMBERS = 10  # distinct ones, each a slice of its own
+MISSING, OTHERS = "(missing)", "(all other values)"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The rows of one value, or of one quarter of the numbers, of a column."""
+
+    column: str
+    value: str
+    rows: int
+    share_of_classes: tuple[float, ...]
+    metrics: dict[str, float | None]
+    intervals: dict[str, tuple[float, float] | None]
+    undefined: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def slices_of(
+    preds: np.ndarray,
+    labels: np.ndarray,
+    columns: Mapping[str, Sequence[str] | np.ndarray],
+    names: Sequence[str],
+    *,
+    class_names: Sequence[str],
+    threshold: float = BINARY_THRESHOLD,
+) -> list[Slice]:
+    """The metrics `names` with intervals for each slice of each column, ordered by the first of them, undefined ones last.
+
+    `preds` [N] (binary) or [N, K], `labels` [N]. A column is N texts, or N numbers of which NaN is missing.
+    """
+    made = []
+    for column, cells in columns.items():
+        for value, rows in _numbers(cells) if isinstance(cells, np.ndarray) else _values(cells):
+            made.append(_slice(column, value, preds[rows], labels[rows], names, class_names, threshold))
+    return sorted(made, key=lambda part: (part.metrics[names[0]] is None, part.metrics[names[0]], -part.rows))
+
+
+def _slice(column: str, value: str, preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float) -> Slice:
+    task = "binary" if preds.ndim == 1 else "multiclass"
+    figures = compute_metrics(preds, labels, names, task, len(class_names), "slice", class_names=class_names, threshold=threshold)
+    shares = np.bincount(labels, minlength=len(class_names)) / len(labels)
+    return Slice(
+        column=column,
+        value=value,
+        rows=len(labels),
+        share_of_classes=tuple(shares.tolist()),
+        metrics={name: figures.values[f"slice/{name}"] for name in names},
+        intervals=bootstrap_intervals(preds, labels, names, class_names=class_names, threshold=threshold, draws=DRAWS),
+        undefined={key.removeprefix("slice/"): reason for key, reason in figures.undefined.items()},
+    )
+
+
+def _values(cells: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+    """Rows by value, the most frequent first; rare values together."""
+    codes, values = pd.factorize(np.array(cells, dtype=object))
+    counts = np.bincount(codes, minlength=len(values))
+    order = np.argsort(-counts, kind="stable")
+    own = [index for index in order[:MOST_VALUES] if counts[index] >= FEWEST_ROWS]
+    parts = [(str(values[index]) or MISSING, np.flatnonzero(codes == index)) for index in own]
+    rest = np.flatnonzero(~np.isin(codes, own))
+    return parts + ([(OTHERS, rest)] if own and len(rest) >= FEWEST_ROWS else [])
+
+
+def _numbers(numbers: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Rows by value where these are few, else by quartile; then the missing ones. A number that is the same in all rows makes none."""
+    known = ~np.isnan(numbers)
+    distinct = np.unique(numbers[known])
+    if len(distinct) <= FEW_NUMBERS:
+        parts = [(f"{value:.12g}", np.flatnonzero(numbers == value)) for value in distinct] if len(distinct) > 1 else []
+    else:
+        edges = np.unique(np.quantile(numbers[known], [0, 0.25, 0.5, 0.75, 1]))
+        parts = []
+        for low, high in zip(edges, edges[1:]):
+            is_last = high == edges[-1]
+            rows = known & (numbers >= low) & ((numbers <= high) if is_last else (numbers < high))
+            parts.append((f"{low:.12g} to {'' if is_last else 'below '}{high:.12g}", np.flatnonzero(rows)))
+    parts.append((MISSING, np.flatnonzero(~known)))
+    return [(value, rows) for value, rows in parts if len(rows) >= FEWEST_ROWS]

@@ -1,0 +1,58 @@
+"""Slices: every row in one slice of a column, the worst first."""
+
+import numpy as np
+
+from mmbert_core.evaluation import slices
+from mmbert_core.evaluation.metrics import compute_metrics
+from mmbert_core.evaluation.slices import MISSING, OTHERS, slices_of
+
+CLASSES = ["0", "1"]
+
+
+def scored(num_rows: int = 2000) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
+    """The model guesses on rows of kind "bad"."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, num_rows)
+    kinds = rng.choice(["good", "fair", "bad", "", *(f"rare{i}" for i in range(60))], num_rows, p=[0.3, 0.3, 0.2, 0.1, *[0.1 / 60] * 60])
+    noise = np.where(kinds == "bad", 1e9, 1.0)
+    preds = 1 / (1 + np.exp(-np.clip(rng.normal(size=num_rows) * noise + 2 * labels, -30, 30)))
+    ages = rng.integers(18, 80, num_rows).astype(float)
+    ages[rng.random(num_rows) < 0.1] = np.nan
+    return preds.astype(np.float32), labels, {"kind": kinds.tolist(), "age": ages, "flag": np.zeros(num_rows)}
+
+
+def test_the_worst_slice_comes_first_with_its_own_metric() -> None:
+    preds, labels, columns = scored()
+    made = slices_of(preds, labels, columns, ["auroc", "accuracy"], class_names=CLASSES)
+    assert (made[0].column, made[0].value) == ("kind", "bad")
+    rows = np.array(columns["kind"]) == "bad"
+    expected = compute_metrics(preds[rows], labels[rows], ["auroc"], "binary", 2, "x").values["x/auroc"]
+    low, high = made[0].intervals["auroc"]
+    assert made[0].metrics["auroc"] == expected and low < expected < high and made[0].rows == rows.sum()
+    values = [part.metrics["auroc"] for part in made]
+    assert values == sorted(values)
+
+
+def test_every_row_is_in_one_slice_of_a_column() -> None:
+    preds, labels, columns = scored()
+    made = slices_of(preds, labels, columns, ["accuracy"], class_names=CLASSES)
+    for column in ("kind", "age"):
+        assert sum(part.rows for part in made if part.column == column) == len(labels)
+    assert {part.value for part in made if part.column == "kind"} == {"good", "fair", "bad", MISSING, OTHERS}
+    assert len([part for part in made if part.column == "age"]) == 5 and MISSING in {part.value for part in made if part.column == "age"}
+    assert not [part for part in made if part.column == "flag"]  # a constant number makes no quarters
+
+
+def test_one_class_in_a_slice_is_undefined_with_its_reason_and_last() -> None:
+    preds, labels, columns = scored()
+    kinds = np.array(columns["kind"])
+    labels[kinds == "good"] = 1
+    made = slices_of(preds, labels, {"kind": columns["kind"]}, ["auroc"], class_names=CLASSES)
+    assert made[-1].value == "good" and made[-1].metrics["auroc"] is None and "only one class" in made[-1].undefined["auroc"] and made[-1].intervals["auroc"] is None
+
+
+def test_many_values_are_the_most_frequent_and_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    cells = [f"v{index}" for index in rng.integers(0, 40, 4000)]
+    made = slices_of(rng.random(4000).astype(np.float32), rng.integers(0, 2, 4000), {"c": cells}, ["accuracy"], class_names=CLASSES)
+    assert len(made) == slices.MOST_VALUES + 1 and sum(part.rows for part in made) == 4000
