@@ -22,3 +22,12 @@ def restored_globals():
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other take longer than these tiny models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

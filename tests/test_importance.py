@@ -16,14 +16,7 @@ from mmbert_core.training import hooks
 from mmbert_core.training.hooks import Task
 from tests import tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer than these tiny models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_decided(path: Path, num_rows: int, seed: int, decides: str) -> tuple[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from sklearn import metrics as oracle
 
 from mmbert_core import cli
@@ -17,6 +16,8 @@ from mmbert_core.evaluation.page import render
 from mmbert_core.model_folder import load_model_folder
 from mmbert_core.predictor import Predictor
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # sections of a report that need labels
 OF_LABELS = ("metrics", "baselines", "threshold", "calibration", "roc", "precision_recall", "confusion", "scores", "slices", "importance", "errors")
@@ -28,15 +29,6 @@ def train_judged(folder: Path, num_classes: int = 2, **changes) -> Path:
         tiny.write_table(folder / f"{name}.csv", 220, seed=seed, num_classes=num_classes)
     tiny.train(Config(**(values | {"tab_field_list": ("age", "amount"), "head_lr": 1e-2} | changes)))
     return folder / "run"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer than these tiny models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

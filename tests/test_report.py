@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from mmbert_core import assessment, cli, report
@@ -21,18 +20,11 @@ from mmbert_core.training import hooks, loop
 from tests import tiny
 from tests.evaluation.page_tree import tree_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OF_LABELS = ("metrics", "baselines", "threshold", "calibration", "roc", "precision_recall", "confusion", "scores", "slices", "importance", "errors")
 OF_A_MODEL = {"model.safetensors", "config.json", "features.json", "labels.json", "thresholds.json", "summary.json", "README.md", "train_results.json"}
 OF_A_TEST = {"test_result_0.tsv", "test_metrics.json", "report.json", "report.html"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer than these tiny models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
