@@ -17,7 +17,7 @@ from mmbert_core.evaluation import baselines
 from mmbert_core.evaluation.baselines import COLUMNS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
 from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.judgement import Judgement, fit_judgement, fit_threshold
-from mmbert_core.evaluation.metrics import CLASS_PREFIX, METRICS, compute_metrics
+from mmbert_core.evaluation.metrics import compute_metrics, metric_names
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +78,6 @@ def baseline_features(name: str, dataset: Dataset, positions: np.ndarray) -> tor
 
 
 # ---- figures of evaluated rows ----
-
-
-def metric_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    return (*METRICS, *(CLASS_PREFIX + name for name in class_names))
 
 
 def figures_of(

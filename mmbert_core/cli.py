@@ -55,6 +55,7 @@ logger = logging.getLogger("mmbert_core")
 
 SECONDS_FOR_THE_LAUNCHER = 5.0  # to end a rank that lost another one; after that it says so itself
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The message of a user's mistake is one line on stderr, once per node.
 

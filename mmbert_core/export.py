@@ -231,14 +231,9 @@ def _one_line(loaded: LoadedModel, format: str) -> Iterator[None]:
 # ---- the comparison ----
 
 
-def input_columns(loaded: LoadedModel) -> list[str]:
-    config = loaded.config
-    return list(dict.fromkeys([*config.text_name, *config.tab_field_list, *config.cat_field_list]))
-
-
 def rows_of_file(loaded: LoadedModel, path: str) -> Rows:
     """The first rows of a file. Raises `InputError` when it has none, or lacks a column."""
-    chunk = next(read_chunks([path], input_columns(loaded), chunk_rows=CHECKED_ROWS), None)
+    chunk = next(read_chunks([path], Roles.from_config(loaded.config).features(), chunk_rows=CHECKED_ROWS), None)
     if chunk is None:
         raise InputError(f"{path}: expected at least one row to compare, found none")
     return [dict(zip(chunk.cells, cells, strict=True)) for cells in zip(*chunk.cells.values(), strict=True)]
@@ -271,8 +266,8 @@ def probabilities_of(loaded: LoadedModel, rows: Rows) -> np.ndarray:
     """PyTorch's own, float32 on the CPU. Raises `InputError` for a cell that cannot be."""
     config = loaded.config
     predictor = Predictor(loaded, DistContext(0, 0, 1, 1, torch.device("cpu")), precision="fp32")
-    chunk = records_to_chunk(rows, input_columns(loaded))
+    roles = Roles.from_config(config)
     dataset = encode_for_prediction(
-        chunk, Roles.from_config(config), loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
+        records_to_chunk(rows, roles.features()), roles, loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
     )
     return predictor.score(dataset).preds

@@ -1,6 +1,6 @@
 """The report of evaluated rows, as report.json and report.html. Floor 3.
 
-Imports assessment, config, data, evaluation, explain, files, importance, model_folder, training.hooks. N rows, K classes.
+Imports assessment, config, data, evaluation, explain, files, importance, model_folder, training.hooks and setup. N rows, K classes.
 Everything runs on rank 0 alone, and what cannot be shown is a section with its reason: a report never ends a run.
 """
 
@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
-import mmbert_core
 from mmbert_core.assessment import main_metric, verdict
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
@@ -40,6 +37,7 @@ from mmbert_core.importance import permutation_importance
 from mmbert_core.model_folder import LoadedModel
 from mmbert_core.training.hooks import Task
 from mmbert_core.training.run_log import kept_lines
+from mmbert_core.training.setup import VERSIONS
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +148,7 @@ def build_report(scored: Scored) -> Section:
         "errors": of_labels(lambda: errors_section(scored)),
         "config": config.to_dict(), "resolved": dict(scored.loaded.resolved),
         "data": scored.data,
-        "versions": {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {**VERSIONS, "python": platform.python_version()},
     }  # fmt: skip
 
 

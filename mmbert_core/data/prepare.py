@@ -16,7 +16,7 @@ from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels, other_rows
-from mmbert_core.data.leaks import find_leaks
+from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
 from mmbert_core.data.readers import header_of
 from mmbert_core.data.splits import sample_rows, split_rows
 from mmbert_core.data.store import check_columns, open_or_build
@@ -219,23 +219,10 @@ def _warn_of_repeated_ids(table: EncodedRows) -> None:
     logger.warning(message, table.paths[0], len(repeats), table.num_rows, table.where(int(repeats[0])))
 
 
-def _is_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """np.isin [N] bool, by sorting `others` alone: among ten million hashes numpy's own takes ten seconds."""
-    if not len(others):
-        return np.zeros(len(values), dtype=bool)
-    others = np.sort(others)
-    places = np.searchsorted(others, values)
-    return others[np.minimum(places, len(others) - 1)] == values
-
-
 def _warn_of_shared_ids(part: Dataset, earlier: Dataset) -> None:
     """Rows that are scored by a model that learned from them, or was chosen by them."""
     if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
         return
-    codes, theirs = (each.encoded.id_codes[each.rows] for each in (part, earlier))
-    if len(codes) < len(theirs):
-        theirs = theirs[_is_in(theirs, codes)]
-    shared = np.flatnonzero(_is_in(codes, theirs) & (codes >= 0))  # below 0: empty
+    shared = shared_places(*(each.encoded.id_codes[each.rows] for each in (part, earlier)))
     if len(shared):
-        kind = {"train": "training", "val": "validation"}[earlier.name]
-        logger.warning("%s: %d rows have an id of a %s row, first %s", part.name, len(shared), kind, part.where(int(shared[0])))
+        logger.warning("%s: %d rows have an id of a %s row, first %s", part.name, len(shared), KINDS[earlier.name], part.where(int(shared[0])))

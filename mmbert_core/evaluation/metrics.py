@@ -103,7 +103,7 @@ def compute_metrics(
 
 def check_metric_choices(metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices") -> None:
     """InputError naming the choices (and the nearest one) if a metric is not known."""
-    known = (*METRICS, *(CLASS_PREFIX + name for name in class_names))
+    known = metric_names(class_names)
     for name in metric_choices:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -246,6 +246,11 @@ _METRICS: dict[str, Callable[[_Scored], torch.Tensor | float]] = {
     "ece": _ece,
 }
 METRICS = tuple(_METRICS)  # average_precision_class_<name> comes beside these, one per class
+
+
+def metric_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """All that can be asked for, those of the classes last."""
+    return (*METRICS, *(CLASS_PREFIX + name for name in class_names))
 
 
 def _metric_of(name: str, class_names: Sequence[str]) -> Callable[[_Scored], torch.Tensor | float]:
