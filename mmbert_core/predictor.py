@@ -31,8 +31,7 @@ from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, fra
 from mmbert_core.data.tokens import join_texts
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError
-from mmbert_core.evaluation.judgement import Judgement
-from mmbert_core.evaluation.predictions import Columns, header, prediction_columns, tsv_line, tsv_rows
+from mmbert_core.evaluation.predictions import Columns, header, tsv_line, tsv_rows
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.explain import explain_rows
 from mmbert_core.files import TEMPORARY_PREFIX, naming, read_json, sync_path
@@ -63,9 +62,11 @@ class Predictor:
 
         `folder`: where the model was loaded from, for reports.
         """
+        if threshold not in (None, loaded.judgement.threshold.value):
+            given = Threshold(threshold, "given", reason="given on the command line")
+            loaded = replace(loaded, judgement=replace(loaded.judgement, threshold=given))
         self.loaded = loaded
         self.folder = folder
-        self.threshold = loaded.judgement.threshold.value if threshold is None else threshold
         self.context = context
         config = loaded.config
         if precision == "auto" and context.device.type == "cuda":
@@ -149,7 +150,7 @@ class Predictor:
 
     def _write_evaluation(self, dataset: Dataset, result: EpochResult, folder: Path, slice_columns: Sequence[str]) -> dict[str, Any]:
         """Rank 0 only."""
-        loaded = replace(self.loaded, judgement=self.judgement)
+        loaded = self.loaded
         figures = hooks.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
 
         def scored() -> Scored:
@@ -160,14 +161,6 @@ class Predictor:
 
         write_report(scored, folder)
         return figures
-
-    @property
-    def judgement(self) -> Judgement:
-        """The model folder's, with this predictor's threshold."""
-        kept = self.loaded.judgement
-        if self.threshold == kept.threshold.value:
-            return kept
-        return replace(kept, threshold=Threshold(self.threshold, "given", reason="given on the command line"))
 
     def predict(self, rows: Rows) -> Rows:
         """Collective. Rows as a prediction file has them, in their order: a frame for a frame, a list of dicts for a list, a dict for one row.
@@ -227,12 +220,8 @@ class Predictor:
         return result
 
     def _columns(self, dataset: Dataset, result: EpochResult) -> Columns:
-        config = self.loaded.config
-        labels = dataset.label_strings(range(len(dataset))) if dataset.has_labels else None
-        return prediction_columns(
-            result.preds, self.loaded.labels.names, is_binary=config.is_binary, id_name=None if result.ids is None else config.id_name, ids=result.ids, labels=labels,
-            calibrated=self.loaded.judgement.calibration.apply(result.preds), threshold=self.threshold,
-        )  # fmt: skip
+        loaded = self.loaded
+        return hooks.columns_of(result, dataset, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
 
 
 class Progress:

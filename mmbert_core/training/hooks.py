@@ -26,7 +26,7 @@ from mmbert_core.distributed import DistContext
 from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.evaluation.plots import write_plots
-from mmbert_core.evaluation.predictions import prediction_columns, tsv_line, tsv_rows
+from mmbert_core.evaluation.predictions import Columns, prediction_columns, tsv_line, tsv_rows
 from mmbert_core.files import write_json, write_text
 from mmbert_core.model.losses import LossOp, row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
@@ -172,6 +172,15 @@ def on_test_epoch_end(
     return distributed.on_main(lambda: write_results(result, dataset, folder, config=config, class_names=class_names, judgement=judgement)), result
 
 
+def columns_of(result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], judgement: Judgement) -> Columns:
+    """Scored rows as a prediction file has them; without an id column where the rows came without ids."""
+    return prediction_columns(
+        result.preds, class_names, is_binary=config.is_binary, id_name=None if result.ids is None else config.id_name, ids=result.ids,
+        labels=dataset.label_strings(range(len(dataset))) if dataset.has_labels else None,
+        calibrated=judgement.calibration.apply(result.preds), threshold=judgement.threshold.value,
+    )  # fmt: skip
+
+
 def write_results(
     result: EpochResult, dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str], judgement: Judgement
 ) -> dict[str, Any]:
@@ -181,11 +190,7 @@ def write_results(
         if result.labels is not None:  # else rows of a prediction, which has no loss
             figures["test_loss"] = result.loss
         figures |= figures_of(result.preds, dataset.label_index, dataset, stage="test", config=config, class_names=class_names, judgement=judgement)
-    label_strings = dataset.label_strings(np.arange(len(dataset))) if dataset.has_labels else None
-    columns = prediction_columns(
-        result.preds, class_names, is_binary=config.is_binary, id_name=config.id_name, ids=result.ids, labels=label_strings,
-        calibrated=judgement.calibration.apply(result.preds), threshold=judgement.threshold.value,
-    )  # fmt: skip
+    columns = columns_of(result, dataset, config=config, class_names=class_names, judgement=judgement)
     write_text(folder / "test_result_0.tsv", "".join([tsv_line(columns), *tsv_rows(columns)]))
     write_json(folder / "test_metrics.json", figures)
     if dataset.has_labels:
