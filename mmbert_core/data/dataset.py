@@ -1,4 +1,4 @@
-"""Rows of a table as batches of tensors. Floor 1; imports table, features, labels, tokens, encoding.
+"""Rows of a table as batches of tensors. Floor 1; imports table, features, labels, tokens, encoding, splits.
 
 N rows of a dataset, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categories.
 """
@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from mmbert_core.data.encoding import EncodedRows, encode_chunk
 from mmbert_core.data.features import Features, unseen_counts
 from mmbert_core.data.labels import Labels
+from mmbert_core.data.splits import taken
 from mmbert_core.data.table import Chunk, Roles
 from mmbert_core.data.tokens import Tokens
+
+ROWS_HELD = 8192  # texts of a table on disk, with the pages around them
 
 
 @dataclass
@@ -55,9 +58,10 @@ class Dataset:
         label_column: str = "label",
         require_labels: bool = True,
     ) -> None:
-        """`rows` picks rows of `encoded`, none: all. With `require_labels` a missing or unknown label is an `InputError`."""
+        """`rows` (sorted) picks rows of `encoded`, none: all. With `require_labels` a missing or unknown label is an `InputError`."""
         self.encoded = encoded
         self.name = name
+        self._rows_since_let_go = 0
         self.packed = False  # set by a run, which knows the model: rows are learned end to end, and padding costs nothing
         self.rows = np.arange(encoded.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)  # [N]
         self.features = features
@@ -66,7 +70,7 @@ class Dataset:
         self.lengths = _lengths_of(encoded.tokens, self.rows)  # [N] int64, real tokens over all chunks; 1 without text
         self.label_index: np.ndarray | None = None  # [N] int64, -1 where missing or unknown
         if encoded.label_codes is not None:
-            self.label_index = labels.lookup(encoded.label_values)[encoded.label_codes[self.rows]]
+            self.label_index = labels.lookup(encoded.label_values)[taken(encoded.label_codes, self.rows)]
             if require_labels:
                 labels.check_known(self.label_index, self.label_string, column=label_column, where=self.where)
 
@@ -97,7 +101,7 @@ class Dataset:
 
     def unseen(self) -> dict[str, int]:
         """Categorical column -> its cells with a value that training never saw; columns without one are left out."""
-        return dict(unseen_counts(self._lookups, self.encoded.category_codes[self.rows], self.features.category_names))
+        return dict(unseen_counts(self._lookups, taken(self.encoded.category_codes, self.rows), self.features.category_names))
 
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:
         """What these rows cost as one micro-batch: real tokens when packed, else real chunks times the longest; without text the rows."""
@@ -126,8 +130,11 @@ class Dataset:
         tokens, rows = self.encoded.tokens, self.rows[positions]
         assert tokens is not None, "no text column was read"
         starts, ends = tokens.chunk_offsets[tokens.row_chunks[rows]], tokens.chunk_offsets[tokens.row_chunks[rows + 1]]
+        offsets = np.concatenate([[0], np.cumsum(ends - starts)])
+        if len(rows) and (starts[1:] == ends[:-1]).all():  # neighbours
+            return tokens.ids[starts[0] : ends[-1]], offsets
         parts = [tokens.ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return np.concatenate([np.zeros(0, np.int32), *parts]), np.concatenate([[0], np.cumsum(ends - starts)])
+        return np.concatenate([np.zeros(0, np.int32), *parts]), offsets
 
     def used_token_ids(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """The different token ids of these rows [U] int64, ascending; padding's is always one."""
@@ -145,6 +152,10 @@ class Dataset:
     def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
         """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""
         positions = np.asarray(positions, dtype=np.int64)
+        self._rows_since_let_go += len(positions)
+        if self._rows_since_let_go > ROWS_HELD:
+            self._rows_since_let_go = 0
+            self.encoded.let_go_of_tokens()
         rows = self.rows[positions]
         numbers, categories = self.columns(positions)
         input_ids, mask = _padded(self.encoded.tokens, rows, self._pad_token_id)  # [B, C, T]
@@ -164,6 +175,8 @@ class Dataset:
 def _lengths_of(tokens: Tokens | None, rows: np.ndarray) -> np.ndarray:
     if tokens is None:
         return np.ones(len(rows), dtype=np.int64)
+    if len(rows) == len(tokens.row_chunks) - 1:
+        return np.diff(tokens.chunk_offsets[tokens.row_chunks])
     return tokens.chunk_offsets[tokens.row_chunks[rows + 1]] - tokens.chunk_offsets[tokens.row_chunks[rows]]
 
 

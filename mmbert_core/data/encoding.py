@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from mmap import MADV_DONTNEED, mmap
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -78,6 +79,12 @@ class EncodedRows:
     file_rows: np.ndarray  # [N] int64, counted from 1 in the row's file
     lines: np.ndarray  # [N] int64, 0 where the format has no lines
     fingerprints: dict[str, dict[str, int | str]] = field(default_factory=dict)  # path -> bytes, sha256; {} in memory
+    token_file: mmap | None = None  # what `tokens.ids` lies in, unless in memory
+
+    def let_go_of_tokens(self) -> None:
+        """Give the pages of texts back that were read: they count as this process's memory, and come again where they are needed."""
+        if self.token_file is not None:
+            self.token_file.madvise(MADV_DONTNEED)
 
     @property
     def num_cut(self) -> int:

@@ -1,4 +1,4 @@
-"""Statistics and vocabularies of the tabular columns, fitted on training rows alone. Floor 1; imports errors, table.
+"""Statistics and vocabularies of the tabular columns, fitted on training rows alone. Floor 1; imports errors, splits, table.
 
 N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K categorical columns.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mmbert_core.data.splits import taken
 from mmbert_core.data.table import Roles
 from mmbert_core.errors import InputError
 
@@ -39,16 +40,16 @@ class Features:
         rows: np.ndarray | None = None,
         where: str = "training rows",
     ) -> "Features":
-        """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`; `rows` picks the training rows.
+        """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`; `rows` (sorted) picks the training rows.
 
         Works column by column, so that a memory-mapped table is never whole in memory.
         Raises `InputError` for a numeric column without any value.
         """
-        picked = slice(None) if rows is None else rows
+        rows = np.arange(len(numbers)) if rows is None else rows
         medians, has_indicator, means, stds = [], [], [], []
         indicator_stats = []
         for place, name in enumerate(roles.numbers):
-            column = numbers[:, place][picked]  # [N]
+            column = taken(numbers[:, place], rows)  # [N]
             missing = np.isnan(column)
             if missing.all():
                 raise InputError(f"{where}, column {name!r}: expected numbers, found no value in any of {len(column)} rows")
@@ -61,7 +62,7 @@ class Features:
                 indicator_stats.append(_mean_and_std(missing.astype(np.float64)))
         categories = []
         for place, vocabulary in enumerate(vocabularies):
-            counts = np.bincount(codes[:, place][picked], minlength=len(vocabulary))
+            counts = np.bincount(taken(codes[:, place], rows), minlength=len(vocabulary))
             categories.append(tuple(sorted(vocabulary[code] for code in np.flatnonzero(counts) if vocabulary[code])))
         return cls(
             number_names=roles.numbers,

@@ -18,7 +18,7 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels, other_rows
 from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
 from mmbert_core.data.readers import header_of
-from mmbert_core.data.splits import sample_rows, split_rows
+from mmbert_core.data.splits import sample_rows, split_rows, taken
 from mmbert_core.data.store import check_columns, open_or_build
 from mmbert_core.data.table import Roles, columns_kept, expand_paths, shown
 from mmbert_core.data.tokens import load_tokenizer, tokenizer_fingerprint
@@ -162,7 +162,7 @@ def _first_places(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training table for training and for validation (none where val_path has them)."""
     rows = sample_rows(train.num_rows, config.max_train_rows, config.seed)
-    classes = labels.lookup(train.label_values)[train.label_codes[rows]]
+    classes = labels.lookup(train.label_values)[taken(train.label_codes, rows)]
     missing = set(np.flatnonzero(np.bincount(classes, minlength=len(labels.names)) == 0).tolist())
     if missing:
         name = shown(labels.names[min(missing)])
@@ -223,6 +223,6 @@ def _warn_of_shared_ids(part: Dataset, earlier: Dataset) -> None:
     """Rows that are scored by a model that learned from them, or was chosen by them."""
     if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
         return
-    shared = shared_places(*(each.encoded.id_codes[each.rows] for each in (part, earlier)))
+    shared = shared_places(*(taken(each.encoded.id_codes, each.rows) for each in (part, earlier)))
     if len(shared):
         logger.warning("%s: %d rows have an id of a %s row, first %s", part.name, len(shared), KINDS[earlier.name], part.where(int(shared[0])))

@@ -16,6 +16,11 @@ def sample_rows(num_rows: int, max_rows: int | None, seed: int) -> np.ndarray:
     return np.sort(generator.choice(num_rows, max_rows, replace=False)).astype(np.int64)
 
 
+def taken(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`array[rows]` of a sorted choice of rows without repeats; all of them are not copied."""
+    return array if len(rows) == len(array) else array[rows]
+
+
 def split_rows(labels: np.ndarray, groups: np.ndarray | None, *, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions (train, val) into `labels` [N], each sorted int64; class shares are kept as far as whole rows allow.
 

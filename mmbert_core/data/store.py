@@ -1,4 +1,4 @@
-"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, files, readers, table, tokens, encoding.
+"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, files, ahead, readers, table, tokens, encoding.
 
 A store is a folder named by a hash of all that decides its content, so it is never out of date: another file, column,
 tokenizer or length is another folder. It is raw arrays and a meta.json; it appears by a rename, whole or not at all.
@@ -13,15 +13,18 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from threading import Thread
 from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
+from mmbert_core.data.ahead import one_ahead
 from mmbert_core.data.encoding import Arrays, CodeBook, EncodedRows, assemble, encode_arrays, longest_texts
 from mmbert_core.data.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
 from mmbert_core.data.tokens import tokenizer_fingerprint
@@ -30,6 +33,8 @@ from mmbert_core.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256
 
 STORE_FORMAT = 1  # counts up when the arrays or what decides their content change
 META = "meta.json"
+SHARE_OF_MEMORY = 0.5  # of what is free, that a table may take to be read ahead of its use
+READ_AT_ONCE = 1 << 20  # bytes; the system does not hear a wish for much more
 SECONDS_BEFORE_SAYING = 10.0  # that this process waits for another one's build; most take less
 # Ends of variable-length pieces: they begin with 0, and a later chunk's go on from the last value.
 RUNNING_ENDS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
@@ -186,7 +191,7 @@ def _build(
     num_rows = num_cut = 0
     nothing = np.zeros(0, dtype=np.int64)
     empty = Chunk(pd.DataFrame(columns=list(columns), dtype=object), [], nothing, nothing, nothing)
-    for chunk in _after(empty, chunks):  # the empty chunk gives a table without rows its arrays
+    for chunk in one_ahead(_after(empty, chunks)):  # the empty chunk gives a table without rows its arrays
         arrays, cut = encode_arrays(
             chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
         )
@@ -226,17 +231,26 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+def _available_bytes() -> int:
+    """Memory that can be had without swapping (MemAvailable); 0 where the system does not say."""
+    try:
+        return next(1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def _open(folder: Path, paths: list[str]) -> EncodedRows:
     meta = read_json(folder / META)
-    arrays = {}
+    arrays, mappings = {}, {}
     for name, array in meta["arrays"].items():
         shape, dtype = tuple(array["shape"]), np.dtype(array["dtype"])
-        if _num_bytes(array):
-            # a plain array over the mapping: indexing np.memmap itself costs microseconds more
-            arrays[name] = np.asarray(np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape))
-        else:  # nothing cannot be mapped
+        if not _num_bytes(array):  # nothing cannot be mapped
             arrays[name] = np.zeros(shape, dtype=dtype)
-    return assemble(
+            continue
+        with open(folder / f"{name}.bin", "rb") as stream:
+            mappings[name] = mmap(stream.fileno(), 0, access=ACCESS_READ)
+        arrays[name] = np.frombuffer(mappings[name], dtype).reshape(shape)
+    rows = assemble(
         arrays,
         vocabularies=meta["vocabularies"],
         label_values=meta["label_values"],
@@ -244,3 +258,15 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
         max_chunks=meta["max_chunks"],
         num_cut=meta["num_cut"],
     )
+    rows.token_file = mappings.get("token_ids")
+    if sum(map(len, mappings.values())) < SHARE_OF_MEMORY * _available_bytes():
+        Thread(target=_read_ahead, args=([folder / f"{name}.bin" for name in mappings],), daemon=True).start()
+    return rows
+
+
+def _read_ahead(paths: list[Path]) -> None:
+    """Have the system read what would else come from the disk page by page, because rows are asked for in random order."""
+    for path in paths:
+        with suppress(OSError), open(path, "rb") as stream:
+            for start in range(0, os.fstat(stream.fileno()).st_size, READ_AT_ONCE):
+                os.posix_fadvise(stream.fileno(), start, READ_AT_ONCE, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors and hub.
+"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors, hub, ahead.
 
 N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mmbert_core.data.ahead import one_ahead
 from mmbert_core.errors import InputError
 from mmbert_core.hub import check_hub_answers, check_hub_name
 
@@ -98,18 +99,18 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     num_cut = 0
     empty = [tokenizer.pad_token_id or 0]  # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
     with _truncating(tokenizer.backend_tokenizer, max_length) as backend:
-        for start in range(0, len(texts), ENCODED_AT_ONCE):
-            some = texts[start : start + ENCODED_AT_ONCE]
-            encodings = backend.encode_batch_fast([text[:most_characters] for text in some])
-            more = [encoding.overflowing for encoding in encodings]
-            if any(more) and max_chunks > 1:
-                chunks = [part.ids or empty for encoding, parts in zip(encodings, more, strict=True) for part in (encoding, *parts[: max_chunks - 1])]
-            else:
-                chunks = [encoding.ids or empty for encoding in encodings]
+        parts_of_texts = [texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE)]
+        encoded = ((some, backend.encode_batch_fast([text[:most_characters] for text in some])) for some in parts_of_texts)
+        for some, encodings in one_ahead(encoded) if len(parts_of_texts) > 1 else encoded:
+            chunks = [encoding.ids or empty for encoding in encodings]
+            more = [encoding.overflowing if len(first) == max_length else [] for encoding, first in zip(encodings, chunks, strict=True)]
             num_cut += sum(len(parts) > max_chunks - 1 or len(text) > most_characters for parts, text in zip(more, some, strict=True))
+            if max_chunks > 1 and any(more):
+                chunks = [ids for first, parts in zip(chunks, more, strict=True) for ids in (first, *(part.ids for part in parts[: max_chunks - 1]))]
             counts.extend(min(len(parts) + 1, max_chunks) for parts in more)
-            lengths.extend(map(len, chunks))
-            ids.append(np.fromiter(chain.from_iterable(chunks), dtype=np.int32))
+            sizes = list(map(len, chunks))
+            lengths += sizes
+            ids.append(np.fromiter(chain.from_iterable(chunks), dtype=np.int32, count=sum(sizes)))
     chunk_offsets, row_chunks = (np.concatenate([[0], np.cumsum(np.array(each, dtype=np.int64))]).astype(np.int64) for each in (lengths, counts))
     return Tokens(ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]), chunk_offsets=chunk_offsets, row_chunks=row_chunks, num_cut=num_cut)
 

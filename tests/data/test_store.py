@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmbert_core.data import store
+from mmbert_core.data import dataset, store
 from mmbert_core.data.encoding import encode_chunk
+from mmbert_core.data.features import Features
+from mmbert_core.data.labels import Labels
 from mmbert_core.data.store import META, open_or_build
 from mmbert_core.data.table import Roles, read_chunks
 from mmbert_core.data.tokens import characters_read
@@ -88,7 +91,36 @@ def test_long_texts_are_cut_while_reading_and_nothing_else_changes(build, write_
 def test_arrays_are_mapped_not_read(build, write_table):
     rows = build(write_table("t.csv", HEADER, table(20)))
     for array in (rows.numbers, rows.tokens.ids, rows.ids.data, rows.label_codes):
-        assert isinstance(array.base, np.memmap) and not array.flags.writeable
+        assert not array.flags.writeable
+        while isinstance(array, np.ndarray):
+            array = array.base
+        assert isinstance(array.obj, mmap)  # the buffer's owner
+
+
+def test_texts_are_the_same_after_their_pages_went_back(build, write_table):
+    rows = build(write_table("t.csv", HEADER, table(20)))
+    before = rows.tokens.ids.tolist()
+    rows.let_go_of_tokens()
+    assert rows.tokens.ids.tolist() == before and before
+
+
+def resident_kb(array):
+    """Kilobytes of the mapping that begins where the array does which this process holds (proc(5), smaps)."""
+    _, _, after = open("/proc/self/smaps").read().partition(f"{array.__array_interface__['data'][0]:x}-")
+    return int(after.partition("Rss:")[2].split()[0])
+
+
+@pytest.mark.parametrize(("rows_held", "all_stay"), [(60, False), (10**9, True)])
+def test_pages_of_texts_do_not_pile_up(build, write_table, monkeypatch, rows_held, all_stay):
+    monkeypatch.setattr(dataset, "ROWS_HELD", rows_held)
+    rows = build(write_table("t.csv", HEADER, [(f"i{row}", "good " * 2000, "", "1", "a", "1", "g") for row in range(1200)]), max_length=2048)
+    features, labels = Features.fit(rows.numbers, rows.category_codes, rows.vocabularies, ROLES), Labels(("1",))
+    whole = dataset.Dataset(rows, None, features, labels, pad_token_id=0, name="train", require_labels=False)
+    held = []
+    for start in range(0, len(whole), 20):
+        whole.batch(np.arange(start, start + 20))
+        held.append(resident_kb(rows.tokens.ids))
+    assert (max(held) > rows.tokens.ids.nbytes / 1024 - 4) is all_stay  # the system maps up to 2 MB around a text
 
 
 def test_a_second_start_does_not_read_the_rows_again(build, write_table, monkeypatch):
