@@ -210,13 +210,20 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
     if standard and context.world_size > 1:
         raise InputError(f"command line: - as {' and '.join(standard)} is for one process, found {context.world_size}: name files")
     with distributed.process_group(context), phase("prediction"), spooled(arguments) as path:
-        try:
+        with while_it_is_read():
             num_rows = predictor.predict_file([path], arguments.output, sheet_safe=arguments.sheet_safe)
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-    logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
+            logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
     return 0
+
+
+@contextmanager
+def while_it_is_read() -> Iterator[None]:
+    """Standard output whose reader, such as `| head`, has seen enough ends what is done here, and is no failure."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Predictor:
@@ -270,7 +277,8 @@ def ablate(arguments: argparse.Namespace, context: DistContext) -> int:
 def inspect(arguments: argparse.Namespace, context: DistContext) -> int:
     lines = describe_model(Path(arguments.model_path))
     if context.is_main:
-        print("\n".join(lines))
+        with while_it_is_read():
+            print("\n".join(lines))
     return 0
 
 

@@ -14,7 +14,7 @@ from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.features import Features
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.model.multimodal_bert import MultimodalBert
-from mmbert_core.training.hooks import Task
+from mmbert_core.training.hooks import TOKEN_BUDGETS, Task
 from mmbert_core.training.optim import autocast
 
 MOST_ROWS, FEWEST_ROWS, REPEATS = 1000, 200, 5
@@ -56,7 +56,7 @@ def encode(
     """Text vectors [N, D] (None: a columns-only model), numbers [N, F], categories [N, K], on the device."""
     vectors = None
     if model.text_subnetwork is not None:
-        parts = evaluation_batches(dataset.lengths[positions])
+        parts = evaluation_batches(dataset.lengths[positions], token_budget=TOKEN_BUDGETS[task.device.type])
         made = []
         with torch.no_grad(), autocast(task.precision, task.device):
             for rows in parts:

@@ -3,7 +3,6 @@
 Imports distributed, data, evaluation, explain, model, model_folder, report, training.hooks and run_log.
 """
 
-import io
 import logging
 import os
 import shutil
@@ -258,11 +257,8 @@ def known_files(folder: Path | None, dataset: Dataset) -> list[str]:
 def written_whole(output: str | Path, inputs: Sequence[str], context: DistContext) -> Iterator[TextIO]:
     """Collective. A stream, on rank 0, to a file that takes its name when the block ends without an error; "-" is standard output."""
     if str(output) == STANDARD:
-        stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="")
-        try:
+        with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as stream:
             yield stream
-        finally:
-            stream.detach().flush()
         return
     output = Path(output)
     check_output(inputs, output)

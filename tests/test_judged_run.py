@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +218,15 @@ def test_standard_input_and_output(binary, tmp_path):
     assert done.returncode == 0 and done.stdout == (tmp_path / "file.tsv").read_text() and "220 rows scored" in done.stderr
     done = tiny.run_command(["-m", "mmbert_core", "predict", str(binary), "-", "-", "--input_format", "jsonl"], input=table)
     assert done.returncode == 2 and done.stdout == "" and "stdin.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["inspect", "{run}"], ["predict", "{run}", "{test}", "-"]], ids=["inspect", "predict"])
+def test_a_reader_that_has_seen_enough_is_no_failure(binary, command):
+    """As `mmbert inspect MODEL_PATH | head -1`: the pipe's other end is closed before the first word."""
+    words = [word.format(run=binary, test=binary.parent / "test.csv") for word in command]
+    process = subprocess.Popen([sys.executable, "-m", "mmbert_core", *words], cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert "rror" not in process.stderr.read() and process.wait(timeout=120) == 0
 
 
 def test_a_folder_without_thresholds_counts_from_one_half(binary, tmp_path):
