@@ -17,6 +17,7 @@ from mmbert_core.evaluation.markup import (
 )  # fmt: skip
 
 HEADLINE = 6  # metrics with a card of their own
+ONE_SIDED = ("precision", "recall")  # calling every row class 1 finds them all: alone they compare no models
 LOWER_IS_BETTER = {"log_loss", "ece", "brier", "loss"}
 MOST_CLASSES = 40  # of the confusion grid: the most frequent ones
 MOST_MIXED = 15  # pairs of classes taken for each other
@@ -49,7 +50,7 @@ def _headline_card(metric: str, value: Part, baselines: Sequence[Part]) -> str:
         return card(name(metric), NOTHING, text(value.get("reason") or "not measured"))
     lines = [interval(value.get("interval"))]
     best = best_baseline(metric, baselines)
-    if best:
+    if best and metric not in ONE_SIDED:
         gain = (value["value"] - best[1]) * (-1 if metric in LOWER_IS_BETTER else 1)
         words = f'<span class="{"good" if gain > 0 else "bad"}">{decimals(abs(gain))} {"better" if gain > 0 else "worse"} than</span>' if gain else "equal to"
         lines.append(f"{words} the best baseline: {decimals(best[1])} ({text(best[0])})")

@@ -88,6 +88,9 @@ def test_headline_shows_six_figures_with_interval_and_best_baseline():
     assert len(shown) == 6
     assert shown[0] == "auroc0.9575[0.9465, 0.9665]0.0151 better than the best baseline: 0.9424 (text only)"
     assert shown[4] == "log_loss0.2042[0.1932, 0.2132]0.0151 better than the best baseline: 0.2193 (text only)"  # less is better
+    report["metrics"]["names"] = ["recall", "precision", *report["metrics"]["names"]]
+    cards = [element.text for element in section(report, "headline").all("div") if "card" in element.classes]
+    assert all(re.fullmatch(r"(recall|precision)0\.\d{4}\[0\.\d{4}, 0\.\d{4}\]", each) for each in cards[:2]) and "better" in cards[2]
     assert row_of(part, "mcc") == ["mcc", "–", "", "only one class in the labels"] and row_of(part, "recall")[1] == "0.9540"
 
 
