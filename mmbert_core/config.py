@@ -55,7 +55,7 @@ class Config:
     # ---- model ----
     encoder: str = setting("bert-base-cased", "model", "pretrained encoder and tokenizer: a folder, or a name on the Hugging Face hub")
     pooling: Literal["auto", "pooler", "cls", "mean"] = setting(
-        "auto", "model", "text vector: the encoder's pooler, its first token, or the mean of its tokens; auto: pooler if it has stored weights, else cls"
+        "auto", "model", "text vector: the encoder's pooler, its first token, or the mean of its tokens; auto: as a sentence encoder was trained, else pooler if it has stored weights, else cls"
     )
     hidden_common_dim: int = setting(100, "model", "width of the text part and of the column part before they are joined")
     reinit_pooler: bool = setting(False, "model", "draw the pooler's weights anew before training")

@@ -29,6 +29,7 @@ from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.files import TEMPORARY_PREFIX, read_json, save_tensors, space, sync_path, write_json
 from mmbert_core.model.multimodal_bert import MultimodalBert
+from mmbert_core.model.pretrained import sentence_pooling
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pretrained_encoder, reinitialise, resolve_pooling
 
@@ -62,7 +63,7 @@ def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str
     if config.text_name:
         encoder, has_stored_pooler = load_pretrained_encoder(config.encoder)
         check_length(config, encoder)
-        pooling = resolve_pooling(config.pooling, encoder, has_stored_pooler)
+        pooling = resolve_pooling(config.pooling, encoder, has_stored_pooler, sentence_pooling(config.encoder))
         text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)

@@ -6,12 +6,13 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from mmbert_core.errors import InputError
@@ -19,6 +20,7 @@ from mmbert_core.hub import check_hub_answers, check_hub_name
 
 logger = logging.getLogger(__name__)
 
+SENTENCE_POOLING = "1_Pooling/config.json"
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # Keys of a config.json with which transformers would run code, or load weights, that we never want.
 REFUSED_KEYS = {
@@ -50,7 +52,23 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
     except _NotCached:
         check_hub_answers(name)
     logger.info("encoder %s: not in the local cache, downloading it", name)
+    with suppress(OSError):  # few encoders have it
+        cached_file(name, SENTENCE_POOLING)
     return _load(name, local_files_only=False)
+
+
+def sentence_pooling(name_or_folder: str) -> str | None:
+    """"mean" or "cls" where the encoder was trained to make sentence vectors that way, as files of sentence-transformers say; else None.
+
+    Looks into the folder, or the local cache of the hub. A pooler stored with such an encoder was no part of that training.
+    """
+    try:
+        with open(cached_file(os.fspath(name_or_folder), SENTENCE_POOLING, local_files_only=True), encoding="utf-8") as stream:
+            settings = json.load(stream)
+        modes = {"mean": settings.get("pooling_mode_mean_tokens"), "cls": settings.get("pooling_mode_cls_token")}
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((pooling for pooling, is_used in modes.items() if is_used is True), None)
 
 
 def build_encoder(folder: str) -> nn.Module:

@@ -22,15 +22,19 @@ logger = logging.getLogger(__name__)
 POOLINGS = ("auto", "pooler", "cls", "mean")
 
 
-def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool) -> str:
+def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, trained: str | None = None) -> str:
     """The pooling in use, "pooler", "cls" or "mean", from the config's key (which may be "auto").
 
-    auto: the pooler if its weights were stored with the encoder, else cls, said in one line.
+    auto: what the encoder was ``trained`` with as a sentence encoder, else the pooler if its weights were stored with the
+    encoder, else cls; said in one line.
     Raises InputError for an unknown word, and for "pooler" where the encoder has none.
     """
     if asked not in POOLINGS:
         raise InputError(f"pooling: expected one of {', '.join(POOLINGS)}, found {asked!r}")
     name = type(encoder).__name__
+    if asked == "auto" and trained:
+        logger.info("pooling: %s (how %s was trained to make sentence vectors)", trained, name)
+        return trained
     if asked == "auto":
         pooling = "pooler" if has_stored_pooler else "cls"
         logger.info("pooling: %s (%s has %s stored pooler)", pooling, name, "a" if has_stored_pooler else "no")

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from mmbert_core import hub
 from mmbert_core.errors import InputError
+from mmbert_core.model.pretrained import sentence_pooling
 from mmbert_core.model.text_encoder import build_encoder, load_pretrained_encoder
 
 
@@ -158,13 +159,35 @@ def test_name_in_the_local_cache_needs_no_network(saved_encoder, tmp_path):
     snapshot = cache / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
     os.rename(saved_encoder("Bert"), snapshot)
+    (snapshot / "1_Pooling").mkdir()
+    (snapshot / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
-    code = "from mmbert_core.model.text_encoder import *; print(load_pretrained_encoder('someone/tiny')[1])"
+    code = "from mmbert_core.model.pretrained import *; print(load_pretrained_encoder('someone/tiny')[1], sentence_pooling('someone/tiny'))"
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
         env.pop(name, None)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "True mean\n", done.stderr
     assert done.stderr == ""
     AutoModel.from_pretrained(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("written", "pooling"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, None),
+        ({}, None), ([], None), ({"pooling_mode_mean_tokens": "yes"}, None), (None, None),
+    ],
+)  # fmt: skip
+def test_how_a_sentence_encoder_was_trained_is_read_from_its_folder(saved_encoder, written, pooling):
+    folder = Path(saved_encoder("Bert"))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text("no JSON" if written is None else json.dumps(written))
+    assert sentence_pooling(folder) == pooling
+
+
+def test_other_encoders_say_nothing(saved_encoder):
+    assert sentence_pooling(saved_encoder("Bert")) is None

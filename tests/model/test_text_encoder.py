@@ -34,7 +34,9 @@ def test_resolve_pooling(make_encoder, caplog):
         assert resolve_pooling("auto", bert, True) == "pooler"
         assert resolve_pooling("auto", bert, False) == "cls"
         assert resolve_pooling("auto", electra, False) == "cls"
-    assert len(caplog.records) == 3
+        assert resolve_pooling("auto", bert, True, "mean") == "mean"  # a sentence encoder's own way
+    assert len(caplog.records) == 4
+    assert resolve_pooling("pooler", bert, True, "mean") == "pooler"
     assert [resolve_pooling(asked, bert, True) for asked in ("pooler", "cls", "mean")] == ["pooler", "cls", "mean"]
     caplog.clear()
     assert resolve_pooling("pooler", bert, False) == "pooler"
