@@ -8,6 +8,7 @@ function that is registered here; each text attends to itself alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from inspect import signature
@@ -268,16 +269,14 @@ class _AttentionWithDropout(torch.autograd.Function):
     ) -> torch.Tensor:
         num_heads = query.shape[1]
         weights = query.new_empty(num_heads * sum(group.num_pairs for group in packing.groups))  # [h P], group after group
-        for group, part in _split_pairs(weights, packing, num_heads):
+        kept = draw_kept(weights.shape, rate)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for group, part, part_kept in _split_pairs(packing, num_heads, weights, kept):  # a group's passes meet in the processor's caches
             torch.baddbmm(part, _batch(query, group), _batch(key, group).transpose(1, 2), beta=0, alpha=scaling, out=part)
             if (band := _band(group.length, window, query.device)) is not None:
                 part.masked_fill_(~band, -torch.inf)
             torch.softmax(part, -1, out=part)
-        kept = draw_kept(weights.shape, rate)
-        dropped = apply_kept(weights, kept, rate)
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for group, part in _split_pairs(dropped, packing, num_heads):
-            _write(output, group, torch.bmm(part, _batch(value, group)))
+            _write(output, group, torch.bmm(apply_kept(part, part_kept, rate), _batch(value, group)))
         ctx.save_for_backward(query, key, value, weights, kept)
         ctx.packing, ctx.scaling, ctx.rate = packing, scaling, rate
         return output
@@ -286,17 +285,13 @@ class _AttentionWithDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, weights, kept = ctx.saved_tensors
-        packing, num_heads = ctx.packing, query.shape[1]
-        dropped = apply_kept(weights, kept, ctx.rate)
         d_query, d_key, d_value = (torch.empty_like(states, memory_format=torch.contiguous_format) for states in (query, key, value))
-        d_dropped = torch.empty_like(weights)
-        for (group, part), (_, d_part) in zip(_split_pairs(dropped, packing, num_heads), _split_pairs(d_dropped, packing, num_heads), strict=True):
+        for group, part, part_kept in _split_pairs(ctx.packing, query.shape[1], weights, kept):
             d_output = _batch(gradient, group)
-            _write(d_value, group, torch.bmm(part.transpose(1, 2), d_output))
-            torch.bmm(d_output, _batch(value, group).transpose(1, 2), out=d_part)
-        d_weights = apply_kept(d_dropped, kept, ctx.rate)
-        for (group, part), (_, d_part) in zip(_split_pairs(weights, packing, num_heads), _split_pairs(d_weights, packing, num_heads), strict=True):
-            d_scores = torch._softmax_backward_data(d_part, part, -1, part.dtype).mul_(ctx.scaling)
+            dropped = apply_kept(part, part_kept, ctx.rate)
+            _write(d_value, group, torch.bmm(dropped.transpose(1, 2), d_output))
+            d_weights = apply_kept(torch.bmm(d_output, _batch(value, group).transpose(1, 2)), part_kept, ctx.rate)
+            d_scores = torch._softmax_backward_data(d_weights, part, -1, part.dtype).mul_(ctx.scaling)
             _write(d_query, group, torch.bmm(d_scores, _batch(key, group)))
             _write(d_key, group, torch.bmm(d_scores.transpose(1, 2), _batch(query, group)))
         return d_query, d_key, d_value, None, None, None, None
@@ -317,10 +312,11 @@ def _write(target: torch.Tensor, group: Group, batch: torch.Tensor) -> None:
     _heads_first(target, group).copy_(batch.unflatten(0, (group.count, -1)))
 
 
-def _split_pairs(flat: torch.Tensor, packing: Packing, num_heads: int) -> list[tuple[Group, torch.Tensor]]:
-    """[h P] -> each group with its [count x h, length, length], as views."""
-    parts = flat.split([num_heads * group.num_pairs for group in packing.groups])
-    return [(group, part.view(-1, group.length, group.length)) for group, part in zip(packing.groups, parts, strict=True)]
+def _split_pairs(packing: Packing, num_heads: int, *flat: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """[h P] each -> every group with its [count x h, length, length] of each, as views."""
+    parts = [tensor.split([num_heads * group.num_pairs for group in packing.groups]) for tensor in flat]
+    for group, *of_group in zip(packing.groups, *parts, strict=True):
+        yield group, *(part.view(-1, group.length, group.length) for part in of_group)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
