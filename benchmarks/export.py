@@ -55,7 +55,7 @@ def main() -> None:
     with opened(arguments) as (config, data, context):
         context = replace(context, device=torch.device("cpu"))
         bench = Bench(replace(config, precision="fp32"), data, context, arguments.rows)
-        contenders = [Contender("mmbert_core", ours(bench), ours=True), Contender("onnxruntime", onnx(bench))]
+        contenders = [Contender("mmbert_core", ours(bench)), Contender("onnxruntime", onnx(bench))]
         for contender in contenders:  # warm-up
             contender.run(0)
         alternate(contenders, arguments.rounds)

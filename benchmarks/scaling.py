@@ -93,6 +93,7 @@ def stage_cache(folder: Path, num_rows: int) -> dict[str, float]:
     """Read, tokenise and store the table."""
     config = config_for(folder, str(num_rows))
     roles, tokenizer = Roles.from_config(config), load_tokenizer(config.encoder)
+    open_or_build(config.val_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path)
     before, started = peak_mb(), time.perf_counter()
     rows = open_or_build(config.train_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path)
     assert rows.num_rows == num_rows
@@ -210,7 +211,7 @@ def measure_processes(config: str, rounds: int, extra: list[str], json_path: Pat
                 path = Path(folder) / f"run-{number}-{count}"
                 command = [
                     sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train.py", config, "--model_path", str(path),
-                    "--cache_path", f"{folder}/cache", "--num_threads", str(cores // count), "--microbatches_per_step", "2",
+                    "--cache_path", f"{folder}/cache", "--num_threads", str(cores // count),
                     "--val_path", "null", "--val_fraction", "0", "--test_path", "null", *extra,
                 ]  # fmt: skip
                 visible = os.environ if torch.cuda.device_count() > 1 else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # one GPU would train one process alone

@@ -17,12 +17,12 @@ from mmbert_core.evaluation import baselines
 from mmbert_core.evaluation.baselines import COLUMNS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
 from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.judgement import Judgement, fit_judgement, fit_threshold
-from mmbert_core.evaluation.metrics import compute_metrics, metric_names
+from mmbert_core.evaluation.metrics import ONE_SIDED, compute_metrics, metric_names
 
 logger = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = ("val_loss", "val/log_loss", "val/ece")
-CHUNK_ROWS = 20_000  # whose sparse features are in memory at a time
+CHUNK_ROWS = 8_192  # whose sparse features are in memory at a time
 
 
 # ---- what is kept with the model ----
@@ -118,8 +118,9 @@ def main_metric(config: Config) -> str:
 
 
 def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> str:
-    """The main one, or, where a class has no row, one that is defined all the same."""
-    return next((name for name in (main_metric(config), "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main_metric(config))
+    """The main one, or, where it compares no models or a class has no row, one that does."""
+    main = main_metric(config)
+    return next((name for name in ("auroc" if main in ONE_SIDED else main, "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main)
 
 
 def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:

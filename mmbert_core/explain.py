@@ -24,17 +24,19 @@ Pieces = list[tuple[str, float]]
 STEPS = 16  # forwards and backwards of one explanation; 8 missed a planted word now and then
 
 
-def explain_rows(loaded: LoadedModel, dataset: Dataset, positions: Sequence[int], *, texts: Sequence[str], task: Task) -> list[Pieces]:
+def explain_rows(
+    loaded: LoadedModel, dataset: Dataset, positions: Sequence[int], *, predicted: Sequence[int], texts: Sequence[str], task: Task
+) -> list[Pieces]:
     """For each row of `positions` the pieces of its text, in order, each with a weight of -1 to 1; above 0 speaks for the predicted class.
 
-    `texts`: the whole text of each, as it was encoded. The pieces of a row side by side are its text as far as the model read it; what lies
+    `predicted`: the class of each, which of two classes the threshold decides and not the larger logit. `texts`: the whole text of each, as it was encoded. The pieces of a row side by side are its text as far as the model read it; what lies
     between tokens weighs 0, and so does everything where nothing has a gradient. A columns-only model has no pieces. All rows are one batch.
     """
     if loaded.model.text_subnetwork is None:
         return [[] for _ in positions]
     batch = dataset.batch(positions)
     num_tokens = batch.attention_mask.flatten(1).sum(1).tolist()  # [B]
-    parts = token_weights(loaded.model, batch, task=task).split(num_tokens)
+    parts = token_weights(loaded.model, batch, torch.tensor(list(predicted)), task=task).split(num_tokens)
     made = []
     for text, weights in zip(texts, parts, strict=True):
         spans, read = token_spans(loaded.tokenizer, text, max_length=loaded.config.max_length, max_chunks=loaded.config.max_chunks)
@@ -42,15 +44,13 @@ def explain_rows(loaded: LoadedModel, dataset: Dataset, positions: Sequence[int]
     return made
 
 
-def token_weights(model: MultimodalBert, batch: Batch, *, task: Task) -> torch.Tensor:
-    """[S] float32, row after row, chunk after chunk: what each token gave to the predicted class's logit less the mean of the others.
+def token_weights(model: MultimodalBert, batch: Batch, predicted: torch.Tensor, *, task: Task) -> torch.Tensor:
+    """[S] float32, row after row, chunk after chunk: what each token gave to the logit of the class `predicted` [B] less the mean of the others.
 
     Their sum is about that score less the score without words. Computed in float32 whatever the task's precision: small gradients
     would be 0 in fp16. The model should be in eval mode; it is left as it was.
     """
-    batch = batch.to(task.device)
-    with torch.no_grad(), autocast("fp32", task.device):
-        predicted = _logits(model, batch).argmax(1, keepdim=True)  # [B, 1]
+    batch, predicted = batch.to(task.device), predicted.to(task.device)[:, None]
     products = torch.zeros(())
     for step in range(STEPS):
         with torch.enable_grad(), autocast("fp32", task.device), _Scaled(model.text_subnetwork.encoder, (step + 0.5) / STEPS) as words:

@@ -125,7 +125,7 @@ def score(rows: Sequence[Row], settings: dict[str, Any], tokenizer: Tokenizer | 
 def calibrated(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities of all classes [N, K] whose logits are divided by the temperature; [N] are those of class 1 of two."""
     by_class = probabilities.astype(np.float64)
-    by_class = np.stack([1 - by_class, by_class], axis=1) if by_class.ndim == 1 else by_class
+    by_class = np.stack([np.maximum(1 - by_class, 2.0**-25), by_class], axis=1) if by_class.ndim == 1 else by_class  # 1 is a float32 rounded up
     powers = np.maximum(by_class, np.finfo(np.float32).tiny) ** (1 / temperature)
     return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
@@ -162,6 +162,8 @@ def main(source: str, output: str) -> None:
     classes, ids = settings["classes"], [settings["id"]] if settings["id"] else []
     columns = [*ids, *(settings["text"] or {"columns": []})["columns"], *settings["numbers"]["columns"], *settings["categories"]["columns"]]
     rows = read_rows(source, columns)
+    if Path(output).exists() and Path(output).samefile(source):
+        raise ValueError(f"{output}: is the input file; choose another output")
     with open(output, "w", encoding="utf-8", newline="") as stream:
         stream.write(tsv_line([*ids, *(["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]), "pred", "prob_calibrated"]))
         while window := list(islice(rows, WINDOW)):
@@ -177,5 +179,5 @@ if __name__ == "__main__":
         sys.exit("usage: python example.py INPUT.csv OUTPUT.tsv")
     try:
         main(*sys.argv[1:])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         sys.exit(f"error: {error}")

@@ -23,7 +23,7 @@ from mmbert_core import distributed
 from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.dataset import Dataset, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import longest_texts
-from mmbert_core.data.prepare import warn_of_cut_texts, warn_of_unseen
+from mmbert_core.data.prepare import cut_texts, unseen_values
 from mmbert_core.data.readers import rows_about
 from mmbert_core.data.store import open_or_build
 from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
@@ -37,7 +37,7 @@ from mmbert_core.files import TEMPORARY_PREFIX, naming, read_json, sync_path
 from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model_folder import SUMMARY, LoadedModel, load_model_folder
-from mmbert_core.report import Scored, training_section, write_report
+from mmbert_core.report import Scored, rows_section, training_section, write_report
 from mmbert_core.training import hooks
 from mmbert_core.training.hooks import BatchResult, EpochResult, Task
 from mmbert_core.training.optim import resolve_precision
@@ -61,8 +61,10 @@ class Predictor:
 
         `folder`: where the model was loaded from, for reports.
         """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise InputError(f"threshold: expected a probability of 0 to 1, found {threshold}")
         if threshold not in (None, loaded.judgement.threshold.value):
-            given = Threshold(threshold, "given", reason="given on the command line")
+            given = Threshold(threshold, "given", reason="given when the model was loaded, not chosen on rows")
             loaded = replace(loaded, judgement=replace(loaded.judgement, threshold=given))
         self.loaded = loaded
         self.folder = folder
@@ -112,8 +114,8 @@ class Predictor:
                 unseen.update(dataset.unseen())
                 num_cut += dataset.encoded.num_cut
                 progress.advance(len(dataset))
-        warn_of_cut_texts(num_cut, progress.done, config)
-        warn_of_unseen("input", unseen)
+        for line in (*cut_texts(num_cut, progress.done, config), *unseen_values("input", unseen)):
+            logger.warning("%s", line)
         return progress.done
 
     def evaluate_file(self, paths: Sequence[str], parent: str | Path, *, slice_columns: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
@@ -153,10 +155,13 @@ class Predictor:
         figures = hooks.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
 
         def scored() -> Scored:
-            training = {"reason": "no folder of a run"} if self.folder is None else training_section(self.folder)
+            trained, best = summary_of(self.folder)
+            training = {"reason": "no folder of a run"} if self.folder is None else training_section(self.folder, best.get("step"), best.get("metric"))
             source = str(self.folder or "a model in memory")
-            warnings = known_files(self.folder, dataset) or {"reason": "The training rows are not at hand: only the files were compared."}
-            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, warnings=warnings, slice_columns=slice_columns)
+            fingerprints = dataset.encoded.fingerprints
+            warnings = known_files(trained.get("files", {}), fingerprints) or {"reason": "The training rows are not at hand: only the files were compared."}
+            data = {**trained, "files": {**trained.get("files", {}), **fingerprints}, "test": rows_section(dataset, loaded.labels.names)}
+            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns)
 
         write_report(scored, folder)
         return figures
@@ -165,14 +170,16 @@ class Predictor:
         """Collective. Rows as a prediction file has them, in their order: a frame for a frame, a list of dicts for a list, a dict for one row.
 
         Cells may be texts or numbers; id and label may be left out. Probabilities are float32 in a frame.
-        Raises `InputError` for a missing column or a cell that cannot be.
+        Raises `InputError` for a missing column or a cell that cannot be, and for what is none of these.
         """
         if isinstance(rows, Mapping):
             return self.predict([rows])[0]
+        if not isinstance(rows, pd.DataFrame) and not (isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)):
+            raise InputError(f"rows: expected a dict, a list of dicts or a data frame, found {type(rows).__name__}")
         dataset = self._encode(self._chunk_of(rows))
         columns = self._columns(dataset, self.score(dataset))
-        warn_of_cut_texts(dataset.encoded.num_cut, len(dataset), self.loaded.config)
-        warn_of_unseen("data in memory", dataset.unseen())
+        for line in (*cut_texts(dataset.encoded.num_cut, len(dataset), self.loaded.config), *unseen_values("data in memory", dataset.unseen())):
+            logger.warning("%s", line)
         if isinstance(rows, pd.DataFrame):
             return pd.DataFrame(columns, index=rows.index)
         values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
@@ -187,7 +194,9 @@ class Predictor:
         prediction = self.predict(row)
         chunk = self._chunk_of([row])
         texts = join_texts(chunk.cells, config.text_name) if config.text_name else [""]
-        [pieces] = explain_rows(self.loaded, self._encode(chunk), [0], texts=texts, task=self.task)
+        [pieces] = explain_rows(
+            self.loaded, self._encode(chunk), [0], predicted=[self.loaded.labels.names.index(prediction["pred"])], texts=texts, task=self.task
+        )
         return {"prediction": prediction, "tokens": [list(piece) for piece in pieces]}
 
     def _chunk_of(self, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> Chunk:
@@ -239,15 +248,20 @@ class Progress:
             logger.info("%d rows scored, %.0f rows/s%s", self.done, rate, left)
 
 
-def known_files(folder: Path | None, dataset: Dataset) -> list[str]:
-    """Lines about evaluated files that the model was trained or chosen on, as summary.json of its folder has them."""
+def summary_of(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What summary.json of a model folder says of the run's data, and of its best step; nothing where there is none."""
     try:
-        known = {} if folder is None else read_json(folder / SUMMARY)["data"]["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    trained = {value["sha256"]: path for path, value in known.items()}
-    here = {path: value["sha256"] for path, value in dataset.encoded.fingerprints.items()}
-    return [f"{path} is a file of the model's own run ({trained[digest]})" for path, digest in here.items() if digest in trained]
+        summary = {} if folder is None else read_json(folder / SUMMARY)
+        data, best = dict(summary["data"]), dict(summary["best"])
+        return {**data, "files": {path: dict(value) for path, value in data["files"].items()}}, best
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, {}
+
+
+def known_files(trained: Mapping[str, Mapping[str, Any]], evaluated: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines about evaluated files that the model was trained or chosen on: path -> its sha256, of the run and of the rows at hand."""
+    by_digest = {value.get("sha256"): path for path, value in trained.items()}
+    return [f"{path} is a file of the model's own run ({by_digest[value['sha256']]})" for path, value in evaluated.items() if value["sha256"] in by_digest]
 
 
 # ---- the output ----

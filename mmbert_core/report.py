@@ -27,10 +27,10 @@ from mmbert_core.data.tokens import join_texts
 from mmbert_core.errors import InputError
 from mmbert_core.evaluation import sections
 from mmbert_core.evaluation.baselines import HOW
-from mmbert_core.evaluation.metrics import METRICS
+from mmbert_core.evaluation.metrics import EPS, METRICS
 from mmbert_core.evaluation.page import render
 from mmbert_core.evaluation.predictions import predicted_classes
-from mmbert_core.evaluation.slices import slices_of
+from mmbert_core.evaluation.slices import FEWEST_ROWS, slices_of
 from mmbert_core.explain import Pieces, explain_rows
 from mmbert_core.files import read_json, write_json, write_text
 from mmbert_core.importance import permutation_importance
@@ -170,12 +170,14 @@ def training_section(folder: Path, best_step: int | None = None, metric: str | N
 
 def data_section(data: Data) -> Section:
     """Rows, classes and lengths of each part, and the files with their hashes."""
-    parts: Section = {"files": data.fingerprints}
-    for name, part in (("train", data.train), ("val", data.val), ("test", data.test)):
-        if part is not None:
-            classes = {label: int((part.label_index == index).sum()) for index, label in enumerate(data.labels.names)} if part.has_labels else None
-            parts[name] = {"rows": len(part), "classes": classes, "mean_tokens": float(part.lengths.mean()) if len(part) else None}
-    return parts
+    parts = (("train", data.train), ("val", data.val), ("test", data.test))
+    return {"files": data.fingerprints, **{name: rows_section(part, data.labels.names) for name, part in parts if part is not None}}
+
+
+def rows_section(part: Dataset, class_names: Sequence[str]) -> Section:
+    """Rows, classes and lengths of one part."""
+    classes = {label: int((part.label_index == index).sum()) for index, label in enumerate(class_names)} if part.has_labels else None
+    return {"rows": len(part), "classes": classes, "mean_tokens": float(part.lengths.mean()) if len(part) else None}
 
 
 # ---- sections ----
@@ -211,6 +213,8 @@ def slices_section(scored: Scored) -> Section:
         return {"reason": "the model has no columns, and none were named"}
     names = tuple(dict.fromkeys([metric, *SLICE_METRICS]))
     made = slices_of(scored.preds, scored.labels, columns, names, class_names=scored.class_names, threshold=scored.threshold)
+    if not made:
+        return {"reason": f"no value and no quarter of a column has {FEWEST_ROWS} rows"}
     return {"metric": metric, "rows": [part.to_json() for part in made[:MOST_SLICES]]}
 
 
@@ -222,7 +226,8 @@ def slice_metric(config: Config) -> str:
 
 def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
     """The named columns: those of the model, and others as texts from the file; of numbers alone: as numbers."""
-    others = [name for name in scored.slice_columns if name not in columns]
+    wanted = list(dict.fromkeys(scored.slice_columns))
+    others = [name for name in wanted if name not in columns]
     cells: dict[str, list[str]] = {name: [] for name in others}
     if others:
         for chunk in read_chunks(scored.dataset.encoded.paths, others):
@@ -233,7 +238,7 @@ def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in picked.items():
         with suppress(ValueError):
             picked[name] = np.array([number_of(value) for value in values])
-    return {name: columns[name] if name in columns else picked[name] for name in scored.slice_columns}
+    return {name: columns[name] if name in columns else picked[name] for name in wanted}
 
 
 def importance_section(scored: Scored) -> Section:
@@ -249,14 +254,15 @@ def errors_section(scored: Scored) -> Section:
     preds, labels, dataset = scored.preds, scored.labels, scored.dataset
     chosen = predicted_classes(preds, threshold=scored.threshold)
     of_chosen = np.where(chosen == 1, preds, 1 - preds) if preds.ndim == 1 else preds[np.arange(len(preds)), chosen]
+    sureness = of_chosen if preds.ndim == 2 else distance_to(scored.threshold, preds)
     wrong = np.flatnonzero(chosen != labels)
     if len(wrong) == 0:
         return {"reason": "no row was predicted wrong"}
-    worst = wrong[np.argsort(-of_chosen[wrong], kind="stable")[:MOST_ERRORS]]
+    worst = wrong[np.argsort(-sureness[wrong], kind="stable")[:MOST_ERRORS]]
     texts, num_explained = texts_of(scored, worst), max(FEWEST_EXPLAINED, len(preds) // ROWS_PER_EXPLANATION)
     pieces: list[Pieces] = []  # row by row: all of them at once could take more memory than training did
     for row, text in zip(worst[:num_explained], texts):
-        pieces += explain_rows(scored.loaded, dataset, [row], texts=[text], task=scored.task)
+        pieces += explain_rows(scored.loaded, dataset, [row], predicted=[chosen[row]], texts=[text], task=scored.task)
     pieces += [[(text, 0.0)] if text else [] for text in texts[num_explained:]]
     columns = dataset.cells(worst)
     return {"rows": [
@@ -268,6 +274,12 @@ def errors_section(scored: Scored) -> Section:
         }
         for place, row in enumerate(worst)
     ]}  # fmt: skip
+
+
+def distance_to(threshold: float, preds: np.ndarray) -> np.ndarray:
+    """0 for a probability [N] at the threshold, 1 for one at the end of its side: so misses and false alarms compare."""
+    preds = preds.astype(np.float64)
+    return np.where(preds > threshold, (preds - threshold) / max(1 - threshold, EPS), (threshold - preds) / max(threshold, EPS))
 
 
 def texts_of(scored: Scored, positions: np.ndarray) -> list[str]:

@@ -5,7 +5,7 @@ Imports errors, signals, data, predictor and serve_page.
     GET /   GET /health   POST /predict (a row or a list of rows)   POST /explain (a row)
 
 One connection, one request (HTTP/1.0), a thread each; one of them computes at a time. There is no authentication: the page and its
-address are for this machine, and other web pages open in the same browser are kept out.
+address are for this machine, and while no other machine can reach it, other web pages open in the same browser are kept out.
 """
 
 import ipaddress
@@ -47,7 +47,7 @@ def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -
     """
     with signals.deferred(), Server(predictor, model_path, host=host, port=port) as server:
         if server.local_names is None:
-            logger.warning("listening beyond this machine: there is no authentication, whoever reaches %s can use the model", server.url)
+            logger.warning("listening beyond this machine: there is no authentication, whoever reaches %s can use the model, and so can web pages open in their browsers", server.url)
         logger.info("serving %s on %s", model_path, server.url)
         server.timeout = SECONDS_BETWEEN_LOOKS
         while signals.requested() is None:
@@ -162,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         server, loaded = self.server, self.server.predictor.loaded
         if path == "/":
             nonce = secrets.token_urlsafe(16)
-            page = render_page(server.model_path, loaded.config, loaded.features, loaded.labels, nonce=nonce)
+            page = render_page(server.model_path, loaded.config, loaded.features, loaded.labels, threshold=loaded.judgement.threshold.value, nonce=nonce)
             return HTTPStatus.OK, "text/html; charset=utf-8", page.encode("utf-8"), {"Content-Security-Policy": content_security_policy(nonce)}
         if path == "/health":
             value: dict[str, Any] = {"status": "ok", "model_path": server.model_path, "columns": server.columns}

@@ -21,9 +21,9 @@ def content_security_policy(nonce: str) -> str:
     return f"default-src 'none'; script-src {inside}; style-src {inside}; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-def render_page(model_path: str, config: Config, features: Features, labels: Labels, *, nonce: str) -> str:
+def render_page(model_path: str, config: Config, features: Features, labels: Labels, *, threshold: float, nonce: str) -> str:
     """The HTML. `nonce` must be new for each answer and stand in its `content_security_policy`."""
-    about = {"labels": labels.names, "is_binary": config.is_binary, "label_name": config.label_name, "texts": config.text_name}
+    about = {"labels": labels.names, "is_binary": config.is_binary, "threshold": threshold, "label_name": config.label_name, "texts": config.text_name}
     parts = {
         "NONCE": nonce,
         "TITLE": escape(Path(model_path).name or model_path),
@@ -76,6 +76,7 @@ PAGE = """<!doctype html>
 </form>
 <p id="error" role="alert"></p>
 <p id="summary" aria-live="polite"></p>
+<p id="detail" class="quiet"></p>
 <section id="result" aria-label="Result" hidden>
 <div id="bars"></div>
 <div id="words">
@@ -121,6 +122,8 @@ form[aria-busy=true] button { opacity: .5; }
 .class > :last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .track { height: 1rem; background: var(--soft); border-radius: 4px; overflow: hidden; }
 .track > div { height: 100%; background: rgb(var(--for)); }
+#detail { margin-top: -.8rem; overflow-wrap: anywhere; }
+#detail:empty { display: none; }
 #text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; }
 .for, .against { text-decoration: underline 2px rgb(var(--for)); text-underline-offset: .25em; border-radius: 3px; }
 .against { text-decoration: underline dotted 2px rgb(var(--against)); }
@@ -160,6 +163,8 @@ function percent(share) { return (100 * share).toFixed(1) + " %"; }
 function showClasses(prediction) {
   const shares = probabilities(prediction);
   at("summary").textContent = `${about.label_name}: ${prediction.pred} (${percent(shares[about.labels.indexOf(prediction.pred)])})`;
+  const cut = about.is_binary ? `${about.labels[1]} is what lies above ${percent(about.threshold)}; ` : "";
+  at("detail").textContent = `${cut}calibrated probability of ${about.is_binary ? about.labels[1] : prediction.pred}: ${percent(prediction.prob_calibrated)}`;
   at("bars").replaceChildren(...about.labels.map((label, index) => {
     const line = element("div", "", "class"), track = element("div", "", "track"), bar = element("div", "");
     track.setAttribute("aria-hidden", "true");
@@ -216,7 +221,7 @@ at("form").addEventListener("submit", async event => {
   try {
     await classify();
   } catch (error) {
-    at("summary").textContent = "";
+    at("summary").textContent = at("detail").textContent = "";
     at("result").hidden = true;
     at("error").textContent = error.message;
   } finally {

@@ -51,6 +51,6 @@ def test_another_metric_stands_in_for_one_that_is_undefined_or_better_when_lower
     rows = {"test/auroc": None, "test/f1_macro": 0.6, "test/accuracy": 0.9}
     rivals = {"columns only": {"test/auroc": None, "test/f1_macro": 0.5, "test/accuracy": 0.95}}
     assert "f1_macro 0.6000 beside 0.5000" in said(None, {}, metric="auroc", baselines=rivals, **rows)
-    for metric in ("log_loss", "ece"):
+    for metric in ("log_loss", "ece", "recall", "precision"):  # everything is class 1: recall 1
         line = said(0.2, {}, metric=metric, baselines={"columns only": {"test/auroc": 0.5, f"test/{metric}": 0.9}}, **{"test/auroc": 0.8})
         assert line.startswith("The model is above all baselines: auroc 0.8000 beside 0.5000")

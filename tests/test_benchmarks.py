@@ -55,5 +55,5 @@ def test_limits(config: str) -> None:
 def test_scaling_by_rows(tmp_path: Path) -> None:
     output = run("benchmarks.scaling", "rows", "--sizes", "200", "2000", "--json", str(tmp_path / "s.json"))
     sizes = json.loads((tmp_path / "s.json").read_text())["sizes"]
-    assert list(sizes) == ["200", "2000"] and all(made["cold"]["peak_mb"] > 0 for made in sizes.values())
+    assert list(sizes) == ["200", "2000"] and all(made["cache"]["peak_mb"] > 0 for made in sizes.values())
     assert "| 2,000 |" in output

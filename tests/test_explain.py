@@ -111,7 +111,8 @@ def test_a_weight_is_the_integrated_derivative_by_the_size_of_its_embedding(requ
     predictor = request.getfixturevalue(name)
     model = predictor.loaded.model
     _, batch = batch_of(predictor, ["refund my money", "hello where is my order please now thanks never again wrong size"])
-    weights = token_weights(model, batch, task=predictor.task)
+    predicted = 1 if name == "trained" else 2
+    weights = token_weights(model, batch, torch.full((2,), predicted), task=predictor.task)
     place, nudge = 1, 5e-3
     factors = torch.ones(batch.attention_mask.sum())
 
@@ -125,12 +126,19 @@ def test_a_weight_is_the_integrated_derivative_by_the_size_of_its_embedding(requ
         handle.remove()
         return float(logits[predicted] - logits[torch.arange(len(logits)) != predicted].mean())
 
-    with torch.no_grad():
-        predicted = int(model(batch.input_ids, batch.attention_mask, batch.numbers, batch.categories)[0].argmax())
     points = [(step + 0.5) / STEPS for step in range(STEPS)]
     derivatives = [(score(point, point + nudge) - score(point, point - nudge)) / (2 * nudge) for point in points]
     assert weights.shape == factors.shape and abs(float(weights[place])) > 1e-3
     assert float(weights[place]) == pytest.approx(np.mean(derivatives), rel=0.02)
+
+
+def test_the_threshold_decides_which_class_words_speak_for(trained):
+    """The same row under two thresholds: another class, and every sign turned around."""
+    row = row_of("refund my money")
+    low, high = (Predictor(trained.loaded, trained.context, threshold=threshold).explain(row) for threshold in (0.0, 1.0))
+    assert (low["prediction"]["pred"], high["prediction"]["pred"]) == ("1", "0") and any(weight for _, weight in low["tokens"])
+    assert [piece for piece, _ in low["tokens"]] == [piece for piece, _ in high["tokens"]]
+    np.testing.assert_allclose([weight for _, weight in low["tokens"]], [-weight for _, weight in high["tokens"]], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["trained", "several"])
@@ -140,11 +148,11 @@ def test_packed_is_padded(request, name, monkeypatch):
     texts = [text if name == "trained" else f"{text} a".strip() if text else "a" for text in TEXTS]
     dataset, _ = batch_of(predictor, TEXTS)
     assert part.is_packed
-    packed = explain_rows(loaded, dataset, range(len(TEXTS)), texts=texts, task=predictor.task)
+    packed = explain_rows(loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task)
     attention = part.encoder.config._attn_implementation
     monkeypatch.setattr(part, "is_packed", False)
     part.encoder.set_attn_implementation("eager")
-    padded = explain_rows(loaded, dataset, range(len(TEXTS)), texts=texts, task=predictor.task)
+    padded = explain_rows(loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task)
     part.encoder.set_attn_implementation(attention)
     assert [[piece for piece, _ in pieces] for pieces in packed] == [[piece for piece, _ in pieces] for pieces in padded]
     for some, others in zip(packed, padded, strict=True):

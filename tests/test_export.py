@@ -102,6 +102,17 @@ def plain(tmp_path_factory) -> tuple[Path, LoadedModel]:
     return folder, build(folder)
 
 
+def test_the_example_keeps_its_input_and_says_what_is_wrong_with_it(case):
+    folder, _ = case
+    before = (folder / "test.csv").read_bytes()
+    done = run_example(folder / "exported", str(folder / "test.csv"), str(folder / "test.csv"))
+    assert done.returncode == 1 and "is the input file" in done.stderr and (folder / "test.csv").read_bytes() == before
+    header = before.split(b"\n")[0]
+    (folder / "broken.csv").write_bytes(header + b'\n"a"b' + b"," * header.count(b",") + b"\n")
+    done = run_example(folder / "exported", str(folder / "broken.csv"), str(folder / "out.tsv"))
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
 def run_example(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """example.py in an empty place of its own, where importing torch, transformers, pandas or this package fails."""
     command = [sys.executable, "-c", BLOCKED, str(folder / "example.py"), *arguments]

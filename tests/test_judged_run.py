@@ -14,9 +14,11 @@ from sklearn import metrics as oracle
 from mmbert_core import cli
 from mmbert_core.card import describe
 from mmbert_core.config import Config
+from mmbert_core.errors import InputError
 from mmbert_core.evaluation.page import render
 from mmbert_core.model_folder import load_model_folder
 from mmbert_core.predictor import Predictor
+from mmbert_core.report import distance_to
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,10 +152,42 @@ def test_evaluate_needs_labels(binary, tmp_path, capfd):
 def test_slices_of_a_column_that_the_model_does_not_read(binary, tmp_path):
     frame = pd.read_csv(binary.parent / "test.csv", dtype=str, keep_default_na=False)
     frame.assign(country=["be", "nl"] * 110, weight=np.arange(220)).to_csv(tmp_path / "more.csv", index=False)
-    figures, folder = Predictor.from_folder(binary).evaluate_file([str(tmp_path / "more.csv")], tmp_path, slice_columns=["country", "weight"])
+    figures, folder = Predictor.from_folder(binary).evaluate_file([str(tmp_path / "more.csv")], tmp_path, slice_columns=["country", "weight", "country"])
     report = json.loads((folder / "report.json").read_text())
     found = {(row["column"], row["value"]): row["rows"] for row in report["slices"]["rows"]}
     assert found[("country", "be")] == found[("country", "nl")] == 110 and sum(found.values()) == 440 and len(found) == 6
+
+
+def test_a_report_of_later_rows_knows_the_run(binary, tmp_path):
+    """What summary.json keeps of the training rows and the best step, beside the rows at hand."""
+    pd.read_csv(binary.parent / "test.csv", dtype=str).head(90).to_csv(tmp_path / "later.csv", index=False)
+    _, folder = Predictor.from_folder(binary).evaluate_file([str(tmp_path / "later.csv")], tmp_path)
+    run, made = (json.loads((place / "report.json").read_text()) for place in (folder_of(binary), folder))
+    assert made["data"]["train"] == run["data"]["train"] and made["data"]["test"]["rows"] == 90 and str(tmp_path / "later.csv") in made["data"]["files"]
+    assert (made["training"]["best_step"], made["training"]["metric"]) == (run["training"]["best_step"], run["training"]["metric"]) != (None, None)
+
+
+def test_errors_are_ordered_by_their_distance_from_the_threshold(binary, tmp_path):
+    """A miss below a low threshold is as sure as a false alarm far above it."""
+    assert distance_to(0.1, np.float32([0.09, 0.0, 0.45, 1.0])).tolist() == pytest.approx([0.1, 1.0, 0.35 / 0.9, 1.0], abs=1e-6)
+    assert np.isfinite(distance_to(1.0, np.float32([0.5, 1.0]))).all() and np.isfinite(distance_to(0.0, np.float32([0.0, 0.5]))).all()
+    predictor = Predictor.from_folder(binary, threshold=0.2)
+    _, folder = predictor.evaluate_file([str(binary.parent / "test.csv")], tmp_path)
+    errors = json.loads((folder / "report.json").read_text())["errors"]["rows"]
+    sure = [(row["prob"] - 0.2) / 0.8 if row["pred"] == "1" else (row["prob"] - 0.8) / 0.2 for row in errors]
+    assert sure == sorted(sure, reverse=True) and len(sure) > 5
+
+
+@pytest.mark.parametrize("rows", ["a text", pd.Series({"text": "a"}), [["a"]], 7, None], ids=repr)
+def test_what_is_no_row_is_refused(binary, rows):
+    with pytest.raises(InputError, match="^rows: expected a dict, a list of dicts or a data frame, found "):
+        Predictor.from_folder(binary).predict(rows)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 50, float("nan")])
+def test_a_threshold_is_a_probability(binary, threshold):
+    with pytest.raises(InputError, match="threshold: expected a probability of 0 to 1"):
+        Predictor.from_folder(binary, threshold=threshold)
 
 
 def test_baselines_are_kept_with_the_model(binary, several):

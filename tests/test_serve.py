@@ -122,7 +122,7 @@ def test_the_page_has_every_column_and_only_code_with_the_nonce(server):
 def test_what_a_model_folder_says_is_only_text():
     nasty = '</script><script>alert(1)</script>"\'&@@NONCE@@'
     config = Config(text_name=(nasty,), cat_field_list=("c",), label_name="label", model_path="m")
-    page = render_page(f"runs/{nasty}", config, Features((), (), (), (), (), ("c",), ((nasty,),)), Labels(("0", nasty)), nonce="n0nce")
+    page = render_page(f"runs/{nasty}", config, Features((), (), (), (), (), ("c",), ((nasty,),)), Labels(("0", nasty)), threshold=0.5, nonce="n0nce")
     assert "<script>alert" not in page and page.count("</script>") == 2 and page.count("n0nce") == 2
     about = json.loads(re.search(r'id="about">(.*?)</script>', page)[1])
     assert about["labels"] == ["0", nasty] and about["texts"] == [nasty]

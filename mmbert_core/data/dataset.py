@@ -129,12 +129,20 @@ class Dataset:
         """Ids of all texts end to end [L] int32, and where each begins and the last ends [B + 1]."""
         tokens, rows = self.encoded.tokens, self.rows[positions]
         assert tokens is not None, "no text column was read"
+        self._count(len(rows))
         starts, ends = tokens.chunk_offsets[tokens.row_chunks[rows]], tokens.chunk_offsets[tokens.row_chunks[rows + 1]]
         offsets = np.concatenate([[0], np.cumsum(ends - starts)])
         if len(rows) and (starts[1:] == ends[:-1]).all():  # neighbours
             return tokens.ids[starts[0] : ends[-1]], offsets
         parts = [tokens.ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         return np.concatenate([np.zeros(0, np.int32), *parts]), offsets
+
+    def _count(self, num_rows: int) -> None:
+        """Texts about to be read; those before them go when they are many."""
+        self._rows_since_let_go += num_rows
+        if self._rows_since_let_go > ROWS_HELD:
+            self._rows_since_let_go = num_rows
+            self.encoded.let_go_of_tokens()
 
     def used_token_ids(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """The different token ids of these rows [U] int64, ascending; padding's is always one."""
@@ -152,10 +160,7 @@ class Dataset:
     def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
         """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""
         positions = np.asarray(positions, dtype=np.int64)
-        self._rows_since_let_go += len(positions)
-        if self._rows_since_let_go > ROWS_HELD:
-            self._rows_since_let_go = 0
-            self.encoded.let_go_of_tokens()
+        self._count(len(positions))
         rows = self.rows[positions]
         numbers, categories = self.columns(positions)
         input_ids, mask = _padded(self.encoded.tokens, rows, self._pad_token_id)  # [B, C, T]

@@ -13,10 +13,11 @@ from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import taken
 
 TRAINING_ROWS, OTHER_ROWS, COLUMN_ROWS = 1_000_000, 100_000, 100_000  # that are looked at, at most
-CHUNK_ROWS = 20_000
+CHUNK_ROWS = 8_192
 FEWEST_TOKENS = 8  # of a text that is no coincidence
 NEARLY = 0.98  # AUROC of a column alone
 FEWEST_OF_A_CLASS = 10  # rows in each half of those looked at
+FEW_NUMBERS = 100  # different ones in a column
 FEWEST_DIFFERENT = 50  # rows from which a value of its own in each is no coincidence
 KINDS = {"train": "training", "val": "validation", "test": "test"}
 
@@ -89,7 +90,10 @@ def _columns(train: Dataset, labels: Labels) -> Iterator[str]:
             continue
         if len(values) == len(rows) >= FEWEST_DIFFERENT and not (is_number and (cells % 1 != 0).any()):
             yield f"column {name!r}: another value in each of {len(rows)} training rows: is it an id?"
-        index, area = _best_class(cells if is_number else codes, classes, len(labels.names), is_number=is_number)
+        ways = [(cells, True)] if is_number else [(codes, False)]
+        if is_number and len(values) <= FEW_NUMBERS:  # may be codes, whose order says nothing
+            ways.append((codes, False))
+        index, area = max((_best_class(way, classes, len(labels.names), is_number=ordered) for way, ordered in ways), key=lambda found: found[1])
         if area >= NEARLY:
             yield f"column {name!r} alone tells class {labels.names[index]!r} from the rest with an AUROC of {area:.4f}: is it known before the label is?"
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ class Data:
     labels: Labels
     tokenizer: PreTrainedTokenizerFast | None  # None: a columns-only model
     fingerprints: dict[str, dict[str, int | str]]  # path of every file read -> bytes, sha256; and the tokenizer's
-    leaks: list[str] = field(default_factory=list)  # lines of `find_leaks`
+    warnings: list[str] = field(default_factory=list)  # what speaks against the figures to come, a line each
 
 
 def prepare(config: Config) -> Data:
@@ -85,8 +85,9 @@ def prepare(config: Config) -> Data:
         tokenizer=tokenizer,
         fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()} | _of_tokenizer(tokenizer),
     )
-    data.leaks = find_leaks(data.train, data.val, data.test, labels)
-    _report(data, config)
+    data.warnings = _warnings(data, config)
+    for line in data.warnings:
+        logger.warning("%s", line)
     return data
 
 
@@ -176,37 +177,36 @@ def _choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np
     return rows[train_places], rows[val_places]
 
 
-def _report(data: Data, config: Config) -> None:
-    """Say once what a user would want to know about the rows: texts cut, values unseen, ids on both sides."""
+def _warnings(data: Data, config: Config) -> list[str]:
+    """What a user would want to know about the rows: texts cut, ids repeated, rows on both sides, columns that know too much, values unseen."""
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     tables = list({id(part.encoded): part.encoded for part in parts}.values())
-    warn_of_cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config)
+    lines = cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config)
     for column, values in zip(data.features.category_names, data.features.categories, strict=True):
         if len(values) > MANY_CATEGORIES:
-            message = "column %r: %d categories in %d training rows, each with weights of its own to learn: is it an id?"
-            logger.warning(message, column, len(values), len(data.train))
+            lines.append(f"column {column!r}: {len(values)} categories in {len(data.train)} training rows, each with weights of its own to learn: is it an id?")
     for table in tables:
-        _warn_of_repeated_ids(table)
-    for line in data.leaks:
-        logger.warning("%s", line)
+        lines += _repeated_ids(table)
+    lines += find_leaks(data.train, data.val, data.test, data.labels)
     for place, part in enumerate(parts[1:], start=1):
-        warn_of_unseen(part.name, part.unseen())
+        lines += unseen_values(part.name, part.unseen())
         for earlier in parts[:place]:
-            _warn_of_shared_ids(part, earlier)
+            lines += _shared_ids(part, earlier)
+    return lines
 
 
-def warn_of_cut_texts(num_cut: int, num_rows: int, config: Config) -> None:
-    if num_cut:
-        size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
-        logger.warning("%d of %d texts are longer than %s and were cut", num_cut, num_rows, size)
+def cut_texts(num_cut: int, num_rows: int, config: Config) -> list[str]:
+    """The line about texts that did not fit, if any."""
+    size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
+    return [f"{num_cut} of {num_rows} texts are longer than {size} and were cut"] if num_cut else []
 
 
-def warn_of_unseen(name: str, counts: Mapping[str, int]) -> None:
-    for column, count in counts.items():
-        logger.warning("%s: %d cells of column %r hold a value that no training row has", name, count, column)
+def unseen_values(name: str, counts: Mapping[str, int]) -> list[str]:
+    """A line for each column with values that training never saw."""
+    return [f"{name}: {count} cells of column {column!r} hold a value that no training row has" for column, count in counts.items()]
 
 
-def _warn_of_repeated_ids(table: EncodedRows) -> None:
+def _repeated_ids(table: EncodedRows) -> Iterator[str]:
     if table.id_codes is None:
         return
     in_order = np.sort(table.id_codes)
@@ -215,14 +215,13 @@ def _warn_of_repeated_ids(table: EncodedRows) -> None:
     is_first = np.zeros(table.num_rows, dtype=bool)
     is_first[np.unique(table.id_codes, return_index=True)[1]] = True  # an empty id equals no other
     repeats = np.flatnonzero(~is_first)
-    message = "%s: %d of %d ids repeat one of an earlier row, first in %s; all rows are kept"
-    logger.warning(message, table.paths[0], len(repeats), table.num_rows, table.where(int(repeats[0])))
+    yield f"{table.paths[0]}: {len(repeats)} of {table.num_rows} ids repeat one of an earlier row, first in {table.where(int(repeats[0]))}; all rows are kept"
 
 
-def _warn_of_shared_ids(part: Dataset, earlier: Dataset) -> None:
+def _shared_ids(part: Dataset, earlier: Dataset) -> Iterator[str]:
     """Rows that are scored by a model that learned from them, or was chosen by them."""
     if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
         return
     shared = shared_places(*(taken(each.encoded.id_codes, each.rows) for each in (part, earlier)))
     if len(shared):
-        logger.warning("%s: %d rows have an id of a %s row, first %s", part.name, len(shared), KINDS[earlier.name], part.where(int(shared[0])))
+        yield f"{part.name}: {len(shared)} rows have an id of a {KINDS[earlier.name]} row, first {part.where(int(shared[0]))}"

@@ -15,6 +15,7 @@ from mmbert_core.evaluation.metrics import compute_metrics
 FEWEST_ROWS, FEWEST_OF_A_CLASS = 200, 10
 LOWEST, HIGHEST = 0.05, 20.0  # of the temperature
 SMALLEST = float(np.finfo(np.float32).tiny)
+NEAREST = 2.0**-25  # to 1, half a step of float32: a probability that was rounded to 1 is as sure as the one below it, about
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _log_odds(preds: np.ndarray) -> np.ndarray:
     """Logits up to a constant, float64: [N] of class 1 over class 0, or [N, K]."""
     preds = preds.astype(np.float64)
     if preds.ndim == 1:
-        return np.log(np.maximum(preds, SMALLEST)) - np.log(np.maximum(1 - preds, SMALLEST))
+        return np.log(np.maximum(preds, SMALLEST)) - np.log(np.maximum(1 - preds, NEAREST))
     return np.log(np.maximum(preds, SMALLEST))
 
 

@@ -13,7 +13,8 @@ from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_class
 
 LEVEL = 0.95
 DRAWS, FEWEST_DRAWS = 1000, 200
-WORK = 4_000_000_000  # rows x draws x curves, about: a minute. Metrics that would take more have no interval
+WORK = 4_000_000_000  # rows x draws x curves, about: some minutes. Metrics that would take more have no interval
+WITHOUT = ("ece",)  # biased upwards, and once more in each draw: the true value would lie below its interval
 MOST_UNDEFINED = 0.05  # share of draws without a value (a class has no row in them) from which there is no interval
 
 Metric = Callable[[np.ndarray], float]  # weights [N] -> value, nan where undefined
@@ -25,12 +26,13 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float] | None]:
     """Percentile intervals of the metrics `names` of `compute_metrics`; None where too many draws leave one undefined.
 
+    None too for those of `WITHOUT`, and where all draws are equal, which a few rows that are all right are no proof of.
     `preds` [N] (binary: probability of class 1) or [N, K], `labels` [N]. A draw gives each row a Poisson(1) weight (Hanley
     and MacGibbon 2006: for more than a hundred rows as good as drawing N rows with replacement, and one pass).
     """
     if len(labels) == 0:
         return dict.fromkeys(names)
-    affordable, num_draws = affordable_metrics(names, len(labels), draws, num_classes=1 if np.ndim(preds) == 1 else len(class_names))
+    affordable, num_draws = affordable_metrics([name for name in names if name not in WITHOUT], len(labels), draws, num_classes=1 if np.ndim(preds) == 1 else len(class_names))
     metrics = {name: weighted_metric(name, preds, labels, class_names, threshold) for name in affordable}
     generator = np.random.default_rng(seed)
     values = np.full((num_draws, len(metrics)), np.nan)
@@ -41,9 +43,7 @@ def bootstrap_intervals(
     intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
     for name, column in zip(metrics, values.T, strict=True):
         defined = column[~np.isnan(column)]
-        if len(defined) < (1 - MOST_UNDEFINED) * num_draws:
-            intervals[name] = None
-        else:
+        if len(defined) >= (1 - MOST_UNDEFINED) * num_draws and defined.min() < defined.max():
             low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
             intervals[name] = (float(low), float(high))
     return intervals
@@ -83,8 +83,6 @@ def weighted_metric(
     if name == "log_loss":
         losses = -np.log(np.clip(by_class[np.arange(len(labels)), labels], EPS, 1 - EPS))
         return lambda weights: float(weights @ losses / weights.sum())
-    if name == "ece":
-        return _ece(preds, labels, chosen)
     pairs, of_counts = labels * num_classes + chosen, _OF_COUNTS[name]
     average = {"f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}.get(name, "binary" if is_binary else "macro")
     return lambda weights: of_counts(np.bincount(pairs, weights, num_classes**2).reshape(num_classes, num_classes), average)
@@ -117,16 +115,6 @@ def _average_precision(true: np.ndarray, false: np.ndarray) -> float:
     found = true + false
     precision = np.divide(true, found, out=np.zeros_like(true), where=found > 0)
     return float(np.diff(true, prepend=0) @ precision / true[-1])
-
-
-# ---- of the probability ----
-
-
-def _ece(preds: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> Metric:
-    confidence, hit = (preds, labels) if preds.ndim == 1 else (preds.max(axis=1), chosen == labels)
-    bins = np.clip((confidence * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
-    gaps = hit - confidence
-    return lambda weights: float(np.abs(np.bincount(bins, weights * gaps, NUM_BINS)).sum() / weights.sum())
 
 
 # ---- of the chosen class, from a confusion matrix [K, K] of weights: rows are labels ----

@@ -18,6 +18,7 @@ from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_class
 
 CLASS_PREFIX = "average_precision_class_"
 NUM_BINS = 15  # of the expected calibration error: equal width, [a, b), the last one closed
+ONE_SIDED = ("precision", "recall")  # calling every row class 1 finds them all: alone they compare no models
 EPS = float(np.finfo(np.float32).eps)  # log_loss keeps probabilities in [EPS, 1 - EPS], whatever their dtype
 
 

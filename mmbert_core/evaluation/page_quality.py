@@ -11,13 +11,13 @@ from typing import Any
 
 from mmbert_core.evaluation import charts
 from mmbert_core.evaluation.charts import Axis, Curve, Guide
+from mmbert_core.evaluation.metrics import ONE_SIDED
 from mmbert_core.evaluation.markup import (
     NOTHING, beside, bounds, brief, card, cards, chart, count, decimals, details, figure, interval, is_number, name, note, percent, reason, scroll_box,
     short, table, text,
 )  # fmt: skip
 
 HEADLINE = 6  # metrics with a card of their own
-ONE_SIDED = ("precision", "recall")  # calling every row class 1 finds them all: alone they compare no models
 LOWER_IS_BETTER = {"log_loss", "ece", "brier", "loss"}
 MOST_CLASSES = 40  # of the confusion grid: the most frequent ones
 MOST_MIXED = 15  # pairs of classes taken for each other
@@ -95,14 +95,16 @@ def _with_interval(value: Part) -> str:
 
 
 def threshold(part: Part, report: Part) -> str:
-    """The chosen threshold, what it brings, and what others would."""
-    big = [("threshold", decimals(part.get("value"))), *((key, decimals(part.get(key))) for key in RATES)]
-    big.append(("alerts per 1,000 rows", decimals(part.get("alerts_per_1000"), 1)))
-    made = cards((card(label, value) for label, value in big), kind="small")
-    made += f"<p>Rule <code>{text(part.get('rule') or NOTHING)}</code>, chosen on {text(part.get('chosen_on') or NOTHING)}. "
-    made += f"A row above the threshold counts as class {name(_positive(report))}.</p>"
-    made += reason(part["reason"]) if part.get("reason") else ""
+    """The chosen threshold, what it brings on these rows and brought on those that it was chosen on, and what others would."""
     rows = sorted((row for row in part.get("table") or [] if is_number(row.get("threshold"))), key=lambda row: row["threshold"])
+    here: Part = next((row for row in rows if row["threshold"] == part.get("value")), {})
+    big = [("threshold", decimals(part.get("value"))), *((key, decimals(here.get(key))) for key in RATES)]
+    big.append(("alerts per 1,000 rows", decimals(here.get("alerts_per_1000"), 1)))
+    made = cards((card(label, value) for label, value in big), kind="small")
+    there = ", ".join(f"{key} {decimals(part[key])}" for key in RATES if is_number(part.get(key)))
+    made += f"<p>Rule <code>{text(part.get('rule') or NOTHING)}</code>, chosen on {text(part.get('chosen_on') or NOTHING)}{f' with {there}' if there else ''}. "
+    made += f"A row above the threshold counts as class {name(_positive(report))}.</p>"
+    made += note(text(part["reason"]) + ".") if part.get("reason") else ""
     if not rows:
         return made
     curves = [Curve(key, *_points([row["threshold"] for row in rows], [row.get(key) for row in rows]), style) for style, key in enumerate(RATES)]

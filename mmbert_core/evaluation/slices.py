@@ -17,7 +17,8 @@ from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD
 
 FEWEST_ROWS = 30  # of a slice; smaller ones are put together
-DRAWS = 300  # of the intervals: there are many slices
+DRAWS, FEWEST_DRAWS = 300, 100  # of the intervals: there are many slices
+WORK = 1_000_000_000  # rows x columns x metrics x draws, about: a minute. Slices that would take more have no intervals
 MOST_VALUES = 20  # slices of one column
 FEW_NUMBERS = 10  # distinct ones, each a slice of its own
 MISSING, OTHERS = "(missing)", "(all other values)"
@@ -53,13 +54,14 @@ def slices_of(
     `preds` [N] (binary) or [N, K], `labels` [N]. A column is N texts, or N numbers of which NaN is missing.
     """
     made = []
+    draws = min(DRAWS, WORK // max(1, len(labels) * len(columns) * len(names)))
     for column, cells in columns.items():
         for value, rows in _numbers(cells) if isinstance(cells, np.ndarray) else _values(cells):
-            made.append(_slice(column, value, preds[rows], labels[rows], names, class_names, threshold))
+            made.append(_slice(column, value, preds[rows], labels[rows], names, class_names, threshold, draws if draws >= FEWEST_DRAWS else 0))
     return sorted(made, key=lambda part: (part.metrics[names[0]] is None, part.metrics[names[0]], -part.rows))
 
 
-def _slice(column: str, value: str, preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float) -> Slice:
+def _slice(column: str, value: str, preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float, draws: int) -> Slice:
     task = "binary" if preds.ndim == 1 else "multiclass"
     figures = compute_metrics(preds, labels, names, task, len(class_names), "slice", class_names=class_names, threshold=threshold)
     shares = np.bincount(labels, minlength=len(class_names)) / len(labels)
@@ -69,7 +71,7 @@ def _slice(column: str, value: str, preds: np.ndarray, labels: np.ndarray, names
         rows=len(labels),
         share_of_classes=tuple(shares.tolist()),
         metrics={name: figures.values[f"slice/{name}"] for name in names},
-        intervals=bootstrap_intervals(preds, labels, names, class_names=class_names, threshold=threshold, draws=DRAWS),
+        intervals=bootstrap_intervals(preds, labels, names, class_names=class_names, threshold=threshold, draws=draws) if draws else dict.fromkeys(names),
         undefined={key.removeprefix("slice/"): reason for key, reason in figures.undefined.items()},
     )
 
@@ -86,17 +88,25 @@ def _values(cells: Sequence[str]) -> list[tuple[str, np.ndarray]]:
 
 
 def _numbers(numbers: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Rows by value where these are few, else by quartile; then the missing ones. A number that is the same in all rows makes none."""
+    """Rows by value where these are few or common, else by quartile; then the missing ones. A number that is the same in all rows makes none.
+
+    A value of a quarter of the rows, such as the zeros of a count, would swallow whole quartiles: it stands alone.
+    """
     known = ~np.isnan(numbers)
-    distinct = np.unique(numbers[known])
+    distinct, counts = np.unique(numbers[known], return_counts=True)
+    if len(distinct) < 2:
+        return [(MISSING, np.flatnonzero(~known))] if (~known).sum() >= FEWEST_ROWS else []
+    own = distinct[counts >= (FEWEST_ROWS if len(distinct) <= FEW_NUMBERS else known.sum() / 4)]
+    parts = [(f"{value:.12g}", np.flatnonzero(numbers == value)) for value in own]
+    rest = known & ~np.isin(numbers, own)
     if len(distinct) <= FEW_NUMBERS:
-        parts = [(f"{value:.12g}", np.flatnonzero(numbers == value)) for value in distinct] if len(distinct) > 1 else []
-    else:
-        edges = np.unique(np.quantile(numbers[known], [0, 0.25, 0.5, 0.75, 1]))
-        parts = []
+        parts.append((OTHERS, np.flatnonzero(rest)))
+    elif rest.any():
+        edges = np.unique(np.quantile(numbers[rest], [0, 0.25, 0.5, 0.75, 1]))
         for low, high in zip(edges, edges[1:]):
             is_last = high == edges[-1]
-            rows = known & (numbers >= low) & ((numbers <= high) if is_last else (numbers < high))
-            parts.append((f"{low:.12g} to {'' if is_last else 'below '}{high:.12g}", np.flatnonzero(rows)))
+            rows = rest & (numbers >= low) & ((numbers <= high) if is_last else (numbers < high))
+            besides = [f"{value:.12g}" for value in own if low <= value < high or (is_last and value == high)]
+            parts.append((f"{low:.12g} to {'' if is_last else 'below '}{high:.12g}{' without ' if besides else ''}{', '.join(besides)}", np.flatnonzero(rows)))
     parts.append((MISSING, np.flatnonzero(~known)))
     return [(value, rows) for value, rows in parts if len(rows) >= FEWEST_ROWS]

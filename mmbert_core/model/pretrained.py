@@ -52,7 +52,7 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
     except _NotCached:
         check_hub_answers(name)
     logger.info("encoder %s: not in the local cache, downloading it", name)
-    with suppress(OSError):  # few encoders have it
+    with suppress(Exception):  # few encoders have it, and the hub's client raises errors of its own
         cached_file(name, SENTENCE_POOLING)
     return _load(name, local_files_only=False)
 

@@ -292,6 +292,8 @@ def check_resumable(
     """
     for key, new in config.items():
         old = state["config"].get(key)
+        if key == "pooling" and new == state["resolved"]["pooling"]:  # what `auto` meant
+            continue
         if key not in free_keys and (type(old), old) != (type(new), new):  # val_check_interval: 1.0 is an epoch, 1 a step
             raise InputError(f"{key} was {old!r} in the checkpoint at step {state['step']} and is {new!r} now: set it back, or choose another model_path")
     for path in {**state["fingerprints"], **fingerprints}:  # the paths of globs may come and go

@@ -122,7 +122,7 @@ def why_not(action: Callable[[], object], device: torch.device, limit_mb: int | 
 
 
 def return_freed_memory() -> None:
-    """What an earlier trial has freed would count for this one: the C library keeps it, unless it is told."""
+    """What is freed but kept, by `keep_freed_memory` or the C library itself, goes back to the system; using it again costs a fifth of a second a gigabyte."""
     call_glibc("malloc_trim", 0)
 
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mmbert_core.evaluation.thresholds import parse_rule
 from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_stale_temporaries, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
+from mmbert_core.model.text_encoder import POOLINGS
 from mmbert_core.model_folder import BASELINE_WEIGHTS, BASELINES, CARD, ENCODER, SUMMARY, THRESHOLDS, WEIGHTS, build_model, config_record
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
@@ -100,7 +101,19 @@ def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | Non
     check_metric_choices(config.metric_choices, data.labels.names)
     if config.early_stop_metric != "val_loss":
         check_metric_choices([config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric")
-    return build_model(config, data.features)
+    return build_model(replace(config, pooling=settled_pooling(config)), data.features)
+
+
+def settled_pooling(config: Config) -> str:
+    """As asked; for `auto` what it meant when the run in `model_path` began, if it did: the encoder's files may say more by now."""
+    if config.pooling != "auto" or config.resume == "never":
+        return config.pooling
+    try:
+        record = read_json(Path(config.model_path) / "config.json")
+        pooling = record["resolved"]["pooling"] if record["config"]["encoder"] == config.encoder else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return config.pooling
+    return pooling if pooling in POOLINGS else config.pooling
 
 
 def settle_class_weights(config: Config, data: Data) -> list[float] | None:
@@ -178,12 +191,14 @@ def start_run(
             part.packed = model.text_subnetwork is not None and model.text_subnetwork.is_packed
     if context.device.type == "cpu":
         keep_freed_memory()
-    check_agreement(config, data, context)
+    check_agreement(config, data, pooling, context)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
         torch.use_deterministic_algorithms(True)
     with phase("load"):
         found, source = read_for_all_ranks(config, data, model, context)
+    if found and found.state["resolved"]["pooling"] != pooling:
+        raise InputError(f"pooling was {found.state['resolved']['pooling']} in the checkpoint at step {found.state['step']} and is {pooling} now: set it back")
     precision = resolve_precision(found.state["resolved"]["precision"] if found else config.precision, context.device)
     task, class_weights = make_task(config, data, precision, context, loss_op)
     used_rows = rows_to_sum(model, context)
@@ -259,9 +274,9 @@ def changed_parts(config: Config, state: dict[str, Any]) -> dict[str, int]:
     return {"microbatches_asked": new, "microbatches_per_step": new}
 
 
-def check_agreement(config: Config, data: Data, context: DistContext) -> None:
+def check_agreement(config: Config, data: Data, pooling: str | None, context: DistContext) -> None:
     """Collective. All ranks must have read the same config and data, or their plans would part; a node may hold old copies."""
-    here = {**config.to_dict(), "device": context.device.type, **{path: value["sha256"] for path, value in data.fingerprints.items()}}
+    here = {**config.to_dict(), "pooling": pooling, "device": context.device.type, **{path: value["sha256"] for path, value in data.fingerprints.items()}}
     for rank, there in enumerate(item for part in distributed.all_gather_objects([here]) for item in part):
         for key in sorted({*here, *there} - {"num_threads", "model_path", "cache_path"}):  # which may be a node's own
             if here.get(key) != there.get(key):

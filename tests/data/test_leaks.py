@@ -35,7 +35,7 @@ def table(num_rows: int, seed: int) -> list[dict[str, object]]:
 def found(folder: Path, train: list[dict[str, object]], test: list[dict[str, object]], **changes: object) -> list[str]:
     values = tiny.settings(folder)
     values |= {"train_path": (write(folder / "a.csv", train),), "val_path": (), "test_path": (write(folder / "b.csv", test),), "group_name": "thread"} | changes
-    return prepare(Config(**values)).leaks
+    return [line for line in prepare(Config(**values)).warnings if "that no training row has" not in line]
 
 
 def test_clean_data_are_left_in_peace(tmp_path: Path) -> None:
@@ -102,6 +102,22 @@ def test_columns_that_know_too_much_or_nothing(tmp_path: Path) -> None:
     for cells in train:
         cells["amount"] = "" if cells["label"] else 3.5  # being missing tells it
     assert any(line.startswith("column 'amount' alone tells class '1'") for line in found(tmp_path, train, table(40, 2)))
+
+
+def test_numbers_that_are_codes_are_seen_without_their_order(tmp_path: Path) -> None:
+    train = table(400, 1)
+    for row, cells in enumerate(train):
+        cells["amount"] = 2 * (row * 7 % 5) + (1 - cells["label"])  # even: class 1
+    [line] = found(tmp_path, train, table(40, 2))
+    assert line.startswith("column 'amount' alone tells class '1' from the rest with an AUROC of 1.0000")
+
+
+def test_ids_on_both_sides_and_twice_are_warnings_of_the_report_too(tmp_path: Path) -> None:
+    train, test = table(120, 1), table(40, 2)
+    test[3]["row_id"] = train[7]["row_id"]
+    test[20]["row_id"] = test[21]["row_id"] = "same"
+    lines = found(tmp_path, train, test, id_name="row_id")
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == ["1 of 40 ids repeat one of an earlier row", "1 rows have an id of a training row"]
 
 
 def test_many_categories_do_not_tell_by_chance(tmp_path: Path) -> None:

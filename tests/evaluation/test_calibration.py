@@ -44,3 +44,17 @@ def test_too_few_rows_are_left_alone(num_rows: int, positives: int, reason: str)
     labels[:positives] = 1
     made = fit_temperature(preds, labels, num_classes=2)
     assert made.temperature == 1.0 and reason in made.reason and made.apply(preds) is preds
+
+
+def test_a_probability_that_was_rounded_to_one_is_about_as_sure_as_its_neighbour() -> None:
+    """One sure and wrong row must not decide the temperature because float32 had no room left for it."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 500)
+    preds = np.clip(0.5 + 0.3 * (2 * labels - 1) + 0.1 * rng.normal(size=500), 0.01, 0.99).astype(np.float32)
+    labels[0] = 0
+    made = []
+    for sure in (np.float32(1), np.nextafter(np.float32(1), np.float32(0))):
+        preds[0] = sure
+        made.append(fit_temperature(preds, labels, num_classes=2))
+    assert made[0].temperature == pytest.approx(made[1].temperature, rel=0.05)
+    assert Calibration(4.0).apply(np.float32([1.0]))[0] == pytest.approx(Calibration(4.0).apply(np.nextafter(np.float32([1]), np.float32(0)))[0], abs=0.01)

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
-from mmbert_core.evaluation.intervals import bootstrap_intervals, weighted_metric
-from mmbert_core.evaluation.metrics import METRICS, compute_metrics
+from mmbert_core.evaluation.intervals import WITHOUT, bootstrap_intervals, weighted_metric
+from mmbert_core.evaluation.metrics import METRICS as ALL
+from mmbert_core.evaluation.metrics import compute_metrics
+
+METRICS = [name for name in ALL if name not in WITHOUT]
 
 
 def scored(num_rows: int, num_classes: int, seed: int, *, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -54,6 +57,13 @@ def test_intervals_cover_at_their_rate() -> None:
         low, high = bootstrap_intervals(preds, labels, ["auroc"], class_names=["0", "1"], seed=sample)["auroc"]
         covered += low <= truth <= high
     assert 0.92 <= covered / 300 <= 0.98
+
+
+def test_a_biased_metric_has_no_interval_and_neither_have_few_rows_that_are_all_right() -> None:
+    preds, labels = scored(300, 2, 4)
+    assert bootstrap_intervals(preds, labels, ["ece", "auroc"], class_names=["0", "1"])["ece"] is None
+    made = bootstrap_intervals(labels.astype(np.float32), labels, ["accuracy", "auroc", "log_loss"], class_names=["0", "1"])
+    assert made["accuracy"] is None and made["auroc"] is None
 
 
 def test_too_few_rows_of_a_class_give_no_interval() -> None:

@@ -116,7 +116,8 @@ def test_threshold_and_calibration_tell_their_reasons_beside_their_figures():
     report["threshold"] |= {"value": 0.5, "precision": None, "reason": "no threshold reaches precision 0.99"}
     report["calibration"] |= {"temperature": 1.0, "bins": [], "calibrated_bins": None, "reason": "150 validation rows, at least 200 are needed"}
     made = sections_of(render(report))
-    assert "no threshold reaches precision 0.99" in made["threshold"].text and "0.5000" in made["threshold"].text and "precision–" in made["threshold"].text
+    assert "no threshold reaches precision 0.99" in made["threshold"].text and "0.5000" in made["threshold"].text and "with recall 0.9540" in made["threshold"].text
+    assert "precision0.8909" in made["threshold"].text  # of the rows at hand, at that threshold
     assert "150 validation rows" in made["calibration"].text
     assert row_of(made["threshold"], "0.95") == ["0.95", "0.9727", "0.1855", "0.6975", "430.0", "18.0"]
 

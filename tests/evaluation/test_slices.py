@@ -56,3 +56,30 @@ def test_many_values_are_the_most_frequent_and_the_rest() -> None:
     cells = [f"v{index}" for index in rng.integers(0, 40, 4000)]
     made = slices_of(rng.random(4000).astype(np.float32), rng.integers(0, 2, 4000), {"c": cells}, ["accuracy"], class_names=CLASSES)
     assert len(made) == slices.MOST_VALUES + 1 and sum(part.rows for part in made) == 4000
+
+
+def test_a_common_number_stands_alone_and_the_rest_is_quartered() -> None:
+    """The zeros of a count would swallow the quartiles that they fill."""
+    rng = np.random.default_rng(0)
+    for common, others in ((0, rng.integers(1, 60, 400)), (100, rng.integers(1, 100, 400)), (30, rng.integers(0, 60, 400))):
+        numbers = rng.permutation(np.append(np.full(800, common), others[others != common])).astype(float)
+        made = slices_of(rng.random(len(numbers)).astype(np.float32), rng.integers(0, 2, len(numbers)), {"n": numbers}, ["accuracy"], class_names=CLASSES)
+        assert sum(part.rows for part in made) == len(numbers) and len(made) == 5
+        assert [part.rows for part in made if part.value == str(common)] == [800]
+        assert sum(f"without {common}" in part.value for part in made) == (common == 30)
+
+
+def test_rare_values_of_a_few_numbers_are_put_together() -> None:
+    numbers = np.repeat(np.arange(6.0), [100, 100, 20, 20, 20, 5])
+    made = slices_of(np.random.default_rng(0).random(265).astype(np.float32), np.arange(265) % 2, {"n": numbers}, ["accuracy"], class_names=CLASSES)
+    assert {part.value: part.rows for part in made} == {"0": 100, "1": 100, OTHERS: 65}
+
+
+def test_slices_that_would_take_too_long_have_fewer_draws_or_no_intervals(monkeypatch) -> None:
+    preds, labels, columns = scored()
+    plain = slices_of(preds, labels, columns, ["accuracy"], class_names=CLASSES)
+    for work, has_intervals in ((len(labels) * 3 * 120, True), (len(labels) * 3 * 90, False)):
+        monkeypatch.setattr(slices, "WORK", work)
+        made = slices_of(preds, labels, columns, ["accuracy"], class_names=CLASSES)
+        assert all((part.intervals["accuracy"] is not None) is has_intervals for part in made)
+        assert [part.metrics for part in made] == [part.metrics for part in plain]

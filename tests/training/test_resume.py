@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmbert_core import model_folder
 from mmbert_core.config import FREE_ON_RESUME, Config, config_fields
 from mmbert_core.errors import InputError
 from mmbert_core.training import checkpoint, loop, setup
@@ -31,7 +32,7 @@ CONFIG = Config(text_name=("text",), label_name="label", model_path="run").to_di
 
 
 def check(*, config: dict | None = None, fingerprints: dict | None = None, parameters: list | None = None, torch_version: str = "2.13") -> None:
-    state = json.loads(json.dumps({"step": 40, "config": CONFIG, "fingerprints": FINGERPRINTS, "parameters": PARAMETERS, "versions": {"torch": "2.13"}}))
+    state = json.loads(json.dumps({"step": 40, "config": CONFIG, "fingerprints": FINGERPRINTS, "parameters": PARAMETERS, "versions": {"torch": "2.13"}, "resolved": {"pooling": "cls"}}))
     check_resumable(
         state, config={**CONFIG, **(config or {})}, fingerprints=FINGERPRINTS if fingerprints is None else fingerprints,
         parameters=PARAMETERS if parameters is None else parameters, versions={"torch": torch_version}, free_keys=FREE_ON_RESUME,
@@ -48,6 +49,10 @@ def test_another_model_under_the_same_name_is_refused(parameters):
 def test_other_versions_are_said_and_allowed(caplog):
     check(torch_version="2.14")
     assert caplog.messages == ["torch was 2.13 at the checkpoint and is 2.14 now: numbers may differ in their last digits"]
+
+
+def test_what_auto_pooling_meant_may_be_said():
+    check(config={"pooling": "cls"})
 
 
 @pytest.mark.parametrize("key", config_fields())
@@ -92,6 +97,21 @@ REFUSED = {
     "class_weights": (1.0, 2.0), "tab_field_list": ("age",), "test_path": "val_path", "early_stop_metric": "val_loss",
 }  # fmt: skip
 ALLOWED = {"log_every": 7, "save_every": 1, "keep_checkpoints": 9, "num_threads": 2, "cache_path": "elsewhere"}
+
+
+def test_auto_pooling_stays_what_it_was_when_the_run_began(finished, monkeypatch):
+    """Files that say how a sentence encoder was trained may come into its folder later."""
+    settled = json.loads((Path(finished.model_path) / "config.json").read_text())["resolved"]["pooling"]
+    monkeypatch.setattr(model_folder, "sentence_pooling", lambda name: "mean")
+    before = content(Path(finished.model_path))
+    assert (finished.pooling, settled) == ("auto", "pooler") and train(finished) and train(replace(finished, pooling="pooler"))
+    with pytest.raises(InputError, match="pooling was 'auto' in the checkpoint"):
+        train(replace(finished, pooling="mean"))
+    monkeypatch.setattr(setup, "settled_pooling", lambda config: "cls")  # of as many parameters
+    monkeypatch.setattr(setup, "parameter_shapes", lambda model: json.loads((next((Path(finished.model_path) / "checkpoints").glob("step-*")) / "state.json").read_text())["parameters"])
+    with pytest.raises(InputError, match="pooling was pooler in the checkpoint at step .* and is cls now"):
+        train(finished)
+    assert content(Path(finished.model_path)) == before
 
 
 @pytest.mark.parametrize("key", REFUSED)
