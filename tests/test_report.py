@@ -70,14 +70,15 @@ def page_of(folder: Path) -> dict[str, str]:
 # ---- little to show ----
 
 
+FEW = {"slices": "no value and no quarter of a column has 30 rows"}  # of 24
 LITTLE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {  # changes, and the reason of each section that is empty
-    "no validation rows": ({"val_path": (), "val_fraction": 0.0}, {}),
+    "no validation rows": ({"val_path": (), "val_fraction": 0.0}, FEW),
     "text only": ({"tab_field_list": (), "cat_field_list": ()}, {"slices": "the model has no columns, and none were named"}),
-    "columns only": ({"text_name": ()}, {}),
+    "columns only": ({"text_name": ()}, FEW),
     "unlabelled": ({"test_path": "unlabelled.csv"}, dict.fromkeys(OF_LABELS, "no labelled rows")),
     "one class": (
         {"test_path": "one.csv", "early_stop_metric": "val/auroc"},
-        {"roc": "one class only in the labels", "precision_recall": "one class only in the labels", "importance": "auroc is undefined on "},
+        {**FEW, "roc": "one class only in the labels", "precision_recall": "one class only in the labels", "importance": "auroc is undefined on "},
     ),
 }
 
@@ -270,7 +271,7 @@ def test_a_section_that_fails_is_a_section_with_its_reason(files, tmp_path, monk
     _, warning = trained_in_spite(files, tmp_path, caplog)
     folder, made = report_of(tmp_path / "run")
     assert warning == "a section of the report is missing: MemoryError: no more"
-    assert [key for key in OF_LABELS if set(made[key]) == {"reason"}] == [section]
+    assert [key for key in OF_LABELS if set(made[key]) == {"reason"} and key not in FEW] == [section]
     assert page_of(folder)[section].endswith("MemoryError: no more")
 
 

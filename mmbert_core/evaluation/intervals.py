@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS, NUM_BINS
+from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 
 LEVEL = 0.95
