@@ -126,7 +126,7 @@ def stage_train(folder: Path, num_rows: int) -> dict[str, float]:
     started = time.perf_counter()
     for index in range(batches):
         data.train.batch(step_rows(order, index, config.batch_size))
-    ready = (time.perf_counter() - started) / batches * steps
+    batched_rate = batches * config.batch_size / (time.perf_counter() - started)
     with claimed_folder(config):
         started = time.perf_counter()
         run = start_run(config, data, model, pooling, context)
@@ -135,8 +135,7 @@ def stage_train(folder: Path, num_rows: int) -> dict[str, float]:
         for _ in range(steps):
             loop.train_one_step(run, order)
         trained = time.perf_counter() - started
-    rows = steps * config.batch_size
-    return {"start_seconds": start_seconds, "batched_rows_per_second": rows / ready, "trained_rows_per_second": rows / trained, "peak_mb": peak_mb()}
+    return {"start_seconds": start_seconds, "batched_rows_per_second": batched_rate, "trained_rows_per_second": steps * config.batch_size / trained, "peak_mb": peak_mb()}
 
 
 def stage_finish(folder: Path, num_rows: int) -> dict[str, float]:

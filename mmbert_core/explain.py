@@ -29,8 +29,9 @@ def explain_rows(
 ) -> list[Pieces]:
     """For each row of `positions` the pieces of its text, in order, each with a weight of -1 to 1; above 0 speaks for the predicted class.
 
-    `predicted`: the class of each, which of two classes the threshold decides and not the larger logit. `texts`: the whole text of each, as it was encoded. The pieces of a row side by side are its text as far as the model read it; what lies
-    between tokens weighs 0, and so does everything where nothing has a gradient. A columns-only model has no pieces. All rows are one batch.
+    `predicted`: the class of each, which of two classes the threshold decides and not the larger logit. `texts`: the whole text of each, as it
+    was encoded. The pieces of a row side by side are its text as far as the model read it; what lies between tokens weighs 0, and so does
+    everything where nothing has a gradient. A columns-only model has no pieces. All rows are one batch.
     """
     if loaded.model.text_subnetwork is None:
         return [[] for _ in positions]

@@ -114,8 +114,7 @@ class Predictor:
                 unseen.update(dataset.unseen())
                 num_cut += dataset.encoded.num_cut
                 progress.advance(len(dataset))
-        for line in (*cut_texts(num_cut, progress.done, config), *unseen_values("input", unseen)):
-            logger.warning("%s", line)
+        self._warn("input", num_cut, progress.done, unseen)
         return progress.done
 
     def evaluate_file(self, paths: Sequence[str], parent: str | Path, *, slice_columns: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
@@ -178,8 +177,7 @@ class Predictor:
             raise InputError(f"rows: expected a dict, a list of dicts or a data frame, found {type(rows).__name__}")
         dataset = self._encode(self._chunk_of(rows))
         columns = self._columns(dataset, self.score(dataset))
-        for line in (*cut_texts(dataset.encoded.num_cut, len(dataset), self.loaded.config), *unseen_values("data in memory", dataset.unseen())):
-            logger.warning("%s", line)
+        self._warn("data in memory", dataset.encoded.num_cut, len(dataset), dataset.unseen())
         if isinstance(rows, pd.DataFrame):
             return pd.DataFrame(columns, index=rows.index)
         values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
@@ -210,6 +208,10 @@ class Predictor:
         return encode_for_prediction(
             chunk, Roles.from_config(config), loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
         )
+
+    def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Mapping[str, int]) -> None:
+        for line in (*cut_texts(num_cut, num_rows, self.loaded.config), *unseen_values(name, unseen)):
+            logger.warning("%s", line)
 
     def score(self, dataset: Dataset) -> EpochResult:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""

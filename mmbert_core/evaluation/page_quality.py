@@ -11,11 +11,11 @@ from typing import Any
 
 from mmbert_core.evaluation import charts
 from mmbert_core.evaluation.charts import Axis, Curve, Guide
-from mmbert_core.evaluation.metrics import ONE_SIDED
 from mmbert_core.evaluation.markup import (
     NOTHING, beside, bounds, brief, card, cards, chart, count, decimals, details, figure, interval, is_number, name, note, percent, reason, scroll_box,
     short, table, text,
 )  # fmt: skip
+from mmbert_core.evaluation.metrics import ONE_SIDED
 
 HEADLINE = 6  # metrics with a card of their own
 LOWER_IS_BETTER = {"log_loss", "ece", "brier", "loss"}

@@ -55,9 +55,10 @@ def slices_of(
     """
     made = []
     draws = min(DRAWS, WORK // max(1, len(labels) * len(columns) * len(names)))
+    draws = draws if draws >= FEWEST_DRAWS else 0
     for column, cells in columns.items():
         for value, rows in _numbers(cells) if isinstance(cells, np.ndarray) else _values(cells):
-            made.append(_slice(column, value, preds[rows], labels[rows], names, class_names, threshold, draws if draws >= FEWEST_DRAWS else 0))
+            made.append(_slice(column, value, preds[rows], labels[rows], names, class_names, threshold, draws))
     return sorted(made, key=lambda part: (part.metrics[names[0]] is None, part.metrics[names[0]], -part.rows))
 
 
