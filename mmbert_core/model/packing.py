@@ -221,7 +221,7 @@ def _attend_by_group(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         states = [_heads_first(tensor, group) for tensor in (query, key, value)]
         made = F.scaled_dot_product_attention(*states, attn_mask=_band(group.length, window, query.device), scale=scaling)
         parts.append(made.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _attend_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, window: int | None) -> torch.Tensor:
