@@ -41,18 +41,21 @@ def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> 
         raise InputError("ablate: expected a test_path, found none")
     folder = Path(config.model_path)
     cache = config.cache_path or str(folder / "cache")
-    figures: dict[str, list[dict[str, Any]]] = {}
-    for part, changes in parts_of(config).items():
-        figures[part] = []
-        for seed in dict.fromkeys(seeds):
-            logger.info("---- %s, seed %d ----", part, seed)
-            own = replace(config, **changes, seed=seed, model_path=str(folder / f"{part.replace(' ', '-')}-seed-{seed}"), cache_path=cache)
-            data = prepare(own)
-            if data.test is None or not data.test.has_labels:
-                raise InputError("ablate: expected labels in test_path, found none")
-            model, pooling = prepare_model(own, data)
-            metrics = fit(own, data, model, pooling, context)["test_metrics"]
-            figures[part].append({"seed": seed, **{name: metrics[f"test/{name}"] for name in SHOWN}})
+    runs = [
+        (part, replace(config, **changes, seed=seed, model_path=str(folder / f"{part.replace(' ', '-')}-seed-{seed}"), cache_path=cache))
+        for part, changes in parts_of(config).items()
+        for seed in dict.fromkeys(seeds)
+    ]
+    data = prepare(runs[-1][1])  # both: a column that cannot be read is found before anything is trained
+    if data.test is None or not data.test.has_labels:
+        raise InputError("ablate: expected labels in test_path, found none")
+    figures: dict[str, list[dict[str, Any]]] = {part: [] for part, _ in runs}
+    for part, own in runs:
+        logger.info("---- %s, seed %d ----", part, own.seed)
+        data = prepare(own)
+        model, pooling = prepare_model(own, data)
+        metrics = fit(own, data, model, pooling, context)["test_metrics"]
+        figures[part].append({"seed": own.seed, **{name: metrics[f"test/{name}"] for name in SHOWN}})
     results = {"parts": figures, "summary": {part: summary_of(rows) for part, rows in figures.items()}}
     distributed.on_main(lambda: write_json(folder / RESULTS, results))
     return results

@@ -120,7 +120,8 @@ def main_metric(config: Config) -> str:
 def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> str:
     """The main one, or, where it compares no models or a class has no row, one that does."""
     main = main_metric(config)
-    return next((name for name in ("auroc" if main in ONE_SIDED else main, "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main)
+    first = "auroc" if main in (*ONE_SIDED, "f1_score") else main  # F1 too: where class 1 is rare, class 1 for every row beats the most frequent class
+    return next((name for name in (first, "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main)
 
 
 def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
@@ -133,12 +134,11 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
     if value is None or not rivals:
         return f"No comparison with baselines: {figures['undefined'].get(key, 'there are none')}." + missing
     best = max(rivals, key=lambda name: rivals[name])
-    low = (figures["intervals"].get(key) or (value, value))[0]
+    interval = figures["intervals"].get(key)
     beside = f"{metric} {value:.4f} beside {rivals[best]:.4f} ({best})"
-    if low > rivals[best]:
-        return f"The model is above all baselines: {beside}." + missing
     if value > rivals[best]:
-        return f"The model is above all baselines, but by less than its interval is wide: {beside}." + missing
+        doubt = ", but no interval says by how much it may be chance" if interval is None else ", but by less than its interval is wide" if interval[0] <= rivals[best] else ""
+        return f"The model is above all baselines{doubt}: {beside}." + missing
     return (
         f"The model does not beat its baselines: {beside}. Try a higher lr (small encoders need 2e-4 rather than 2e-5), a head_lr of 1e-3, "
         "more epochs, or more training rows." + missing

@@ -30,6 +30,7 @@ from mmbert_core import signals  # first: it notes the launcher
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenised in threads; no process is ever forked here
 gc.set_threshold(100_000, 50, 100)  # the imports below make objects that stay: looking through them again and again takes a second
 
+import torch
 import transformers
 
 from mmbert_core import demo, distributed
@@ -61,12 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Any other failure is raised, after this rank has told it; a rank that only hears of it stays quiet.
     """
+    open_closed_streams()
     try:
         context = distributed.read_context()
     except InputError as error:
         say_error(str(error))
         return 2
     set_up_logging(context)
+    if context.device.type == "cpu" and 0 < torch.cuda.device_count() < context.local_world_size:
+        logger.warning("%d processes for %d GPUs: all compute on the CPU; start no more processes than GPUs", context.local_world_size, torch.cuda.device_count())
     gc.freeze()  # the million objects that imports made stay: collections while rows are read need not look at them
     try:
         arguments = parse(argv)
@@ -87,6 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         tell(error, context)
         raise
+
+
+def open_closed_streams() -> None:
+    """A caller may have closed standard streams (`>&-`): nothing is read from those, and what is written there is lost."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the life of the process
 
 
 def tell(error: Exception, context: DistContext) -> None:
@@ -244,7 +255,10 @@ def spooled(arguments: argparse.Namespace) -> Iterator[str]:
         path = Path(folder) / f"stdin.{arguments.input_format}"
         with open(path, "wb") as stream:
             shutil.copyfileobj(sys.stdin.buffer, stream)
-        yield str(path)
+        try:
+            yield str(path)
+        except (InputError, RunError) as error:  # the copy is gone when this is read
+            raise type(error)(str(error).replace(str(path), "standard input")) from None
 
 
 # ---- evaluate, ablate, inspect, report, export ----

@@ -135,8 +135,11 @@ class Config:
         interval = self.val_check_interval
         if not 0 < interval < float("inf") or (isinstance(interval, float) and interval > 1):
             raise InputError(f"val_check_interval: expected a share of an epoch above 0 and up to 1.0, or a whole number of steps, found {interval}")
-        if not self.model_path.strip() or "\0" in self.model_path:
+        if not self.model_path.strip():
             raise InputError("model_path: expected a folder, found an empty value")
+        for name in ("model_path", "cache_path", "encoder"):
+            if "\0" in (getattr(self, name) or ""):
+                raise InputError(f"{name}: expected a path, found a NUL character in it")
 
     def _check_columns(self) -> None:
         if not self.text_name and not self.tab_field_list and not self.cat_field_list:

@@ -29,9 +29,11 @@ from mmbert_core.errors import InputError, PeerError
 T = TypeVar("T")
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_SECONDS = 600.0  # that a rank waits for the others in a collective
-BACKEND_WORDS = re.compile(r"gloo|NCCL|Connection (closed|reset)|Timed out|Broken pipe|[Ss]ocket|TCPStore", re.IGNORECASE)
+PATIENCE_SECONDS = 6 * 3600.0  # and for work that is rank 0's alone, whose length depends on the data; a rank that dies is heard of at once
+BACKEND_WORDS = re.compile(r"gloo|NCCL|Connection (closed|reset)|Timed out|pair closure|Broken pipe|[Ss]ocket|TCPStore", re.IGNORECASE)
 ITEMS_PER_ROUND = 64  # lists of batch results: 64 batches of at most 256 rows bound what one round pickles
 _object_group: Any = None  # gloo group for Python objects and CPU tensors; the default group itself on the CPU
+_patient_group: Any = None  # gloo group whose ranks wait for PATIENCE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def process_group(context: DistContext, timeout_seconds: float = TIMEOUT_SECONDS
     A rank that waits longer than `timeout_seconds` for the others fails. On an error the group is left as it is:
     destroying it may wait for ranks that are gone; `leave` ends the process without that.
     """
-    global _object_group
+    global _object_group, _patient_group
     timeout = timedelta(seconds=timeout_seconds)
     if context.world_size == 1:
         yield context
@@ -104,10 +106,11 @@ def process_group(context: DistContext, timeout_seconds: float = TIMEOUT_SECONDS
             timeout=timeout, device_id=context.device if on_cuda else None,
         )  # fmt: skip
         _object_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
+        _patient_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENCE_SECONDS)))
     yield context
     barrier()
     dist.destroy_process_group()
-    _object_group = None
+    _object_group = _patient_group = None
 
 
 def _store_of_this_start(context: DistContext, timeout: timedelta) -> dist.Store:
@@ -211,13 +214,13 @@ def barrier() -> None:
             dist.barrier(group=_object_group)
 
 
-def broadcast_object(value: T, *, source: int = 0) -> T:
+def broadcast_object(value: T, *, source: int = 0, patient: bool = False) -> T:
     """Collective. The small Python object of rank `source` on every rank."""
     if not is_distributed():
         return value
     box = [value]
     with lost_peers():
-        dist.broadcast_object_list(box, src=source, group=_object_group)
+        dist.broadcast_object_list(box, src=source, group=_patient_group if patient else _object_group)
     return box[0]
 
 
@@ -295,20 +298,20 @@ def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 
     return result
 
 
-def on_main(action: Callable[[], T]) -> T:
+def on_main(action: Callable[[], T], *, patient: bool = False) -> T:
     """Collective. Rank 0 runs `action`; all ranks get its result, or all raise when it fails."""
-    return on_rank(0, action)
+    return on_rank(0, action, patient=patient)
 
 
-def on_rank(source: int, action: Callable[[], T]) -> T:
+def on_rank(source: int, action: Callable[[], T], *, patient: bool = False) -> T:
     """Collective. Rank `source` runs `action`; all ranks get its result. When it fails the others raise what it says.
 
-    An `InputError` is one on all ranks; of any other failure the others hear as a `PeerError`.
+    An `InputError` is one on all ranks; of any other failure the others hear as a `PeerError`. `patient`: it may take longer than the group's timeout.
     """
     if not is_distributed():
         return action()
     value, failure = _attempt(action) if dist.get_rank() == source else (None, None)
-    value, report = broadcast_object((value, _report(failure)), source=source)
+    value, report = broadcast_object((value, _report(failure)), source=source, patient=patient)
     _raise_failure(source, failure, report)
     return value  # type: ignore[return-value]
 

@@ -93,6 +93,8 @@ def check_request(output: Path, format: str) -> None:
         raise InputError(f"ONNX export needs {', '.join(missing)}: pip install 'mmbert_core[onnx]'")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: expected a folder to make, found a file")
+    if output.is_dir() and output.samefile("."):
+        raise InputError(f"{output}: expected a folder to make, found the one that this command runs in")
     if output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output}: expected a new or empty folder, found files in it")
 

@@ -43,28 +43,30 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
                 continue
             if blank or len(cells) != len(header):
                 raise ValueError(f"{path}, before line {reader.line_num + 1}: expected rows of {len(header)} cells, found {'a blank line' if blank else len(cells)}")
+            if any("\0" in cell for cell in cells):
+                raise ValueError(f"{path}, before line {reader.line_num + 1}: expected text, found a NUL byte")
             yield dict(zip(header, cells))
 
 
 # ---- cells to arrays ----
 
 
-def number_of(cell: str, missing_words: Sequence[str], largest: float) -> float:
+def number_of(cell: str, column: str, missing_words: Sequence[str], largest: float) -> float:
     """The number in a cell; NaN for an empty cell and for words such as NA."""
     try:
         number = float(cell)
     except ValueError:
         if cell.strip().lower() in missing_words:
             return math.nan
-        raise ValueError(f"expected a number, found {cell!r:.60}") from None
+        raise ValueError(f"column {column!r}: expected a number, found {cell!r:.60}") from None
     if "_" in cell or abs(number) > largest:
-        raise ValueError(f"expected a finite number, found {cell!r:.60}")
+        raise ValueError(f"column {column!r}: expected a finite number, found {cell!r:.60}")
     return number
 
 
 def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
     """float32 [N, F]: the columns with medians for what is missing, then a 0 or 1 for each column that has an indicator."""
-    raw = np.array([[number_of(row[column], numbers["missing_words"], numbers["largest"]) for column in numbers["columns"]] for row in rows])
+    raw = np.array([[number_of(row[column], column, numbers["missing_words"], numbers["largest"]) for column in numbers["columns"]] for row in rows])
     missing = np.isnan(raw)
     indicators = missing[:, np.array(numbers["has_indicator"])]
     return np.concatenate([np.where(missing, numbers["medians"], raw), indicators], axis=1).astype(np.float32)
@@ -164,14 +166,19 @@ def main(source: str, output: str) -> None:
     rows = read_rows(source, columns)
     if Path(output).exists() and Path(output).samefile(source):
         raise ValueError(f"{output}: is the input file; choose another output")
-    with open(output, "w", encoding="utf-8", newline="") as stream:
-        stream.write(tsv_line([*ids, *(["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]), "pred", "prob_calibrated"]))
-        while window := list(islice(rows, WINDOW)):
-            scores = score(window, settings, tokenizer, run)
-            chosen = (scores > np.float64(settings["threshold"])).astype(int) if settings["is_binary"] else scores.argmax(axis=1)
-            shown = calibrated(scores, settings["temperature"])[np.arange(len(window)), 1 if settings["is_binary"] else chosen]
-            for row, probability, index, likely in zip(window, scores, chosen, shown):
-                stream.write(tsv_line([*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely]))
+    partial = Path(f"{output}.part")  # an earlier output stays until this one is whole
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as stream:
+            stream.write(tsv_line([*ids, *(["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]), "pred", "prob_calibrated"]))
+            while window := list(islice(rows, WINDOW)):
+                scores = score(window, settings, tokenizer, run)
+                chosen = (scores > np.float64(settings["threshold"])).astype(int) if settings["is_binary"] else scores.argmax(axis=1)
+                shown = calibrated(scores, settings["temperature"])[np.arange(len(window)), 1 if settings["is_binary"] else chosen]
+                for row, probability, index, likely in zip(window, scores, chosen, shown):
+                    stream.write(tsv_line([*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely]))
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class Predictor:
         try:
             dataset = self._stored(inputs, folder / CACHE)
             result = self.score(dataset)
-            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns))
+            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns), patient=True)
         finally:
             if self.context.local_rank == 0:
                 shutil.rmtree(folder / CACHE, ignore_errors=True)

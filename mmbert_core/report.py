@@ -105,7 +105,7 @@ def render_again(folder: Path) -> Path:
         write_text(folder / PAGE, render(report))
     except FileNotFoundError:
         raise InputError(f"{folder}: expected the folder of a test or of `mmbert evaluate`, found no {REPORT}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / REPORT}: not a report ({error})") from None
     return folder / PAGE
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from mmbert_core import signals
+from mmbert_core.data.readers import object_of
 from mmbert_core.data.table import Roles, shown
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.predictor import Predictor
@@ -193,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"expected Content-Type application/json, found {shown(self.headers.get('Content-Type', ''))}")
         try:
-            return json.loads(body, parse_constant=refuse_constant)
+            return json.loads(body, parse_constant=refuse_constant, object_pairs_hook=object_of)
         except RecursionError:
             raise InputError("expected JSON, found brackets nested too deeply") from None
         except ValueError as error:

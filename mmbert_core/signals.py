@@ -116,7 +116,7 @@ def _listen(reader: int, state: _State) -> None:
                 if now - first_seconds > SAME_REQUEST_SECONDS:
                     os._exit(128 + number)
                 if state.deferred:
-                    logger.info("%s: stopping after this step or batch; a second signal leaves at once", signal.Signals(number).name)
+                    logger.info("%s: stopping after what is under way; a second signal leaves at once", signal.Signals(number).name)
                 else:
                     last_seconds = last_seconds or now + GRACE_SECONDS
         if last_seconds is not None and now > last_seconds:

@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mmbert_core import distributed
 from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict
 from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, PeerError
 from mmbert_core.training import hooks
 from tests import tiny
 
@@ -136,9 +138,28 @@ def stops_together(config: Config, context: DistContext) -> list[str]:
         hooks.training_step = plain
 
 
+def waits_for_rank_0() -> list[str]:
+    """What comes of work of rank 0 that takes longer than the group's timeout: with patience, then without."""
+
+    def work() -> str:
+        time.sleep(4)
+        return "done"
+
+    distributed._object_group = distributed.dist.new_group(backend="gloo", timeout=timedelta(seconds=2))  # the start may take longer
+    said = [distributed.on_main(work, patient=True)]
+    try:
+        return [*said, distributed.on_main(work)]
+    except PeerError as error:
+        return [*said, str(error)]
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     context = distributed.read_context()
+    if sys.argv[2:] == ["patience"]:
+        with distributed.process_group(context):
+            (folder / f"patience{context.rank}.json").write_text(json.dumps(waits_for_rank_0()))
+            distributed.leave(0)  # the group is broken
     distributed.set_threads(1, context)
     configs = {name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()}
     with distributed.process_group(context):

@@ -8,7 +8,7 @@ from mmbert_core.config import Config
 REASONS = {"text only": "the model has no text"}
 
 
-def said(value: float | None, rivals: dict[str, float | None], *, low: float | None = None, metric: str = "f1_score", **changes: object) -> str:
+def said(value: float | None, rivals: dict[str, float | None], *, low: float | None = None, metric: str = "auroc", **changes: object) -> str:
     """The verdict on a model whose `metric` is `value`, with an interval from `low` on, beside baselines with those values."""
     key = f"test/{metric}"
     figures = {
@@ -23,7 +23,7 @@ def said(value: float | None, rivals: dict[str, float | None], *, low: float | N
     ("value", "low", "beginning"),
     [
         (0.9, 0.75, "The model is above all baselines: "),
-        (0.9, None, "The model is above all baselines: "),  # its interval is undefined
+        (0.9, None, "The model is above all baselines, but no interval says by how much it may be chance: "),
         (0.9, 0.7, "The model is above all baselines, but by less than its interval is wide: "),  # up to the baseline itself
         (0.7, 0.6, "The model does not beat its baselines: "),  # equal
         (0.4, 0.3, "The model does not beat its baselines: "),
@@ -32,7 +32,7 @@ def said(value: float | None, rivals: dict[str, float | None], *, low: float | N
 )
 def test_the_model_is_compared_with_the_best_baseline(value, low, beginning):
     line = said(value, {"most frequent class": 0.0, "columns only": 0.7, "text only": None}, low=low)
-    assert line.startswith(f"{beginning}f1_score {value:.4f} beside 0.7000 (columns only).") and "\n" not in line
+    assert line.startswith(f"{beginning}auroc {value:.4f} beside 0.7000 (columns only).") and "\n" not in line
     assert ("Try a higher lr" in line) == ("does not beat" in beginning) and "the model has no text" not in line
 
 
@@ -51,6 +51,6 @@ def test_another_metric_stands_in_for_one_that_is_undefined_or_better_when_lower
     rows = {"test/auroc": None, "test/f1_macro": 0.6, "test/accuracy": 0.9}
     rivals = {"columns only": {"test/auroc": None, "test/f1_macro": 0.5, "test/accuracy": 0.95}}
     assert "f1_macro 0.6000 beside 0.5000" in said(None, {}, metric="auroc", baselines=rivals, **rows)
-    for metric in ("log_loss", "ece", "recall", "precision"):  # everything is class 1: recall 1
-        line = said(0.2, {}, metric=metric, baselines={"columns only": {"test/auroc": 0.5, f"test/{metric}": 0.9}}, **{"test/auroc": 0.8})
+    for metric in ("log_loss", "ece", "recall", "precision", "f1_score"):  # everything is class 1: recall 1, and an F1 above the most frequent class's
+        line = said(0.2, {}, metric=metric, baselines={"columns only": {"test/auroc": 0.5, f"test/{metric}": 0.9}}, intervals={"test/auroc": [0.7, 0.9]}, **{"test/auroc": 0.8})
         assert line.startswith("The model is above all baselines: auroc 0.8000 beside 0.5000")

@@ -118,6 +118,13 @@ def environment(monkeypatch):
     return monkeypatch
 
 
+def test_ranks_wait_for_long_work_of_rank_0_and_no_longer_for_any_other(tmp_path):
+    done = tiny.torchrun(2, [WORKER, str(tmp_path), "patience"], timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    said = json.loads((tmp_path / "patience1.json").read_text())
+    assert said[0] == "done" and said[1].startswith("lost contact with another rank")
+
+
 def test_helpers_are_identities_in_one_process(environment):
     context = distributed.read_context()
     assert (context.rank, context.local_rank, context.world_size, context.local_world_size, context.is_main) == (0, 0, 1, 1, True)

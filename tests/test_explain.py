@@ -18,7 +18,7 @@ from tests import tiny
 
 TEXTS = [
     "refund", "please refund my money, now!", "  two  spaces\n\tand lines \n", "Ünïcödé ÉCOLE naïve", "日本 is 日本 😀😀 \u200b\u202e end", "e\u0301 combined",
-    "[SEP] in [CLS] words", "", " \t\n ", "x" * 150, "never again " * 40, "a\x00b\x07c",
+    "[SEP] in [CLS] words", "", " \t\n ", "x" * 150, "never again " * 40, "a\x01b\x07c",
 ]  # fmt: skip
 
 

@@ -109,8 +109,10 @@ def test_the_example_keeps_its_input_and_says_what_is_wrong_with_it(case):
     assert done.returncode == 1 and "is the input file" in done.stderr and (folder / "test.csv").read_bytes() == before
     header = before.split(b"\n")[0]
     (folder / "broken.csv").write_bytes(header + b'\n"a"b' + b"," * header.count(b",") + b"\n")
+    (folder / "out.tsv").write_text("of an earlier day")
     done = run_example(folder / "exported", str(folder / "broken.csv"), str(folder / "out.tsv"))
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert (folder / "out.tsv").read_text() == "of an earlier day" and not list(folder.glob("*.part"))
 
 
 def run_example(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -251,7 +251,7 @@ def test_standard_input_and_output(binary, tmp_path):
     done = tiny.run_command(["-m", "mmbert_core", "predict", str(binary), "-", "-"], input=table)
     assert done.returncode == 0 and done.stdout == (tmp_path / "file.tsv").read_text() and "220 rows scored" in done.stderr
     done = tiny.run_command(["-m", "mmbert_core", "predict", str(binary), "-", "-", "--input_format", "jsonl"], input=table)
-    assert done.returncode == 2 and done.stdout == "" and "stdin.jsonl" in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and "standard input row 1 (line 1): expected a JSON object" in done.stderr
 
 
 @pytest.mark.parametrize("command", [["inspect", "{run}"], ["predict", "{run}", "{test}", "-"]], ids=["inspect", "predict"])
@@ -287,3 +287,22 @@ def test_ablate(tmp_path, capsys):
     assert cli.main(["ablate", str(tmp_path / "config.json"), "--seeds", "0", "1"]) == 0  # all six runs are finished
     assert (tmp_path / "run/ablation.json").read_bytes() == before
     assert cli.main(["ablate", str(tmp_path / "config.json"), "--text_name"]) == 2
+
+
+def test_ablate_finds_a_wrong_column_before_it_trains(tmp_path, capsys):
+    values = tiny.settings(tmp_path, max_epochs=1, tab_field_list=["age", "amuont"])
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert cli.main(["ablate", str(tmp_path / "config.json")]) == 2
+    assert "column 'amuont' not found" in capsys.readouterr().err and not list(tmp_path.glob("run/*-seed-*/checkpoints"))
+
+
+def test_closed_standard_streams(binary, tmp_path):
+    cli.main(["predict", str(binary), str(binary.parent / "test.csv"), str(tmp_path / "file.tsv")])
+    command = f"{sys.executable} -m mmbert_core predict {binary} {binary.parent / 'test.csv'} {tmp_path / 'closed.tsv'}"
+    for redirections in (">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(f"{command} {redirections}", shell=True, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert (tmp_path / "closed.tsv").read_bytes() == (tmp_path / "file.tsv").read_bytes()
+        (tmp_path / "closed.tsv").unlink()
+    done = subprocess.run(f"{sys.executable} -m mmbert_core predict {binary} - - <&-", shell=True, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "standard input: the file is empty" in done.stderr and "Traceback" not in done.stderr

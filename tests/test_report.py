@@ -123,7 +123,7 @@ def test_a_run_with_little_to_show_has_every_section(files, tmp_path, name):
 
 
 @pytest.mark.parametrize(("num_classes", "value"), [(2, np.nan), (2, np.inf), (3, np.nan)])
-def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(tmp_path, monkeypatch, capsys, num_classes, value):
+def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(tmp_path, monkeypatch, capsys, caplog, num_classes, value):
     plain = hooks.test_step
 
     def test_step(model, batch, batch_idx, outputs, **options):
@@ -148,6 +148,7 @@ def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(tmp_pa
     assert len(cells) == 37 and np.isfinite(np.array(cells, float)).sum() == 36
     cli.print_figures(figures, config)
     assert capsys.readouterr().out.splitlines()[-1] == f"No comparison with baselines: {why}."
+    assert any(message.startswith("probabilities that are no numbers: 1 of 37 rows, first ") for message in caplog.messages)
 
 
 # ---- evaluate: what it leaves ----
@@ -182,7 +183,7 @@ def test_evaluate_leaves_one_folder_and_says_that_a_model_is_no_better_than_its_
     [folder] = place.iterdir()
     assert names_in(folder) == OF_A_TEST and everything(model, files) == before and names_in(tmp_path / "temporary") == set()
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("The model does not beat its baselines: f1_score ") and "Try a higher lr" in line
+    assert line.startswith("The model does not beat its baselines: auroc ") and "Try a higher lr" in line
     made = json.loads((folder / "report.json").read_text())
     assert made["baselines"]["verdict"] == line and line in page_of(folder)["baselines"]
 

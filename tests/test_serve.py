@@ -145,6 +145,7 @@ def test_what_a_model_folder_says_is_only_text():
         ("/predict", {"body": b"\xff\xfe\x00"}, 400, "expected JSON"),
         ("/predict", {"body": b"[" * 100_000}, 400, "expected JSON"),
         ("/predict", {"body": b'{"age": NaN}'}, 400, "NaN is no JSON"),
+        ("/predict", {"body": b'{"text": "a", "text": "b"}'}, 400, "a key stands in it twice"),
         ("/predict", {"value": ROW, "headers": {"Content-Type": "text/plain"}}, 415, "expected Content-Type application/json, found 'text/plain'"),
         ("/predict", {"body": b"x" * (MOST_BYTES + 1)}, 413, "at most 1000000 bytes"),
         ("/predict", {}, 405, "expected POST, found GET"),

@@ -21,6 +21,7 @@ import pandas as pd
 from mmbert_core.errors import InputError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = "gzip"
 LATIN = "Windows-1252"  # Latin-1 with curly quotes: what a file that is neither UTF-8 nor wider is most often
 TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}  # suffix -> delimiter; all may end in .gz too
 FORMATS = [*TEXT_FORMATS, ".parquet"]
@@ -100,9 +101,11 @@ def rows_about(paths: Sequence[str]) -> int | None:
 def text_of(value: Any) -> str:
     """The text of a typed cell: "" for None and NaN, true/false, whole numbers exactly, other numbers at their shortest.
 
-    Raises `ValueError` for what is no single value (a list, an object, bytes that are not UTF-8).
+    Raises `ValueError` for what is no single value (a list, an object, bytes that are not UTF-8) and for text with a NUL character.
     """
     if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("a NUL character")
         return value
     if value is None or value is pd.NA or value is pd.NaT:
         return ""
@@ -115,7 +118,7 @@ def text_of(value: Any) -> str:
             return ""
         return repr(float(value)) if isinstance(value, float) else str(value)  # float32: its own shortest text
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        return text_of(value.decode("utf-8"))
     if isinstance(value, (list, dict, tuple, set, np.ndarray)):
         raise ValueError(f"a {type(value).__name__}")
     return str(value)
@@ -144,12 +147,12 @@ def _open_bytes(path: str) -> BinaryIO:
 def _text_lines(path: str) -> Iterator[str]:
     """Lines with their line breaks, decoded one by one so that an undecodable byte has a place."""
     offset = 0  # bytes of the (unpacked) file before this line
-    other_encoding = LATIN  # of bytes that are no UTF-8, unless the file begins as UTF-16 or UTF-32
+    other_encoding = LATIN  # of bytes that are no UTF-8, unless the file begins as UTF-16, UTF-32 or gzip
     with _open_bytes(path) as stream:
         try:
             for raw in stream:
                 if offset == 0:
-                    other_encoding = _wide_encoding(raw) or other_encoding
+                    other_encoding = _other_encoding(raw) or other_encoding
                 skipped = len(BYTE_ORDER_MARK) if offset == 0 and raw.startswith(BYTE_ORDER_MARK) else 0
                 try:
                     text = raw[skipped:].decode("utf-8")
@@ -166,8 +169,10 @@ def _text_lines(path: str) -> Iterator[str]:
             raise _BadLine(f"the file cannot be read to its end ({error})") from None
 
 
-def _wide_encoding(start: bytes) -> str:
-    """The encoding of a file of two or four bytes a character, by its mark or by the NUL bytes beside its first letter; "" for others."""
+def _other_encoding(start: bytes) -> str:
+    """The encoding of a file of two or four bytes a character, by its mark or by the NUL bytes beside its first letter; or gzip, which is none; "" for others."""
+    if start.startswith(b"\x1f\x8b"):
+        return GZIP
     if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -176,6 +181,8 @@ def _wide_encoding(start: bytes) -> str:
 
 
 def _advice(encoding: str) -> str:
+    if encoding == GZIP:
+        return "the file is packed by gzip: its name should end in .gz"
     name = f"Latin-1 or {encoding}" if encoding == LATIN else encoding
     return f"if the file is {name}, convert it: iconv -f {encoding} -t UTF-8 OLD > NEW"
 
@@ -236,7 +243,7 @@ def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             raise InputError(f"{_place(path, row, blank_line)}: expected a JSON object, found a blank line")
         try:
             # whole numbers stay the text they are: no limit of digits, nothing rounded
-            record = json.loads(text, parse_int=str, object_pairs_hook=_object_of)
+            record = json.loads(text, parse_int=str, object_pairs_hook=object_of)
             if "\\u" in text:
                 json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
@@ -252,7 +259,8 @@ def _records_of(path: str, kind: str) -> Iterator[tuple[int, Any]]:
     return _json_records(path) if delimiter is None else _csv_records(path, delimiter)
 
 
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (`object_pairs_hook` of `json.loads`). Raises `ValueError` for a key that stands in it twice."""
     record = dict(pairs)
     if len(record) != len(pairs):
         raise ValueError("a key stands in it twice")
@@ -306,6 +314,9 @@ def _parquet_cells(batch: Any, column: str, *, first_row: int, path: str) -> lis
         found = values.to_numpy(zero_copy_only=False) if narrow else values.to_pylist()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} row {first_row} or after, column {column!r}: expected UTF-8 text ({error.reason})") from None
+    except (ValueError, OverflowError, NotImplementedError) as error:  # a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
+        problem = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} row {first_row} or after, column {column!r}: cannot be read as {values.type} ({problem})") from None
     cells = []
     for value in found:
         try:

@@ -78,7 +78,7 @@ def shown(cell: str) -> str:
 def expand_paths(paths: Sequence[str]) -> list[str]:
     """Files in the given order; a glob stands for its matches in sorted order.
 
-    Raises `InputError` for a missing file, a folder, a glob without a match, a file named twice.
+    Raises `InputError` for a missing file, a folder, a pipe, a glob without a match, a file named twice.
     """
     files: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
@@ -93,6 +93,8 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     for path in files:
         if os.path.isdir(path):
             raise InputError(f"{path}: expected a file, found a folder (all its files: {os.path.join(path, '*.csv')})")
+        if not os.path.isfile(path):  # files are read more than once
+            raise InputError(f"{path}: expected a file, found a pipe or a device; `mmbert predict` reads standard input as -")
         real = os.path.realpath(path)
         if real in seen:
             raise InputError(f"{path}: the same file is given twice (also as {seen[real]})")
@@ -162,13 +164,14 @@ def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequen
 
 
 def records_to_chunk(records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
-    """The same from rows as dicts; an optional column counts when the first row has it, and must then be in all.
+    """The same from rows as dicts; an optional column that one row has must be in all.
 
     Raises `InputError` for a row without a column, and for a cell that is no single value.
     """
     rows = [{str(name): value for name, value in record.items()} for record in records]
-    kept = _columns_of(RECORDS_PATH, list(rows[0]), columns, optional) if rows else list(columns)
-    for number, row in enumerate(rows[1:], start=2):
+    kept = _columns_of(RECORDS_PATH, list(rows[0]), columns, ()) if rows else list(columns)
+    kept += [name for name in optional if name not in kept and any(name in row for row in rows)]
+    for number, row in enumerate(rows, start=1):
         _columns_of(f"{RECORDS_PATH} row {number}", list(row), kept, ())
     return _chunk_in_memory(RECORDS_PATH, {name: [row[name] for row in rows] for name in kept}, len(rows))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 BINARY_THRESHOLD = 0.5
 NEEDS_QUOTES = frozenset('\t\n\r"')
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins so
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # a spreadsheet computes a cell that begins so
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # and is right to
 
 Columns = dict[str, Sequence[str] | np.ndarray]

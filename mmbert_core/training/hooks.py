@@ -169,7 +169,11 @@ def on_test_epoch_end(
     `judgement` is rank 0's: the others may not have it.
     """
     result = gather_results(outputs, len(dataset))
-    return distributed.on_main(lambda: write_results(result, dataset, folder, config=config, class_names=class_names, judgement=judgement)), result
+
+    def write() -> dict[str, Any]:
+        return write_results(result, dataset, folder, config=config, class_names=class_names, judgement=judgement)
+
+    return distributed.on_main(write, patient=True), result
 
 
 def columns_of(result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], judgement: Judgement) -> Columns:
@@ -186,6 +190,9 @@ def write_results(
 ) -> dict[str, Any]:
     """Rank 0 only. Scored rows as a prediction file, figures and pictures in `folder`; returns the figures."""
     figures: dict[str, Any] = {"test/num_rows": len(dataset)}
+    broken = np.flatnonzero(~np.isfinite(result.preds.reshape(len(dataset), -1)).all(axis=1)) if len(dataset) else ()
+    if len(broken):
+        logger.warning("probabilities that are no numbers: %d of %d rows, first %s: their pred says nothing", len(broken), len(dataset), dataset.where(broken[0]))
     if dataset.has_labels:
         if result.labels is not None:  # else rows of a prediction, which has no loss
             figures["test_loss"] = result.loss
@@ -202,7 +209,7 @@ def draw(preds: np.ndarray, labels: np.ndarray, folder: Path, class_names: Seque
     """Rank 0 only. Pictures are an extra: whatever goes wrong with them, the figures are written."""
     try:
         if not write_plots(preds, labels, folder, class_names=class_names, threshold=threshold):
-            logger.info("no pictures of the test: they need matplotlib (extra `plots`) and labelled rows")
+            logger.info("no pictures of the test: they need matplotlib (extra `plots`) and labelled rows of several classes")
     except Exception as error:  # noqa: BLE001 - matplotlib, fonts, disks
         logger.warning("no pictures of the test: %s: %s", type(error).__name__, error)
 

@@ -248,14 +248,17 @@ def validate(run: Run) -> bool:
 def judge(run: Run, values: dict[str, Any]) -> bool:
     """Compare with the best validation so far; count the ones in a row that were not better."""
     state, name = run.state, run.config.early_stop_metric
-    if values[name] is None and name != "val_loss":
+    if values[name] is None and values["val_loss"] is not None:
         logger.warning("%s is undefined on these validation rows (%s): val_loss decides", name, values.get("undefined", {}).get(name))
         name = "val_loss"
     value = values[name]
     if value is None:
+        logger.warning("there is no figure to compare step %d by: it cannot be the best", state.step)
         better = False
-    elif state.best_value is None or state.best_metric != name:
+    elif state.best_value is None:
         better = True
+    elif state.best_metric != name:  # the one that was asked for counts more
+        better = name == run.config.early_stop_metric
     else:
         better = value < state.best_value if name in LOWER_IS_BETTER else value > state.best_value
     if better:
@@ -264,7 +267,8 @@ def judge(run: Run, values: dict[str, Any]) -> bool:
     state.bad_validations += 1
     if state.bad_validations >= run.config.early_stop_patience and state.step < run.plan.total_steps:
         state.finished = True
-        run.log.say(f"early stop: {state.bad_validations} validations in a row without a better {name} than {state.best_value} at step {state.best_step}")
+        than = "" if state.best_step is None else f" than {state.best_value} at step {state.best_step}"
+        run.log.say(f"early stop: {state.bad_validations} validations in a row without a better {name}{than}")
     return False
 
 
@@ -299,7 +303,7 @@ def finish(run: Run) -> dict[str, Any]:
     val_preds = validation_of_best(run)
     with phase("threshold, calibration and baselines"):
         made: list[LoadedModel] = []  # rank 0's: the others need none
-        distributed.on_main(lambda: made.append(assessed_model(run, val_preds)))
+        distributed.on_main(lambda: made.append(assessed_model(run, val_preds)), patient=True)
     with phase("writing the model folder"):
         distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), made[0]))
     run.log.say(f"model of step {best} written to {run.folder}")
@@ -354,7 +358,7 @@ def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
         raise Stopped("stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test")
     judgement = made.judgement if made else None
     figures, result = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, judgement=judgement)
-    distributed.on_main(lambda: report(run, made, result, figures, folder))
+    distributed.on_main(lambda: report(run, made, result, figures, folder), patient=True)
     run.log.record({"step": run.state.step, **{name: value for name, value in figures.items() if name.startswith("test")}})
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")
     return figures, folder

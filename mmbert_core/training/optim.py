@@ -25,13 +25,13 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     """'fp32', 'bf16' or 'fp16': what is used for what was asked, with a warning where they differ."""
     if device.type != "cuda":
         if asked in ("bf16", "fp16"):
-            logger.warning("precision %s asked for, but there is no GPU: training in fp32", asked)
+            logger.warning("precision %s asked for, but there is no GPU: fp32 is used", asked)
         return "fp32"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "auto":
         return "bf16" if has_bf16 else "fp16"
     if asked == "bf16" and not has_bf16:
-        logger.warning("precision bf16 asked for, but this GPU has none: training in fp16")
+        logger.warning("precision bf16 asked for, but this GPU has none: fp16 is used")
         return "fp16"
     return asked
 

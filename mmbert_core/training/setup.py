@@ -110,7 +110,8 @@ def settled_pooling(config: Config) -> str:
         return config.pooling
     try:
         record = read_json(Path(config.model_path) / "config.json")
-        pooling = record["resolved"]["pooling"] if record["config"]["encoder"] == config.encoder else None
+        is_same = (record["config"]["encoder"], record["config"]["pooling"]) == (config.encoder, "auto")
+        pooling = record["resolved"]["pooling"] if is_same else None
     except (OSError, ValueError, KeyError, TypeError):
         return config.pooling
     return pooling if pooling in POOLINGS else config.pooling
@@ -257,7 +258,10 @@ def place_model(model: MultimodalBert, found: Checkpoint | None, data: Data, tas
 def settle_parts(config: Config, data: Data, ddp_model: nn.Module, task: Task, context: DistContext) -> dict[str, int]:
     """Collective. The micro-batches of a step as asked (or `auto`), and as they fit into memory."""
     device, train = context.device.type, data.train
-    rows_at_once = max(1, int(TOKENS_AT_ONCE[device] / max(1.0, train.lengths.mean()))) if train.packed else ROWS_AT_ONCE[device]
+    if train.packed:
+        rows_at_once = max(1, int(TOKENS_AT_ONCE[device] / max(1.0, train.lengths.mean())))
+    else:
+        rows_at_once = ROWS_AT_ONCE[device] if config.text_name else config.batch_size
     asked = settle_micro_batches(config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=rows_at_once)
     used = settle_by_trial(asked, ddp_model, data.train, task=task, config=config)
     if config.microbatches_per_step == "auto":

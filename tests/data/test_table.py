@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -267,3 +268,33 @@ def test_rows_as_dicts_give_the_same_chunk():
         records_to_chunk(records, ["extra"])
     with pytest.raises(InputError, match="data row 1, column 's': expected a single value"):
         records_to_chunk([{"s": ["x", "y"]}], ["s"])
+    for number, rows in ((1, [{"s": "x"}, {"s": "y", "id": "1"}]), (2, [{"s": "x", "id": "1"}, {"s": "y"}])):  # whose id would be lost
+        with pytest.raises(InputError, match=f"data row {number}: column 'id' not found"):
+            records_to_chunk(rows, ["s"], ["id"])
+    with pytest.raises(InputError, match="data row 1, column 's': expected .* found a NUL character"):
+        records_to_chunk([{"s": "a\0b"}], ["s"])
+
+
+def test_parquet_cells_that_python_cannot_hold(tmp_path):
+    columns = {
+        "far": pyarrow.array([2**60], pyarrow.timestamp("ms")), "day": pyarrow.array([2**30], pyarrow.date32()),
+        "long": pyarrow.array([2**60], pyarrow.duration("s")), "zone": pyarrow.array([0], pyarrow.timestamp("ms", tz="No/Where")),
+    }  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    for column in columns:
+        assert error_of(tmp_path / "t.parquet", [column]).startswith(f"FILE row 1 or after, column '{column}': cannot be read as ")
+
+
+def test_a_nul_character_in_json(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"a": "x\\u0000y", "b": 1}\n')
+    assert error_of(tmp_path / "t.jsonl").startswith("FILE row 1 (line 1), column 'a': expected text") and "NUL" in error_of(tmp_path / "t.jsonl")
+
+
+def test_a_packed_file_under_another_name(tmp_path):
+    (tmp_path / "t.csv").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+    assert "the file is packed by gzip: its name should end in .gz" in error_of(tmp_path / "t.csv")
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "t.csv")
+    assert "expected a file, found a pipe or a device" in error_of(tmp_path / "t.csv")

@@ -218,7 +218,7 @@ def test_gradients_that_no_loss_scale_helps_stop_the_run():
 @pytest.mark.parametrize("asked", ("auto", "fp32", "bf16", "fp16"))
 def test_the_cpu_trains_in_fp32_and_says_so_when_asked_for_less(asked, caplog):
     assert resolve_precision(asked, CPU) == "fp32"
-    expected = [f"precision {asked} asked for, but there is no GPU: training in fp32"] if asked in ("bf16", "fp16") else []
+    expected = [f"precision {asked} asked for, but there is no GPU: fp32 is used"] if asked in ("bf16", "fp16") else []
     assert warnings_in(caplog) == expected
 
 

@@ -114,6 +114,18 @@ def test_auto_pooling_stays_what_it_was_when_the_run_began(finished, monkeypatch
     assert content(Path(finished.model_path)) == before
 
 
+def test_auto_pooling_of_a_run_that_had_none_is_decided_anew(finished):
+    """Stopped before its first checkpoint, a run may begin again with other settings."""
+    path = Path(finished.model_path) / "config.json"
+    before = path.read_text()
+    record = json.loads(before)
+    path.write_text(json.dumps({**record, "config": {**record["config"], "pooling": "cls"}, "resolved": {**record["resolved"], "pooling": "cls"}}))
+    try:
+        assert setup.settled_pooling(finished) == "auto"
+    finally:
+        path.write_text(before)
+
+
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_changed_setting_stops_a_started_run_before_it_writes(finished, key):
     new = getattr(finished, "val_path") if REFUSED[key] == "val_path" else REFUSED[key]

@@ -46,6 +46,7 @@ def test_early_stop_after_patience_and_the_best_step_is_the_model(config_of, cap
         ("val/f1_score", [0.1, 0.0, 0.2, 0.1, 0.3, 0.2, 0.2], 5, 7),
         ("val_loss", [0.5, 0.6, 0.4, 0.5, 0.4], 3, 5),
         ("val/ece", [0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.05, 0.04, 0.03, 0.02], 10, 10),
+        ("val/f1_score", [None, 0.2, None, 0.1], 2, 4),  # val_loss stands in, and gives way
         ("val_loss", [None, None], 2, 2),  # nothing to choose by: the last step
         ("val_loss", [None, 0.9, None, 0.8, None, 0.9], 4, 6),
     ],
