@@ -137,7 +137,11 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
     interval = figures["intervals"].get(key)
     beside = f"{metric} {value:.4f} beside {rivals[best]:.4f} ({best})"
     if value > rivals[best]:
-        doubt = ", but no interval says by how much it may be chance" if interval is None else ", but by less than its interval is wide" if interval[0] <= rivals[best] else ""
+        doubt = ""
+        if interval is None:
+            doubt = ", but no interval says by how much it may be chance"
+        elif interval[0] <= rivals[best]:
+            doubt = ", but by less than its interval is wide"
         return f"The model is above all baselines{doubt}: {beside}." + missing
     return (
         f"The model does not beat its baselines: {beside}. Try a higher lr (small encoders need 2e-4 rather than 2e-5), a head_lr of 1e-3, "

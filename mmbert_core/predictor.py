@@ -224,9 +224,8 @@ class Predictor:
                 preds = made[0] if isinstance(made, tuple) else made
                 results.append(BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0))
         result = hooks.gather_results(results, len(dataset))
-        if not np.isfinite(result.preds).all():
-            row = int(np.argwhere(~np.isfinite(result.preds))[0, 0])
-            raise RunError(f"{dataset.where(row)}: its probability is no number in {self.task.precision}: choose another precision, or fp32")
+        if len(broken := hooks.broken_rows(result.preds)):
+            raise RunError(f"{dataset.where(broken[0])}: its probability is no number in {self.task.precision}: choose another precision, or fp32")
         return result
 
     def _columns(self, dataset: Dataset, result: EpochResult) -> Columns:

@@ -185,12 +185,17 @@ def columns_of(result: EpochResult, dataset: Dataset, *, config: Config, class_n
     )  # fmt: skip
 
 
+def broken_rows(preds: np.ndarray) -> np.ndarray:
+    """Positions of the rows, of [N] or [N, K] probabilities, with one that is no finite number."""
+    return np.unique(np.argwhere(~np.isfinite(preds))[:, 0])
+
+
 def write_results(
     result: EpochResult, dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str], judgement: Judgement
 ) -> dict[str, Any]:
     """Rank 0 only. Scored rows as a prediction file, figures and pictures in `folder`; returns the figures."""
     figures: dict[str, Any] = {"test/num_rows": len(dataset)}
-    broken = np.flatnonzero(~np.isfinite(result.preds.reshape(len(dataset), -1)).all(axis=1)) if len(dataset) else ()
+    broken = broken_rows(result.preds)
     if len(broken):
         logger.warning("probabilities that are no numbers: %d of %d rows, first %s: their pred says nothing", len(broken), len(dataset), dataset.where(broken[0]))
     if dataset.has_labels:
