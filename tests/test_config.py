@@ -235,6 +235,7 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch, words, key, value):
         ({"val_check_interval": 0}, "val_check_interval: expected a share of an epoch"),
         ({"early_stop_metric": "f1_score"}, "early_stop_metric: expected val_loss or val/<metric>, found 'f1_score'"),
         ({"model_path": " "}, "model_path: expected a folder"),
+        ({"cache_path": "a\0b"}, "cache_path: expected a path, found a NUL character"),
         ({"seed": 2**70}, "seed: expected a number below 2**63"),
         ({"resume": "yes please"}, "resume: expected auto or never or a whole number, found 'yes please'"),
     ],

@@ -243,6 +243,8 @@ def test_the_command_says_what_it_compared(plain, tmp_path, capsys):
     assert "37 rows of" in told and "differ from PyTorch's by at most" in told and "model.pt2" in told
     assert cli.main(["export", str(folder / "run"), str(tmp_path / "new" / "exported"), "--format", "torch_export"]) == 2
     assert "expected a new or empty folder, found files in it" in capsys.readouterr().err
+    with pytest.raises(InputError, match="found the one that this command runs in"):
+        export.check_request(Path("."), "onnx")
     assert cli.main(["export", str(folder / "run"), str(tmp_path / "x"), "--format", "onnx", "--chek", "f"]) == 2
     assert "did you mean '--check'?" in capsys.readouterr().err
 

@@ -399,3 +399,17 @@ def test_predictions_do_not_depend_on_threads_left_by_a_caller(tables, tmp_path)
     torch.set_num_threads(2)
     predict(tables / "run", tables / "test.csv", tmp_path / "out.tsv")
     assert torch.get_num_threads() == 1
+
+
+def test_a_columns_only_step_is_not_cut_into_more_micro_batches_than_it_needs(tmp_path):
+    config = Config(**tiny.settings(tmp_path, text_name=(), batch_size=64, microbatches_per_step="auto", max_epochs=1))
+    results, _ = tiny.train(config)
+    assert results["microbatches_per_step"] == 1
+
+
+def test_more_processes_than_gpus_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["inspect", "no folder"]) == 2
+    assert "2 processes for 1 GPUs: all compute on the CPU" in capsys.readouterr().err
