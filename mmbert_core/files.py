@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed. Floor 0; imports errors."""
+"""Files that are either whole or absent: written under a temporary name, synced, renamed. Floor 0; imports errors, schema."""
 
 import fcntl
 import hashlib
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,12 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmbert_core.errors import InputError
+from mmbert_core.schema import Check, check_structure, parse_json
 
 logger = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".tmp-"
 LOCK = "run.lock"
 MEGABYTE = 2**20
+MAX_JSON_BYTES = 64 * MEGABYTE  # of a JSON file that is read whole; values take several times that in memory
 
 
 def sync_path(path: Path) -> None:
@@ -66,12 +69,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; `ValueError` names the file when it is not JSON."""
+def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file, whose structure is as `check` declares. The one place where files of JSON are read.
+
+    Raises `InputError`, one line that names the file (and the key), for what is not JSON, what `schema.parse_json` refuses,
+    a file of more than `max_bytes`, no plain file, and another structure. Raises `OSError` for a file that cannot be read.
+    """
+    path = Path(path)
+    if stat.S_ISREG(path.stat().st_mode) or path.is_dir():  # opening a pipe would wait for its writer
+        with open(path, "rb") as stream:
+            content = stream.read(max_bytes + 1)
+    else:
+        raise InputError(f"{path}: expected a file, found a device or a pipe")
+    if len(content) > max_bytes:
+        raise InputError(f"{path}: expected at most {max_bytes / MEGABYTE:g} MB of JSON, found more")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
+        value = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file ({' '.join(str(error).split())[:200]})") from None
+    if check is not None:
+        check_structure(value, check, str(path))
+    return value
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
