@@ -104,7 +104,9 @@ def decision(loaded: LoadedModel) -> list[str]:
     lines = ["The class of the largest probability is predicted."]
     if loaded.config.is_binary:
         why = f" ({threshold.reason})" if threshold.reason else f", by the rule `{threshold.rule}` on {threshold.rows:,} validation rows"
-        lines = [f"A row counts as `{markdown(loaded.labels.names[1])}` when its probability is above {threshold.value:.6g}{why}."]
+        above = f"A row counts as `{markdown(loaded.labels.names[1])}` when its probability is above {threshold.value:.6g}"
+        every = f"Every row counts as `{markdown(loaded.labels.names[1])}`, also those with a probability of exactly 0"
+        lines = [f"{above if threshold.value >= 0 else every}{why}."]
     if calibration.reason:
         return [*lines, f"Probabilities are not calibrated: {calibration.reason}."]
     return [*lines, f"`prob_calibrated` divides logits by {calibration.temperature:.4f}; expected calibration error on the validation rows {number(calibration.ece_before)} before, {number(calibration.ece_after)} after."]

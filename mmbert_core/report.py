@@ -278,7 +278,7 @@ def errors_section(scored: Scored) -> Section:
 
 def distance_to(threshold: float, preds: np.ndarray) -> np.ndarray:
     """0 for a probability [N] at the threshold, 1 for one at the end of its side: so misses and false alarms compare."""
-    preds = preds.astype(np.float64)
+    preds, threshold = preds.astype(np.float64), max(threshold, 0.0)
     return np.where(preds > threshold, (preds - threshold) / max(1 - threshold, EPS), (threshold - preds) / max(threshold, EPS))
 
 

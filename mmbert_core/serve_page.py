@@ -163,7 +163,8 @@ function percent(share) { return (100 * share).toFixed(1) + " %"; }
 function showClasses(prediction) {
   const shares = probabilities(prediction);
   at("summary").textContent = `${about.label_name}: ${prediction.pred} (${percent(shares[about.labels.indexOf(prediction.pred)])})`;
-  const cut = about.is_binary ? `${about.labels[1]} is what lies above ${percent(about.threshold)}; ` : "";
+  const above = about.threshold < 0 ? `every row is ${about.labels[1]}; ` : `${about.labels[1]} is what lies above ${percent(about.threshold)}; `;
+  const cut = about.is_binary ? above : "";
   at("detail").textContent = `${cut}calibrated probability of ${about.is_binary ? about.labels[1] : prediction.pred}: ${percent(prediction.prob_calibrated)}`;
   at("bars").replaceChildren(...about.labels.map((label, index) => {
     const line = element("div", "", "class"), track = element("div", "", "track"), bar = element("div", "");

@@ -125,4 +125,4 @@ def auroc(scores: np.ndarray, is_positive: np.ndarray) -> float:
 
 def _area(ranks: np.ndarray, is_positive: np.ndarray) -> float:
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
-    return float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    return min(1.0, max(0.0, float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))))

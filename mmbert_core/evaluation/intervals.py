@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS
+from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS, within_range
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 
 LEVEL = 0.95
@@ -65,7 +65,12 @@ def affordable_metrics(names: Sequence[str], num_rows: int, draws: int, *, num_c
 def weighted_metric(
     name: str, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float = BINARY_THRESHOLD
 ) -> Metric:
-    """A metric of `metrics` as a function of the rows' weights; with all weights 1 it is that metric."""
+    """A metric of `metrics` as a function of the rows' weights, in its range; with all weights 1 it is that metric."""
+    metric = _weighted_metric(name, preds, labels, class_names, threshold)
+    return lambda weights: within_range(name, metric(weights))
+
+
+def _weighted_metric(name: str, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float) -> Metric:
     preds, labels = np.asarray(preds), np.asarray(labels, dtype=np.int64)
     chosen = predicted_classes(preds, threshold=threshold)
     preds = preds.astype(np.float64)

@@ -96,10 +96,16 @@ def compute_metrics(
                 raise _Undefined(reason)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchmetrics warns of what is handled here
-                values[key] = float(_metric_of(name, names)(scored))
+                values[key] = within_range(name, float(_metric_of(name, names)(scored)))
         except _Undefined as error:
             values[key], undefined[key] = None, str(error)
     return MetricValues(values, undefined)
+
+
+def within_range(name: str, value: float) -> float:
+    """A metric's value in its range of 0 to 1 (mcc -1 to 1, log_loss from 0): sums of rounded terms reach 1.0000001. NaN stays."""
+    low, high = {"mcc": (-1.0, 1.0), "log_loss": (0.0, np.inf)}.get(name, (0.0, 1.0))
+    return min(max(value, low), high)
 
 
 def check_metric_choices(metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices") -> None:

@@ -98,25 +98,31 @@ def threshold(part: Part, report: Part) -> str:
     """The chosen threshold, what it brings on these rows and brought on those that it was chosen on, and what others would."""
     rows = sorted((row for row in part.get("table") or [] if is_number(row.get("threshold"))), key=lambda row: row["threshold"])
     here: Part = next((row for row in rows if row["threshold"] == part.get("value")), {})
-    big = [("threshold", decimals(part.get("value"))), *((key, decimals(here.get(key))) for key in RATES)]
+    big = [("threshold", _threshold(part.get("value"))), *((key, decimals(here.get(key))) for key in RATES)]
     big.append(("alerts per 1,000 rows", decimals(here.get("alerts_per_1000"), 1)))
     made = cards((card(label, value) for label, value in big), kind="small")
     there = ", ".join(f"{key} {decimals(part[key])}" for key in RATES if is_number(part.get(key)))
     made += f"<p>Rule <code>{text(part.get('rule') or NOTHING)}</code>, chosen on {text(part.get('chosen_on') or NOTHING)}{f' with {there}' if there else ''}. "
-    made += f"A row above the threshold counts as class {name(_positive(report))}.</p>"
+    counted = "Every row" if is_number(part.get("value")) and part["value"] < 0 else "A row above the threshold"
+    made += f"{counted} counts as class {name(_positive(report))}.</p>"
     made += note(text(part["reason"]) + ".") if part.get("reason") else ""
     if not rows:
         return made
-    curves = [Curve(key, *_points([row["threshold"] for row in rows], [row.get(key) for row in rows]), style) for style, key in enumerate(RATES)]
-    guides = [Guide((part["value"], 0), (part["value"], 1), "chosen")] if is_number(part.get("value")) else []
+    curves = [Curve(key, *_points([max(row["threshold"], 0) for row in rows], [row.get(key) for row in rows]), style) for style, key in enumerate(RATES)]
+    guides = [Guide((max(part["value"], 0), 0), (max(part["value"], 0), 1), "chosen")] if is_number(part.get("value")) else []
     words = "Precision, recall and F1 by threshold"
     svg = charts.plot(curves, Axis("threshold"), Axis("value"), title=words, desc=f"{len(rows)} thresholds; the table has the figures", guides=guides)
     heads = ["threshold", ">precision", ">recall", ">f1", ">alerts per 1,000", ">false alerts per 1,000"]
     cells = []
     for row in reversed(rows):
         alerts = (decimals(row.get(key), 1) for key in ("alerts_per_1000", "false_alerts_per_1000"))
-        cells.append([figure(row["threshold"], 4), *(decimals(row.get(key)) for key in RATES), *alerts])
+        cells.append([_threshold(row["threshold"], figure), *(decimals(row.get(key)) for key in RATES), *alerts])
     return made + beside(chart(words, svg, legend(curves)), table("What each threshold brings", heads, cells))
+
+
+def _threshold(value: Any, written: Callable[[Any, int], str] = decimals) -> str:
+    """A threshold with 4 digits; the one below 0 is not a probability but stands for every row."""
+    return "every row" if is_number(value) and value < 0 else written(value, 4)
 
 
 def calibration(part: Part, report: Part) -> str:
@@ -225,8 +231,8 @@ def scores(part: Part, report: Part) -> str:
     label = f"probability of {short(_positive(report))}" if report.get("task") == "binary" else "probability of the chosen class"
     words = "Rows by probability"
     desc = "; ".join(f"{short(title)}: {count(sum(column))} rows" for title, column in counts.items())
-    svg = charts.histograms(edges, counts, label=label, title=words, desc=desc, mark=chosen if is_number(chosen) else None)
-    under = note(f"Dashed: the threshold, {decimals(chosen)}.") if is_number(chosen) else ""
+    svg = charts.histograms(edges, counts, label=label, title=words, desc=desc, mark=max(chosen, 0) if is_number(chosen) else None)
+    under = note(f"Dashed: the threshold, {_threshold(chosen)}.") if is_number(chosen) else ""
     rows = [[f"{figure(low)}–{figure(high)}", *(count(value) for value in values)] for low, high, *values in zip(edges, edges[1:], *counts.values())]
     return chart(words, svg, under) + details("These figures as a table", table(words, [text(label), *(f">{name(title)}" for title in counts)], rows))
 

@@ -1,6 +1,6 @@
 """Parts of a report that follow from predictions and labels alone, as JSON values. Floor 1.
 
-Imports judgement, predictions, thresholds. N rows, K classes. A part that cannot be is `{"reason": why}`.
+Imports judgement, metrics, predictions, thresholds. N rows, K classes. A part that cannot be is `{"reason": why}`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmbert_core.evaluation.judgement import Judgement
+from mmbert_core.evaluation.metrics import within_range
 from mmbert_core.evaluation.predictions import predicted_classes
 from mmbert_core.evaluation.thresholds import Cuts, at, cuts_of
 
@@ -66,7 +67,7 @@ def roc_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str
     for name, cuts in _cuts_by_class(preds, labels, class_names):
         false = (cuts.found - cuts.true) / (cuts.found[-1] - cuts.true[-1])
         x, y = thinned(false, cuts.recall)
-        curves[name] = {"x": x, "y": y, "area": float(np.trapezoid(cuts.recall, false))}
+        curves[name] = {"x": x, "y": y, "area": within_range("auroc", float(np.trapezoid(cuts.recall, false)))}
     return {"curves": curves} if curves else {"reason": "one class only in the labels"}
 
 
@@ -75,7 +76,7 @@ def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names:
     for name, cuts in _cuts_by_class(preds, labels, class_names):
         precision = np.append(cuts.precision[1], cuts.precision[1:])  # of no rows: as of the first
         x, y = thinned(cuts.recall, precision)
-        area = float(np.diff(cuts.recall) @ cuts.precision[1:])
+        area = within_range("average_precision", float(np.diff(cuts.recall) @ cuts.precision[1:]))
         curves[name] = {"x": x, "y": y, "area": area, "share": float(cuts.true[-1] / cuts.rows)}
     return {"curves": curves} if curves else {"reason": "one class only in the labels"}
 

@@ -14,6 +14,7 @@ import numpy as np
 from mmbert_core.errors import InputError
 
 HALF = "half"
+EVERY_ROW = -1.0  # the threshold below a probability of exactly 0, which no threshold of 0 to 1 is
 RULES = {
     HALF: "one half, whatever the validation rows say",
     "best_f1": "where F1 of class 1 is highest",
@@ -25,7 +26,10 @@ RULES = {
 
 @dataclass(frozen=True)
 class Threshold:
-    """A row is class 1 when its probability is above `value`; the figures are those of the rows that it was chosen on."""
+    """A row is class 1 when its probability is above `value`; the figures are those of the rows that it was chosen on.
+
+    `value` is 0 to 1, or EVERY_ROW where also rows with a probability of exactly 0 are class 1.
+    """
 
     value: float
     rule: str
@@ -41,9 +45,10 @@ class Threshold:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Threshold:
-        """Raises `ValueError` for a value that is no probability."""
-        if not (isinstance(values["value"], (int, float)) and 0 <= values["value"] <= 1):
-            raise ValueError(f"expected a threshold from 0 to 1, found {values['value']!r}")
+        """Raises `ValueError` for a value that is neither a probability nor EVERY_ROW."""
+        value = values["value"]
+        if isinstance(value, bool) or not (isinstance(value, (int, float)) and (0 <= value <= 1 or value == EVERY_ROW)):
+            raise ValueError(f"expected a threshold from 0 to 1 (or {EVERY_ROW:g}: every row is class 1), found {value!r}")
         return cls(**values)
 
 
@@ -51,7 +56,7 @@ class Threshold:
 class Cuts:
     """Every way to cut the rows in two by their probability, from none above [D + 1] to all."""
 
-    values: np.ndarray  # [D + 1] thresholds: halfway between neighbours, above the highest, below the lowest
+    values: np.ndarray  # [D + 1] thresholds: between neighbours, above the highest, below the lowest
     found: np.ndarray  # [D + 1] rows above
     true: np.ndarray  # [D + 1] rows of class 1 above
     rows: int
@@ -71,12 +76,19 @@ class Cuts:
 
 
 def cuts_of(preds: np.ndarray, labels: np.ndarray) -> Cuts:
-    """`preds` [N] probabilities of class 1, `labels` [N] 0 or 1, a 1 among them."""
+    """`preds` [N] probabilities of class 1, `labels` [N] 0 or 1, a 1 among them.
+
+    `found` and `true` are those of the rows with `preds > values`, for every dtype and however near the probabilities are.
+    """
     order = np.argsort(-preds, kind="stable")
     scores = preds[order].astype(np.float64)
     ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
     distinct = scores[ends]
-    values = np.concatenate([[(1 + distinct[0]) / 2], (distinct[:-1] + distinct[1:]) / 2, [distinct[-1] / 2]])
+    above, below = distinct[:-1], distinct[1:]
+    halfway = (above + below) / 2
+    between = np.where(halfway < above, halfway, below)  # float64 has nothing between neighbours: the lower one is not above itself
+    lowest = distinct[-1] / 2 if distinct[-1] > 0 else EVERY_ROW
+    values = np.concatenate([[(1 + distinct[0]) / 2], between, [lowest]])
     true = np.cumsum(labels[order] == 1)[ends]
     return Cuts(values, np.append(0, ends + 1), np.append(0, true), len(preds))
 
@@ -130,7 +142,7 @@ def at(preds: np.ndarray, labels: np.ndarray, value: float, rule: str) -> Thresh
         precision=true / int(found.sum()) if found.any() else 0.0,
         recall=true / positives if positives else None,
         f1=2 * true / (int(found.sum()) + positives) if found.any() or positives else None,
-        alerts_per_1000=1000 * float(found.mean()),
+        alerts_per_1000=1000 * int(found.sum()) / len(labels),
         rows=len(labels),
     )
 
@@ -140,5 +152,5 @@ _CHOICES: dict[str, Callable[[Cuts, Any], tuple[np.ndarray, np.ndarray]]] = {
     "best_f1": lambda cuts, _: (cuts.f1, cuts.found > 0),
     "recall_at_precision": lambda cuts, least: (cuts.recall, (cuts.precision >= least) & (cuts.found > 0)),
     "precision_at_recall": lambda cuts, least: (cuts.precision, cuts.recall >= least),
-    "alerts_per_1000": lambda cuts, most: (cuts.found, (1000 * cuts.found <= most * cuts.rows) & (cuts.found > 0)),
+    "alerts_per_1000": lambda cuts, most: (cuts.found, (1000 * cuts.found / cuts.rows <= most) & (cuts.found > 0)),
 }

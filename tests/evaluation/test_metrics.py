@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
+from mmbert_core.data import leaks
 from mmbert_core.errors import InputError
-from mmbert_core.evaluation.metrics import EPS, METRICS, compute_metrics
+from mmbert_core.evaluation.intervals import weighted_metric
+from mmbert_core.evaluation.metrics import EPS, METRICS, compute_metrics, within_range
 
 BINARY = (*METRICS, "average_precision_class_no", "average_precision_class_yes")
 SEVERAL = (*METRICS, *(f"average_precision_class_{name}" for name in "abcd"))
@@ -211,3 +213,23 @@ def test_one_half_is_class_0_and_a_tie_the_first_class():
 def test_arrays_that_do_not_fit(preds, labels, task, num_classes, words):
     with pytest.raises(ValueError, match=words):
         compute_metrics(preds, labels, ["accuracy"], task, num_classes, "val")
+
+
+@pytest.mark.parametrize("seed", [32, 48, 58, 60, 126, 162])  # whose sums in float32 come to 1.0000001
+def test_no_metric_leaves_its_range(seed: int) -> None:
+    """A perfect ranking has an AUROC of at most 1, in figures, draws of an interval and the search for leaks; a reversed one at least 0."""
+    rng = np.random.default_rng(seed)
+    num_rows = int(rng.integers(20, 3000))
+    labels = (rng.random(num_rows) < rng.random()).astype(np.int64)
+    labels[:2] = 0, 1
+    preds = np.where(labels == 1, 0.5 + rng.random(num_rows) / 2, rng.random(num_rows) / 2).astype(np.float32)
+    weights = rng.poisson(1, num_rows).astype(np.float64)
+    for scores, expected in ((preds, 1.0), (1 - preds, 0.0)):
+        values = compute_metrics(scores, labels, METRICS, "binary", 2, "x").values
+        assert values["x/auroc"] == pytest.approx(expected, abs=1e-6)
+        assert all(0 <= value <= 1 for name, value in values.items() if name not in ("x/mcc", "x/log_loss")) and -1 <= values["x/mcc"] <= 1
+        drawn = [weighted_metric(name, scores, labels, ["0", "1"])(weights) for name in ("auroc", "average_precision", "average_precision_class_0")]
+        assert all(0 <= value <= 1 for value in [*drawn, leaks.auroc(scores, labels == 1)])
+    for name in ("auroc", "mcc", "log_loss"):
+        assert np.isnan(within_range(name, float("nan")))
+    assert (within_range("auroc", 1.0000001), within_range("auroc", -1e-9), within_range("mcc", -1.1), within_range("log_loss", 7.0)) == (1.0, 0.0, -1.0, 7.0)

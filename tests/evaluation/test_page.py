@@ -336,3 +336,13 @@ def test_numbers_that_are_none_or_not_finite_are_no_error():
 def test_a_big_report_makes_a_page_of_less_than_two_megabytes():
     html = render(reports.big_report())
     assert 500_000 < len(html.encode("utf-8")) < 2_000_000
+
+
+def test_a_threshold_of_every_row_is_said_in_words():
+    report = reports.binary_report()
+    report["threshold"] |= {"value": -1.0}
+    report["threshold"]["table"].append({"threshold": -1.0, "precision": 0.8, "recall": 1.0, "f1": 0.9, "alerts_per_1000": 1000.0, "false_alerts_per_1000": 200.0})
+    made = sections_of(render(report))
+    assert "Every row counts as class" in made["threshold"].text and row_of(made["threshold"], "every row")[2] == "1.0000"
+    assert "Dashed: the threshold, every row." in made["scores"].text
+    assert "-1.0" not in made["threshold"].text + made["scores"].text
