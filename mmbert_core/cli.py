@@ -48,6 +48,7 @@ from mmbert_core.model_folder import load_model_folder
 from mmbert_core.predictor import STANDARD, Predictor
 from mmbert_core.report import PAGE, render_again
 from mmbert_core.serve import run_server
+from mmbert_core.streams import open_closed_streams, protect_streams, while_it_is_read
 from mmbert_core.training.loop import fit
 from mmbert_core.training.memory import is_out_of_memory
 from mmbert_core.training.setup import check_no_links, prepare_model, read_for_all_ranks
@@ -74,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.freeze()  # the million objects that imports made stay: collections while rows are read need not look at them
     try:
         arguments = parse(argv)
-        return COMMANDS[arguments.command](arguments, context)
+        exit_code = COMMANDS[arguments.command](arguments, context)
+        sys.stdout.flush()  # here, where a full disk behind it is still told
+        return exit_code
     except InputError as error:
         distributed.wait_for_local_main()
         say_error(str(error))
@@ -91,13 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         tell(error, context)
         raise
-
-
-def open_closed_streams() -> None:
-    """A caller may have closed standard streams (`>&-`): nothing is read from those, and what is written there is lost."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the life of the process
 
 
 def tell(error: Exception, context: DistContext) -> None:
@@ -227,16 +223,6 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
     return 0
 
 
-@contextmanager
-def while_it_is_read() -> Iterator[None]:
-    """Standard output whose reader, such as `| head`, has seen enough ends what is done here, and is no failure."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Predictor:
     distributed.set_threads(arguments.num_threads or "auto", context)
     predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold)
@@ -291,8 +277,7 @@ def ablate(arguments: argparse.Namespace, context: DistContext) -> int:
 def inspect(arguments: argparse.Namespace, context: DistContext) -> int:
     lines = describe_model(Path(arguments.model_path))
     if context.is_main:
-        with while_it_is_read():
-            print("\n".join(lines))
+        print("\n".join(lines))
     return 0
 
 
@@ -331,6 +316,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
 def run() -> NoReturn:
     """Entry point of a process. torchrun's report gets rank and traceback of a failure by `record`; nothing is said twice."""
     exit_code = 1
+    protect_streams()
     with signals.caught():
         try:
             exit_code = distributed.record(main)() or 0  # None: `record` has swallowed the SystemExit of --help

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
@@ -198,8 +198,9 @@ def leave(exit_code: int) -> NoReturn:
     The interpreter's own end takes a second for the objects of torch and transformers, and what is left of a process group
     may wait there for ranks that are gone, or abort.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # `main` has told of a full disk
+            stream.flush()
     os._exit(exit_code)
 
 
