@@ -22,6 +22,7 @@ from mmbert_core.config_reader import config_from_dict
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import load_tokenizer
+from mmbert_core.encoder_files import Shapes, read_shapes
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.evaluation.baselines import Baselines
 from mmbert_core.evaluation.calibration import Calibration
@@ -37,6 +38,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 ENCODER, THRESHOLDS, BASELINES, BASELINE_WEIGHTS = "encoder", "thresholds.json", "baselines.json", "baselines.safetensors"
 SUMMARY, CARD = "summary.json", "README.md"  # for people, written after the test
+ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
 WEIGHTS = "model.safetensors"  # written last: a folder that has it is whole
 
 
@@ -154,7 +156,8 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         if not (folder / ENCODER).is_dir():
             raise InputError(f"{folder}: not a model folder: {ENCODER}/ is missing")
         tokenizer = load_tokenizer(str(folder / ENCODER))
-        encoder = build_encoder(str(folder / ENCODER))
+        encoder = build_encoder(str(folder / ENCODER), _encoder_shapes(folder / WEIGHTS))
+        check_length(config, encoder)
     try:
         if config.text_name:
             text = TextBertBase(encoder, pooling=resolved["pooling"], hidden_common_dim=config.hidden_common_dim)
@@ -163,6 +166,11 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:  # RuntimeError: names or shapes differ
         raise InputError(f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}") from None
     return LoadedModel(model.eval(), config, features, labels, tokenizer, resolved, _judgement_of(folder))
+
+
+def _encoder_shapes(path: Path) -> Shapes:
+    """Shapes of the encoder's tensors among the model's, under the encoder's own names; from the file's header alone."""
+    return {name.removeprefix(ENCODER_PREFIX): shape for name, shape in read_shapes(path).items() if name.startswith(ENCODER_PREFIX)}
 
 
 def _judgement_of(folder: Path) -> Judgement:

@@ -1,4 +1,4 @@
-"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors, hub, ahead.
+"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors, hub, encoder_files, ahead.
 
 N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmbert_core.data.ahead import one_ahead
+from mmbert_core.encoder_files import check_encoder_files
 from mmbert_core.errors import InputError
 from mmbert_core.hub import check_hub_answers, check_hub_name
 
@@ -40,6 +41,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     Raises `InputError` (one line) when there is none or it cannot be loaded without running code of its author.
     """
     name = str(name_or_folder)
+    if os.path.isdir(name):
+        check_encoder_files(name)
     try:
         tokenizer = _load(name, local_files_only=True)
     except InputError:

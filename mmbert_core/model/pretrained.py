@@ -1,4 +1,4 @@
-"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors and hub."""
+"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors, hub and encoder_files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,23 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from mmbert_core.encoder_files import (
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Shapes,
+    check_config_against_weights,
+    check_encoder_files,
+    check_shapes,
+    encoder_shapes,
+    settings_in,
+)
 from mmbert_core.errors import InputError
 from mmbert_core.hub import check_hub_answers, check_hub_name
 
 logger = logging.getLogger(__name__)
 
 SENTENCE_POOLING = "1_Pooling/config.json"
-SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # Keys of a config.json with which transformers would run code, or load weights, that we never want.
 REFUSED_KEYS = {
     "auto_map": "it needs code of its own (auto_map), which is never run; choose one that transformers knows",
@@ -44,8 +54,10 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
     """
     name = os.fspath(name_or_folder)
     if os.path.isdir(name):
-        _check_weight_files(name)
-        return _load(name, local_files_only=True)
+        with _naming_encoder(name):
+            _check_weight_files(name)
+            shapes = encoder_shapes(name)
+        return _load(name, local_files_only=True, shapes=shapes)
     check_hub_name(name)
     try:
         return _load(name, local_files_only=True)
@@ -71,12 +83,16 @@ def sentence_pooling(name_or_folder: str) -> str | None:
     return next((pooling for pooling, is_used in modes.items() if is_used is True), None)
 
 
-def build_encoder(folder: str) -> nn.Module:
-    """An encoder with random weights, float32, eval mode, from the config.json of a model folder (no weights read)."""
+def build_encoder(folder: str, shapes: Shapes | None = None) -> nn.Module:
+    """An encoder with random weights, float32, eval mode, from the config.json of a model folder (no weights read).
+
+    `shapes`: tensor -> shape of the weights to come, under the encoder's own names. Raises InputError, before anything
+    large is allocated, where the config asks for others.
+    """
     name = os.fspath(folder)
+    check_encoder_files(name)
     with _quiet_transformers(), _one_line(name):
-        _check_config(name, local_files_only=True)
-        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        config = _checked_config(name, local_files_only=True, shapes=shapes or {})
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
 
 
@@ -84,9 +100,9 @@ class _NotCached(InputError):
     """The hub's local cache does not have the files (yet)."""
 
 
-def _load(name: str, *, local_files_only: bool) -> tuple[nn.Module, bool]:
+def _load(name: str, *, local_files_only: bool, shapes: Shapes | None = None) -> tuple[nn.Module, bool]:
     with _quiet_transformers(), _one_line(name, not_cached=local_files_only and not os.path.isdir(name)):
-        _check_config(name, local_files_only=local_files_only)
+        _checked_config(name, local_files_only=local_files_only, shapes=shapes or {})
         encoder, report = AutoModel.from_pretrained(
             name,
             dtype=torch.float32,
@@ -114,38 +130,48 @@ def _load(name: str, *, local_files_only: bool) -> tuple[nn.Module, bool]:
 
 
 def _check_weight_files(folder: str) -> None:
+    check_encoder_files(folder)
     names = set(os.listdir(folder))
-    if "config.json" not in names:
+    if CONFIG not in names:
         raise InputError(f"encoder {folder!r}: expected config.json and model.safetensors in it, found no config.json")
     if "adapter_config.json" in names:
         raise InputError(f"encoder {folder!r}: it is a PEFT adapter; merge it into its encoder and save that first")
-    if any(name in names for name in SAFE_WEIGHTS):
+    if WEIGHTS in names or WEIGHTS_INDEX in names:
         return
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
     found = f"only pickled weights ({pickled[0]}), which are never loaded" if pickled else "none"
     raise InputError(f"encoder {folder!r}: expected weights in model.safetensors, found {found}")
 
 
-def _check_config(name: str, *, local_files_only: bool) -> None:
-    config, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
-    for key, value in _settings_in(config):
+def _checked_config(name: str, *, local_files_only: bool, shapes: Shapes) -> PretrainedConfig:
+    """The config, once nothing in it can run code or build more than the weights (`shapes`; {}: not known) have."""
+    settings, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
+    for key, value in settings_in(settings):
         if key in REFUSED_KEYS and value:
             raise InputError(f"encoder {name!r}: {REFUSED_KEYS[key]}")
         if IMPLEMENTATION in f"_{key}" and value not in PLAIN_IMPLEMENTATIONS:
             raise InputError(f"encoder {name!r}: its config chooses code to run, which is never fetched: expected {key} eager or sdpa, found {value!r:.80}")
-    if not isinstance(config.get("model_type"), str):
+    if not isinstance(settings.get("model_type"), str):
         raise InputError(f"encoder {name!r}: its config.json names no model_type")
+    error_prefix = f"encoder {name!r}: its config.json"
+    check_config_against_weights(settings, shapes, error_prefix=error_prefix)
+    config = AutoConfig.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+    if shapes:
+        with torch.device("meta"):  # names and shapes without memory
+            empty = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        expected = {own: tuple(parameter.shape) for own, parameter in empty.named_parameters()}
+        check_shapes(expected, shapes, error_prefix=error_prefix)
+    return config
 
 
-def _settings_in(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of a config with its value, those of configs within it too."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key, inner
-            yield from _settings_in(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _settings_in(inner)
+@contextmanager
+def _naming_encoder(name: str) -> Iterator[None]:
+    """A message on a file of the folder `name` begins with the encoder."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith("encoder ") else f"encoder {name!r}: {message.removeprefix(name + os.sep)}") from None
 
 
 @contextmanager
