@@ -104,11 +104,11 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
 def save_checkpoint(folder: Path, *, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
     """Rank 0 only. Write `step-<step>` whole; an existing folder of that step is replaced only by a complete one.
 
-    Raises `FloatingPointError` for weights that are no numbers, and `RunError` when the disk does not take it; then
-    nothing of it is left, and the older checkpoints are as they were.
+    Raises `RunError` for weights that are not finite, and when the disk does not take it; then nothing of it is left, and
+    the older checkpoints are as they were.
     """
     if not_finite := [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
-        raise FloatingPointError(f"step {state['step']}: {not_finite[0]} is not finite; no checkpoint written")
+        raise RunError(f"step {state['step']}: {not_finite[0]} is not finite; no checkpoint written")
     final = step_folder(folder, state["step"])
     check_space(folder, state["step"], weights, moments)
     try:

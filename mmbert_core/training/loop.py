@@ -30,6 +30,7 @@ from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model_folder import LoadedModel, save_model_folder
 from mmbert_core.report import PAGE, Scored, data_section, training_section, write_report
 from mmbert_core.training import checkpoint, hooks
+from mmbert_core.training.checkpoint import TrainState
 from mmbert_core.training.memory import return_freed_memory
 from mmbert_core.training.optim import optimizer_step
 from mmbert_core.training.run_log import format_seconds
@@ -37,6 +38,7 @@ from mmbert_core.training.setup import RESULTS, Run, already_finished, claimed_f
 
 logger = logging.getLogger(__name__)
 
+ROWS_TO_CHECK = 32  # training rows that stand in for validation rows where there are none
 STEPS_BETWEEN_TRIMS = 100  # sizes differ from step to step, and the holes that they leave in the heap add up: after 1,000 steps to twice what one needs
 
 
@@ -296,11 +298,16 @@ def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> 
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Collective. The best step's weights -> model folder -> test rows -> train_results.json."""
+    """Collective. The best step's weights -> model folder -> test rows -> train_results.json.
+
+    Raises `RunError`, before anything of the model is written, for one that no step has moved or whose probabilities are not finite.
+    """
+    distributed.on_main(lambda: check_some_steps_counted(run.state))
     best = run.state.best_step or run.state.step
     if best != run.state.step:
         run.model.load_state_dict(weights_for_all(run, best))
     val_preds = validation_of_best(run)
+    distributed.on_main(lambda: check_finite_predictions(run, best, val_preds))
     with phase("threshold, calibration and baselines"):
         made: list[LoadedModel] = []  # rank 0's: the others need none
         distributed.on_main(lambda: made.append(assessed_model(run, val_preds)), patient=True)
@@ -331,6 +338,38 @@ def validation_of_best(run: Run) -> np.ndarray | None:
         signals.ignore()
         raise Stopped("stopped by a signal while the validation rows were scored; the same command (resume: auto) goes on with that")
     return hooks.gather_results(outputs, len(run.data.val)).preds
+
+
+def check_some_steps_counted(state: TrainState) -> None:
+    """Rank 0 only. Raise `RunError` when every step was left out; warn when some were."""
+    what = "because their loss or gradient was not finite"
+    if state.skipped_steps >= state.step:
+        raise RunError(f"all {state.step} steps were left out {what}: nothing was trained, and no model is written; see the first of these errors")
+    if state.skipped_steps:
+        logger.warning("%d of %d steps were left out %s", state.skipped_steps, state.step, what)
+
+
+def check_finite_predictions(run: Run, step: int, val_preds: np.ndarray | None) -> None:
+    """Rank 0 only. Raise `RunError` unless the model of `step` gives every validation row, `val_preds` [N] or [N, K], finite probabilities.
+
+    Without validation rows the first training rows are scored instead.
+    """
+    dataset, preds = (run.data.train, first_predictions(run)) if val_preds is None else (run.data.val, val_preds)
+    non_finite_rows = hooks.broken_rows(preds)
+    if len(non_finite_rows):
+        raise RunError(
+            f"the model of step {step} gives probabilities that are not finite: {len(non_finite_rows)} of {len(preds)} {dataset.name} rows, first "
+            f"{dataset.where(int(non_finite_rows[0]))}; no model is written: choose another model_path with a lower lr, or gradient_clip_val: 1.0"
+        )
+
+
+def first_predictions(run: Run) -> np.ndarray:
+    """Probabilities [N] or [N, K] of the first `ROWS_TO_CHECK` training rows, by the weights as they are now."""
+    run.model.eval()
+    with torch.no_grad():
+        _, preds, _ = hooks.run_epoch(run.model, run.data.train.batch(np.arange(min(ROWS_TO_CHECK, len(run.data.train)))), "pred", task=run.task)
+    run.model.train()
+    return preds.numpy(force=True)
 
 
 def assessed_model(run: Run, val_preds: np.ndarray | None) -> LoadedModel:

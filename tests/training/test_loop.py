@@ -21,7 +21,7 @@ from mmbert_core.model import packing
 from mmbert_core.predictor import Predictor
 from mmbert_core.training import checkpoint, hooks, loop, setup
 from tests import tiny
-from tests.training.conftest import CONTEXT, NO_VALIDATION, NUM_ROWS, STEPS, before_each_step, lines_of, save_encoder, train
+from tests.training.conftest import CONTEXT, NO_VALIDATION, NUM_ROWS, STEPS, before_each_step, lines_of, save_encoder, train, warnings_in
 
 
 TRAIN_KEYS = {"step", "epoch", "train_loss", "lr", "grad_norm", "rows_per_second", "tokens_per_second", "padding_share"}
@@ -245,6 +245,68 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer_step(c
     assert all(value.isfinite().all() for value in load_file(checkpoint.find_checkpoint(checkpoints, "auto") / "model.safetensors").values())
     results, _, _ = train(config)
     assert results["steps"] == STEPS
+
+
+def assert_no_model(config):
+    """Nothing that passes for a model or a result; the same command says the same again."""
+    folder = Path(config.model_path)
+    assert not [name for name in ("model.safetensors", "train_results.json", "thresholds.json", "README.md") if (folder / name).exists()]
+    assert not list(folder.glob("multimodal_bert-*"))
+
+
+@pytest.mark.parametrize("what", ("loss", "gradient"))
+def test_a_run_whose_every_step_was_left_out_fails(config_of, files, monkeypatch, what):
+    config = config_of(on_nonfinite="skip", max_epochs=1, test_path=(str(files / "test.csv"),))
+
+    def act(run, order):
+        if what == "loss":
+            run.task.loss_op.forward = lambda logits, labels: math.nan * logits.sum(dim=1)
+        elif run.state.step == 0:
+            run.model.final_merge_network.linear_layer_final.bias.register_hook(lambda gradient: gradient * math.inf)
+
+    with monkeypatch.context() as patches:
+        before_each_step(patches, act)
+        with pytest.raises(RunError, match="all 5 steps were left out because their loss or gradient was not finite: nothing was trained, and no model is written"):
+            train(config)
+    assert_no_model(config)
+    with pytest.raises(RunError, match="all 5 steps were left out"):
+        train(config)
+
+
+@pytest.mark.parametrize("num_classes", (2, 3))
+@pytest.mark.parametrize("validated", (True, False))
+def test_a_model_of_predictions_that_are_not_finite_is_not_written(tmp_path, monkeypatch, validated, num_classes):
+    """Its weights are finite, but so large that it computes with infinity; after some steps, which count."""
+    changes = {} if validated else NO_VALIDATION
+    config = Config(**tiny.settings(tmp_path, num_rows=40, num_classes=num_classes, on_nonfinite="skip", max_epochs=1, **changes))
+
+    def act(run, order):
+        if run.state.step + 1 == 4:
+            run.model.final_merge_network.linear_layer_final.weight.data[:] = 3e38
+
+    with monkeypatch.context() as patches:
+        before_each_step(patches, act)
+        with pytest.raises(RunError) as error:
+            train(config)
+    rows = "23 of 23 val rows" if validated else "32 of 32 train rows"
+    assert f"the model of step 5 gives probabilities that are not finite: {rows}, first " in str(error.value) and "\n" not in str(error.value)
+    assert_no_model(config)
+    with pytest.raises(RunError, match="probabilities that are not finite"):
+        train(config)
+    assert_no_model(config)
+
+
+def test_a_best_step_before_the_weights_went_wrong_is_the_model(config_of, monkeypatch, caplog):
+    config = config_of(on_nonfinite="skip", max_epochs=2)
+
+    def act(run, order):
+        if run.state.step + 1 == 7:
+            run.model.final_merge_network.linear_layer_final.weight.data[:] = 3e38
+
+    before_each_step(monkeypatch, act)
+    results, _, _ = train(config)
+    assert results["best_step"] == 5 and results["skipped_steps"] == 4
+    assert "4 of 10 steps were left out because their loss or gradient was not finite" in warnings_in(caplog)
 
 
 def test_a_loss_of_the_users_replaces_cross_entropy(config_of, tmp_path):
