@@ -11,7 +11,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,10 @@ from tokenizers import Tokenizer
 
 WINDOW = 8192  # rows in memory at a time
 MAX_ROWS, MAX_TOKENS = 256, 8192  # of a batch; tokens with their padding
+
+BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
+WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+MIDNIGHT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]00:00:00(?:\.0+)?")
 
 Row = dict[str, str]  # column -> cell
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the model: its inputs by name -> probabilities [B] or [B, K]
@@ -51,11 +57,21 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
 # ---- cells to arrays ----
 
 
+def normal_form(cell: str) -> str:
+    """The text by which a category is looked up: composed letters, true and false in lower case, 1.0 as 1, midnight as a date."""
+    cell = BOOLEANS.get(cell, cell)
+    if found := WHOLE_FLOAT.fullmatch(cell) or MIDNIGHT.fullmatch(cell):
+        return "0" if found[1] == "-0" else found[1]
+    return unicodedata.normalize("NFC", cell)
+
+
 def number_of(cell: str, column: str, missing_words: Sequence[str], largest: float) -> float:
-    """The number in a cell; NaN for an empty cell and for words such as NA."""
+    """The number in a cell; 1 and 0 for true and false; NaN for an empty cell and for words such as NA."""
     try:
         number = float(cell)
     except ValueError:
+        if cell in BOOLEANS:
+            return float(BOOLEANS[cell] == "true")
         if cell.strip().lower() in missing_words:
             return math.nan
         raise ValueError(f"column {column!r}: expected a number, found {cell!r:.60}") from None
@@ -77,8 +93,9 @@ def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray
     indices = []
     for column, values in zip(categories["columns"], categories["values"]):
         index_of = {value: categories["first_index"] + place for place, value in enumerate(values)}
-        index_of[""] = categories["missing_index"]
-        indices.append([index_of.get(row[column], categories["unseen_index"]) for row in rows])
+        index_of_form = {normal_form(value): index for value, index in reversed(index_of.items())} | {"": categories["missing_index"]}
+        cells = [row[column] for row in rows]  # as they stand first: older models hold the spelling of the training file
+        indices.append([index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), categories["unseen_index"]) for cell in cells])
     return np.array(indices, dtype=np.int64).T
 
 

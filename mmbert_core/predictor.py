@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,7 +22,8 @@ from mmbert_core import distributed
 from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.dataset import Dataset, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import longest_texts
-from mmbert_core.data.prepare import cut_texts, unseen_values
+from mmbert_core.data.features import Unseen, add_unseen, unseen_lines
+from mmbert_core.data.prepare import cut_texts
 from mmbert_core.data.readers import rows_about
 from mmbert_core.data.store import open_or_build
 from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
@@ -102,7 +102,7 @@ class Predictor:
         longest = longest_texts(roles, max_length=config.max_length, max_chunks=config.max_chunks)
         windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), longest=longest, chunk_rows=WINDOW)
         names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
-        unseen: Counter[str] = Counter()
+        unseen: Unseen = {}
         num_cut, progress = 0, Progress(rows_about(inputs))
         with written_whole(output, inputs, self.context) as stream:
             stream.write(tsv_line(names, sheet_safe=sheet_safe))
@@ -111,7 +111,7 @@ class Predictor:
                 result = self.score(dataset)
                 if self.context.is_main:
                     stream.writelines(tsv_rows(self._columns(dataset, result), sheet_safe=sheet_safe))
-                unseen.update(dataset.unseen())
+                unseen = add_unseen(unseen, dataset.unseen())
                 num_cut += dataset.encoded.num_cut
                 progress.advance(len(dataset))
         self._warn("input", num_cut, progress.done, unseen)
@@ -129,8 +129,11 @@ class Predictor:
         _, folder = hooks.on_test_epoch_start(parent)
         try:
             dataset = self._stored(inputs, folder / CACHE)
+            unseen = unseen_lines("input", dataset.unseen(), self.loaded.features)
+            for line in unseen:
+                logger.warning("%s", line)
             result = self.score(dataset)
-            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns), patient=True)
+            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns, unseen), patient=True)
         finally:
             if self.context.local_rank == 0:
                 shutil.rmtree(folder / CACHE, ignore_errors=True)
@@ -148,8 +151,10 @@ class Predictor:
             encoded, None, loaded.features, loaded.labels, pad_token_id=pad_token_id_of(loaded.tokenizer), name="test", label_column=config.label_name
         )
 
-    def _write_evaluation(self, dataset: Dataset, result: EpochResult, folder: Path, slice_columns: Sequence[str]) -> dict[str, Any]:
-        """Rank 0 only."""
+    def _write_evaluation(
+        self, dataset: Dataset, result: EpochResult, folder: Path, slice_columns: Sequence[str], unseen: Sequence[str]
+    ) -> dict[str, Any]:
+        """Rank 0 only. `unseen`: the lines about values that no training row has."""
         loaded = self.loaded
         figures = hooks.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
 
@@ -158,7 +163,7 @@ class Predictor:
             training = {"reason": "no folder of a run"} if self.folder is None else training_section(self.folder, best.get("step"), best.get("metric"))
             source = str(self.folder or "a model in memory")
             fingerprints = dataset.encoded.fingerprints
-            warnings = known_files(trained.get("files", {}), fingerprints) or {"reason": "The training rows are not at hand: only the files were compared."}
+            warnings = [*known_files(trained.get("files", {}), fingerprints), *unseen] or {"reason": "The training rows are not at hand: only the files were compared."}
             data = {**trained, "files": {**trained.get("files", {}), **fingerprints}, "test": rows_section(dataset, loaded.labels.names)}
             return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns)
 
@@ -209,8 +214,8 @@ class Predictor:
             chunk, Roles.from_config(config), loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
         )
 
-    def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Mapping[str, int]) -> None:
-        for line in (*cut_texts(num_cut, num_rows, self.loaded.config), *unseen_values(name, unseen)):
+    def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Unseen) -> None:
+        for line in (*cut_texts(num_cut, num_rows, self.loaded.config), *unseen_lines(name, unseen, self.loaded.features)):
             logger.warning("%s", line)
 
     def score(self, dataset: Dataset) -> EpochResult:

@@ -19,6 +19,7 @@ import numpy as np
 
 from mmbert_core.assessment import main_metric, verdict
 from mmbert_core.config import Config
+from mmbert_core.data.cells import BOOLEANS
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.data.encoding import longest_texts, number_of
@@ -236,8 +237,9 @@ def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
     rows = scored.dataset.rows
     picked: dict[str, Any] = {name: [values[row] for row in rows] for name, values in cells.items()}
     for name, values in picked.items():
-        with suppress(ValueError):
-            picked[name] = np.array([number_of(value) for value in values])
+        if not BOOLEANS.keys() & set(values):  # true and false are two values rather than 1 and 0
+            with suppress(ValueError):
+                picked[name] = np.array([number_of(value) for value in values])
     return {name: columns[name] if name in columns else picked[name] for name in wanted}
 
 

@@ -52,6 +52,7 @@ HOSTILE = [
     ["\r", "Refund PAY,outside;shop", "<na>", "None", '"a"'],
     ["00001", "refund", "50", "2", "a"],
     ["00001", "NA", "50", "2", "a"],
+    ["1.0", "True", "True", "FALSE", "True"],
 ]
 BLOCKED = """
 import importlib.abc, runpy, sys

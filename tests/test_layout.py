@@ -16,7 +16,7 @@ PACKAGE = "mmbert_core"
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors", "streams", "signals", "schema", "files", "hub", "encoder_files", "config", "config_reader", "distributed"), ("export_example",)),
     (
-        ("data.ahead", "data.batches", "data.sample", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
+        ("data.ahead", "data.batches", "data.sample", "data.cells", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
          "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare"),
         ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.multimodal_bert",
          "model.padded"),

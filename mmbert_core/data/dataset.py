@@ -1,4 +1,4 @@
-"""Rows of a table as batches of tensors. Floor 1; imports table, features, labels, tokens, encoding, splits.
+"""Rows of a table as batches of tensors. Floor 1; imports cells, table, features, labels, tokens, encoding, splits.
 
 N rows of a dataset, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categories.
 """
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from mmbert_core.data.cells import normal_form
 from mmbert_core.data.encoding import EncodedRows, encode_chunk
-from mmbert_core.data.features import Features, unseen_counts
+from mmbert_core.data.features import Features, Unseen, unseen_cells
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import taken
 from mmbert_core.data.table import Chunk, Roles
@@ -99,9 +100,13 @@ class Dataset:
     def label_strings(self, positions: Sequence[int] | np.ndarray) -> list[str]:
         return [self.label_string(position) for position in positions]
 
-    def unseen(self) -> dict[str, int]:
-        """Categorical column -> its cells with a value that training never saw; columns without one are left out."""
-        return dict(unseen_counts(self._lookups, taken(self.encoded.category_codes, self.rows), self.features.category_names))
+    def unseen(self) -> Unseen:
+        """Cells with a value that training never saw, by categorical column."""
+        codes, vocabularies, names = self.encoded.category_codes, self.encoded.vocabularies, self.features.category_names
+        return {
+            name: unseen_cells(self._lookups[index], taken(codes[:, index], self.rows), vocabularies[index])
+            for index, name in enumerate(names)
+        }  # fmt: skip
 
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:
         """What these rows cost as one micro-batch: real tokens when packed, else real chunks times the longest; without text the rows."""
@@ -150,11 +155,11 @@ class Dataset:
         return np.unique(np.append(ids, self._pad_token_id)).astype(np.int64)
 
     def cells(self, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray | list[str]]:
-        """Column -> numbers [B] as they were read (NaN: missing), or texts of categories ("": missing)."""
+        """Column -> numbers [B] as they were read (NaN: missing), or normal forms of categories ("": missing)."""
         rows, encoded = self.rows[positions], self.encoded
         made: dict[str, np.ndarray | list[str]] = {name: encoded.numbers[rows, place] for place, name in enumerate(self.features.number_names)}
         for place, (name, vocabulary) in enumerate(zip(self.features.category_names, encoded.vocabularies, strict=True)):
-            made[name] = [vocabulary[code] for code in encoded.category_codes[rows, place].tolist()]
+            made[name] = [normal_form(vocabulary[code]) for code in encoded.category_codes[rows, place].tolist()]
         return made
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:

@@ -1,4 +1,4 @@
-"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes. Floor 1; imports errors, table, tokens.
+"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes. Floor 1; imports errors, cells, table, tokens.
 
 N rows, F numeric columns, K categorical columns. Codes count distinct texts in order of first appearance; code 0 is ""
 (missing). What a code means to the model is decided later, by what was fitted on the training rows.
@@ -14,6 +14,7 @@ from mmap import MADV_DONTNEED, mmap
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mmbert_core.data.cells import BOOLEANS
 from mmbert_core.data.table import Chunk, Roles, place_of, shown
 from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
 from mmbert_core.errors import InputError
@@ -188,10 +189,12 @@ def assemble(
 
 
 def number_of(cell: str) -> float:
-    """A number as Python writes it, without digit grouping; NaN for the words that mean missing."""
+    """A number as Python writes it, without digit grouping; 1 and 0 for true and false; NaN for the words that mean missing."""
     try:
         number = float(cell)
     except ValueError:
+        if cell in BOOLEANS:
+            return float(BOOLEANS[cell] == "true")
         if cell.strip().lower() in MISSING_NUMBERS:
             return math.nan
         raise

@@ -1,20 +1,23 @@
-"""Statistics and vocabularies of the tabular columns, fitted on training rows alone. Floor 1; imports errors, splits, table.
+"""Statistics and vocabularies of the tabular columns, fitted on training rows alone. Floor 1; imports errors, cells, splits, table.
 
 N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K categorical columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from mmbert_core.data.cells import normal_form
 from mmbert_core.data.splits import taken
-from mmbert_core.data.table import Roles
+from mmbert_core.data.table import Roles, shown
 from mmbert_core.errors import InputError
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
+MAX_UNSEEN_SHARE = 0.2  # of a column's cells, above which they are probably written in another way than in training
+MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # values in a message; unseen cells that are looked through for them
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Features:
     means: tuple[float, ...]  # F + I, of the output columns
     stds: tuple[float, ...]  # F + I, population standard deviation; 1 where there is none
     category_names: tuple[str, ...]  # K
-    categories: tuple[tuple[str, ...], ...]  # K, sorted values seen in training; the j-th has index FIRST_CATEGORY + j
+    # K, sorted normal forms of the values seen in training; the j-th has index FIRST_CATEGORY + j
+    categories: tuple[tuple[str, ...], ...]
 
     @classmethod
     def fit(
@@ -63,7 +67,7 @@ class Features:
         categories = []
         for place, vocabulary in enumerate(vocabularies):
             counts = np.bincount(taken(codes[:, place], rows), minlength=len(vocabulary))
-            categories.append(tuple(sorted(vocabulary[code] for code in np.flatnonzero(counts) if vocabulary[code])))
+            categories.append(tuple(sorted({normal_form(vocabulary[code]) for code in np.flatnonzero(counts) if vocabulary[code]})))
         return cls(
             number_names=roles.numbers,
             medians=tuple(medians),
@@ -98,11 +102,17 @@ class Features:
         return output
 
     def category_lookup(self, vocabularies: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """For each categorical column an int64 array: code of a table's vocabulary -> index of the model."""
+        """For each categorical column an int64 array: code of a table's vocabulary -> index of the model.
+
+        Folders of version 0.2 and older hold categories as they stood in the training file: those match as they stand
+        first, so that predictions stay, and in the normal form then.
+        """
         lookups = []
         for values, vocabulary in zip(self.categories, vocabularies, strict=True):
-            index_of = {value: FIRST_CATEGORY + place for place, value in enumerate(values)}
-            lookups.append(np.array([index_of.get(value, UNSEEN) if value else MISSING for value in vocabulary], dtype=np.int64))
+            index_of = {value: FIRST_CATEGORY + position for position, value in enumerate(values)}
+            index_of_form = {normal_form(value): index for value, index in reversed(index_of.items())}  # the first of equal ones
+            indices = [index_of.get(cell) or index_of_form.get(normal_form(cell), UNSEEN) if cell else MISSING for cell in vocabulary]
+            lookups.append(np.array(indices, dtype=np.int64))
         return lookups
 
     def to_json(self) -> dict[str, Any]:
@@ -129,9 +139,55 @@ def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
     return float(rounded.mean()), std if std > 0 else 1.0
 
 
-def unseen_counts(lookups: Sequence[np.ndarray], codes: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """(column, cells) for each categorical column of `codes` [N, K] with values that training never saw."""
-    for place, (lookup, name) in enumerate(zip(lookups, names, strict=True)):
-        count = int((lookup[codes[:, place]] == UNSEEN).sum())
-        if count:
-            yield name, count
+@dataclass(frozen=True)
+class UnseenCells:
+    """Cells of one categorical column whose value no training row has."""
+
+    count: int
+    num_cells: int  # of the column, missing ones included
+    examples: tuple[str, ...]  # at most MAX_EXAMPLES different values, in order of appearance
+
+    def __add__(self, other: "UnseenCells") -> "UnseenCells":
+        """Of both sets of rows together, those of `other` after these."""
+        examples = tuple(dict.fromkeys([*self.examples, *other.examples]))[:MAX_EXAMPLES]
+        return UnseenCells(self.count + other.count, self.num_cells + other.num_cells, examples)
+
+
+Unseen = dict[str, UnseenCells]  # by column, in the order of the config
+
+
+def unseen_cells(lookup: np.ndarray, codes: np.ndarray, vocabulary: Sequence[str]) -> UnseenCells:
+    """Of one categorical column: `codes` [N] into `vocabulary`, `lookup` from code to the model's index."""
+    unseen = codes[lookup[codes] == UNSEEN]
+    distinct = dict.fromkeys(unseen[:MAX_EXAMINED].tolist())
+    return UnseenCells(len(unseen), len(codes), tuple(vocabulary[code] for code in list(distinct)[:MAX_EXAMPLES]))
+
+
+def add_unseen(first: Unseen, second: Unseen) -> Unseen:
+    """Column by column."""
+    return {name: cells + second[name] for name, cells in first.items()} if first else dict(second)
+
+
+def unseen_lines(name: str, unseen: Unseen, features: Features) -> list[str]:
+    """A line for each column with values that no training row has; `name` says of which rows.
+
+    Where they are more than MAX_UNSEEN_SHARE of the cells, probably written in another way, with examples of both sides.
+    """
+    lines = []
+    for column, values in zip(features.category_names, features.categories, strict=True):
+        cells = unseen.get(column)
+        if cells is None or not cells.count:
+            continue
+        problem = f"cells of column {column!r} hold a value that no training row has"
+        if cells.count <= MAX_UNSEEN_SHARE * cells.num_cells:
+            lines.append(f"{name}: {cells.count} {problem}")
+            continue
+        known = f"training rows have {_listed(values[:MAX_EXAMPLES], len(values))}" if values else "training rows have none"
+        counts = f"{cells.count:,} of {cells.num_cells:,}"
+        lines.append(f"{name}: {counts} {problem}, such as {_listed(cells.examples, len(cells.examples))}; {known}")
+    return lines
+
+
+def _listed(values: Iterable[str], num_values: int) -> str:
+    listed = [shown(value) for value in values]
+    return ", ".join(listed) + (", ..." if num_values > len(listed) else "")

@@ -1,13 +1,14 @@
-"""Class names in their order, and label cells as class indices. Floor 1; imports errors, table."""
+"""Class names in their order, and label cells as class indices. Floor 1; imports errors, cells, table."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from mmbert_core.data.cells import normal_form
 from mmbert_core.data.table import shown
 from mmbert_core.errors import InputError
 
@@ -17,7 +18,10 @@ UNKNOWN = -1  # index of a label that is missing or none of the classes
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a task. `names[k]` is the label text of class k, exactly as it stands in the training file."""
+    """The classes of a task. `names[k]` is the label text of class k, exactly as it stands in the training file (first spelling).
+
+    Label cells belong to the class whose name has the same normal form, such as True to a class true.
+    """
 
     names: tuple[str, ...]
 
@@ -34,8 +38,8 @@ class Labels:
     ) -> "Labels":
         """Classes of the label texts `values` (repeats allowed): sorted as numbers if all are whole numbers, else by code point.
 
-        `positive_label` becomes class 1 of two classes. `where(i)` is the place of `values[i]`, `others(i)` what
-        `other_rows` says of its rows.
+        Texts with one normal form are one class, but for numbers, whose spellings must not differ. `positive_label`
+        becomes class 1 of two classes. `where(i)` is the place of `values[i]`, `others(i)` what `other_rows` says of its rows.
         Raises `InputError`: a missing label, one class only, another number of classes than `num_classes`,
         two spellings of one number, a positive_label that is no class.
         """
@@ -44,19 +48,25 @@ class Labels:
             first.setdefault(value, index)
         if "" in first:
             raise InputError(f"{where(first[''])}, column {column!r}: expected a label, found an empty cell{others(first[''])}")
-        names = sorted(first, key=lambda name: (int(name), name)) if all(WHOLE_NUMBER.fullmatch(name) for name in first) else sorted(first)
-        _check_spellings(names, first, column=column, where=where, others=others)
+        _check_spellings(sorted(first), first, column=column, where=where, others=others)
+        by_form = spellings_by_form(first)
+        merged = "".join(f"; {line}" for line in _merged(by_form))
+        first = {spellings[0]: first[spellings[0]] for spellings in by_form.values()}
+        are_numbers = all(WHOLE_NUMBER.fullmatch(name) for name in first)
+        names = sorted(first, key=lambda name: (int(name), name)) if are_numbers else sorted(first)
         if len(names) == 1:
-            raise InputError(f"{where(0)}, column {column!r}: all training rows have the label {shown(names[0])}, expected {num_classes} classes")
+            raise InputError(f"{where(0)}, column {column!r}: all training rows have the label {shown(names[0])}, expected {num_classes} classes{merged}")
         if len(names) != num_classes:
             place, found = where(0), f"{len(names)}: {_listed(names)}"
             if len(names) > num_classes:  # a label too many is one that comes late
                 newest = list(first)[num_classes]
                 place, found = where(first[newest]), f"{found}; {shown(newest)} is in this row for the first time{others(first[newest])}"
-            raise InputError(f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}")
+            raise InputError(f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}{merged}")
         if positive_label is not None:
             if positive_label not in names:
-                raise InputError(f"positive_label: expected one of the labels {_listed(names)}, found {positive_label!r}")
+                same = next((name for name in names if normal_form(name) == normal_form(positive_label)), None)
+                hint = "" if same is None else f"; write it as in the training file: {ascii(same)}, not {ascii(positive_label)}"
+                raise InputError(f"positive_label: expected one of the labels {_listed(names)}, found {positive_label!r}{hint}")
             if num_classes != 2:
                 raise InputError(f"positive_label: expected 2 classes to choose from, found {num_classes}")
             names = [name for name in names if name != positive_label] + [positive_label]
@@ -66,9 +76,15 @@ class Labels:
     def index_of(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.names)}
 
+    @cached_property
+    def index_of_form(self) -> dict[str, int]:
+        """By normal form; of names with equal ones, which older folders may have, the first."""
+        return {normal_form(name): index for name, index in reversed(self.index_of.items())}
+
     def lookup(self, values: Sequence[str]) -> np.ndarray:
         """Distinct label texts -> class indices [len(values)] int64, `UNKNOWN` where it is no class."""
-        return np.array([self.index_of.get(value, UNKNOWN) for value in values], dtype=np.int64)
+        indices = [self.index_of.get(value, self.index_of_form.get(normal_form(value), UNKNOWN)) for value in values]
+        return np.array(indices, dtype=np.int64)
 
     def check_known(self, indices: np.ndarray, label_of: Callable[[int], str], *, column: str, where: Callable[[int], str]) -> None:
         """Raise `InputError` with the first three places when any of `indices` [N] is `UNKNOWN`."""
@@ -93,6 +109,33 @@ def other_rows(rows: np.ndarray, where: Callable[[int], str]) -> str:
     if len(rows) == 1:
         return ""
     return f" ({len(rows)} such rows; also {', '.join(where(int(row)) for row in rows[1:3])})"
+
+
+def spellings_by_form(values: Iterable[str]) -> dict[str, list[str]]:
+    """Normal form -> the different label texts that have it, in order of appearance."""
+    spellings: dict[str, list[str]] = {}
+    for value in dict.fromkeys(values):
+        spellings.setdefault(normal_form(value), []).append(value)
+    return spellings
+
+
+def spelling_warnings(values: Iterable[str], column: str) -> list[str]:
+    """Lines about label texts that are one class in two spellings, or two classes that may be meant as one."""
+    by_form = spellings_by_form(value for value in values if value)
+    lines = [f"column {column!r}: {line}" for line in _merged(by_form)]
+    similar: dict[str, list[str]] = {}
+    for form, spellings in by_form.items():
+        similar.setdefault(" ".join(form.split()).casefold(), []).append(spellings[0])
+    for names in similar.values():
+        if len(names) > 1:
+            lines.append(f"column {column!r}: the labels {_listed(names)} differ by spaces or case only and are {len(names)} classes: are they meant as one?")
+    return lines
+
+
+def _merged(by_form: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is said of spellings that are one class; in ASCII, for composed and decomposed letters look the same."""
+    several = [spellings for spellings in by_form.values() if len(spellings) > 1]
+    return [f"the labels {' and '.join(map(ascii, spellings[:3]))} are one class, written in different ways" for spellings in several]
 
 
 def _listed(names: Sequence[str]) -> str:

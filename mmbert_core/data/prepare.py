@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
-from mmbert_core.data.features import Features
-from mmbert_core.data.labels import Labels, other_rows
+from mmbert_core.data.features import Features, unseen_lines
+from mmbert_core.data.labels import Labels, other_rows, spelling_warnings
 from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
 from mmbert_core.data.readers import header_of
 from mmbert_core.data.splits import sample_rows, split_rows, taken
@@ -182,6 +182,7 @@ def _warnings(data: Data, config: Config) -> list[str]:
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     tables = list({id(part.encoded): part.encoded for part in parts}.values())
     lines = cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config)
+    lines += spelling_warnings(data.train.encoded.label_values, config.label_name)
     for column, values in zip(data.features.category_names, data.features.categories, strict=True):
         if len(values) > MANY_CATEGORIES:
             lines.append(f"column {column!r}: {len(values)} categories in {len(data.train)} training rows, each with weights of its own to learn: is it an id?")
@@ -189,7 +190,7 @@ def _warnings(data: Data, config: Config) -> list[str]:
         lines += _repeated_ids(table)
     lines += find_leaks(data.train, data.val, data.test, data.labels)
     for place, part in enumerate(parts[1:], start=1):
-        lines += unseen_values(part.name, part.unseen())
+        lines += unseen_lines(part.name, part.unseen(), data.features)
         for earlier in parts[:place]:
             lines += _shared_ids(part, earlier)
     return lines
@@ -199,11 +200,6 @@ def cut_texts(num_cut: int, num_rows: int, config: Config) -> list[str]:
     """The line about texts that did not fit, if any."""
     size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
     return [f"{num_cut} of {num_rows} texts are longer than {size} and were cut"] if num_cut else []
-
-
-def unseen_values(name: str, counts: Mapping[str, int]) -> list[str]:
-    """A line for each column with values that training never saw."""
-    return [f"{name}: {count} cells of column {column!r} hold a value that no training row has" for column, count in counts.items()]
 
 
 def _repeated_ids(table: EncodedRows) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The cells of one file as text, row by row: CSV, TSV, JSONL, Parquet. Floor 1; imports only errors.
+"""The cells of one file as text, row by row: CSV, TSV, JSONL, Parquet. Floor 1; imports errors, cells.
 
 A row is one record of data, counted from 1; a line is a line of the file (a quoted cell may hold line breaks).
 Nothing is guessed and nothing is skipped: what cannot be read is an `InputError` that says where.
@@ -7,7 +7,6 @@ Nothing is guessed and nothing is skipped: what cannot be read is an `InputError
 import csv
 import gzip
 import json
-import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-import pandas as pd
-
+from mmbert_core.data.cells import text_of
 from mmbert_core.errors import InputError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -96,32 +93,6 @@ def rows_about(paths: Sequence[str]) -> int | None:
         with open(path, "rb") as stream:
             total += sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 22), b"")) - (TEXT_FORMATS[kind] is not None)
     return total
-
-
-def text_of(value: Any) -> str:
-    """The text of a typed cell: "" for None and NaN, true/false, whole numbers exactly, other numbers at their shortest.
-
-    Raises `ValueError` for what is no single value (a list, an object, bytes that are not UTF-8) and for text with a NUL character.
-    """
-    if isinstance(value, str):
-        if "\0" in value:
-            raise ValueError("a NUL character")
-        return value
-    if value is None or value is pd.NA or value is pd.NaT:
-        return ""
-    if isinstance(value, (bool, np.bool_)):
-        return "true" if value else "false"
-    if isinstance(value, (int, np.integer)):
-        return str(int(value))
-    if isinstance(value, (float, np.floating)):
-        if math.isnan(value):
-            return ""
-        return repr(float(value)) if isinstance(value, float) else str(value)  # float32: its own shortest text
-    if isinstance(value, bytes):
-        return text_of(value.decode("utf-8"))
-    if isinstance(value, (list, dict, tuple, set, np.ndarray)):
-        raise ValueError(f"a {type(value).__name__}")
-    return str(value)
 
 
 # ---- text files ----

@@ -1,19 +1,27 @@
-"""Chunks of rows of one or several files, columns by role, every row with its place. Floor 1; imports errors, config, readers."""
+"""Chunks of rows of one or several files, columns by role, every row with its place. Floor 1; imports errors, config, cells, readers."""
 
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from unicodedata import is_normalized, normalize
 
 import numpy as np
 import pandas as pd
 
 from mmbert_core.config import Config
-from mmbert_core.data.readers import check_once, header_of, rows_of, text_of
+from mmbert_core.data.cells import text_of
+from mmbert_core.data.readers import check_once, header_of, rows_of
 from mmbert_core.errors import InputError
 
 CHUNK_ROWS = 8192
+SEPARATORS = {  # that are not the file's: name, advice
+    ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
+    "\t": ("tabs", "name the file .tsv"),
+    "|": ("vertical bars", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
+    ",": ("commas", "name the file .csv"),
+}
 MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # what stands for the path of rows that come from no file
 
 
@@ -189,12 +197,25 @@ def _chunk_in_memory(path: str, values: Mapping[str, Sequence[object]], num_rows
 def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
     for column in columns:
         if column not in header:
-            by_lower = {name.lower(): name for name in header}
-            near = get_close_matches(column.lower(), by_lower, n=1, cutoff=0.5)
-            hint = f"; nearest is {by_lower[near[0]]!r}" if near else ""
             names = ", ".join(repr(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
-            raise InputError(f"{path}: column {column!r} not found{hint}; columns are {names}")
+            raise InputError(f"{path}: column {column!r} not found{_missing_hint(column, header)}; columns are {names}")
     return list(dict.fromkeys([*columns, *(name for name in optional if name in header)]))
+
+
+def _missing_hint(column: str, header: Sequence[str]) -> str:
+    """What the user probably meant, or what is wrong with the file: composed letters, another separator, the nearest name."""
+    same = next((name for name in header if normalize("NFC", name) == normalize("NFC", column)), None)
+    if same is not None:
+        kinds = ("composed", "decomposed") if is_normalized("NFC", column) else ("decomposed", "composed")
+        written = f"is written here in {kinds[0]} letters and in the header in {kinds[1]} ones ({ascii(column)} and {ascii(same)})"
+        return f": it {written}; write both in composed letters (Unicode NFC)"
+    for separator, (kind, advice) in SEPARATORS.items():
+        split = [cell.strip(' "') for cell in ",".join(header).split(separator)]
+        if column in split and any(separator in name for name in header) and (separator != "," or len(header) == 1):
+            return f": cells seem to be separated by {kind}; {advice}"
+    by_lower = {name.lower(): name for name in header}
+    near = get_close_matches(column.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; nearest is {by_lower[near[0]]!r}" if near else ""
 
 
 def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, int]]) -> Sequence[str]:

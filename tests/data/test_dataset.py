@@ -11,7 +11,7 @@ import torch
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import encode_for_prediction
 from mmbert_core.data.prepare import prepare
-from mmbert_core.data.features import UNSEEN
+from mmbert_core.data.features import UNSEEN, UnseenCells
 from mmbert_core.data.splits import sample_rows
 from mmbert_core.data.table import Roles, frame_to_chunk
 from mmbert_core.errors import InputError
@@ -318,4 +318,4 @@ def test_prediction_keeps_unknown_labels_and_takes_odd_rows(config_of):
     batch = dataset.batch(range(3))
     assert batch.ids == ["=1+1", "", "7"] and batch.categories[:, 0].tolist() == [1, 0, 2] and torch.isfinite(batch.numbers).all()
     assert batch.attention_mask.sum(dim=1).tolist() == [2, 3, 3]
-    assert dataset.unseen() == {"kind": 1} and dataset.where(1) == "data frame row 2"
+    assert dataset.unseen() == {"kind": UnseenCells(1, 3, ("never seen",))} and dataset.where(1) == "data frame row 2"

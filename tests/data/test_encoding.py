@@ -29,7 +29,7 @@ def test_words_that_mean_missing(cell):
     assert np.isnan(encode([cell]).numbers).all()
 
 
-@pytest.mark.parametrize("cell", ["abc", "1,5", "1_000", "inf", "-Infinity", "1e308", "3.5e38", "0x10", "-", "1 2", "true"])
+@pytest.mark.parametrize("cell", ["abc", "1,5", "1_000", "inf", "-Infinity", "1e308", "3.5e38", "0x10", "-", "1 2", "yes"])
 def test_text_and_infinity_in_a_numeric_column(write_table, cell):
     path = write_table("t.csv", list("nkiyg"), [("1", "", "a\nb", "", ""), (cell, "", "", "", "")])
     [chunk] = read_chunks([path], list("nkiyg"))
@@ -74,3 +74,8 @@ def test_strings_are_kept_byte_for_byte():
     column = StringColumn.of(texts)
     assert column.take(np.arange(len(texts))) == texts
     assert column.take(np.array([5, 0])) == ["漢🙂", "007"]
+
+
+def test_true_and_false_are_numbers():
+    assert encode(["True", "false", "TRUE", "", "2"]).numbers[:, 0].tolist()[:3] == [1, 0, 1]
+    assert encode([True, False, None, np.bool_(True)]).numbers[[0, 1, 3], 0].tolist() == [1, 0, 1]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mmbert_core.data.features import MISSING, UNSEEN, Features
+from mmbert_core.data.features import MISSING, UNSEEN, Features, add_unseen, unseen_cells, unseen_lines
 from mmbert_core.data.table import Roles
 from mmbert_core.errors import InputError
 
@@ -69,3 +69,39 @@ def test_json_round_trip_is_exact():
     codes = np.array([[1], [1]], dtype=np.int32)
     features = Features.fit(np.array([[0.1, nan], [1 / 3, 2]]), codes, [["", "ü"]], roles_of(["x", "y"], ["k"]))
     assert Features.from_json(json.loads(json.dumps(features.to_json()))) == features
+
+
+def test_categories_are_normal_forms_and_one_for_all_spellings():
+    vocabulary = ["", "True", "true", "FALSE", "1.0", "1", "007", "pre\u0301cis", "précis"]
+    codes = np.arange(len(vocabulary), dtype=np.int32)[:, None]
+    features = Features.fit(np.zeros((len(codes), 0)), codes, [vocabulary], roles_of(categories=["k"]))
+    assert features.categories == (("007", "1", "false", "précis", "true"),)
+    [lookup] = features.category_lookup([[*vocabulary, "TRUE", "1.00", "7", "tRUE"]])
+    assert lookup.tolist() == [MISSING, 6, 6, 4, 3, 3, 2, 5, 5, 6, 3, UNSEEN, UNSEEN]
+
+
+def test_categories_of_an_older_folder_match_as_they_stand_first():
+    """Its indices, and so its predictions, stay; cells in another spelling are found too."""
+    features = Features((), (), (), (), (), ("k",), (("1", "1.0", "True", "pre\u0301cis", "true"),))
+    [lookup] = features.category_lookup([["", "1", "1.0", "1.00", "True", "true", "TRUE", "précis", "pre\u0301cis", "x"]])
+    assert lookup.tolist() == [MISSING, 2, 3, 2, 4, 6, 4, 5, 5, UNSEEN]
+
+
+def test_unseen_cells_are_counted_with_examples():
+    features = Features((), (), (), (), (), ("k", "other"), (("1", "2", "3", "4"), ()))
+    vocabularies = [["", "1.50", "2", "x" * 100, "2.50", "3.50"], ["", "a"]]
+    lookups = features.category_lookup(vocabularies)
+    few = np.array([[1, 0]] + [[2, 0]] * 4, dtype=np.int32)
+    many = np.array([[3, 1], [1, 0], [4, 0], [5, 0], [0, 0]], dtype=np.int32)
+
+    def unseen(codes):
+        return {name: unseen_cells(lookups[k], codes[:, k], vocabularies[k]) for k, name in enumerate(features.category_names)}
+
+    assert unseen_lines("input", unseen(few), features) == ["input: 1 cells of column 'k' hold a value that no training row has"]
+    first, second = unseen_lines("val", add_unseen(add_unseen({}, unseen(few)), unseen(many)), features)
+    assert first == (
+        f"val: 5 of 10 cells of column 'k' hold a value that no training row has, such as '1.50', {'x' * 57 + '...'!r}, '2.50'; training rows have '1', '2', '3', ..."
+    )
+    assert second == "val: 1 cells of column 'other' hold a value that no training row has"
+    [alone] = unseen_lines("val", {"other": unseen(many[:1])["other"]}, features)
+    assert alone.endswith("1 of 1 cells of column 'other' hold a value that no training row has, such as 'a'; training rows have none")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmbert_core.data.labels import UNKNOWN, Labels
+from mmbert_core.data.labels import UNKNOWN, Labels, spelling_warnings
 from mmbert_core.errors import InputError
 
 
@@ -70,3 +70,29 @@ def test_lookup_and_unknown_labels():
 def test_json_round_trip():
     labels = Labels(("ü", "a\tb"))
     assert Labels.from_json(labels.to_json()) == labels
+
+
+def test_labels_that_mean_the_same_are_one_class_with_the_first_spelling():
+    labels = Labels.fit(["True", "False", "TRUE", "false"], num_classes=2)
+    assert labels.names == ("False", "True")
+    assert labels.lookup(["true", "FALSE", "1", "tRUE", "True"]).tolist() == [1, 0, UNKNOWN, UNKNOWN, 1]
+    letters = Labels.fit(["b", "e\u0301", "é"], num_classes=2)
+    assert letters.names == ("b", "e\u0301") and letters.lookup(["é", "e\u0301", ""]).tolist() == [1, 1, UNKNOWN]
+    assert Labels.fit(["0", "1"], num_classes=2).lookup(["1.0", "0.00", "01"]).tolist() == [1, 0, UNKNOWN]
+    assert Labels.fit(["b", "é"], num_classes=2, positive_label="b").names == ("é", "b")
+    with pytest.raises(InputError, match=r"found 'é'; write it as in the training file: 'e\\u0301', not '\\xe9'$"):
+        Labels.fit(["b", "e\u0301"], num_classes=2, positive_label="é")
+    with pytest.raises(InputError, match=r"found 2: 'b', .*; the labels 'e\\u0301' and '\\xe9' are one class, written in different ways$"):
+        Labels.fit(["b", "e\u0301", "é"], num_classes=3)
+
+
+def test_names_of_an_older_folder_match_as_they_stand_first():
+    assert Labels(("true", "True", "é")).lookup(["True", "true", "TRUE", "e\u0301"]).tolist() == [1, 0, 0, 2]
+
+
+def test_labels_that_look_alike_are_told():
+    assert spelling_warnings(["yes", "no", "", "1", "10"], "y") == []
+    assert spelling_warnings(["Yes", "no", "yes ", "é", "e\u0301"], "y") == [
+        "column 'y': the labels '\\xe9' and 'e\\u0301' are one class, written in different ways",
+        "column 'y': the labels 'Yes', 'yes ' differ by spaces or case only and are 2 classes: are they meant as one?",
+    ]

@@ -195,6 +195,17 @@ def test_missing_column_names_file_column_nearest_and_all(write_table):
     assert "nearest" not in error_of(path, ["zzz"])
 
 
+def test_a_missing_column_says_what_was_probably_meant(write_table):
+    found = error_of(write_table("t.csv", ["pre\u0301cis", "b"], []), ["précis"])
+    assert "in composed letters and in the header in decomposed ones ('pr\\xe9cis' and 'pre\\u0301cis'); write both in composed letters" in found
+    assert "in decomposed letters and in the header in composed ones" in error_of(write_table("u.csv", ["précis"], []), ["pre\u0301cis"])
+    for name, separator, kind in (("s.csv", ";", "semicolons"), ("t.csv", "\t", "tabs"), ("v.csv", "|", "vertical bars"), ("c.tsv", ",", "commas")):
+        path = write_table(name, ["c"], [])
+        open(path, "w").write(separator.join(["id", '"text"', "label"]) + "\n")
+        assert f"column 'text' not found: cells seem to be separated by {kind}; " in error_of(path, ["text"])
+    assert "not found; nearest is 'a,b'" in error_of(write_table("w.csv", ["text", "a,b"], []), ["b"])
+
+
 def test_a_later_file_is_checked_before_the_first_row_is_read(tmp_path, write_table):
     (tmp_path / "bad.csv").write_text("a,b\n1,2,3\n")
     other = write_table("other.csv", ["a"], [])

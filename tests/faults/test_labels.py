@@ -43,7 +43,7 @@ LABELS = {
     "01 beside 1": ("train", {40: "01"}, [" row 40 (line 41), " + SPELLING + "'01' and '1'"]),
     "+1 beside 1": ("train", {40: "+1"}, [" row 40 (line 41), " + SPELLING]),
     "a space beside 1": ("train", {40: " 1"}, [" row 40 (line 41), " + SPELLING]),
-    "1.0 in validation": ("val", {3: "1.0"}, [" row 3 (line 4), " + KNOWN + "'1.0'"]),
+    "01 in validation": ("val", {3: "01"}, [" row 3 (line 4), " + KNOWN + "'01'"]),
 }  # fmt: skip
 
 
