@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
          "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare"),
         ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.multimodal_bert",
          "model.padded"),
-        ("evaluation.predictions", "evaluation.metrics", "evaluation.plots", "evaluation.intervals", "evaluation.slices", "evaluation.thresholds",
+        ("evaluation.predictions", "evaluation.class_counts", "evaluation.class_ranking", "evaluation.metrics", "evaluation.plots", "evaluation.intervals", "evaluation.slices", "evaluation.thresholds",
          "evaluation.calibration", "evaluation.baselines", "evaluation.judgement", "evaluation.sections",
          "evaluation.markup", "evaluation.charts", "evaluation.page_style", "evaluation.page_quality", "evaluation.page_details", "evaluation.page"),
     ),

@@ -1,4 +1,7 @@
-"""How sure a metric is: bootstrap intervals from weights of rows, so that a thousand draws take seconds. Floor 1; imports metrics and predictions."""
+"""How sure a metric is: bootstrap intervals from weights of rows, so that a thousand draws take seconds. Floor 1.
+
+Imports class_counts, class_ranking, metrics and predictions.
+"""
 
 # N rows, K classes, D draws
 
@@ -8,13 +11,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mmbert_core.evaluation.class_counts import COUNT_METRICS, class_counts, value_of
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES, Curve, auroc, average_precision, cost_per_draw, ranking_of, weighted_rankings
 from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS, within_range
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 
 LEVEL = 0.95
 DRAWS, FEWEST_DRAWS = 1000, 200
 WORK = 4_000_000_000  # rows x draws x curves, about: some minutes. Metrics that would take more have no interval
+RANKINGS: dict[str, Curve] = {"auroc": auroc, "average_precision": average_precision}
 WITHOUT = ("ece",)  # biased upwards, and once more in each draw: the true value would lie below its interval
+WORK_OF_CLASSES = 6e9  # nanoseconds, about, that ranking more than FEW_CLASSES classes may take
+DRAW_CELLS = 1_000_000  # rows x draws in memory at a time
 MOST_UNDEFINED = 0.05  # share of draws without a value (a class has no row in them) from which there is no interval
 
 Metric = Callable[[np.ndarray], float]  # weights [N] -> value, nan where undefined
@@ -26,13 +34,32 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float] | None]:
     """Percentile intervals of the metrics `names` of `compute_metrics`; None where too many draws leave one undefined.
 
-    None too for those of `WITHOUT`, and where all draws are equal, which a few rows that are all right are no proof of.
-    `preds` [N] (binary: probability of class 1) or [N, K], `labels` [N]. A draw gives each row a Poisson(1) weight (Hanley
-    and MacGibbon 2006: for more than a hundred rows as good as drawing N rows with replacement, and one pass).
+    None too for those of `WITHOUT`, for those that would take too long, and where all draws are equal, which a few rows
+    that are all right are no proof of. `preds` [N] (binary: probability of class 1) or [N, K], `labels` [N]. A draw gives
+    each row a Poisson(1) weight (Hanley and MacGibbon 2006: for more than a hundred rows as good as drawing N rows with
+    replacement, and one pass).
     """
     if len(labels) == 0:
         return dict.fromkeys(names)
-    affordable, num_draws = affordable_metrics([name for name in names if name not in WITHOUT], len(labels), draws, num_classes=1 if np.ndim(preds) == 1 else len(class_names))
+    values_of = _draws_of_many_classes if len(class_names) > FEW_CLASSES else _draws_of_few_classes
+    values = values_of(np.asarray(preds), np.asarray(labels, dtype=np.int64), [name for name in names if name not in WITHOUT], class_names, threshold, draws, seed)
+    intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
+    for name, column in values.items():
+        defined = column[~np.isnan(column)]
+        if len(defined) >= (1 - MOST_UNDEFINED) * len(column) and defined.min() < defined.max():
+            low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+            intervals[name] = (float(low), float(high))
+    return intervals
+
+
+# ---- up to FEW_CLASSES: one metric after the other ----
+
+
+def _draws_of_few_classes(
+    preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float, draws: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Values [D] of the metrics that can be afforded."""
+    affordable, num_draws = affordable_metrics(names, len(labels), draws, num_classes=1 if preds.ndim == 1 else len(class_names))
     metrics = {name: weighted_metric(name, preds, labels, class_names, threshold) for name in affordable}
     generator = np.random.default_rng(seed)
     values = np.full((num_draws, len(metrics)), np.nan)
@@ -40,18 +67,12 @@ def bootstrap_intervals(
         weights = generator.poisson(1.0, len(labels)).astype(np.float64)
         if weights.any():
             values[draw] = [metric(weights) for metric in metrics.values()]
-    intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
-    for name, column in zip(metrics, values.T, strict=True):
-        defined = column[~np.isnan(column)]
-        if len(defined) >= (1 - MOST_UNDEFINED) * num_draws and defined.min() < defined.max():
-            low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-            intervals[name] = (float(low), float(high))
-    return intervals
+    return dict(zip(metrics, values.T, strict=True))
 
 
 def affordable_metrics(names: Sequence[str], num_rows: int, draws: int, *, num_classes: int) -> tuple[list[str], int]:
     """The metrics that FEWEST_DRAWS can be had of, in their order, the cheap ones first to be chosen; and the draws of all."""
-    curves = {name: num_classes if name in ("auroc", "average_precision") else 1 for name in names}  # a macro mean has one for each class
+    curves = {name: num_classes if name in RANKINGS else 1 for name in names}  # a macro mean has one for each class
     budget = WORK // (num_rows * min(draws, FEWEST_DRAWS))
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: (curves[name], name.startswith(CLASS_PREFIX))):
@@ -72,96 +93,81 @@ def weighted_metric(
 
 def _weighted_metric(name: str, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float) -> Metric:
     preds, labels = np.asarray(preds), np.asarray(labels, dtype=np.int64)
-    chosen = predicted_classes(preds, threshold=threshold)
-    preds = preds.astype(np.float64)
     is_binary, num_classes = preds.ndim == 1, len(class_names)
-    by_class = np.stack([1 - preds, preds], axis=1) if is_binary else preds
-    if name in ("auroc", "average_precision"):
-        curve = _auroc if name == "auroc" else _average_precision
+    if name in RANKINGS:
         if is_binary:
-            return _ranking(curve, preds, labels == 1)
-        parts = [_ranking(curve, by_class[:, index], labels == index) for index in range(num_classes)]
-        return lambda weights: float(np.mean([part(weights) for part in parts]))
+            return _ranking_metric(RANKINGS[name], preds, labels == 1)
+        by_class = [_ranking_metric(RANKINGS[name], preds[:, index], labels == index) for index in range(num_classes)]
+        return lambda weights: float(np.mean([metric(weights) for metric in by_class]))
     if name.startswith(CLASS_PREFIX):
         index = list(class_names).index(name.removeprefix(CLASS_PREFIX))
-        return _ranking(_average_precision, -preds if is_binary and index == 0 else by_class[:, index], labels == index)
+        scores = preds[:, index] if not is_binary else -preds if index == 0 else preds
+        return _ranking_metric(average_precision, scores, labels == index)
     if name == "log_loss":
-        losses = -np.log(np.clip(by_class[np.arange(len(labels)), labels], EPS, 1 - EPS))
+        losses = _losses(preds, labels)
         return lambda weights: float(weights @ losses / weights.sum())
-    pairs, of_counts = labels * num_classes + chosen, _OF_COUNTS[name]
-    average = {"f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}.get(name, "binary" if is_binary else "macro")
-    return lambda weights: of_counts(np.bincount(pairs, weights, num_classes**2).reshape(num_classes, num_classes), average)
+    chosen = predicted_classes(preds, threshold=threshold)
+    return lambda weights: value_of(name, class_counts(labels, chosen, num_classes, weights), is_binary=is_binary)
 
 
-# ---- of the ranking ----
+def _ranking_metric(curve: Curve, scores: np.ndarray, is_positive: np.ndarray) -> Metric:
+    ranking = ranking_of(scores, is_positive)
+    return lambda weights: ranking.value_of(curve, weights)
 
 
-def _ranking(curve: Callable[[np.ndarray, np.ndarray], float], scores: np.ndarray, is_positive: np.ndarray) -> Metric:
-    """`curve` gets the weights of positives and of negatives above each distinct score, from the highest down."""
-    order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # last row of each tie
-    positive = is_positive[order].astype(np.float64)
-
-    def metric(weights: np.ndarray) -> float:
-        ordered = weights[order]
-        true = np.cumsum(ordered * positive)[ends]
-        false = np.cumsum(ordered)[ends] - true
-        return curve(true, false) if true[-1] > 0 and false[-1] > 0 else np.nan
-
-    return metric
+def _losses(preds: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Log loss of each row, float64 [N]."""
+    of_label = np.where(labels == 1, preds, 1 - preds.astype(np.float64)) if preds.ndim == 1 else preds[np.arange(len(labels)), labels]
+    return -np.log(np.clip(of_label.astype(np.float64), EPS, 1 - EPS))
 
 
-def _auroc(true: np.ndarray, false: np.ndarray) -> float:
-    heights = (true + np.append(0, true[:-1])) / 2
-    return float(np.diff(false, prepend=0) @ heights / (true[-1] * false[-1]))
+# ---- hundreds or thousands of classes: counts of a draw serve all metrics, and all classes are ranked at once ----
 
 
-def _average_precision(true: np.ndarray, false: np.ndarray) -> float:
-    found = true + false
-    precision = np.divide(true, found, out=np.zeros_like(true), where=found > 0)
-    return float(np.diff(true, prepend=0) @ precision / true[-1])
+def _draws_of_many_classes(
+    preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float, draws: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Values [D] of the metrics that can be afforded. The draws are those of few classes."""
+    class_of = {f"{CLASS_PREFIX}{name}": index for index, name in enumerate(class_names)}
+    of_classes, means = [name for name in names if name in class_of], [name for name in names if name in RANKINGS]
+    num_positives = np.bincount(labels, minlength=len(class_names))
+    classes, has_all, num_draws = affordable_classes(num_positives, [class_of[name] for name in of_classes], draws, with_means=bool(means))
+    column_of = {index: column for column, index in enumerate(classes)}
+    chosen, losses = predicted_classes(preds, threshold=threshold), _losses(preds, labels) if "log_loss" in names else None
+    values: dict[str, np.ndarray] = {}
+    generator = np.random.default_rng(seed)
+    for start in range(0, num_draws, block := max(1, DRAW_CELLS // len(labels))):
+        weights = generator.poisson(1.0, (min(block, num_draws - start), len(labels))).astype(np.float64)
+        draw_rows = start + np.flatnonzero(weights.any(axis=1))  # a draw of no rows defines nothing
+        weights = weights[draw_rows - start]
+        counts = [class_counts(labels, chosen, len(class_names), row) for row in weights]
+        made = {name: [within_range(name, value_of(name, of_draw, is_binary=False)) for of_draw in counts] for name in names if name in COUNT_METRICS}
+        if losses is not None:
+            made["log_loss"] = weights @ losses / weights.sum(axis=1)
+        areas, precisions = weighted_rankings(preds, labels, classes, weights)
+        made |= {name: precisions[:, column_of[class_of[name]]] for name in of_classes if class_of[name] in column_of}
+        if has_all:
+            made |= {name: (areas if name == "auroc" else precisions).mean(axis=1) for name in means}
+        for name, of_draws in made.items():
+            values.setdefault(name, np.full(num_draws, np.nan))[draw_rows] = of_draws
+    return values
 
 
-# ---- of the chosen class, from a confusion matrix [K, K] of weights: rows are labels ----
+def affordable_classes(num_positives: np.ndarray, wanted: Sequence[int], draws: int, *, with_means: bool) -> tuple[list[int], bool, int]:
+    """Classes to rank, whether these are all (for a macro mean), and the draws; of classes with `num_positives` [K] rows.
 
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros_like(part, dtype=np.float64), where=whole > 0)
-
-
-def _averaged(values: np.ndarray, counts: np.ndarray, average: str) -> float:
-    """Class 1's, or the mean over classes seen in labels or predictions, or weighted by their labels."""
-    if average == "binary":
-        return float(values[1])
-    if average == "weighted":
-        return float(values @ counts.sum(axis=1) / counts.sum())
-    return float(values[counts.sum(axis=0) + counts.sum(axis=1) > 0].mean())
-
-
-def _precision(counts: np.ndarray, average: str) -> float:
-    return _averaged(_share(np.diag(counts), counts.sum(axis=0)), counts, average)
-
-
-def _recall(counts: np.ndarray, average: str) -> float:
-    return _averaged(_share(np.diag(counts), counts.sum(axis=1)), counts, average)
-
-
-def _accuracy(counts: np.ndarray, average: str) -> float:
-    return float(np.trace(counts) / counts.sum())
-
-
-def _f1(counts: np.ndarray, average: str) -> float:
-    if average == "micro":
-        return _accuracy(counts, average)
-    return _averaged(_share(2 * np.diag(counts), counts.sum(axis=0) + counts.sum(axis=1)), counts, average)
-
-
-def _mcc(counts: np.ndarray, average: str) -> float:
-    true, found, total = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
-    denominator = (total**2 - (found**2).sum()) * (total**2 - (true**2).sum())
-    return float((np.trace(counts) * total - (true * found).sum()) / np.sqrt(denominator)) if denominator > 0 else 0.0
-
-
-_OF_COUNTS: dict[str, Callable[[np.ndarray, str], float]] = {
-    "accuracy": _accuracy, "f1_score": _f1, "f1_macro": _f1, "f1_micro": _f1, "f1_weighted": _f1, "precision": _precision, "recall": _recall, "mcc": _mcc,
-}  # fmt: skip
+    A class without a row in more than MOST_UNDEFINED of the draws is left out, for it would have no interval; likewise
+    the macro means when that is to be expected of any class. Where FEWEST_DRAWS take longer than WORK_OF_CLASSES, the
+    means are left out first, then the rarest classes.
+    """
+    num_rows, fewest = int(num_positives.sum()), min(draws, FEWEST_DRAWS)
+    chance_of_none = np.exp(-num_positives.astype(np.float64))
+    costs = cost_per_draw(num_positives, num_rows)
+    has_all = with_means and bool(1 - np.prod(1 - chance_of_none) <= MOST_UNDEFINED and costs.sum() * fewest <= WORK_OF_CLASSES)
+    if has_all:
+        classes = list(range(len(num_positives)))
+    else:
+        by_rows = sorted((index for index in wanted if chance_of_none[index] <= MOST_UNDEFINED), key=lambda index: -num_positives[index])
+        classes = by_rows[: int(np.searchsorted(np.cumsum(costs[by_rows]) * fewest, WORK_OF_CLASSES, side="right"))]
+    total = float(costs[classes].sum()) or 1.0
+    return sorted(classes), has_all, int(np.clip(WORK_OF_CLASSES / total, fewest, draws))

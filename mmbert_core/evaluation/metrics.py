@@ -1,4 +1,4 @@
-"""Metrics over all rows, each a number or "undefined" with its reason. Floor 1; imports errors and predictions."""
+"""Metrics over all rows, each a number or "undefined" with its reason. Floor 1; imports errors, class_counts, class_ranking and predictions."""
 
 # N rows, K classes
 
@@ -8,12 +8,15 @@ import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from types import ModuleType
 
 import numpy as np
 import torch
 
 from mmbert_core.errors import InputError
+from mmbert_core.evaluation.class_counts import COUNT_METRICS, ClassCounts, class_counts, value_of
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES, ClassRankings, class_rankings
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 
 CLASS_PREFIX = "average_precision_class_"
@@ -36,7 +39,7 @@ class _Undefined(Exception):
 
 @dataclass(frozen=True)
 class _Scored:
-    """The rows of one call: ``preds`` float64 [N] (binary: of class 1) or [N, K]; ``labels``, ``chosen`` int64 [N]."""
+    """The rows of one call: ``preds`` [N] (binary: of class 1) or [N, K], float64 up to FEW_CLASSES; ``labels``, ``chosen`` int64 [N]."""
 
     preds: torch.Tensor
     labels: torch.Tensor
@@ -47,6 +50,14 @@ class _Scored:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @cached_property
+    def counts(self) -> ClassCounts:
+        return class_counts(self.labels.numpy(), self.chosen.numpy(), self.num_classes)
+
+    @cached_property
+    def rankings(self) -> ClassRankings:
+        return class_rankings(self.preds.numpy(), self.labels.numpy())
 
 
 def functional() -> ModuleType:
@@ -86,6 +97,7 @@ def compute_metrics(
         reason = "no rows"
     elif num_bad := int((~np.isfinite(preds)).reshape(len(labels), -1).any(axis=1).sum()):
         reason = f"{num_bad} of {len(labels)} predictions are not finite"
+    metrics = _metrics_of_rows(names)
     scored = _scored(preds, labels, binary=task == "binary", class_names=names, threshold=threshold)
     values: dict[str, float | None] = {}
     undefined: dict[str, str] = {}
@@ -96,7 +108,7 @@ def compute_metrics(
                 raise _Undefined(reason)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchmetrics warns of what is handled here
-                values[key] = within_range(name, float(_metric_of(name, names)(scored)))
+                values[key] = within_range(name, float(metrics[name](scored)))
         except _Undefined as error:
             values[key], undefined[key] = None, str(error)
     return MetricValues(values, undefined)
@@ -111,8 +123,9 @@ def within_range(name: str, value: float) -> float:
 def check_metric_choices(metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices") -> None:
     """InputError naming the choices (and the nearest one) if a metric is not known."""
     known = metric_names(class_names)
+    unknown = set(metric_choices) - set(known)
     for name in metric_choices:
-        if name not in known:
+        if name in unknown:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
             # Classes can be many: the line shows a dozen of their metrics at most.
@@ -135,8 +148,9 @@ def _check_arrays(preds: np.ndarray, labels: np.ndarray, task: str, num_classes:
 def _scored(preds: np.ndarray, labels: np.ndarray, *, binary: bool, class_names: tuple[str, ...], threshold: float) -> _Scored:
     # The class of a row is chosen in the dtype of the predictions; float64 afterwards changes no comparison.
     chosen = predicted_classes(preds, threshold=threshold)
+    is_many = len(class_names) > FEW_CLASSES  # a float64 copy would be large
     return _Scored(
-        preds=torch.from_numpy(preds.astype(np.float64)),
+        preds=torch.from_numpy(np.require(preds, requirements=["C", "W"]) if is_many else preds.astype(np.float64)),
         labels=torch.from_numpy(labels.astype(np.int64)),
         chosen=torch.from_numpy(chosen),
         binary=binary,
@@ -224,7 +238,7 @@ def _log_loss(rows: _Scored) -> torch.Tensor:
         of_label = torch.where(rows.labels == 1, rows.preds, 1.0 - rows.preds)
     else:
         of_label = rows.preds.gather(1, rows.labels[:, None])[:, 0]
-    return -of_label.clamp(EPS, 1.0 - EPS).log().mean()
+    return -of_label.double().clamp(EPS, 1.0 - EPS).log().mean()
 
 
 def _ece(rows: _Scored) -> torch.Tensor:
@@ -232,7 +246,7 @@ def _ece(rows: _Scored) -> torch.Tensor:
     if rows.binary:
         confidence, hit = rows.preds, rows.labels.double()
     else:
-        confidence, hit = rows.preds.amax(dim=1), (rows.chosen == rows.labels).double()
+        confidence, hit = rows.preds.amax(dim=1).double(), (rows.chosen == rows.labels).double()
     bins = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     gaps = torch.bincount(bins, weights=hit - confidence, minlength=NUM_BINS)
     return gaps.abs().sum() / len(confidence)
@@ -260,8 +274,31 @@ def metric_names(class_names: Sequence[str]) -> tuple[str, ...]:
     return (*METRICS, *(CLASS_PREFIX + name for name in class_names))
 
 
-def _metric_of(name: str, class_names: Sequence[str]) -> Callable[[_Scored], torch.Tensor | float]:
-    if name in _METRICS:
-        return _METRICS[name]
-    index = list(class_names).index(name.removeprefix(CLASS_PREFIX))
-    return lambda rows: _class_average_precision(rows, index)
+def _metrics_of_rows(class_names: Sequence[str]) -> dict[str, Callable[[_Scored], torch.Tensor | float]]:
+    """Every metric by its name. Of more than FEW_CLASSES, torchmetrics would take K^2 of memory, or a second for a few hundred curves."""
+    of_class = _class_average_precision
+    metrics = dict(_METRICS)
+    if len(class_names) > FEW_CLASSES:
+        of_class = _class_average_precision_of_many
+        metrics |= {name: partial(_of_class_counts, name) for name in COUNT_METRICS}
+        metrics |= {name: partial(_macro_of_rankings, name) for name in ("auroc", "average_precision")}
+    return metrics | {f"{CLASS_PREFIX}{name}": partial(of_class, index=index) for index, name in enumerate(class_names)}
+
+
+# ---- of more than FEW_CLASSES ----
+
+
+def _of_class_counts(name: str, rows: _Scored) -> float:
+    return value_of(name, rows.counts, is_binary=False)
+
+
+def _macro_of_rankings(name: str, rows: _Scored) -> float:
+    _need_classes(rows)
+    return float(getattr(rows.rankings, name).mean())
+
+
+def _class_average_precision_of_many(rows: _Scored, index: int) -> float:
+    value = float(rows.rankings.average_precision[index])
+    if np.isnan(value):
+        raise _Undefined(f"class {rows.class_names[index]!r} has {'all rows' if rows.counts.labelled[index] else 'no row'}")
+    return value

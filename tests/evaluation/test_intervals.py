@@ -1,10 +1,13 @@
 """Bootstrap intervals: the weighted metrics are the metrics, and the intervals cover at their rate."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
-from mmbert_core.evaluation.intervals import WITHOUT, bootstrap_intervals, weighted_metric
+from mmbert_core.evaluation import intervals
+from mmbert_core.evaluation.intervals import WITHOUT, affordable_classes, bootstrap_intervals, weighted_metric
 from mmbert_core.evaluation.metrics import METRICS as ALL
 from mmbert_core.evaluation.metrics import compute_metrics
 
@@ -73,3 +76,57 @@ def test_too_few_rows_of_a_class_give_no_interval() -> None:
     made = bootstrap_intervals(preds, labels, ["auroc", "accuracy"], class_names=["0", "1"])
     assert made["auroc"] is None and made["accuracy"] is not None
     assert bootstrap_intervals(preds[:0], labels[:0], ["auroc"], class_names=["0", "1"]) == {"auroc": None}
+
+
+# ---- many classes ----
+
+
+def rows_of_many(num_rows: int, num_classes: int, *, most_frequent: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Each class a few rows, the first one `most_frequent` more; scores in hundredths, so that many are equal."""
+    rng = np.random.default_rng(num_rows)
+    labels = np.concatenate([np.arange(num_rows) % num_classes, np.zeros(most_frequent, np.int64)])
+    preds = rng.random((len(labels), num_classes)) + 0.4 * np.eye(num_classes)[labels]
+    return np.round(preds / preds.sum(axis=1, keepdims=True), 4).astype(np.float32), labels, [f"c{index}" for index in range(num_classes)]
+
+
+@pytest.mark.parametrize("shift", [0, 150])
+def test_many_classes_have_the_intervals_of_one_metric_after_the_other(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    preds, labels, names = rows_of_many(320, 32, most_frequent=shift)  # 10 rows of a class; with 150 more the first has a sorted sum of its own
+    wanted = [*METRICS, *(f"average_precision_class_{name}" for name in names)]
+    made = bootstrap_intervals(preds, labels, wanted, class_names=names, draws=200, seed=3)
+    monkeypatch.setattr(intervals, "FEW_CLASSES", 32)
+    expected = bootstrap_intervals(preds, labels, wanted, class_names=names, draws=200, seed=3)
+    assert None not in made.values() and list(made) == wanted
+    assert all(made[name] == pytest.approx(expected[name], abs=1e-12) for name in wanted)
+
+
+def test_classes_that_few_draws_have_are_not_ranked_and_rare_ones_go_first_when_work_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = np.array([1, 2, 3, 100, 50, 400])
+    assert affordable_classes(counts, range(6), 1000, with_means=True) == ([2, 3, 4, 5], False, 1000)
+    assert affordable_classes(np.full(40, 20), [], 1000, with_means=True) == (list(range(40)), True, 1000)
+    assert affordable_classes(np.full(40, 20), [7], 1000, with_means=False) == ([7], False, 1000)
+    monkeypatch.setattr(intervals, "WORK_OF_CLASSES", 2.0e6)
+    assert affordable_classes(counts, range(6), 1000, with_means=True) == ([5], False, 299)
+    monkeypatch.setattr(intervals, "WORK_OF_CLASSES", 1.0)
+    assert affordable_classes(counts, range(6), 1000, with_means=True) == ([], False, 200)
+
+
+def test_one_row_of_each_of_many_classes_gives_intervals_of_what_is_defined() -> None:
+    preds, labels, names = rows_of_many(100, 100)
+    made = bootstrap_intervals(preds, labels, [*METRICS, "average_precision_class_c7"], class_names=names)
+    assert {name for name, pair in made.items() if pair is None} == {"auroc", "average_precision", "average_precision_class_c7"}
+    assert bootstrap_intervals(preds[:2], labels[:2], ["accuracy", "log_loss", "f1_macro"], class_names=names)["accuracy"] is None  # a draw of no rows
+
+
+def test_memory_of_ten_thousand_classes_is_that_of_their_predictions() -> None:
+    names = [str(index) for index in range(10_000)]  # a matrix of them squared is 800 MB
+    labels = np.repeat(np.arange(8), 4)
+    preds = np.random.default_rng(0).random((32, 10_000), dtype=np.float32)
+    wanted = [*METRICS, *(f"average_precision_class_{name}" for name in names)]
+    tracemalloc.start()
+    try:
+        values = compute_metrics(preds, labels, wanted, "multiclass", 10_000, "test", class_names=names).values
+        bootstrap_intervals(preds, labels, [name for name in wanted if values[f"test/{name}"] is not None], class_names=names, draws=20)
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()

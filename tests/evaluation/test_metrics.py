@@ -8,6 +8,7 @@ from sklearn import metrics as sklearn_metrics
 
 from mmbert_core.data import leaks
 from mmbert_core.errors import InputError
+from mmbert_core.evaluation import metrics
 from mmbert_core.evaluation.intervals import weighted_metric
 from mmbert_core.evaluation.metrics import EPS, METRICS, compute_metrics, within_range
 
@@ -233,3 +234,32 @@ def test_no_metric_leaves_its_range(seed: int) -> None:
     for name in ("auroc", "mcc", "log_loss"):
         assert np.isnan(within_range(name, float("nan")))
     assert (within_range("auroc", 1.0000001), within_range("auroc", -1e-9), within_range("mcc", -1.1), within_range("log_loss", 7.0)) == (1.0, 0.0, -1.0, 7.0)
+
+
+# ---- many classes ----
+
+
+@pytest.mark.parametrize("kind", ["distinct", "tied", "constant", "perfect"])
+def test_many_classes_equal_scikit_learn_without_torchmetrics(kind, monkeypatch):
+    monkeypatch.setattr(metrics, "functional", None)  # whose matrices and curves of hundreds of classes take minutes
+    rng, names = np.random.default_rng(5), [f"code {index}" for index in range(41)]
+    labels = rng.permutation(np.arange(300) % 41)
+    preds = rng.random((300, 41)) + np.eye(41)[labels] * (50 if kind == "perfect" else 0.5)
+    preds = np.ones_like(preds) if kind == "constant" else np.round(preds, 1) if kind == "tied" else preds
+    preds = (preds / preds.sum(axis=1, keepdims=True)).astype(np.float32)
+    wanted = (*METRICS, *(f"average_precision_class_{name}" for name in names))
+    result = compute_metrics(preds, labels, wanted, "multiclass", 41, "val", class_names=names)
+    assert_equal_to_reference(result, reference(preds, labels, names))
+    if kind == "perfect":
+        assert result.values["val/auroc"] == result.values["val/average_precision"] == 1.0
+
+
+def test_many_classes_without_rows_are_undefined_with_their_reason():
+    names = [f"c{index}" for index in range(40)]
+    preds = np.random.default_rng(0).random((50, 40)).astype(np.float32)
+    wanted = ["auroc", "average_precision_class_c1", "average_precision_class_c39", "f1_macro"]
+    some = compute_metrics(preds, np.arange(50) % 39, wanted, "multiclass", 40, "val", class_names=names)
+    assert some.undefined == dict.fromkeys(["val/auroc", "val/average_precision_class_c39"], "class 'c39' has no row")
+    one = compute_metrics(preds, np.ones(50, np.int64), wanted, "multiclass", 40, "val", class_names=names)
+    assert one.undefined["val/average_precision_class_c1"] == "class 'c1' has all rows"
+    assert one.undefined["val/auroc"] == "only one class in the labels: 'c1'"
