@@ -1,12 +1,14 @@
-"""The words of the command line: commands, options and their help, and one line for what is none of them. Floor 4; imports config, config_reader, errors, export."""
+"""The words of the command line: commands, options and their help, and one line for what is none of them. Floor 4; imports config and what reads it, errors, export."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from mmbert_core.config import config_fields
-from mmbert_core.config_reader import ALIASES, add_config_arguments, nearest_name
-from mmbert_core.errors import InputError
+from mmbert_core.config_file import MAX_DIGITS, MAX_MESSAGE
+from mmbert_core.config_names import nearest_name
+from mmbert_core.config_reader import ALIASES, add_config_arguments
+from mmbert_core.errors import InputError, format_for_message, shorten
 from mmbert_core.export import CHECKED_ROWS, MODEL_FILES
 
 TRAIN_DESCRIPTION = """\
@@ -65,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}; `{self.prog} --help` explains")
+        raise InputError(f"command line: {shorten(message, MAX_MESSAGE)}; `{self.prog} --help` explains")
 
 
 def build_parser() -> Parser:
@@ -92,7 +94,7 @@ def add_training_commands(commands: Any) -> None:
 
     ablate_parser = commands.add_parser("ablate", help="what text and columns each bring", usage="mmbert ablate CONFIG [--seeds N ...] [--KEY VALUE ...]", description=ABLATE_DESCRIPTION)
     ablate_parser.add_argument("config", metavar="CONFIG", help="YAML or JSON file with any of the keys below")
-    ablate_parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    ablate_parser.add_argument("--seeds", nargs="+", type=number_within("seed"), default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add_config_arguments(ablate_parser)
 
 
@@ -122,7 +124,7 @@ def add_other_commands(commands: Any) -> None:
     serve_parser = add_model_command(commands, "serve", help="score rows over HTTP, and a page to try them by hand", description=SERVE_DESCRIPTION)
     serve_parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which no other machine can reach)")
     serve_parser.add_argument("--port", type=port, default=8000, metavar="N", help="port to listen on; 0: any that is free (default: 8000)")
-    serve_parser.add_argument("--num_threads", type=count, metavar="N", help="CPU threads (default: all cores)")
+    serve_parser.add_argument("--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads (default: all cores)")
 
     export_parser = add_model_command(commands, "export", help="write a model folder as ONNX or .pt2", description=EXPORT_DESCRIPTION)
     export_parser.add_argument("output", metavar="OUTPUT_FOLDER", help="folder to make, new or empty")
@@ -131,7 +133,7 @@ def add_other_commands(commands: Any) -> None:
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_threads", type=count, metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
+    parser.add_argument("--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)")
 
 
@@ -139,10 +141,20 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=share, metavar="X", help="probability above which a row is class 1 (default: as chosen on the validation rows)")
 
 
-def count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {word!r}")
-    return int(word)
+def number_within(key: str) -> Callable[[str], int]:
+    """The type of an option: a whole number in the range of the setting `key`."""
+    low, high = config_fields()[key].metadata["range"]
+
+    def whole_number(word: str) -> int:
+        digits = word.removeprefix("-")
+        value = int(word) if digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS else None
+        if value is None or value < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {format_for_message(word)}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {high:,}, found {format_for_message(word)}")
+        return value
+
+    return whole_number
 
 
 def share(word: str) -> float:
@@ -151,13 +163,13 @@ def share(word: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a probability from 0 to 1, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected a probability from 0 to 1, found {format_for_message(word)}")
     return value
 
 
 def port(word: str) -> int:
-    if not word.isdecimal() or int(word) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port of 0 to 65535, found {word!r}")
+    if not (word.isascii() and word.isdecimal() and len(word) <= MAX_DIGITS and int(word) <= 65535):
+        raise argparse.ArgumentTypeError(f"expected a port of 0 to 65535, found {format_for_message(word)}")
     return int(word)
 
 
@@ -169,5 +181,5 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags = [*config_fields(), *ALIASES, "check", "seeds"] if arguments.command in ("train", "ablate") else [name for name in vars(arguments) if name != "command"]
         nearest = nearest_name(word.lstrip("-"), flags)
         hint = f"did you mean '--{nearest}'?" if nearest and word.startswith("-") else "--help lists all"
-        raise InputError(f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
+        raise InputError(f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {format_for_message(word)}; {hint}")
     return arguments

@@ -1,28 +1,27 @@
-"""Config files (YAML, JSON) and `--key value` flags -> `Config`. Floor 0; imports config and errors.
+"""Config files (YAML, JSON) and `--key value` flags -> `Config`. Floor 0; imports config, config_file, config_names and errors.
 
 A file comes first, flags go over it. Unknown keys are errors that name the nearest known key.
 """
 
 import argparse
-import difflib
-import json
 import logging
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from mmbert_core.config import Config, config_fields
-from mmbert_core.errors import InputError
+from mmbert_core.config_file import read_config_file
+from mmbert_core.config_names import nearest_name
+from mmbert_core.errors import InputError, format_for_message
 
 logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 ALIASES = ("tokenizer", "fp16")  # of the original: encoder, precision
 IGNORED_KEYS = ("full_field_list", "need_language_detect")  # of the original's data pipeline; no use here
+MAX_NAMED, MAX_KEY_SHOWN = 5, 40  # unknown keys in a message, and characters of one
+LIST_OF_KEYS = "`train.py --help` lists all keys"
 NONE_WORDS = ("none", "null", "")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -35,38 +34,6 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     return _build({**values, **flags}, place)
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """The mapping in a .yaml, .yml or .json file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        values = json.loads(text, object_pairs_hook=_without_repeats) if path.endswith(".json") else yaml.load(text, _Loader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the config file ({error.strerror})") from None
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: JSON, UTF-8, and dates such as 2026-02-31
-        raise InputError(f"{path}: not a valid config file: {' '.join(str(error).split())}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys with values, found {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
-
-
-def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """A mapping of a config file; a key given twice is a mistake, not a choice of the last."""
-    keys = [key for key, _ in pairs]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"the key {repeated[0]!r} stands in it twice")
-    return dict(pairs)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without code, and without silent repeats."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _without_repeats([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-        return super().construct_mapping(node, deep)
-
-
 def config_from_dict(values: Mapping[str, Any], *, place: str = "config") -> Config:
     """Check names, translate the original's keys, coerce values by the key's type, build the `Config`."""
     return _build(_checked(values, place), place)
@@ -76,18 +43,20 @@ def _checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The values of one source under today's names, each of its key's type."""
     values = _translate_original_keys(dict(values), place)
     known = config_fields()
-    for key in values:
-        if key not in known:
-            nearest = nearest_name(key, [*known, *ALIASES])
-            hint = f"; did you mean {nearest!r}?" if nearest else "; `train.py --help` lists all keys"
-            raise InputError(f"{place}: unknown key {key!r}{hint}")
+    if unknown := [key for key in values if key not in known]:
+        raise InputError(f"{place}: {_unknown_keys(unknown)}")
     return coerce_all(values, place=place)
 
 
-def nearest_name(word: str, names: Sequence[str]) -> str | None:
-    """What `word` was probably meant to be: the first that begins so, else the most similar."""
-    word = word.lower().replace("-", "_")
-    return next((name for name in names if name.startswith(word)), None) or next(iter(difflib.get_close_matches(word, names, n=1)), None)
+def _unknown_keys(unknown: list[str]) -> str:
+    """Each with the key that was probably meant; of many, the first few and their number."""
+    nearest = [nearest_name(key, [*config_fields(), *ALIASES]) for key in unknown[:MAX_NAMED]]
+    shown = [format_for_message(key, MAX_KEY_SHOWN) for key in unknown[:MAX_NAMED]]
+    if len(unknown) == 1:
+        return f"unknown key {shown[0]}; " + (f"did you mean {nearest[0]!r}?" if nearest[0] else LIST_OF_KEYS)
+    named = [f"{key} (did you mean {name!r}?)" if name else key for key, name in zip(shown, nearest, strict=True)]
+    more = f" and {len(unknown) - MAX_NAMED:,} more" if len(unknown) > MAX_NAMED else ""
+    return f"unknown keys {', '.join(named)}{more}" + ("" if all(nearest) and not more else f"; {LIST_OF_KEYS}")
 
 
 def _build(values: Mapping[str, Any], place: str) -> Config:
@@ -109,13 +78,13 @@ def _translate_original_keys(values: dict[str, Any], place: str) -> dict[str, An
     if (tokenizer := values.pop("tokenizer", None)) is not None:
         encoder = values.get("encoder")
         if encoder not in (None, tokenizer):
-            raise InputError(f"{place}: encoder is {encoder!r} and tokenizer is {tokenizer!r}: they mean the same, keep one")
+            raise InputError(f"{place}: encoder is {format_for_message(encoder)} and tokenizer is {format_for_message(tokenizer)}: they mean the same, keep one")
         values["encoder"] = tokenizer
     if (fp16 := values.pop("fp16", None)) is not None:
         fp16, precision = coerce("fp16", fp16, bool, place=place), values.get("precision")
         meant = "fp16" if fp16 else "fp32"  # the original knew no other
         if precision not in (None, meant):
-            raise InputError(f"{place}: fp16 is {str(fp16).lower()} and precision is {precision!r}: they contradict, keep precision")
+            raise InputError(f"{place}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: they contradict, keep precision")
         values["precision"] = meant
     return values
 
@@ -139,7 +108,7 @@ def coerce(key: str, value: Any, hint: Any, *, place: str) -> Any:
             continue
     is_yaml_word = any(isinstance(item, bool) for item in (value if isinstance(value, list) else [value])) and str in _members(hint)
     quotes = " (YAML reads yes, no, on, off so: write a name in quotes)" if is_yaml_word else ""
-    raise InputError(f"{place}: {key}: expected {describe(hint)}, found {value!r}{quotes}")
+    raise InputError(f"{place}: {key}: expected {describe(hint)}, found {format_for_message(value)}{quotes}")
 
 
 def _members(hint: Any) -> list[Any]:
@@ -198,10 +167,14 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(title, parser.add_argument_group(title))
         default = "required" if item.default is MISSING else f"default: {_show(item.default)}"
         is_list = any(get_origin(member) is tuple for member in [hints[name], *get_args(hints[name])])
-        text = f"{item.metadata['meaning']} ({default})".replace("%", "%%")
+        text = f"{item.metadata['meaning']}{_range_words(item.metadata['range'])} ({default})".replace("%", "%%")
         group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar=_placeholder(name, hints[name]), help=text)
     groups["model"].add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder")
     groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="true|false", help="the original's name of --precision; true is fp16, false fp32")
+
+
+def _range_words(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f"; {bounds[0]} to {bounds[1]:,}"
 
 
 def _placeholder(name: str, hint: Any) -> str:

@@ -4,6 +4,7 @@ Every helper is an identity in a single process, so callers have one path. "Coll
 every rank must reach the call, in the same order.
 """
 
+import logging
 import os
 import re
 import socket
@@ -26,7 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmbert_core.errors import InputError, PeerError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+CROWDED = 16  # threads on a core, from which on a run is told that it waits for itself
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_SECONDS = 600.0  # that a rank waits for the others in a collective
 PATIENCE_SECONDS = 6 * 3600.0  # and for work that is rank 0's alone, whose length depends on the data; a rank that dies is heard of at once
@@ -81,6 +85,8 @@ def set_threads(num_threads: int | str, context: DistContext) -> int:
     """Set PyTorch's CPU threads explicitly, because their number changes bits; `auto` shares the cores of the node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // context.local_world_size) if num_threads == "auto" else int(num_threads)
+    if threads * context.local_world_size > CROWDED * cores:
+        logger.warning("num_threads: %d threads in each of %d processes share %d cores, which is much slower than one thread a core", threads, context.local_world_size, cores)
     torch.set_num_threads(threads)
     return threads
 

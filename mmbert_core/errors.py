@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MAX_SHOWN = 80  # characters of a value in a message
+
 
 class InputError(ValueError):
     """A mistake in the config or the data that the user can mend.
@@ -33,3 +35,18 @@ def phase(name: str) -> Iterator[None]:
         if not hasattr(error, "phase"):
             error.phase = name  # type: ignore[attr-defined]
         raise
+
+
+def format_for_message(value: object, limit: int = MAX_SHOWN) -> str:
+    """A value as a message shows it: its `repr`, on one line, at most `limit` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python turns no whole number of more than 4,300 digits into text
+        text = "a number of thousands of digits"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def shorten(message: str, limit: int) -> str:
+    """A message on one line of at most `limit` characters."""
+    line = " ".join(message[: 4 * limit].split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
