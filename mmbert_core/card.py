@@ -109,7 +109,7 @@ def decision(loaded: LoadedModel) -> list[str]:
         lines = [f"{above if threshold.value >= 0 else every}{why}."]
     if calibration.reason:
         return [*lines, f"Probabilities are not calibrated: {calibration.reason}."]
-    return [*lines, f"`prob_calibrated` divides logits by {calibration.temperature:.4f}; expected calibration error on the validation rows {number(calibration.ece_before)} before, {number(calibration.ece_after)} after."]
+    return [*lines, f"`prob_calibrated` divides logits by {calibration.temperature:.4f}{f' ({calibration.method})' if calibration.method else ''}; expected calibration error on the validation rows {number(calibration.ece_before)} before, {number(calibration.ece_after)} after."]
 
 
 def number(value: float | None) -> str:

@@ -142,11 +142,22 @@ def score(rows: Sequence[Row], settings: dict[str, Any], tokenizer: Tokenizer | 
 
 
 def calibrated(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities of all classes [N, K] whose logits are divided by the temperature; [N] are those of class 1 of two."""
-    by_class = probabilities.astype(np.float64)
-    by_class = np.stack([np.maximum(1 - by_class, 2.0**-25), by_class], axis=1) if by_class.ndim == 1 else by_class  # 1 is a float32 rounded up
-    powers = np.maximum(by_class, np.finfo(np.float32).tiny) ** (1 / temperature)
-    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+    """Probabilities of all classes [N, K] whose logits are divided by the temperature; [N] are those of class 1 of two.
+
+    With temperature 1 as they are, else never exactly 0 or 1: those are taken for float32 numbers that were rounded.
+    """
+    p = probabilities.astype(np.float64)
+    if temperature == 1:
+        return (p if p.ndim == 2 else np.stack([1 - p, p], axis=1)).astype(np.float32)
+    if p.ndim == 1:
+        logits = np.log(np.maximum(p, 2.0**-150)) - np.log(np.maximum(1 - p, 2.0**-25))
+        power = np.exp(-1 / temperature * np.abs(logits))  # of the less likely class over the other
+        by_class = np.stack([np.where(logits < 0, 1, power), np.where(logits < 0, power, 1)], axis=1) / (1 + power)[:, None]
+    else:
+        logits = np.log(np.maximum(p, 2.0**-150))
+        powers = np.exp(1 / temperature * (logits - logits.max(axis=1, keepdims=True)))
+        by_class = powers / powers.sum(axis=1, keepdims=True)
+    return np.clip(by_class.astype(np.float32), np.float32(2.0**-149), np.float32(1 - 2.0**-24))
 
 
 def load_preprocessing(folder: Path) -> tuple[dict[str, Any], Tokenizer | None]:

@@ -131,6 +131,7 @@ def calibration(part: Part, report: Part) -> str:
            ("validation rows", count(part.get("rows")))]  # fmt: skip
     made = cards((card(label, value) for label, value in big), kind="small")
     made += reason(part["reason"]) if part.get("reason") else ""
+    made += note(text(f"Method: {part['method']}.")) if part.get("method") else ""
     given = {"as the model says": part.get("bins") or [], "calibrated": part.get("calibrated_bins") or []}
     series = {title: bins for title, bins in given.items() if bins}
     if not series:

@@ -1,9 +1,14 @@
 """The temperature brings back probabilities that were sharpened, and never the order of rows."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from mmbert_core.evaluation.calibration import Calibration, fit_temperature
+from mmbert_core import export_example
+from mmbert_core.evaluation.calibration import HIGHEST, LOWEST, Calibration, fit_temperature
 
 
 def sharpened(num_classes: int, temperature: float, seed: int = 0, num_rows: int = 20_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,3 +63,76 @@ def test_a_probability_that_was_rounded_to_one_is_about_as_sure_as_its_neighbour
         made.append(fit_temperature(preds, labels, num_classes=2))
     assert made[0].temperature == pytest.approx(made[1].temperature, rel=0.05)
     assert Calibration(4.0).apply(np.float32([1.0]))[0] == pytest.approx(Calibration(4.0).apply(np.nextafter(np.float32([1]), np.float32(0)))[0], abs=0.01)
+
+
+# ---- rows that are told apart without an error ----
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("scale", [1.0, 8.0, 60.0])  # of the logits: with 60 most probabilities are exactly 0 or 1
+def test_rows_told_apart_without_an_error_do_not_drive_the_temperature_to_its_bound(num_classes: int, scale: float) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % num_classes
+    logits = scale * (np.eye(num_classes)[labels] * (2 + 0.3 * rng.random((300, 1))))
+    preds = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
+    preds = preds[:, 1] if num_classes == 2 else preds
+    made = fit_temperature(preds, labels, num_classes=num_classes)
+    calibrated = made.apply(preds)
+    assert 2 * LOWEST < made.temperature < 0.8 * HIGHEST and made.reason is None and "1 / (rows + 1)" in made.method
+    assert calibrated.min() > 0 and calibrated.max() < 1
+    of_label = np.where(labels == 1, calibrated, 1 - calibrated) if num_classes == 2 else calibrated[np.arange(300), labels]
+    assert 1 - 10 / 300 < of_label.mean() < 1 - 0.1 / 300  # 300 rows without an error allow no more
+
+
+@pytest.mark.parametrize(("preds", "reason"), [
+    ([0.4999, 0.5001], "below 0.05: their probabilities hardly differ, their labels do"),
+    ([0.7, 0.3], "above 20: their probabilities say next to nothing of their labels"),
+    ([0.5, 0.5], "above 20"),
+])  # fmt: skip
+def test_a_temperature_at_its_bound_is_left_out_with_the_reason(preds: list[float], reason: str) -> None:
+    labels = np.arange(300) % 2
+    made = fit_temperature(np.array(preds, np.float32)[labels], labels, num_classes=2)
+    assert made.temperature == 1.0 and reason in made.reason and made.method is None and made.ece_after is None
+
+
+def test_a_temperature_of_an_older_folder_stays() -> None:
+    values = {"temperature": 0.05, "rows": 220, "ece_before": 0.1, "ece_after": 0.0, "reason": None}
+    assert Calibration.from_json(values).temperature == 0.05 and Calibration.from_json(values).method is None
+
+
+# ---- every digit of small probabilities ----
+
+PROBABILITIES = [0.0, 1e-45, 1e-40, 2e-18, 1e-7, 0.1, 0.5, 0.9, 1 - 2.0**-24, 1.0]
+
+
+def exactly(probability: float, temperature: float) -> float:
+    """Through math.expm1 and log1p on one number."""
+    odds = (math.log(probability) - math.log1p(-probability)) / temperature
+    return 1 / (1 + math.exp(-odds)) if odds > 0 else math.exp(odds) / (1 + math.exp(odds))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=10), st.floats(LOWEST, HIGHEST))
+@example([], LOWEST)
+@example([], 0.9)
+@example([], HIGHEST)
+def test_calibrated_probabilities_are_exact_in_order_and_inside(drawn: list[float], temperature: float) -> None:
+    preds = np.array(sorted([*drawn, *PROBABILITIES]), np.float32)
+    made = Calibration(temperature).apply(preds)
+    assert made.dtype == np.float32 and (np.diff(made) >= 0).all()
+    inside = (preds > 0) & (preds < 1)
+    assert (made[inside] > 0).all() and (made[inside] < 1).all()
+    for probability, found in zip(preds[inside].tolist(), made[inside].tolist(), strict=True):
+        exact = exactly(probability, temperature)
+        assert found == pytest.approx(exact, rel=2e-6, abs=2e-45) or (exact > 1 - 2.0**-24 and found == 1 - 2.0**-24)
+    by_class = np.stack([1 - preds, preds / 2, preds / 2], axis=1)
+    for values, expected in ((preds, made), (by_class, Calibration(temperature).apply(by_class))):
+        exported = export_example.calibrated(values, temperature)
+        assert np.array_equal(exported[:, 1] if values.ndim == 1 else exported, expected)  # example.py gives the same bits
+
+
+def test_two_in_ten_to_the_eighteen_stays_that() -> None:
+    """The hyperbolic tangent near -1 has no digits left for it."""
+    probability = np.float32(3e-9)
+    [made] = Calibration(1 / 2.0663).apply(np.array([probability]))
+    assert float(made) == pytest.approx(exactly(float(probability), 1 / 2.0663), rel=1e-6) and 1e-18 < made < 3e-18
