@@ -27,7 +27,6 @@ from typing import Any, NoReturn
 
 from mmbert_core import signals  # first: it notes the launcher
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenised in threads; no process is ever forked here
 gc.set_threshold(100_000, 50, 100)  # the imports below make objects that stay: looking through them again and again takes a second
 
 import torch

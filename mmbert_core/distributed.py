@@ -1,4 +1,4 @@
-"""Ranks, device, process groups and collectives. Floor 0; imports errors; the only user of `torch.distributed`.
+"""Ranks, device, process groups and collectives. Floor 0; imports errors and forks; the only user of `torch.distributed`.
 
 Every helper is an identity in a single process, so callers have one path. "Collective" in a docstring means that
 every rank must reach the call, in the same order.
@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401 - wraps the main function of a worker
 from torch.nn.parallel import DistributedDataParallel
 
+from mmbert_core import forks
 from mmbert_core.errors import InputError, PeerError
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,16 @@ def restart_count() -> int:
 
 
 def set_threads(num_threads: int | str, context: DistContext) -> int:
-    """Set PyTorch's CPU threads explicitly, because their number changes bits; `auto` shares the cores of the node."""
+    """Set PyTorch's CPU threads explicitly, because their number changes bits; `auto` shares the cores of the node.
+
+    A forked process has one: PyTorch would wait for those of its parent, which are not there.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // context.local_world_size) if num_threads == "auto" else int(num_threads)
+    if forks.is_forked() and threads > 1:
+        if num_threads != "auto":
+            logger.warning("num_threads %d: a forked process computes with 1 thread; start it with spawn for more", threads)
+        threads = 1
     if threads * context.local_world_size > CROWDED * cores:
         logger.warning("num_threads: %d threads in each of %d processes share %d cores, which is much slower than one thread a core", threads, context.local_world_size, cores)
     torch.set_num_threads(threads)

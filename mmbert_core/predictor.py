@@ -1,14 +1,16 @@
 """A loaded model scores new rows: a file, in windows of constant memory, on one process or several. Floor 3.
 
-Imports distributed, data, evaluation, explain, model, model_folder, report, training.hooks and run_log.
+One call at a time uses the model and the tokenizer, in whichever thread; a forked process continues with one CPU thread.
+Imports distributed, forks, data, evaluation, explain, model, model_folder, report, training.hooks and run_log.
 """
 
+import copy
 import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mmbert_core import distributed
+from mmbert_core import distributed, forks
 from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.dataset import Dataset, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import longest_texts
@@ -61,6 +63,7 @@ class Predictor:
 
         `folder`: where the model was loaded from, for reports.
         """
+        self._options = {"precision": precision, "threshold": threshold}
         if threshold is not None and not 0 <= threshold <= 1:
             raise InputError(f"threshold: expected a probability of 0 to 1, found {threshold}")
         if threshold not in (None, loaded.judgement.threshold.value):
@@ -69,6 +72,8 @@ class Predictor:
         self.loaded = loaded
         self.folder = folder
         self.context = context
+        self._process_id = os.getpid()
+        self._lock = forks.lock_of(loaded.model)  # threads share the tokenizer's settings and the model's hooks
         config = loaded.config
         if precision == "auto" and context.device.type == "cuda":
             precision = loaded.resolved["precision"]  # as the run's own test stage did
@@ -88,6 +93,36 @@ class Predictor:
         `precision`: "auto" (on a GPU as the model was trained, on the CPU fp32), "fp32", "bf16", "fp16" or, on the CPU, "int8".
         """
         return cls(load_model_folder(folder), context or distributed.read_context(), precision=precision, threshold=threshold, folder=Path(folder))
+
+    # ---- copies, and other processes ----
+
+    def __reduce__(self) -> tuple[Callable[..., "Predictor"], tuple[str, dict[str, Any]]]:
+        """Pickled it is its folder's path and its options: the other process loads the folder anew, on its own device."""
+        if self.folder is None:
+            raise InputError("a Predictor without a model folder cannot be pickled: load it with Predictor.from_folder")
+        return load_predictor, (str(self.folder.absolute()), self._options)
+
+    def __copy__(self) -> "Predictor":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Predictor":
+        copied = copy.copy(self)
+        with self._lock:
+            copied.loaded, copied.task = copy.deepcopy((self.loaded, self.task), memo)
+        copied._lock = forks.lock_of(copied.loaded.model)
+        return copied
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """The model and its tokenizer are this thread's. Raises `RunError` in a forked process that cannot use them."""
+        if os.getpid() != self._process_id and (self.context.device.type != "cpu" or self.context.world_size > 1):
+            what = "on a GPU" if self.context.device.type != "cpu" else "of several processes"
+            advice = "load it there, or start the process with spawn"
+            raise RunError(f"a Predictor {what} cannot be used in a forked process: {advice}")
+        with self._lock:
+            yield
 
     def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False) -> int:
         """Collective. Score every row of the input once, in its order, into a TSV file ("-": standard output); returns the number of rows.
@@ -146,7 +181,9 @@ class Predictor:
         """Labelled rows as memory-mapped arrays, so that any number of them can be compared with each other."""
         loaded, config = self.loaded, self.loaded.config
         roles = replace(Roles.from_config(config), group=None)
-        encoded = open_or_build(inputs, roles, loaded.tokenizer, max_length=config.max_length, max_chunks=config.max_chunks, cache_path=cache)
+        lengths = {"max_length": config.max_length, "max_chunks": config.max_chunks}
+        with self._in_use():
+            encoded = open_or_build(inputs, roles, loaded.tokenizer, **lengths, cache_path=cache)
         return Dataset(
             encoded, None, loaded.features, loaded.labels, pad_token_id=pad_token_id_of(loaded.tokenizer), name="test", label_column=config.label_name
         )
@@ -167,7 +204,8 @@ class Predictor:
             data = {**trained, "files": {**trained.get("files", {}), **fingerprints}, "test": rows_section(dataset, loaded.labels.names)}
             return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns)
 
-        write_report(scored, folder)
+        with self._in_use():
+            write_report(scored, folder)
         return figures
 
     def predict(self, rows: Rows) -> Rows:
@@ -197,9 +235,10 @@ class Predictor:
         prediction = self.predict(row)
         chunk = self._chunk_of([row])
         texts = join_texts(chunk.cells, config.text_name) if config.text_name else [""]
-        [pieces] = explain_rows(
-            self.loaded, self._encode(chunk), [0], predicted=[self.loaded.labels.names.index(prediction["pred"])], texts=texts, task=self.task
-        )
+        predicted = [self.loaded.labels.names.index(prediction["pred"])]
+        with self._in_use():
+            dataset = self._encode(chunk)
+            [pieces] = explain_rows(self.loaded, dataset, [0], predicted=predicted, texts=texts, task=self.task)
         return {"prediction": prediction, "tokens": [list(piece) for piece in pieces]}
 
     def _chunk_of(self, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> Chunk:
@@ -210,9 +249,10 @@ class Predictor:
 
     def _encode(self, chunk: Chunk) -> Dataset:
         loaded, config = self.loaded, self.loaded.config
-        return encode_for_prediction(
-            chunk, Roles.from_config(config), loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
-        )
+        roles = Roles.from_config(config)
+        lengths = {"max_length": config.max_length, "max_chunks": config.max_chunks}
+        with self._in_use():
+            return encode_for_prediction(chunk, roles, loaded.tokenizer, loaded.features, loaded.labels, **lengths)
 
     def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Unseen) -> None:
         for line in (*cut_texts(num_cut, num_rows, self.loaded.config), *unseen_lines(name, unseen, self.loaded.features)):
@@ -223,7 +263,7 @@ class Predictor:
         results = []
         text = self.loaded.model.text_subnetwork
         # a table that an encoder makes and keeps in inference mode could not be part of an explanation's gradients
-        with torch.inference_mode() if text is None or text.is_packed else torch.no_grad():
+        with self._in_use(), torch.inference_mode() if text is None or text.is_packed else torch.no_grad():
             for index, batch in filter(None, hooks.own_batches(dataset, self.context)):
                 made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
                 preds = made[0] if isinstance(made, tuple) else made
@@ -252,6 +292,11 @@ class Progress:
             self._said, rate = now, self.done / (now - self._started)
             left = f", about {format_seconds(max(0, self.total - self.done) / rate)} left" if self.total else ""
             logger.info("%d rows scored, %.0f rows/s%s", self.done, rate, left)
+
+
+def load_predictor(folder: str, options: Mapping[str, Any]) -> Predictor:
+    """What a pickled Predictor becomes where it is read. Raises `InputError` where the folder is missing."""
+    return Predictor.from_folder(folder, **options)
 
 
 def summary_of(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
