@@ -60,8 +60,8 @@ class Config:
     )  # fmt: skip
     # ---- model ----
     encoder: str = setting("bert-base-cased", "model", "pretrained encoder and tokenizer: a folder, or a name on the Hugging Face hub")
-    pooling: Literal["auto", "pooler", "cls", "mean"] = setting(
-        "auto", "model", "text vector: the encoder's pooler, its first token, or the mean of its tokens; auto: as a sentence encoder was trained, else pooler if it has stored weights, else cls"
+    pooling: Literal["auto", "pooler", "cls", "mean", "last"] = setting(
+        "auto", "model", "text vector: the encoder's pooler, its first token (cls), the mean of its tokens, or its last token; auto: as a sentence encoder was trained, else last for decoders, pooler if it has stored weights, else cls"
     )
     hidden_common_dim: int = setting(100, "model", "width of the text part and of the column part before they are joined", low=1, high=100_000)
     reinit_pooler: bool = setting(False, "model", "draw the pooler's weights anew before training")

@@ -21,7 +21,7 @@ from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
-from mmbert_core.data.tokens import load_tokenizer
+from mmbert_core.data.tokens import always_used_ids, load_tokenizer
 from mmbert_core.encoder_files import Shapes, read_shapes
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.evaluation.baselines import Baselines
@@ -31,6 +31,7 @@ from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.files import TEMPORARY_PREFIX, read_json, save_tensors, space, sync_path, write_json
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.pretrained import sentence_pooling
+from mmbert_core.model.probe import check_token_ids
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pretrained_encoder, reinitialise, resolve_pooling
 
@@ -65,7 +66,8 @@ def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str
     if config.text_name:
         encoder, has_stored_pooler = load_pretrained_encoder(config.encoder)
         check_length(config, encoder)
-        pooling = resolve_pooling(config.pooling, encoder, has_stored_pooler, sentence_pooling(config.encoder))
+        trained = sentence_pooling(config.encoder) if config.pooling == "auto" else None
+        pooling = resolve_pooling(config.pooling, encoder, has_stored_pooler, trained)
         text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
@@ -77,7 +79,11 @@ def check_length(config: Config, encoder: nn.Module) -> None:
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if positions is None or positions < 1:  # XLNet has relative positions and says -1
         return
-    offset = (getattr(encoder.config, "pad_token_id", 0) or 0) + 1 if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    offset = 0
+    for name, module in encoder.named_modules():
+        if name.split(".")[-1] == "position_embeddings" and isinstance(module, nn.Embedding):
+            positions = min(positions, module.num_embeddings)
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's way: they start behind the padding's
     if config.max_length > positions - offset:
         raise InputError(f"max_length: expected at most {positions - offset} tokens, as encoder {config.encoder!r} has positions, found {config.max_length}")
 
@@ -158,6 +164,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         tokenizer = load_tokenizer(str(folder / ENCODER))
         encoder = build_encoder(str(folder / ENCODER), _encoder_shapes(folder / WEIGHTS))
         check_length(config, encoder)
+        check_token_ids(encoder, max(always_used_ids(tokenizer), default=0), name=str(folder / ENCODER))
     try:
         if config.text_name:
             text = TextBertBase(encoder, pooling=resolved["pooling"], hidden_common_dim=config.hidden_common_dim)

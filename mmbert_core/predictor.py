@@ -38,6 +38,7 @@ from mmbert_core.explain import explain_rows
 from mmbert_core.files import TEMPORARY_PREFIX, naming, read_json, sync_path
 from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
+from mmbert_core.model.probe import num_embedding_rows
 from mmbert_core.model_folder import SUMMARY, LoadedModel, load_model_folder
 from mmbert_core.report import Scored, rows_section, training_section, write_report
 from mmbert_core.training import hooks
@@ -262,6 +263,8 @@ class Predictor:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""
         results = []
         text = self.loaded.model.text_subnetwork
+        if text is not None and (num_rows := num_embedding_rows(text.encoder)) is not None:
+            dataset.check_token_ids(num_rows)
         # a table that an encoder makes and keeps in inference mode could not be part of an explanation's gradients
         with self._in_use(), torch.inference_mode() if text is None or text.is_packed else torch.no_grad():
             for index, batch in filter(None, hooks.own_batches(dataset, self.context)):

@@ -1,4 +1,4 @@
-"""Rows of a table as batches of tensors. Floor 1; imports cells, table, features, labels, tokens, encoding, splits.
+"""Rows of a table as batches of tensors. Floor 1; imports errors, cells, table, features, labels, tokens, encoding, splits.
 
 N rows of a dataset, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categories.
 """
@@ -17,6 +17,7 @@ from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import taken
 from mmbert_core.data.table import Chunk, Roles
 from mmbert_core.data.tokens import Tokens
+from mmbert_core.errors import InputError
 
 ROWS_HELD = 8192  # texts of a table on disk, with the pages around them
 
@@ -99,6 +100,18 @@ class Dataset:
 
     def label_strings(self, positions: Sequence[int] | np.ndarray) -> list[str]:
         return [self.label_string(position) for position in positions]
+
+    def check_token_ids(self, num_rows: int) -> None:
+        """Raise `InputError`, with the row's place, for a text with a token that an embedding of `num_rows` rows does not have."""
+        tokens = self.encoded.tokens
+        if tokens is None or int(tokens.ids.max(initial=0)) < num_rows:
+            return
+        token = int(np.argmax(tokens.ids >= num_rows))
+        row = np.searchsorted(tokens.row_chunks, np.searchsorted(tokens.chunk_offsets, token, side="right") - 1, side="right") - 1
+        raise InputError(
+            f"{self.encoded.where(int(row))}: its text has the token id {tokens.ids[token]}, the model's embedding has {num_rows} rows: "
+            "tokens were added to the tokenizer without model.resize_token_embeddings(len(tokenizer)) before training"
+        )
 
     def unseen(self) -> Unseen:
         """Cells with a value that training never saw, by categorical column."""

@@ -22,6 +22,7 @@ from mmbert_core.hub import check_hub_answers, check_hub_name
 
 # Cutting before tokenising bounds the time of a text of any size; English has 4 to 5 characters a token.
 CHARACTERS_PER_TOKEN = 20
+SAMPLE_LENGTH, NUM_SAMPLE_WORDS = 64, 64  # tokens
 ENCODED_AT_ONCE = 1024  # texts; their Rust encodings take a few hundred bytes a token
 
 
@@ -72,6 +73,30 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     state.pop("truncation", None)
     state.pop("padding", None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def sample_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Token ids to make texts of: `prefix` and `suffix` (special tokens around a text), ordinary `words`, `pad`, and the `highest` id there is."""
+    with _truncating(tokenizer.backend_tokenizer, SAMPLE_LENGTH) as backend:
+        encoding = backend.encode("a")
+    is_special = np.array(encoding.special_tokens_mask, dtype=bool)
+    ordinary = np.flatnonzero(~is_special)
+    start, end = (ordinary[0], ordinary[-1] + 1) if len(ordinary) else (len(is_special), len(is_special))
+    prefix, suffix = tuple(encoding.ids[:start]), tuple(encoding.ids[end:])
+    vocabulary = tokenizer.get_vocab()
+    specials = {*tokenizer.all_special_ids, *prefix, *suffix}
+    by_id = [(index, token) for token, index in sorted(vocabulary.items(), key=lambda item: item[1]) if index not in specials]
+    words = [index for index, token in by_id if token.strip("▁Ġ#").isalpha()] or [index for index, _ in by_id] or [max(specials, default=0)]
+    words = words[:: -(-len(words) // NUM_SAMPLE_WORDS)]
+    highest = max(*vocabulary.values(), *specials, *words)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return {"prefix": prefix, "words": tuple(words), "suffix": suffix, "pad": pad, "highest": highest}
+
+
+def always_used_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Ids of the special tokens that stand in every text or batch."""
+    named = (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    return {*tokenizer.backend_tokenizer.encode("").ids, *(index for index in named if index is not None)}
 
 
 def characters_read(max_length: int, max_chunks: int) -> int:

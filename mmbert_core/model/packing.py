@@ -91,6 +91,10 @@ class Packing:
         """[S, H] -> [N, H]"""
         return hidden.index_select(0, self.offsets[:-1])
 
+    def last_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, H] -> [N, H]"""
+        return hidden.index_select(0, self.offsets[1:] - 1)
+
     def means(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] -> [N, H] float32, the mean over each text."""
         return torch.segment_reduce(hidden.float(), "mean", lengths=self.sizes, axis=0, unsafe=True)  # safe: a GPU would be waited for

@@ -1,12 +1,13 @@
-"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors, hub and encoder_files."""
+"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors, schema, files, hub and encoder_files."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +22,23 @@ from mmbert_core.encoder_files import (
     WEIGHTS_INDEX,
     Shapes,
     check_config_against_weights,
+    check_content,
     check_encoder_files,
     check_shapes,
     encoder_shapes,
     settings_in,
 )
 from mmbert_core.errors import InputError
+from mmbert_core.files import read_json
 from mmbert_core.hub import check_hub_answers, check_hub_name
+from mmbert_core.schema import record, shortened
 
 logger = logging.getLogger(__name__)
 
-SENTENCE_POOLING = "1_Pooling/config.json"
+# Files of sentence-transformers, and its words for the poolings that are ours too.
+SENTENCE_POOLING, SENTENCE_MODULES, SENTENCE_CONFIG = "1_Pooling/config.json", "modules.json", "config_sentence_transformers.json"
+SENTENCE_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+POOLING_FLAG = "pooling_mode_"  # begins the keys of the older form, one for each mode
 # Keys of a config.json with which transformers would run code, or load weights, that we never want.
 REFUSED_KEYS = {
     "auto_map": "it needs code of its own (auto_map), which is never run; choose one that transformers knows",
@@ -64,23 +71,78 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
     except _NotCached:
         check_hub_answers(name)
     logger.info("encoder %s: not in the local cache, downloading it", name)
-    with suppress(Exception):  # few encoders have it, and the hub's client raises errors of its own
-        cached_file(name, SENTENCE_POOLING)
+    for file in (SENTENCE_MODULES, SENTENCE_CONFIG, SENTENCE_POOLING):
+        with suppress(Exception):  # few encoders have them, and the hub's client raises errors of its own
+            cached_file(name, file)
     return _load(name, local_files_only=False)
 
 
 def sentence_pooling(name_or_folder: str) -> str | None:
-    """"mean" or "cls" where the encoder was trained to make sentence vectors that way, as files of sentence-transformers say; else None.
+    """"mean", "cls" or "last" where the encoder was trained to make sentence vectors that way, as files of sentence-transformers say; else None.
 
-    Looks into the folder, or the local cache of the hub. A pooler stored with such an encoder was no part of that training.
+    Looks into the folder, or the local cache of the hub, and reads both forms of the file: a flag for each mode, or one key
+    `pooling_mode`. A pooler stored with such an encoder was no part of that training.
+    Raises InputError (one line) for settings that cannot be followed: other or several modes, or vectors without the prompt.
     """
-    try:
-        with open(cached_file(os.fspath(name_or_folder), SENTENCE_POOLING, local_files_only=True), encoding="utf-8") as stream:
-            settings = json.load(stream)
-        modes = {"mean": settings.get("pooling_mode_mean_tokens"), "cls": settings.get("pooling_mode_cls_token")}
-    except (OSError, ValueError, AttributeError):
+    name = os.fspath(name_or_folder)
+    path = _cached_path(name, _pooling_file(name))
+    if path is None:
         return None
-    return next((pooling for pooling, is_used in modes.items() if is_used is True), None)
+    advice = "set pooling to mean, cls, last or pooler"
+    error_prefix = f"pooling: auto cannot follow {path}"
+    try:
+        check_content(path)
+        settings = read_json(path, record({}, others=True))
+    except InputError as error:
+        raise InputError(f"{error_prefix} ({str(error).removeprefix(f'{path}: ')}): {advice}") from None
+    modes = _pooling_modes(settings)
+    if len(modes) != 1 or modes[0] not in SENTENCE_POOLINGS:
+        found = ", ".join(map(shortened, modes)) or "none"
+        raise InputError(f"{error_prefix}: expected one mode of {', '.join(SENTENCE_POOLINGS)}, found {found}: {advice}")
+    if settings.get("include_prompt") is False and _has_prompt(name):
+        raise InputError(f"{error_prefix}: its vectors leave out the tokens of a prompt (include_prompt: false), which texts here never have: {advice}")
+    return SENTENCE_POOLINGS[modes[0]]
+
+
+def _pooling_file(name: str) -> str:
+    """Where modules.json says that the pooling's settings are."""
+    path = _cached_path(name, SENTENCE_MODULES)
+    with suppress(InputError, TypeError, AttributeError):
+        for module in read_json(path) if path is not None else []:
+            folder = os.path.normpath(str(module.get("path")))
+            is_inside = not os.path.isabs(folder) and folder.split(os.sep)[0] not in (".", "..")
+            if str(module.get("type")).split(".")[-1] == "Pooling" and is_inside:
+                return f"{folder}/config.json"
+    return SENTENCE_POOLING
+
+
+def _pooling_modes(settings: Mapping[str, Any]) -> list[str]:
+    """The modes in use, in the words of `pooling_mode`; a value that is no mode counts as one of its own."""
+    named = settings.get("pooling_mode", [])
+    modes = [str(mode).lower() for mode in (named if isinstance(named, list) else [named])]
+    for key, is_used in settings.items():
+        if key.startswith(POOLING_FLAG) and is_used not in (False, None):
+            mode = key.removeprefix(POOLING_FLAG).removesuffix("_tokens").removesuffix("_token")
+            modes.append(mode if is_used in (True,) else f"{key}: {is_used}")
+    return list(dict.fromkeys(modes))
+
+
+def _has_prompt(name: str) -> bool:
+    path = _cached_path(name, SENTENCE_CONFIG)
+    with suppress(InputError):
+        settings = read_json(path) if path is not None else {}
+        prompts = settings.get("prompts") if isinstance(settings, dict) else None
+        return isinstance(prompts, dict) and any(prompts.values())
+    return False
+
+
+def _cached_path(name: str, file: str) -> Path | None:
+    """The file of an encoder's folder, or of the hub's local cache; None where there is none."""
+    try:
+        path = cached_file(name, file, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return None if path is None else Path(path)
 
 
 def build_encoder(folder: str, shapes: Shapes | None = None) -> nn.Module:

@@ -19,14 +19,15 @@ __all__ = ["TextBertBase", "build_encoder", "load_pretrained_encoder", "reinitia
 
 logger = logging.getLogger(__name__)
 
-POOLINGS = ("auto", "pooler", "cls", "mean")
+POOLINGS = ("auto", "pooler", "cls", "mean", "last")
+NUM_CAUSAL_TOKENS = 4  # of the two texts that tell whether an encoder reads forward only
 
 
 def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, trained: str | None = None) -> str:
-    """The pooling in use, "pooler", "cls" or "mean", from the config's key (which may be "auto").
+    """The pooling in use, "pooler", "cls", "mean" or "last", from the config's key (which may be "auto").
 
-    auto: what the encoder was ``trained`` with as a sentence encoder, else the pooler if its weights were stored with the
-    encoder, else cls; said in one line.
+    auto: what the encoder was ``trained`` with as a sentence encoder, else last where a token sees those before it alone,
+    else the pooler if its weights were stored with the encoder, else cls; said in one line.
     Raises InputError for an unknown word, and for "pooler" where the encoder has none.
     """
     if asked not in POOLINGS:
@@ -35,16 +36,37 @@ def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, tra
     if asked == "auto" and trained:
         logger.info("pooling: %s (how %s was trained to make sentence vectors)", trained, name)
         return trained
+    if asked == "auto" and is_causal(encoder):
+        logger.info("pooling: last (%s reads forward only: its last token alone has seen the whole text)", name)
+        return "last"
     if asked == "auto":
         pooling = "pooler" if has_stored_pooler else "cls"
         logger.info("pooling: %s (%s has %s stored pooler)", pooling, name, "a" if has_stored_pooler else "no")
         return pooling
     if asked == "pooler":
         if getattr(encoder, "pooler", None) is None:
-            raise InputError(f"pooling: expected an encoder with a pooler, found {name} without (use cls or mean)")
+            raise InputError(f"pooling: expected an encoder with a pooler, found {name} without (use cls, mean or last)")
         if not has_stored_pooler:
             logger.warning("pooling: the pooler of %s was not stored with it: its weights are random", name)
     return asked
+
+
+def is_causal(encoder: nn.Module) -> bool:
+    """Whether the first token's vector ignores the tokens behind it, as in decoders. Two short texts are tried; eval mode, on the CPU.
+
+    Nothing is drawn from torch's generators. An encoder that cannot run this way is not called causal here: the checks
+    before training say what is wrong with it.
+    """
+    try:
+        rows = encoder.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(max(0, rows - NUM_CAUSAL_TOKENS), rows)[None]  # [1, T]
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            first, second = (encoder(input_ids=each, attention_mask=mask, return_dict=True).last_hidden_state[:, 0] for each in (ids, other))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False
+    return torch.equal(first, second)
 
 
 def reinitialise(encoder: nn.Module, *, pooler: bool, layers: int) -> None:
@@ -118,8 +140,8 @@ class TextBertBase(nn.Module):
         self.pooling = pooling
         replace_dropouts(encoder)
         self.is_packed = packing.use_packed_attention(encoder)
-        self.ends_at_first_tokens = self.is_packed and pooling != "mean" and packing.end_at_first_tokens(encoder)
-        # Longformer and its kin: the row's vector is read at the first token, which must see the whole text.
+        self.ends_at_first_tokens = self.is_packed and pooling in ("pooler", "cls") and packing.end_at_first_tokens(encoder)
+        # Longformer and its kin: the token that the row's vector is read at must see the whole text.
         self.has_global_attention = "global_attention_mask" in inspect.signature(encoder.forward).parameters
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(encoder.config.hidden_size, hidden_common_dim)
@@ -132,32 +154,38 @@ class TextBertBase(nn.Module):
         Both may lie on any device; texts on the CPU are packed there, and the GPU need not be waited for.
         """
         if input_ids.ndim == 2:
-            pooled = self._pool(input_ids, attention_mask)  # [B, H]
+            pooled = self.pool(input_ids, attention_mask)  # [B, H]
         else:
             real = attention_mask.any(dim=2)  # [B, C]
-            chunks = self._pool(input_ids[real], attention_mask[real])  # [N, H]
+            chunks = self.pool(input_ids[real], attention_mask[real])  # [N, H]
             # Scattered back rather than index_add: every slot is written once, so the sum's order is fixed.
             places, counts = (packing.moved(made, chunks.device) for made in (real.flatten().nonzero()[:, 0], real.sum(dim=1, keepdim=True).clamp(min=1)))
             by_row = chunks.new_zeros(real.numel(), chunks.shape[-1]).index_copy(0, places, chunks)  # [B x C, H]
             pooled = by_row.unflatten(0, real.shape).sum(dim=1) / counts  # [B, H]
         return self.linear(self.dropout(pooled))
 
-    def _pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[N, T] -> [N, H]"""
+    def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[N, T] -> [N, H], the encoder's vector of each text (chunk), before the projection."""
         if self.is_packed:
             return self._pool_packed(input_ids, attention_mask)
         device = self.linear.weight.device
         input_ids, attention_mask = input_ids.to(device, non_blocking=True), attention_mask.to(device, non_blocking=True)
         extra = {}
         if self.has_global_attention:
-            extra["global_attention_mask"] = torch.zeros_like(attention_mask)
-            extra["global_attention_mask"][:, 0] = 1
+            is_global = torch.zeros_like(attention_mask)
+            is_global[:, 0] = 1
+            if self.pooling == "last":
+                is_global = is_global.scatter(1, _last_index(attention_mask)[:, None], 1)
+            extra["global_attention_mask"] = is_global
         outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
         if self.pooling == "pooler":
             return outputs.pooler_output
         hidden = outputs.last_hidden_state  # [N, T, H]
         if self.pooling == "cls":
             return hidden[:, 0]
+        if self.pooling == "last":
+            index = _last_index(attention_mask)[:, None, None].expand(-1, 1, hidden.shape[2])
+            return hidden.gather(1, index).squeeze(1)
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
@@ -167,5 +195,12 @@ class TextBertBase(nn.Module):
         hidden = self.encoder(**arguments, return_dict=True).last_hidden_state.squeeze(0)  # [S, H]
         if self.pooling == "mean":
             return layout.means(hidden)
+        if self.pooling == "last":
+            return layout.last_tokens(hidden)
         first = hidden if self.ends_at_first_tokens else layout.first_tokens(hidden)  # [N, H]
         return first if self.pooling == "cls" else self.encoder.pooler(first[:, None])
+
+
+def _last_index(attention_mask: torch.Tensor) -> torch.Tensor:
+    """[N, T], padded on the right -> [N]: the last real token; the first place of a text without one."""
+    return (attention_mask.sum(dim=1) - 1).clamp(min=0)

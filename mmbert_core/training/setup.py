@@ -24,6 +24,7 @@ from mmbert_core import distributed
 from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.batches import settle_micro_batches, steps_per_epoch
 from mmbert_core.data.prepare import Data
+from mmbert_core.data.tokens import sample_tokens
 from mmbert_core.distributed import DistContext, UsedRows
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
@@ -31,6 +32,7 @@ from mmbert_core.evaluation.thresholds import parse_rule
 from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_stale_temporaries, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
+from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import POOLINGS
 from mmbert_core.model_folder import BASELINE_WEIGHTS, BASELINES, CARD, ENCODER, SUMMARY, THRESHOLDS, WEIGHTS, build_model, config_record
 from mmbert_core.training import checkpoint
@@ -96,12 +98,19 @@ class Run:
 
 
 def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | None]:
-    """Check the metric names and the threshold's rule and build the model. Raises `InputError`; needs no process group."""
+    """Check the metric names and the threshold's rule, build the model, and try its encoder on made-up texts.
+
+    Raises `InputError`; needs no process group.
+    """
     parse_rule(config.threshold_rule)
     check_metric_choices(config.metric_choices, data.labels.names)
     if config.early_stop_metric != "val_loss":
         check_metric_choices([config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric")
-    return build_model(replace(config, pooling=settled_pooling(config)), data.features)
+    model, pooling = build_model(replace(config, pooling=settled_pooling(config)), data.features)
+    if model.text_subnetwork is not None:
+        tokens = ProbeTokens(**sample_tokens(data.tokenizer))
+        check_text_encoder(model.text_subnetwork, tokens, max_length=config.max_length, name=config.encoder)
+    return model, pooling
 
 
 def settled_pooling(config: Config) -> str:

@@ -56,7 +56,7 @@ def padded_batch(family: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def poolings(family: str) -> list[str]:
-    return ["cls", "mean", *(["pooler"] if family in ("bert", "roberta", "xlm-roberta", "camembert") else [])]
+    return ["cls", "mean", "last", *(["pooler"] if family in ("bert", "roberta", "xlm-roberta", "camembert") else [])]
 
 
 def test_every_family_is_tried() -> None:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2Model
 
 from mmbert_core.errors import InputError
 from mmbert_core.model.text_encoder import TextBertBase, load_pretrained_encoder, reinitialise, resolve_pooling
@@ -37,7 +38,8 @@ def test_resolve_pooling(make_encoder, caplog):
         assert resolve_pooling("auto", bert, True, "mean") == "mean"  # a sentence encoder's own way
     assert len(caplog.records) == 4
     assert resolve_pooling("pooler", bert, True, "mean") == "pooler"
-    assert [resolve_pooling(asked, bert, True) for asked in ("pooler", "cls", "mean")] == ["pooler", "cls", "mean"]
+    for asked in ("pooler", "cls", "mean", "last"):
+        assert resolve_pooling(asked, bert, True) == asked
     caplog.clear()
     assert resolve_pooling("pooler", bert, False) == "pooler"
     assert "random" in caplog.text
@@ -47,7 +49,7 @@ def test_resolve_pooling(make_encoder, caplog):
         resolve_pooling("max", bert, True)
 
 
-@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean", "last"])
 @pytest.mark.parametrize("family", WITH_POOLER + WITHOUT_POOLER)
 def test_every_parameter_gets_a_gradient_and_padding_changes_nothing(make_encoder, family, pooling):
     if pooling == "pooler" and family in WITHOUT_POOLER:
@@ -62,6 +64,29 @@ def test_every_parameter_gets_a_gradient_and_padding_changes_nothing(make_encode
     vectors.sum().backward()
     # DDP without find_unused_parameters stops at the second step otherwise.
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_auto_is_the_last_token_of_an_encoder_that_reads_forward_only(caplog):
+    encoder = GPT2Model(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=64)).eval()
+    with caplog.at_level(logging.INFO):
+        assert resolve_pooling("auto", encoder, False) == "last"
+    assert "pooling: last (GPT2Model reads forward only" in caplog.text
+    assert resolve_pooling("auto", encoder, False, "mean") == "mean"
+
+
+@pytest.mark.parametrize("family", ["Bert", "Albert", "Longformer", "ModernBert"])
+def test_last_pooling_is_the_last_real_token(make_encoder, family):
+    encoder = make_encoder(family)
+    model = text_model(encoder, "last")
+    ids, mask = tokens(12, 7, 1)
+    pooled = model.pool(ids, mask)
+    for row, length in enumerate((12, 7, 1)):
+        options = {"global_attention_mask": (torch.arange(length) % (length - 1 or 1) == 0).long()[None]} if family == "Longformer" else {}
+        hidden = encoder(input_ids=ids[row : row + 1, :length], attention_mask=mask[row : row + 1, :length], **options).last_hidden_state
+        torch.testing.assert_close(pooled[row], hidden[0, length - 1], atol=1e-5, rtol=1e-5)
+    chunked, chunk_mask = torch.stack([ids[:2], ids[1:]]), torch.stack([mask[:2], mask[1:]])  # [2, 2, 12]
+    expected = model.linear(torch.stack([pooled[:2].mean(0), pooled[1:].mean(0)]))
+    torch.testing.assert_close(model(chunked, chunk_mask), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_mean_pooling_is_the_mean_of_real_tokens(make_encoder):

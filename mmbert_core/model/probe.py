@@ -1,0 +1,184 @@
+"""Texts made of token ids that show, before a run, whether an encoder fits its tokenizer and settings. Floor 1; imports errors and text_encoder.
+
+N texts, T tokens, H hidden size. Tensors on the CPU only; a probe draws from no generator and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mmbert_core.errors import InputError
+from mmbert_core.model.text_encoder import TextBertBase, is_causal
+
+TOLERANCE = 1e-5  # of a text vector's largest value, at least of 1
+SAME = 1e-7  # the same, for vectors that must differ
+SHORT_WORDS, LONG_WORDS = 3, 28  # tokens of the text whose neighbours are tried, and of its neighbour
+
+
+@dataclass(frozen=True)
+class ProbeTokens:
+    """Token ids of which texts are made up."""
+
+    prefix: tuple[int, ...]  # special tokens before a text
+    words: tuple[int, ...]  # ordinary tokens, at least one
+    suffix: tuple[int, ...]  # special tokens behind a text
+    pad: int
+    highest: int  # the largest id that the tokenizer can give
+
+    def text(self, num_words: int, *, first: int | None = None, last: int | None = None) -> list[int]:
+        """A text of so many ordinary tokens (at least 1), its first and last one as given, between its special ones."""
+        words = [self.words[index % len(self.words)] for index in range(num_words)]
+        words[:1] = words[:1] if first is None else [first]
+        words[-1:] = words[-1:] if last is None else [last]
+        return [*self.prefix, *words, *self.suffix]
+
+    @property
+    def num_special(self) -> int:
+        return len(self.prefix) + len(self.suffix)
+
+
+def check_text_encoder(text: TextBertBase, tokens: ProbeTokens, *, max_length: int, name: str) -> None:
+    """Raise `InputError`, one line, where the encoder `name` cannot give right vectors of texts of `max_length` tokens.
+
+    Tried are: token ids without an embedding, the longest text, a text alone and beside a longer one, packed and padded
+    texts, and two texts that differ in their last token only.
+    """
+    check_token_ids(text.encoder, tokens.highest, name=name)
+    most_words = max(1, max_length - tokens.num_special)
+    short, long = (tokens.text(min(most_words, count)) for count in (SHORT_WORDS, LONG_WORDS))
+    with _unchanged(text):
+        _check_runs(text, tokens, name=name)
+        _check_positions(text, tokens, max_length=max_length, name=name)
+        _check_mask(text, short, long, tokens.pad, name=name)
+        if len(tokens.words) > 1:
+            _check_last_word(text, tokens, min(most_words, SHORT_WORDS), name=name)
+
+
+def check_token_ids(encoder: nn.Module, highest: int, *, name: str) -> None:
+    """Raise `InputError` where the tokenizer gives ids (up to `highest`) that the input embedding has no rows for."""
+    rows = num_embedding_rows(encoder)
+    if rows is not None and highest >= rows:
+        raise InputError(
+            f"encoder {name!r}: its tokenizer has token ids up to {highest}, its embedding has {rows} rows (ids up to {rows - 1}): resize and save "
+            f"the encoder first, with model.resize_token_embeddings({highest + 1}), which is len(tokenizer) where ids have no gaps"
+        )
+
+
+def num_embedding_rows(encoder: nn.Module) -> int | None:
+    """Token ids that the encoder has an embedding for; None where it does not say."""
+    try:
+        return encoder.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+# ---- single probes ----
+
+
+def _check_runs(text: TextBertBase, tokens: ProbeTokens, *, name: str) -> None:
+    """A text of one token, then one with the highest token id."""
+    for ids, what in ((tokens.text(1), "a text of one word"), (tokens.text(1, first=tokens.highest), f"a text with the token id {tokens.highest}")):
+        reason = _failure(text, ids)
+        if reason:
+            raise InputError(f"encoder {name!r}: {type(text.encoder).__name__} gives no vector of {what}: {reason}")
+
+
+def _check_positions(text: TextBertBase, tokens: ProbeTokens, *, max_length: int, name: str) -> None:
+    """A text of `max_length` tokens; where it fails, the largest length that does not is looked for."""
+
+    def runs(length: int) -> bool:
+        return not _failure(text, tokens.text(max(1, length - tokens.num_special)))
+
+    reason = _failure(text, tokens.text(max(1, max_length - tokens.num_special)))
+    if not reason:
+        return
+    largest = _largest(runs, tokens.num_special + 1, max_length)
+    raise InputError(f"max_length: expected at most {largest} tokens, as encoder {name!r} ({type(text.encoder).__name__}) takes, found {max_length} ({reason})")
+
+
+def _largest(runs: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest length from `low`, which runs, to below `high`, which does not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if runs(middle) else (low, middle)
+    return low
+
+
+def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], pad: int, *, name: str) -> None:
+    """A text's vector is the same alone and beside a longer one, and the same packed and padded."""
+    encoder = type(text.encoder).__name__
+    is_packed = text.is_packed
+    text.is_packed = False
+    try:
+        alone, again = (_vectors(text, [short], pad) for _ in range(2))  # [1, H]
+        together = _vectors(text, [short, long], pad)  # [2, H]
+    finally:
+        text.is_packed = is_packed
+    if _difference(alone, again) > TOLERANCE:
+        raise InputError(f"encoder {name!r}: {encoder} gives a text another vector at every call (it draws random numbers): choose another encoder")
+    if _difference(alone[0], together[0]) > TOLERANCE:
+        raise InputError(
+            f"encoder {name!r}: {encoder} does not heed the attention mask: a text's vector differs by {_difference(alone[0], together[0]):.1e} "
+            "alone and beside a longer text, so predictions would depend on the other rows: choose another encoder"
+        )
+    if is_packed:
+        difference = _difference(_vectors(text, [short, long], pad), together)
+        if difference > TOLERANCE:
+            raise InputError(f"encoder {name!r}: {encoder} gives other vectors for packed than for padded texts (difference {difference:.1e}): choose another encoder")
+
+
+def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *, name: str) -> None:
+    """Two texts that differ in their last word differ in their vectors. One call each: the same work in the same order."""
+    first, second = (_vectors(text, [tokens.text(num_words, last=word)], tokens.pad) for word in (tokens.words[0], tokens.words[-1]))
+    if _difference(first, second) > SAME:
+        return
+    reason = "reads forward only and this vector is that of its first token" if text.pooling in ("cls", "pooler") and is_causal(text.encoder) else "gives both the same vector"
+    other = "last" if text.pooling in ("cls", "pooler") else "mean"
+    raise InputError(
+        f"pooling: {text.pooling} of encoder {name!r} cannot tell texts apart that differ in their last word: {type(text.encoder).__name__} {reason}: set pooling to {other}"
+    )
+
+
+# ---- what they share ----
+
+
+def _vectors(text: TextBertBase, texts: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+    """Token ids of N texts -> [N, H], padded on the right to the longest."""
+    longest = max(map(len, texts))
+    input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts])
+    return text.pool(input_ids, mask).float()
+
+
+def _failure(text: TextBertBase, ids: Sequence[int]) -> str:
+    """Why there is no finite vector of the text; "" where there is one."""
+    try:
+        vectors = _vectors(text, [ids], ids[0])
+    except (RuntimeError, IndexError, ValueError, TypeError, AssertionError, AttributeError, KeyError, NotImplementedError) as error:
+        if "allocate memory" in str(error):
+            raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return "" if torch.isfinite(vectors).all() else "its values are not finite: are the weights whole?"
+
+
+def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The largest difference of two vectors, in units of their largest value, or of 1 where that is less."""
+    return float((first - second).abs().max() / second.abs().max().clamp(min=1.0))
+
+
+@contextmanager
+def _unchanged(text: TextBertBase) -> Iterator[None]:
+    """Eval mode, no gradients, no draw of the CPU's generator that anybody would notice; modes are put back."""
+    modes = [(module, module.training) for module in text.modules()]
+    text.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
