@@ -16,6 +16,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.data.sample import CATEGORY_COLUMNS, ID_COLUMN, LABEL_COLUMN, NUMBER_COLUMNS, TEXT_COLUMN, write_sample, write_small_encoder
 from mmbert_core.distributed import DistContext
+from mmbert_core.files import make_folder_by_time
 from mmbert_core.training.loop import fit
 from mmbert_core.training.setup import prepare_model
 
@@ -40,8 +41,7 @@ def run_demo(context: DistContext) -> int:
 
 def make_folder() -> Path:
     """Rank 0 only. The sample's files and its encoder in a new folder."""
-    folder = RUNS / f"demo-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
-    folder.mkdir(parents=True)
+    folder = make_folder_by_time(RUNS, "demo")
     paths = write_sample(folder / "data")
     texts = pd.read_csv(paths["train"], dtype=str, keep_default_na=False)[TEXT_COLUMN]
     write_small_encoder(folder / "encoder_from_scratch", texts)

@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import socket
+import time
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +26,7 @@ from mmbert_core.schema import Check, check_structure, parse_json
 logger = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".tmp-"
+TIME_FORMAT = "%Y-%m-%d-%H-%M-%S"
 LOCK = "run.lock"
 MEGABYTE = 2**20
 MAX_JSON_BYTES = 64 * MEGABYTE  # of a JSON file that is read whole; values take several times that in memory
@@ -146,6 +149,24 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             remove_path(old)
 
 
+def names_by_time(parent: Path, prefix: str) -> Iterator[Path]:
+    """`<prefix>-<local time to the second>` in `parent`, then the names of the seconds after it: what is there already is left out."""
+    now = time.time()
+    for seconds in count():
+        path = Path(parent) / f"{prefix}-{time.strftime(TIME_FORMAT, time.localtime(now + seconds))}"
+        if not os.path.lexists(path):
+            yield path
+
+
+def make_folder_by_time(parent: Path, prefix: str) -> Path:
+    """Make and return a new folder of `names_by_time`, also where other processes make theirs in the same second."""
+    for path in names_by_time(parent, prefix):
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("the names never end")
+
+
 def remove_path(path: Path) -> None:
     """Remove a file, a link (not what it points to) or a whole folder; nothing there is fine."""
     path = Path(path)
@@ -160,8 +181,11 @@ def remove_stale_temporaries(folder: Path, names: Iterable[str] | None = None) -
     ours = ".*" if names is None else f"(old-)?({'|'.join(map(re.escape, names))})(-[0-9]+)?"
     for path in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
         if re.fullmatch(re.escape(TEMPORARY_PREFIX) + ours, path.name, re.DOTALL):
-            remove_path(path)
-            logger.info("removed %s, left by an interrupted write", path)
+            try:
+                remove_path(path)
+                logger.info("removed %s, left by an interrupted write", path)
+            except OSError as error:  # it harms nobody, and the next start tries again
+                logger.warning("%s, left by an interrupted write, could not be removed: %s", path, error.strerror)
 
 
 # ---- the folder of a run ----

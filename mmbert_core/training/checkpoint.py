@@ -27,7 +27,9 @@ FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.json"
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 ASIDE_PREFIX = "aside-"
+DUE = "due"  # in state.json: false where only a signal asked for the checkpoint; older ones have no such key
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
+TEST_FOLDER = re.compile(r"[a-z_]+-[0-9]{4}(-[0-9]{2}){5}")  # in state.json
 TEMPORARY_FOLDER = re.compile(re.escape(TEMPORARY_PREFIX) + r"(step-[0-9]{8,})-[0-9]+")
 
 
@@ -47,6 +49,7 @@ class TrainState:
     finished: bool = False
     train_seconds: float = 0.0
     rows_trained: int = 0
+    test_folder: str | None = None  # name in the run's folder, from the last step on; none: no test, or an older checkpoint
 
 
 @dataclass(frozen=True)
@@ -145,17 +148,27 @@ def _write(final: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[st
 
 
 def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> None:
-    """Rank 0 only. Of the checkpoints up to step `newest`, just written, remove all but the last `keep` and the best.
+    """Rank 0 only. Of the checkpoints up to step `newest`, which is written, remove all but it, the best and the last `keep` that were due.
 
-    Higher steps, of an earlier life of the run, are damaged ones that the run went on before; it replaces them when it gets there.
+    One that only a signal asked for does not count among the `keep`, and goes when a later one is there: in the end a
+    stopped run has the checkpoints of one that never stopped.
+    Higher steps, from before a resume, are damaged ones that were passed over; the run replaces them when it gets there.
     """
     steps = sorted(step for step in list_steps(folder) if step <= newest)
-    for step in steps[:-keep]:
-        if step != best_step:
-            try:
-                remove_path(step_folder(folder, step))
-            except OSError as error:  # no reason to end a run whose newest checkpoint is whole
-                logger.warning("the old checkpoint of step %d could not be removed: %s", step, error)
+    due = [step for step in steps if was_due(step_folder(folder, step))]
+    for step in set(steps) - set(due[-keep:]) - {newest, best_step}:
+        try:
+            remove_path(step_folder(folder, step))
+        except OSError as error:  # no reason to end a run whose newest checkpoint is whole; the next rotation tries again
+            logger.warning("the old checkpoint of step %d could not be removed: %s", step, error)
+
+
+def was_due(path: Path) -> bool:
+    """Whether a checkpoint was written for its step, and not only because a signal stopped the run there."""
+    try:
+        return read_json(path / "state.json").get(DUE, True) is not False
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def set_aside(folder: Path, newest: int) -> None:
@@ -252,6 +265,9 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
         is_count = type(default) is int or (name == "best_step" and value is not None)
         if (is_count and (type(value) is not int or value < 0)) or (type(default) is bool and type(value) is not bool):
             raise InputError(f"state.json: {name}: no run writes {value!r:.80}")
+    test_folder = state.get("test_folder")  # which a test replaces
+    if test_folder is not None and not (isinstance(test_folder, str) and TEST_FOLDER.fullmatch(test_folder)):
+        raise InputError(f"state.json: test_folder: no run writes {test_folder!r:.80}")
     if state["step"] != step or (state.get("best_step") or 0) > step:
         raise InputError(f"state.json: expected step {step} as in the folder's name, and no later best_step, found {state['step']} and {state.get('best_step')}")
 
@@ -324,4 +340,4 @@ def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_state_from(state: Mapping[str, Any]) -> TrainState:
-    return TrainState(**{name: state[name] for name in asdict(TrainState())})
+    return TrainState(**{name: state[name] for name in asdict(TrainState()) if name in state or name != "test_folder"})

@@ -7,7 +7,6 @@ B rows of a batch, N rows of the evaluated table, K classes.
 
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.evaluation.plots import write_plots
 from mmbert_core.evaluation.predictions import Columns, prediction_columns, tsv_line, tsv_rows
-from mmbert_core.files import write_json, write_text
+from mmbert_core.files import make_folder_by_time, names_by_time, remove_path, write_json, write_text
 from mmbert_core.model.losses import LossOp, row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.training.optim import autocast
@@ -141,17 +140,24 @@ def on_validation_epoch_end(
 # ---- test ----
 
 
-def on_test_epoch_start(model_path: str | Path) -> tuple[list[BatchResult], Path]:
-    """Collective. The empty list, and the new folder `multimodal_bert-<time>` that rank 0 chose and made."""
+def choose_test_folder(model_path: str | Path) -> str:
+    """Collective. The name of a run's own test folder, chosen by rank 0 and kept in the run's state: a test that is done once more replaces it."""
+    return distributed.on_main(lambda: next(names_by_time(Path(model_path), MODEL_CLASS)).name)
+
+
+def on_test_epoch_start(model_path: str | Path, name: str | None = None) -> tuple[list[BatchResult], Path]:
+    """Collective. The empty list, and the new folder `multimodal_bert-<time>` that rank 0 chose and made.
+
+    `name`: of `choose_test_folder`; what a killed test of the same run left there is removed.
+    """
 
     def make_folder() -> Path:
-        while True:
-            folder = Path(model_path) / f"{MODEL_CLASS}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:  # another evaluation in the same second
-                time.sleep(1.0)
+        if name is None:
+            return make_folder_by_time(Path(model_path), MODEL_CLASS)
+        folder = Path(model_path) / name
+        remove_path(folder)
+        folder.mkdir(parents=True)
+        return folder
 
     return [], distributed.on_main(make_folder)
 

@@ -24,7 +24,7 @@ from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import PeerError, RunError, Stopped, phase
-from mmbert_core.files import write_json
+from mmbert_core.files import remove_stale_temporaries, write_json
 from mmbert_core.model.losses import LossOp
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model_folder import LoadedModel, save_model_folder
@@ -34,7 +34,7 @@ from mmbert_core.training.checkpoint import TrainState
 from mmbert_core.training.memory import return_freed_memory
 from mmbert_core.training.optim import optimizer_step
 from mmbert_core.training.run_log import format_seconds
-from mmbert_core.training.setup import RESULTS, Run, already_finished, claimed_folder, save, start_run
+from mmbert_core.training.setup import RESULTS, Run, already_finished, claimed_folder, rotate_checkpoints, save, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +77,23 @@ def train_to_the_end(run: Run) -> None:
         if state.validation_pending and not run.stopping:
             improved = validate(run)
         state.finished = state.finished or (state.step == run.plan.total_steps and not state.validation_pending)
+        if state.finished and run.data.test is not None:  # known before the last checkpoint: a test that is killed and done again has one folder
+            state.test_folder = hooks.choose_test_folder(run.folder)
         if run.stopping:
-            stop(run)
-        if improved or state.finished or state.step % run.config.save_every == 0:
+            stop(run, improved=improved)
+        if is_save_due(run, improved=improved):
             save(run)
 
 
-def stop(run: Run) -> NoReturn:
+def is_save_due(run: Run, *, improved: bool) -> bool:
+    """Whether the run has a checkpoint of this step, signals aside: after every `save_every` steps, a better validation, the last step."""
+    state = run.state
+    return not state.validation_pending and (improved or state.finished or state.step % run.config.save_every == 0)
+
+
+def stop(run: Run, *, improved: bool) -> NoReturn:
     """Collective. All ranks have agreed on it: a checkpoint, and out."""
-    save(run)
+    save(run, is_due=is_save_due(run, improved=improved))
     signals.ignore()
     how = "the same command" if run.config.resume == "auto" else "with resume: auto the same command"
     raise Stopped(f"stopped by a signal; the checkpoint of step {run.state.step} is written, and {how} goes on from there")
@@ -325,6 +333,7 @@ def finish(run: Run) -> dict[str, Any]:
         "peak_memory_mb": peak_memory_mb(run.context.device), "world_size": run.context.world_size, **run.resolved,
         "test_folder": str(test_folder) if test_folder else None, "test_metrics": test_figures,
     }  # fmt: skip
+    distributed.on_main(lambda: remove_old_checkpoints(run))
     distributed.on_main(lambda: write_json(run.folder / RESULTS, results))
     return results
 
@@ -338,6 +347,12 @@ def validation_of_best(run: Run) -> np.ndarray | None:
         signals.ignore()
         raise Stopped("stopped by a signal while the validation rows were scored; the same command (resume: auto) goes on with that")
     return hooks.gather_results(outputs, len(run.data.val)).preds
+
+
+def remove_old_checkpoints(run: Run) -> None:
+    """Rank 0 only. Once more, for what could not be removed after the last save."""
+    rotate_checkpoints(run)
+    remove_stale_temporaries(run.checkpoints)
 
 
 def check_some_steps_counted(state: TrainState) -> None:
@@ -389,7 +404,7 @@ def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
 def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
     """Collective. Score the test rows with the model as it is; returns the figures and the folder they are in. `made` is rank 0's."""
     dataset = run.data.test
-    outputs, folder = hooks.on_test_epoch_start(run.folder)
+    outputs, folder = hooks.on_test_epoch_start(run.folder, run.state.test_folder)
     has_labels = dataset.has_labels
     if not evaluate(run, dataset, lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels)):
         distributed.on_main(folder.rmdir)

@@ -39,7 +39,7 @@ class RunLog:
         self._path = Path(folder) / "metrics.jsonl"
         write_text(self._path, "".join(line + "\n" for line in kept_lines(self._path, first_step, validated=validated, tested=tested)))
         self._stream = open(self._path, "a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(Path(folder) / "tensorboard", first_step)
+        self._first_step, self._tensorboard, self._has_curves = first_step, None, False
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def record(self, values: Mapping[str, Any]) -> None:
@@ -49,6 +49,8 @@ class RunLog:
         with naming(self._path):
             self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
             self._stream.flush()
+        if not self._has_curves:  # not before: a finished run that is started again gets no more files
+            self._has_curves, self._tensorboard = True, _open_tensorboard(self._path.parent / "tensorboard", self._first_step)
         if self._tensorboard is not None:
             try:
                 for name, value in values.items():

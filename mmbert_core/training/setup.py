@@ -236,6 +236,8 @@ def start_run(
     )  # fmt: skip
     if source != 0:  # another node had it: from now on it is where the run is written
         save(run)
+    elif found:
+        distributed.on_main(lambda: rotate_checkpoints(run))  # killed before or in the rotation after the last save
     return run
 
 
@@ -397,19 +399,24 @@ def warm_up(ddp_model: nn.Module, data: Data, task: Task) -> None:
 # ---- saving ----
 
 
-def save(run: Run) -> None:
-    """Collective. A checkpoint of this step, written by rank 0; on failure every rank raises."""
+def save(run: Run, *, is_due: bool = True) -> None:
+    """Collective. A checkpoint of this step, written by rank 0; on failure every rank raises. `is_due`: not only because of a signal."""
 
     def write() -> None:
         if not (run.folder / LOCK).exists():
             raise RunError(f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written")
         run.log.sync()  # the lines of the steps that this checkpoint has
         weights, moments = checkpoint.weights_of(run.model), checkpoint.moments_of(run.model, run.optimizer)
-        checkpoint.save_checkpoint(run.checkpoints, weights=weights, moments=moments, state=state_record(run))
-        checkpoint.rotate(run.checkpoints, keep=run.config.keep_checkpoints, newest=run.state.step, best_step=run.state.best_step)
+        checkpoint.save_checkpoint(run.checkpoints, weights=weights, moments=moments, state={**state_record(run), checkpoint.DUE: is_due})
+        rotate_checkpoints(run)
 
     with phase("save"):
         distributed.on_main(write)
+
+
+def rotate_checkpoints(run: Run) -> None:
+    """Rank 0 only. Remove the checkpoints that the run does not keep."""
+    checkpoint.rotate(run.checkpoints, keep=run.config.keep_checkpoints, newest=run.state.step, best_step=run.state.best_step)
 
 
 def state_record(run: Run) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or passed over, restored by name, kept and removed by rule."""
 
+import errno
 import json
 import os
 import shutil
@@ -263,6 +264,36 @@ def test_later_checkpoints_are_set_aside_not_lost(tmp_path):
     names = [f"aside-step-000000{step}{number}" for step in (20, 30) for number in ("", "-1")]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("aside")) == sorted(names)
     assert all(why_invalid(tmp_path / name) is None for name in names)
+
+
+def test_a_checkpoint_that_only_a_signal_asked_for_goes_with_the_next_one(tmp_path):
+    for step, is_due in ((10, True), (20, True), (25, False), (27, False)):
+        save(tmp_path, step, due=is_due)
+        rotate(tmp_path, keep=2, newest=step, best_step=None)
+    assert list_steps(tmp_path) == [27, 20, 10]
+    save(tmp_path, 30, due=True)
+    rotate(tmp_path, keep=2, newest=30, best_step=None)
+    assert list_steps(tmp_path) == [30, 20]
+
+
+def test_a_checkpoint_that_could_not_be_removed_goes_with_a_later_rotation(tmp_path, monkeypatch, caplog):
+    for step in (10, 20):
+        save(tmp_path, step)
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+        rotate(tmp_path, keep=1, newest=20, best_step=None)
+    assert list_steps(tmp_path) == [20, 10] and "the old checkpoint of step 10 could not be removed" in caplog.text
+    rotate(tmp_path, keep=1, newest=20, best_step=None)
+    assert list_steps(tmp_path) == [20]
+
+
+@pytest.mark.parametrize("name", ("../run", "/tmp", "multimodal_bert-x", "multimodal_bert-2026-01-01-00-00-00/..", 7, ["multimodal_bert-2026-01-01-00-00-00"]))
+def test_a_test_folder_that_no_run_names_is_refused(tmp_path, name):
+    save(tmp_path, 1, test_folder="multimodal_bert-2026-01-01-00-00-00")
+    assert read_checkpoint(step_folder(tmp_path, 1)).state["test_folder"]
+    save(tmp_path, 1, test_folder=name)
+    with pytest.raises(InputError, match="state.json: test_folder: no run writes"):
+        read_checkpoint(step_folder(tmp_path, 1))
 
 
 def test_rotation_never_removes_what_was_just_written(tmp_path):

@@ -1,19 +1,23 @@
 """Started again: what must be as it was, what may change, and that nothing shows of the interruption."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmbert_core import model_folder
+from mmbert_core import model_folder, signals
 from mmbert_core.config import FREE_ON_RESUME, Config, config_fields
-from mmbert_core.errors import InputError
-from mmbert_core.training import checkpoint, loop, setup
+from mmbert_core.errors import InputError, Stopped
+from mmbert_core.training import checkpoint, hooks, loop, setup
 from mmbert_core.training.checkpoint import check_resumable
+from mmbert_core.training.run_log import RunLog
 from tests import tiny
 from tests.training.conftest import NO_VALIDATION, STEPS, Interrupted, before_each_step, die_before, lines_of, train, weights_in
 
@@ -347,6 +351,70 @@ def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, fil
     results, _, _ = train(config)
     assert results["test_metrics"] == expected["test_metrics"] and results["best_step"] == expected["best_step"]
     assert weights_in(config) == weights
+
+
+@pytest.mark.parametrize("where", ("on_test_epoch_end", "write_json", "close"))
+def test_a_run_has_one_test_folder_wherever_its_end_was_killed(config_of, files, monkeypatch, where):
+    """`mmbert evaluate` may have made others in the same folder: they stay. `close`: killed after the last file, nothing is done once more."""
+    config = config_of(test_path=(str(files / "test.csv"),), max_epochs=1)
+    evaluated = Path(config.model_path) / "multimodal_bert-2026-01-01-00-00-00"
+    evaluated.mkdir(parents=True)
+    (evaluated / "test_result_0.tsv").write_text("another's")
+
+    def die(*_, **__):
+        raise Interrupted
+
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        patches.setattr({"on_test_epoch_end": hooks, "write_json": loop, "close": RunLog}[where], where, die)
+        train(config)
+    results, _, _ = train(config)
+    [own] = set(Path(config.model_path).glob("multimodal_bert-*")) - {evaluated}
+    assert results["test_folder"] == str(own) and {"test_result_0.tsv", "test_metrics.json", "report.html"} <= {path.name for path in own.iterdir()}
+    assert (evaluated / "test_result_0.tsv").read_text() == "another's" and len(list(evaluated.iterdir())) == 1
+    before = content(Path(config.model_path))
+    assert train(config)[0] == results and content(Path(config.model_path)) == before
+
+
+def test_an_old_checkpoint_that_could_not_be_removed_is_gone_in_the_end(config_of, monkeypatch):
+    """Also one that a rotation was killed before: the next start removes it."""
+    config = config_of(save_every=1, keep_checkpoints=1, max_epochs=1, **NO_VALIDATION)
+    plain, refused = checkpoint.remove_path, []
+
+    def refuse(path):
+        if path.name == "step-00000004":  # the last rotation of the steps
+            refused.append(path)
+            if len(refused) == 1:
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        plain(path)
+
+    monkeypatch.setattr(checkpoint, "remove_path", refuse)
+    train(config)
+    folder = Path(config.model_path) / "checkpoints"
+    assert len(refused) == 2 and checkpoint.list_steps(folder) == [5]
+    shutil.copytree(checkpoint.step_folder(folder, 5), checkpoint.step_folder(folder, 4))
+    train(config)
+    assert checkpoint.list_steps(folder) == [5]
+
+
+@pytest.mark.parametrize("step", (3, 5))
+def test_a_run_that_a_signal_stopped_ends_with_the_checkpoints_of_one_that_did_not(config_of, tmp_path, monkeypatch, step):
+    """Step 5 has a validation, which the signal interrupts."""
+    config = config_of(save_every=4, keep_checkpoints=2, model_path=str(tmp_path / "stopped"))
+
+    def stop(run, order):
+        if run.state.step + 1 == step:
+            signals._state.first = signal.SIGTERM
+
+    with monkeypatch.context() as patches, pytest.raises(Stopped):
+        before_each_step(patches, stop)
+        train(config)
+    signals._state = signals._State()
+    assert checkpoint.list_steps(Path(config.model_path) / "checkpoints")[0] == step
+    train(config)
+    straight = replace(config, model_path=str(tmp_path / "straight"))
+    train(straight)
+    assert checkpoint.list_steps(Path(config.model_path) / "checkpoints") == checkpoint.list_steps(Path(straight.model_path) / "checkpoints")
+    assert weights_in(config) == weights_in(straight)
 
 
 def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of, tmp_path, monkeypatch):

@@ -1,0 +1,28 @@
+"""A run killed before one of its file operations leaves, once resumed, what an undisturbed run leaves. A sample; all of them: `file_operations`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.faults.matrix import Figures, row
+
+pytestmark = pytest.mark.fault
+
+
+@row("F25", "SIGKILL right before a file operation of a run: opening, renaming, removing, making, syncing",
+     "the resumed run's folder has the files of an undisturbed run, with the same bytes: one test folder, the same checkpoints", full={"every": 1})  # fmt: skip
+def test_F25_kills_before_file_operations(tmp_path: Path, every: int = 23) -> Figures:
+    """In a process of its own, because it forks."""
+    command = [sys.executable, "-m", "tests.faults.file_operations", str(tmp_path / "sweep"), "--every", str(every), "--json"]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=7200)
+    figures = Figures()
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    for number, problems in result["kills"].items():
+        figures.count(not problems, f"operation {number}: {problems}")
+    figures.notes.append(f"{len(result['kills'])} kills at {result['operations']} file operations")
+    return figures
