@@ -67,7 +67,10 @@ def inputs(loaded: LoadedModel) -> list[str]:
     config, features = loaded.config, loaded.features
     lines = ["| column | as | |", "|---|---|---|"]
     lines += [f"| `{markdown(name)}` | text | up to {config.max_chunks} x {config.max_length} tokens |" for name in config.text_name]
-    lines += [f"| `{markdown(name)}` | number | missing: {median:g} |" for name, median in zip(features.number_names, features.medians, strict=True)]
+    ranges = [""] * len(features.number_names) if features.minimums is None else [
+        f"; {low:.6g} to {high:.6g} in the training rows, limited a little beyond" for low, high in zip(features.minimums, features.maximums, strict=True)
+    ]  # fmt: skip
+    lines += [f"| `{markdown(name)}` | number | missing: {median:g}{known} |" for name, median, known in zip(features.number_names, features.medians, ranges, strict=True)]
     lines += [f"| `{markdown(name)}` | category | {len(values):,} known values |" for name, values in zip(features.category_names, features.categories, strict=True)]
     return [*lines, *([f"| `{markdown(config.id_name)}` | id | carried through |"] if config.id_name else [])]
 

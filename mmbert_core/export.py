@@ -148,6 +148,8 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "has_indicator": list(features.has_indicator),
             "missing_words": sorted(MISSING_NUMBERS),
             "largest": LARGEST_NUMBER,
+            # for the reader: the graph itself limits numbers to these; null: the training range is not known
+            "limits": None if features.limits is None else np.stack(features.limits, axis=1).tolist(),
         },
         "categories": {
             "columns": list(features.category_names),
@@ -185,11 +187,21 @@ def trace(loaded: LoadedModel) -> torch.export.ExportedProgram:
         dims["chunks"] = torch.export.Dim("chunks", max=config.max_chunks)
     inputs, axes = example_inputs(loaded)
     shapes = {name: {axis: dims[dim] for axis, dim in named.items()} for name, named in axes.items()}
-    padded = PaddedModel(loaded.model, is_binary=config.is_binary, max_chunks=config.max_chunks).eval()
+    padded = PaddedModel(loaded.model, is_binary=config.is_binary, max_chunks=config.max_chunks, limits=input_limits(loaded)).eval()
     program = torch.export.export(padded, (), inputs, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths and source lines of this machine
     return program
+
+
+def input_limits(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Lowest and highest number [F] float32 of the graph's input, indicators included; rounding first or limiting first is the same."""
+    features = loaded.features
+    if features.limits is None or not features.num_numbers:
+        return None
+    indicators = np.zeros(features.num_numbers - len(features.number_names))
+    low, high = (np.concatenate([limit, indicators + end]) for limit, end in zip(features.limits, (0, 1), strict=True))
+    return torch.from_numpy(low).float(), torch.from_numpy(high).float()
 
 
 def write_onnx(folder: Path, program: torch.export.ExportedProgram, axes: dict[str, dict[int, str]]) -> None:
@@ -248,8 +260,9 @@ def generated_rows(loaded: LoadedModel) -> Rows:
     lengths = (0, 1, 3, limit // 4, limit // 2, limit, 2 * limit)  # words
     words = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha()) or ["text"] if loaded.tokenizer is not None else []
     choices: dict[str, Sequence[str]] = {}
+    far = [] if features.limits is None else ["1e30", "-1e30"]  # limited, as in the package
     for column, median, mean, std in zip(features.number_names, features.medians, features.means, features.stds):  # means: of indicators too
-        choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std)]
+        choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std), *far]
     for column, values in zip(features.category_names, features.categories, strict=True):
         choices[column] = ["", "a value that no training row has", *values]
     rows: Rows = []

@@ -20,6 +20,7 @@ import mmbert_core
 from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict
 from mmbert_core.data.features import Features
+from mmbert_core.data.known_ranges import with_known_ranges
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import always_used_ids, load_tokenizer
 from mmbert_core.encoder_files import Shapes, read_shapes
@@ -157,6 +158,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         raise InputError(f"{folder / 'features.json'}: its columns are not those of config.json")
     if len(labels.names) != config.num_classes:
         raise InputError(f"{folder / 'labels.json'}: expected {config.num_classes} labels as in config.json, found {len(labels.names)}")
+    features = with_known_ranges(features, labels, config, folder)
     text, tokenizer = None, None
     if config.text_name:
         if not (folder / ENCODER).is_dir():

@@ -24,7 +24,7 @@ from mmbert_core import distributed, forks
 from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.dataset import Dataset, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import longest_texts
-from mmbert_core.data.features import Unseen, add_unseen, unseen_lines
+from mmbert_core.data.features import Outside, Unseen, add_by_column, outside_lines, unseen_lines
 from mmbert_core.data.prepare import cut_texts
 from mmbert_core.data.readers import rows_about
 from mmbert_core.data.store import open_or_build
@@ -139,6 +139,7 @@ class Predictor:
         windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), longest=longest, chunk_rows=WINDOW)
         names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
         unseen: Unseen = {}
+        outside: Outside = {}
         num_cut, progress = 0, Progress(rows_about(inputs))
         with written_whole(output, inputs, self.context) as stream:
             stream.write(tsv_line(names, sheet_safe=sheet_safe))
@@ -147,10 +148,11 @@ class Predictor:
                 result = self.score(dataset)
                 if self.context.is_main:
                     stream.writelines(tsv_rows(self._columns(dataset, result), sheet_safe=sheet_safe))
-                unseen = add_unseen(unseen, dataset.unseen())
+                unseen = add_by_column(unseen, dataset.unseen())
+                outside = add_by_column(outside, dataset.outside())
                 num_cut += dataset.encoded.num_cut
                 progress.advance(len(dataset))
-        self._warn("input", num_cut, progress.done, unseen)
+        self._warn("input", num_cut, progress.done, unseen, outside)
         return progress.done
 
     def evaluate_file(self, paths: Sequence[str], parent: str | Path, *, slice_columns: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
@@ -165,11 +167,11 @@ class Predictor:
         _, folder = hooks.on_test_epoch_start(parent)
         try:
             dataset = self._stored(inputs, folder / CACHE)
-            unseen = unseen_lines("input", dataset.unseen(), self.loaded.features)
-            for line in unseen:
+            unlike = self._unlike_training("input", dataset.unseen(), dataset.outside())
+            for line in unlike:
                 logger.warning("%s", line)
             result = self.score(dataset)
-            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns, unseen), patient=True)
+            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns, unlike), patient=True)
         finally:
             if self.context.local_rank == 0:
                 shutil.rmtree(folder / CACHE, ignore_errors=True)
@@ -190,9 +192,9 @@ class Predictor:
         )
 
     def _write_evaluation(
-        self, dataset: Dataset, result: EpochResult, folder: Path, slice_columns: Sequence[str], unseen: Sequence[str]
+        self, dataset: Dataset, result: EpochResult, folder: Path, slice_columns: Sequence[str], unlike: Sequence[str]
     ) -> dict[str, Any]:
-        """Rank 0 only. `unseen`: the lines about values that no training row has."""
+        """Rank 0 only. `unlike`: the lines about values and numbers that no training row has."""
         loaded = self.loaded
         figures = hooks.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
 
@@ -201,7 +203,7 @@ class Predictor:
             training = {"reason": "no folder of a run"} if self.folder is None else training_section(self.folder, best.get("step"), best.get("metric"))
             source = str(self.folder or "a model in memory")
             fingerprints = dataset.encoded.fingerprints
-            warnings = [*known_files(trained.get("files", {}), fingerprints), *unseen] or {"reason": "The training rows are not at hand: only the files were compared."}
+            warnings = [*known_files(trained.get("files", {}), fingerprints), *unlike] or {"reason": "The training rows are not at hand: only the files were compared."}
             data = {**trained, "files": {**trained.get("files", {}), **fingerprints}, "test": rows_section(dataset, loaded.labels.names)}
             return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns)
 
@@ -221,7 +223,7 @@ class Predictor:
             raise InputError(f"rows: expected a dict, a list of dicts or a data frame, found {type(rows).__name__}")
         dataset = self._encode(self._chunk_of(rows))
         columns = self._columns(dataset, self.score(dataset))
-        self._warn("data in memory", dataset.encoded.num_cut, len(dataset), dataset.unseen())
+        self._warn("data in memory", dataset.encoded.num_cut, len(dataset), dataset.unseen(), dataset.outside())
         if isinstance(rows, pd.DataFrame):
             return pd.DataFrame(columns, index=rows.index)
         values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
@@ -255,9 +257,14 @@ class Predictor:
         with self._in_use():
             return encode_for_prediction(chunk, roles, loaded.tokenizer, loaded.features, loaded.labels, **lengths)
 
-    def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Unseen) -> None:
-        for line in (*cut_texts(num_cut, num_rows, self.loaded.config), *unseen_lines(name, unseen, self.loaded.features)):
+    def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Unseen, outside: Outside) -> None:
+        for line in (*cut_texts(num_cut, num_rows, self.loaded.config), *self._unlike_training(name, unseen, outside)):
             logger.warning("%s", line)
+
+    def _unlike_training(self, name: str, unseen: Unseen, outside: Outside) -> list[str]:
+        """A line for each column with values or numbers that no training row has; `name` says of which rows."""
+        features = self.loaded.features
+        return [*unseen_lines(name, unseen, features), *outside_lines(name, outside, features)]
 
     def score(self, dataset: Dataset) -> EpochResult:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""

@@ -188,6 +188,33 @@ def test_the_graph_takes_any_number_of_rows_chunks_and_tokens(case):
         np.testing.assert_allclose(found, expected[:, 1] if loaded.config.is_binary else expected, atol=1e-5)
 
 
+def test_the_graph_itself_limits_numbers_to_the_training_range(case, tmp_path):
+    """Whoever feeds it: numbers far outside are those at the limit, and those in range are untouched."""
+    import onnxruntime
+
+    folder, loaded = case
+    features = loaded.features
+    stored = json.loads((folder / "exported" / "preprocessing.json").read_text())["numbers"]
+    if not features.number_names:
+        assert stored["limits"] == []
+        return
+    session = onnxruntime.InferenceSession(folder / "exported" / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = {name: tensor.numpy() for name, tensor in export.example_inputs(loaded)[0].items()}
+    low, high = (np.array([pair[end] for pair in stored["limits"]]) for end in (0, 1))
+
+    def probabilities(*rows: list[float]) -> np.ndarray:
+        numbers = np.array([features.transform_numbers(np.array([row]))[0] if np.isnan(row).any() else np.append(row, np.zeros(features.num_numbers - len(row))) for row in rows])
+        [found] = session.run(["probabilities"], {**inputs, "numbers": numbers.astype(np.float32)})
+        return found
+
+    known = features.minimums
+    far = probabilities([1e30] * len(low), [-1e30] * len(low), list(known))
+    assert np.array_equal(far, probabilities(list(high), list(low), list(known)))
+    assert not np.array_equal(far[0], far[2])
+    source = write_csv(tmp_path / "far.csv", [["r", "refund", age, amount, "a"] for age, amount in (("1e30", "-1e30"), ("-1e30", "1e30"), ("7", "1e9"), ("", "1"))])
+    assert export.export_model(loaded, tmp_path / "checked", format="onnx", check=str(source)) < 1e-5  # --check with such rows
+
+
 def test_the_folder_names_no_path_of_this_machine(case):
     folder, loaded = case
     names = {"model.onnx", "preprocessing.json", "example.py", *(["tokenizer.json"] if loaded.config.text_name else [])}

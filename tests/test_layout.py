@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors", "streams", "signals", "schema", "files", "hub", "encoder_files", "config", "config_file", "config_names", "config_reader", "forks", "distributed"), ("export_example",)),
     (
         ("data.ahead", "data.batches", "data.sample", "data.cells", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
-         "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare"),
+         "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare", "data.known_ranges"),
         ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.probe", "model.multimodal_bert",
          "model.padded"),
         ("evaluation.predictions", "evaluation.class_counts", "evaluation.class_ranking", "evaluation.metrics", "evaluation.plots", "evaluation.intervals", "evaluation.slices", "evaluation.thresholds",

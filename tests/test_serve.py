@@ -84,6 +84,11 @@ def test_predictions_are_the_predictors(server):
     assert answer.status == 200 and answer.headers["Content-Type"] == "application/json" and answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
+def test_a_number_outside_the_training_range_is_a_line_of_the_log(server, caplog):
+    assert ask(server, "/predict", {**ROW, "age": 1e9}).json == {"predictions": [server.predictor.predict({**ROW, "age": 1e6})]}
+    assert caplog.text.count("column 'age': 1 of 1 numbers lie outside the training range") == 2  # of the request, and of the call here
+
+
 def test_an_explanation_is_the_predictors(server):
     made = ask(server, "/explain", ROW).json
     assert made == server.predictor.explain(ROW)

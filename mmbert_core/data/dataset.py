@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.cells import normal_form
 from mmbert_core.data.encoding import EncodedRows, encode_chunk
-from mmbert_core.data.features import Features, Unseen, unseen_cells
+from mmbert_core.data.features import Features, Outside, Unseen, outside_cells, unseen_cells
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import taken
 from mmbert_core.data.table import Chunk, Roles
@@ -119,6 +119,14 @@ class Dataset:
         return {
             name: unseen_cells(self._lookups[index], taken(codes[:, index], self.rows), vocabularies[index])
             for index, name in enumerate(names)
+        }  # fmt: skip
+
+    def outside(self) -> Outside:
+        """Numeric column -> its numbers beyond what the training rows have."""
+        numbers = self.encoded.numbers
+        return {
+            name: outside_cells(self.features, index, taken(numbers[:, index], self.rows))
+            for index, name in enumerate(self.features.number_names)
         }  # fmt: skip
 
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:

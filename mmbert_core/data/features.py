@@ -6,7 +6,7 @@ N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,10 @@ from mmbert_core.errors import InputError
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
 MAX_UNSEEN_SHARE = 0.2  # of a column's cells, above which they are probably written in another way than in training
+LIMIT_MARGIN = 0.1  # of the training range, by which a number may lie outside it and is still used as it is
+OPTIONAL = ("minimums", "maximums")  # fields that folders of version 0.2 and older may lack
+FAR_STDS = 20  # standard deviations from the mean: what is said of numbers whose training range is not known
+LARGEST = float(np.finfo(np.float32).max)
 MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # values in a message; unseen cells that are looked through for them
 
 
@@ -32,6 +36,8 @@ class Features:
     category_names: tuple[str, ...]  # K
     # K, sorted normal forms of the values seen in training; the j-th has index FIRST_CATEGORY + j
     categories: tuple[tuple[str, ...], ...]
+    minimums: tuple[float, ...] | None = None  # F, of the numbers in the training rows; None: not known, as in older folders
+    maximums: tuple[float, ...] | None = None  # F
 
     @classmethod
     def fit(
@@ -51,6 +57,7 @@ class Features:
         """
         rows = np.arange(len(numbers)) if rows is None else rows
         medians, has_indicator, means, stds = [], [], [], []
+        minimums, maximums = [], []
         indicator_stats = []
         for place, name in enumerate(roles.numbers):
             column = taken(numbers[:, place], rows)  # [N]
@@ -59,6 +66,8 @@ class Features:
                 raise InputError(f"{where}, column {name!r}: expected numbers, found no value in any of {len(column)} rows")
             medians.append(float(np.median(column[~missing])))
             has_indicator.append(bool(missing.any()))
+            minimums.append(float(np.nanmin(column)))
+            maximums.append(float(np.nanmax(column)))
             mean, std = _mean_and_std(np.where(missing, medians[-1], column))
             means.append(mean)
             stds.append(std)
@@ -76,6 +85,8 @@ class Features:
             stds=tuple(stds + [std for _, std in indicator_stats]),
             category_names=roles.categories,
             categories=tuple(categories),
+            minimums=tuple(minimums),
+            maximums=tuple(maximums),
         )
 
     @property
@@ -92,10 +103,26 @@ class Features:
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self.medians, dtype=np.float64), np.flatnonzero(np.array(self.has_indicator, dtype=bool))
 
+    @cached_property
+    def limits(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Lowest and highest number [F] each, float64, that the model is given: a little beyond the training range; None: not known.
+
+        What it learned says nothing of numbers far outside, and one of them would decide alone. A column that was constant
+        in training has that constant as both limits: its weights were never learned.
+        """
+        if self.minimums is None or self.maximums is None:
+            return None
+        low, high = np.array(self.minimums, dtype=np.float64), np.array(self.maximums, dtype=np.float64)
+        margin = LIMIT_MARGIN * (high - low)
+        return np.maximum(low - margin, -LARGEST), np.minimum(high + margin, LARGEST)
+
     def transform_numbers(self, raw: np.ndarray) -> np.ndarray:
-        """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: medians put in, then the indicators. Not standardised."""
+        """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: limited, medians put in, then the indicators. Not standardised."""
         medians, with_indicator = self._arrays
         missing = np.isnan(raw)
+        if self.limits is not None:
+            low, high = self.limits
+            raw = np.where(raw < low, low, np.where(raw > high, high, raw))  # NaN stays, and every number of the training rows bit for bit
         output = np.empty((len(raw), self.num_numbers), dtype=np.float32)
         output[:, : raw.shape[1]] = np.where(missing, medians, raw)
         output[:, raw.shape[1] :] = missing[:, with_indicator]
@@ -120,7 +147,7 @@ class Features:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Features":
-        return cls(**{field.name: _tuples(value[field.name]) for field in fields(cls)})
+        return cls(**{field.name: _tuples(value[field.name]) for field in fields(cls) if field.name in value or field.name not in OPTIONAL})
 
 
 def _tuples(value: Any) -> Any:
@@ -153,7 +180,21 @@ class UnseenCells:
         return UnseenCells(self.count + other.count, self.num_cells + other.num_cells, examples)
 
 
-Unseen = dict[str, UnseenCells]  # by column, in the order of the config
+@dataclass(frozen=True)
+class OutsideCells:
+    """Cells of one numeric column beyond the limits, or far from the mean where these are not known."""
+
+    count: int
+    num_numbers: int  # of the column, missing cells not included
+
+    def __add__(self, other: "OutsideCells") -> "OutsideCells":
+        return OutsideCells(self.count + other.count, self.num_numbers + other.num_numbers)
+
+
+# By column, in the order of the config.
+Unseen = dict[str, UnseenCells]
+Outside = dict[str, OutsideCells]
+Cells = TypeVar("Cells", UnseenCells, OutsideCells)
 
 
 def unseen_cells(lookup: np.ndarray, codes: np.ndarray, vocabulary: Sequence[str]) -> UnseenCells:
@@ -163,7 +204,7 @@ def unseen_cells(lookup: np.ndarray, codes: np.ndarray, vocabulary: Sequence[str
     return UnseenCells(len(unseen), len(codes), tuple(vocabulary[code] for code in list(distinct)[:MAX_EXAMPLES]))
 
 
-def add_unseen(first: Unseen, second: Unseen) -> Unseen:
+def add_by_column(first: dict[str, Cells], second: dict[str, Cells]) -> dict[str, Cells]:
     """Column by column."""
     return {name: cells + second[name] for name, cells in first.items()} if first else dict(second)
 
@@ -185,6 +226,33 @@ def unseen_lines(name: str, unseen: Unseen, features: Features) -> list[str]:
         known = f"training rows have {_listed(values[:MAX_EXAMPLES], len(values))}" if values else "training rows have none"
         counts = f"{cells.count:,} of {cells.num_cells:,}"
         lines.append(f"{name}: {counts} {problem}, such as {_listed(cells.examples, len(cells.examples))}; {known}")
+    return lines
+
+
+def outside_cells(features: Features, index: int, numbers: np.ndarray) -> OutsideCells:
+    """Of the numeric column `index` of `features`: raw `numbers` [N], NaN = missing."""
+    if features.limits is None:
+        outside = np.abs(numbers - features.means[index]) > FAR_STDS * features.stds[index]
+    else:
+        low, high = features.limits
+        outside = (numbers < low[index]) | (numbers > high[index])
+    return OutsideCells(int(outside.sum()), int((~np.isnan(numbers)).sum()))
+
+
+def outside_lines(name: str, outside: Outside, features: Features) -> list[str]:
+    """A line for each column with numbers outside what the training rows have; `name` says of which rows."""
+    lines = []
+    for index, column in enumerate(features.number_names):
+        cells = outside.get(column)
+        if cells is None or not cells.count:
+            continue
+        counts = f"{name}: column {column!r}: {cells.count:,} of {cells.num_numbers:,} numbers lie"
+        if features.limits is None:
+            lines.append(f"{counts} more than {FAR_STDS} standard deviations from the training mean {features.means[index]:.6g}; they were not limited: this older folder has no training range")
+            continue
+        low, high = (limit[index] for limit in features.limits)
+        limits = f"{low:.12g} to {high:.12g}" if low < high else f"{low:.12g}"
+        lines.append(f"{counts} outside the training range {features.minimums[index]:.12g} to {features.maximums[index]:.12g} and were limited to {limits}")
     return lines
 
 

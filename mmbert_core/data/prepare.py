@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
-from mmbert_core.data.features import Features, unseen_lines
+from mmbert_core.data.features import Features, outside_lines, unseen_lines
 from mmbert_core.data.labels import Labels, other_rows, spelling_warnings
 from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
 from mmbert_core.data.readers import header_of
@@ -70,7 +70,7 @@ def prepare(config: Config) -> Data:
             raise InputError(f"{table.paths[0]}: expected rows, found a header only")
     train = tables["train"]
     labels = _fit_labels(train, config)
-    train_rows, val_rows = _choose_rows(train, labels, config)
+    train_rows, val_rows = choose_rows(train, labels, config)
     features = Features.fit(train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, where=train.paths[0])
     dataset = partial(Dataset, features=features, labels=labels, pad_token_id=pad_token_id_of(tokenizer), label_column=config.label_name)
     val = dataset(train, val_rows, name="val") if len(val_rows) else None
@@ -160,7 +160,7 @@ def _first_places(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return present, first[present]
 
 
-def _choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
+def choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training table for training and for validation (none where val_path has them)."""
     rows = sample_rows(train.num_rows, config.max_train_rows, config.seed)
     classes = labels.lookup(train.label_values)[taken(train.label_codes, rows)]
@@ -178,7 +178,7 @@ def _choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np
 
 
 def _warnings(data: Data, config: Config) -> list[str]:
-    """What a user would want to know about the rows: texts cut, ids repeated, rows on both sides, columns that know too much, values unseen."""
+    """What a user would want to know about the rows: texts cut, ids repeated, rows on both sides, columns that know too much, values unseen, numbers outside."""
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     tables = list({id(part.encoded): part.encoded for part in parts}.values())
     lines = cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config)
@@ -191,6 +191,7 @@ def _warnings(data: Data, config: Config) -> list[str]:
     lines += find_leaks(data.train, data.val, data.test, data.labels)
     for place, part in enumerate(parts[1:], start=1):
         lines += unseen_lines(part.name, part.unseen(), data.features)
+        lines += outside_lines(part.name, part.outside(), data.features)
         for earlier in parts[:place]:
             lines += _shared_ids(part, earlier)
     return lines

@@ -91,9 +91,9 @@ def open_or_build(
         "lengths": [max_length, max_chunks] if roles.text else None,
     }
     folder = Path(cache_path) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    if not _is_whole(folder):
+    if not is_whole(folder):
         with _locked(folder) as has_lock:
-            if not _is_whole(folder):  # another process may have built it while this one waited
+            if not is_whole(folder):  # another process may have built it while this one waited
                 if has_lock:
                     _clear(folder)
                 longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
@@ -222,7 +222,7 @@ def _num_bytes(array: dict[str, Any]) -> int:
     return int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether every file is there in its full size; a folder that somebody thinned out is built again."""
     try:
         arrays = read_json(folder / META)["arrays"]

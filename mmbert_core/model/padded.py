@@ -15,11 +15,16 @@ from mmbert_core.model.multimodal_bert import MultimodalBert
 class PaddedModel(nn.Module):
     """A copy of the model that takes padded batches and returns probabilities; only what the model has is given.
 
-    Packing makes shapes from the lengths of the texts, which no graph can hold.
+    Packing makes shapes from the lengths of the texts, which no graph can hold. `limits`: the lowest and the highest number
+    [F] of each column that the model is given; those beyond are limited to them. None: none are.
     """
 
-    def __init__(self, model: MultimodalBert, *, is_binary: bool, max_chunks: int) -> None:
+    def __init__(
+        self, model: MultimodalBert, *, is_binary: bool, max_chunks: int, limits: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.register_buffer("lowest", None if limits is None else limits[0].float())
+        self.register_buffer("highest", None if limits is None else limits[1].float())
         self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.is_binary = is_binary
         text = self.model.text_subnetwork
@@ -39,6 +44,8 @@ class PaddedModel(nn.Module):
         """[B, T] or [B, C, T] twice, [B, F], [B, K] -> probabilities of class 1 [B], or of all classes."""
         if numbers is None and categories is not None:
             numbers = torch.zeros_like(categories[:, :0], dtype=torch.float32)
+        if self.lowest is not None:
+            numbers = torch.minimum(torch.maximum(numbers, self.lowest), self.highest)
         probabilities = torch.softmax(self.model(input_ids, attention_mask, numbers, categories).float(), dim=1)
         return probabilities[:, 1] if self.is_binary else probabilities
 
