@@ -90,6 +90,7 @@ class Dataset:
 
     def ids(self, positions: Sequence[int] | np.ndarray) -> list[str]:
         """Ids of the rows, byte for byte; the table must have them."""
+        self.encoded.check_files()
         assert self.encoded.ids is not None, "no id column was read"
         return self.encoded.ids.take(self.rows[positions])
 
@@ -99,6 +100,7 @@ class Dataset:
         return self.encoded.label_values[self.encoded.label_codes[self.rows[position]]]
 
     def label_strings(self, positions: Sequence[int] | np.ndarray) -> list[str]:
+        self.encoded.check_files()
         return [self.label_string(position) for position in positions]
 
     def check_token_ids(self, num_rows: int) -> None:
@@ -131,6 +133,7 @@ class Dataset:
 
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:
         """What these rows cost as one micro-batch: real tokens when packed, else real chunks times the longest; without text the rows."""
+        self.encoded.check_files()
         tokens, rows = self.encoded.tokens, self.rows[positions]
         if tokens is None:
             return len(rows)
@@ -144,6 +147,7 @@ class Dataset:
 
     def columns(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Numbers [B, F] float32, imputed, with the indicators behind them, and category indices [B, K] int64."""
+        self.encoded.check_files()
         rows = self.rows[positions]
         codes = self.encoded.category_codes[rows]
         categories = np.empty(codes.shape, dtype=np.int64)
@@ -153,6 +157,7 @@ class Dataset:
 
     def token_ids(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end [L] int32, and where each begins and the last ends [B + 1]."""
+        self.encoded.check_files()
         tokens, rows = self.encoded.tokens, self.rows[positions]
         assert tokens is not None, "no text column was read"
         self._count(len(rows))
@@ -177,6 +182,7 @@ class Dataset:
 
     def cells(self, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray | list[str]]:
         """Column -> numbers [B] as they were read (NaN: missing), or normal forms of categories ("": missing)."""
+        self.encoded.check_files()
         rows, encoded = self.rows[positions], self.encoded
         made: dict[str, np.ndarray | list[str]] = {name: encoded.numbers[rows, place] for place, name in enumerate(self.features.number_names)}
         for place, (name, vocabulary) in enumerate(zip(self.features.category_names, encoded.vocabularies, strict=True)):
@@ -185,6 +191,7 @@ class Dataset:
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
         """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""
+        self.encoded.check_files()
         positions = np.asarray(positions, dtype=np.int64)
         self._count(len(positions))
         rows = self.rows[positions]

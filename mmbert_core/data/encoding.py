@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from mmbert_core.data.cells import BOOLEANS
 from mmbert_core.data.table import Chunk, Roles, place_of, shown
 from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, RunError
 
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
 LARGEST_NUMBER = float(np.finfo(np.float32).max)  # the model computes in float32
@@ -81,6 +81,13 @@ class EncodedRows:
     lines: np.ndarray  # [N] int64, 0 where the format has no lines
     fingerprints: dict[str, dict[str, int | str]] = field(default_factory=dict)  # path -> bytes, sha256; {} in memory
     token_file: mmap | None = None  # what `tokens.ids` lies in, unless in memory
+    mappings: dict[str, mmap] = field(default_factory=dict)  # path -> the mapped file of an array; {} in memory
+
+    def check_files(self) -> None:
+        """Raise `RunError` when a mapped file is shorter than it was: reading behind its end would kill the process without a line (SIGBUS)."""
+        for path, mapping in self.mappings.items():
+            if (num_bytes := mapping.size()) < len(mapping):
+                raise RunError(f"{path}: this file of the cache was truncated while it was in use: expected {len(mapping)} bytes, found {num_bytes}; start again: it is built anew")
 
     def let_go_of_tokens(self) -> None:
         """Give the pages of texts back that were read: they count as this process's memory, and come again where they are needed."""

@@ -259,6 +259,7 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
         num_cut=meta["num_cut"],
     )
     rows.token_file = mappings.get("token_ids")
+    rows.mappings = {str(folder / f"{name}.bin"): mapping for name, mapping in mappings.items()}
     if sum(map(len, mappings.values())) < SHARE_OF_MEMORY * _available_bytes():
         Thread(target=_read_ahead, args=([folder / f"{name}.bin" for name in mappings],), daemon=True).start()
     return rows

@@ -18,7 +18,7 @@ from mmbert_core.data.labels import Labels
 from mmbert_core.data.store import META, open_or_build
 from mmbert_core.data.table import Roles, read_chunks
 from mmbert_core.data.tokens import characters_read
-from mmbert_core.errors import InputError
+from mmbert_core.errors import InputError, RunError
 
 HEADER = ["id", "text", "more", "price", "kind", "y", "g"]
 ROLES = Roles(text=("text", "more"), numbers=("price",), categories=("kind",), label="y", id="id", group="g")
@@ -278,3 +278,22 @@ def test_a_damaged_store_is_built_again(build, write_table, tmp_path, damage):
         (folder / META).write_text("{")
     assert np.array_equal(build(path).tokens.ids, expected)
     assert json.loads((folder / META).read_text())["num_cut"] > 0
+
+
+@pytest.mark.parametrize("read", ("batch", "token_ids", "columns", "cells", "ids", "label_strings"))
+@pytest.mark.parametrize("name", ("token_ids", "numbers", "id_bytes"))
+def test_a_file_that_is_truncated_while_it_is_in_use_is_one_line(build, write_table, tmp_path, read, name):
+    """Reading behind its end would be a bus error. The next start builds the store anew."""
+    path = write_table("one.csv", HEADER, table(25))
+    rows = build(path)
+    labels = Labels(("0", "1"))
+    features = Features.fit(rows.numbers, rows.category_codes, rows.vocabularies, ROLES)
+    data = dataset.Dataset(rows, None, features, labels, pad_token_id=0, name="train")
+    getattr(data, read)([3, 24])
+    [file] = tmp_path.glob(f"cache/*/{name}.bin")
+    expected = file.stat().st_size
+    os.truncate(file, 1)
+    with pytest.raises(RunError, match=f"{name}.bin: this file of the cache was truncated while it was in use: expected {expected} bytes, found 1; start again"):
+        getattr(data, read)([3, 24])
+    again = build(path)
+    assert file.stat().st_size == expected and again.num_rows == 25
