@@ -1,6 +1,6 @@
 """What a result is worth: metrics with intervals, beside those of simple models on the same rows. Floor 2.
 
-Imports config, data, evaluation. N rows, K classes.
+Imports config, data, evaluation, progress. N rows, K classes.
 """
 
 import logging
@@ -15,13 +15,16 @@ from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.evaluation import baselines
 from mmbert_core.evaluation.baselines import COLUMNS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.judgement import Judgement, fit_judgement, fit_threshold
-from mmbert_core.evaluation.metrics import ONE_SIDED, compute_metrics, metric_names
+from mmbert_core.evaluation.metrics import CLASS_PREFIX, ONE_SIDED, compute_metrics, metric_names
+from mmbert_core.progress import slow_step
 
 logger = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = ("val_loss", "val/log_loss", "val/ece")
+MAX_LISTED = 10  # of more than FEW_CLASSES, those that pages and prints list
 CHUNK_ROWS = 8_192  # whose sparse features are in memory at a time
 
 
@@ -32,11 +35,13 @@ def make_judgement(data: Data, config: Config, val_preds: np.ndarray | None) -> 
     """Rank 0 only, for it takes seconds. Threshold and calibration from the validation rows, baselines from the training rows."""
     val_labels = None if val_preds is None or data.val is None else data.val.label_index
     try:
-        fitted = fit_baselines(data, config)
+        with slow_step("baselines"):
+            fitted = fit_baselines(data, config)
     except Exception as error:  # noqa: BLE001 - memory, say: the model is worth more than what stands beside it
         logger.warning("no baselines: %s: %s", type(error).__name__, error)
         fitted = None
-    made = fit_judgement(val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted)
+    with slow_step("threshold and calibration"):
+        made = fit_judgement(val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted)
     if config.is_binary and made.threshold.reason:
         logger.warning("threshold_rule %s could not be followed, the threshold is 0.5: %s", config.threshold_rule, made.threshold.reason)
     return made
@@ -85,21 +90,44 @@ def figures_of(
 ) -> dict[str, Any]:
     """`<stage>/<metric>` of the model; under `intervals`, `undefined` and `baselines` the same names, `preds` [N] or [N, K], `labels` [N]."""
     names, threshold = metric_names(class_names), judgement.threshold.value
-    metrics = compute_metrics(preds, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=threshold)
+    with slow_step("metrics"):
+        metrics = compute_metrics(preds, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=threshold)
     defined = [name for name in names if metrics.values[f"{stage}/{name}"] is not None]
-    intervals = bootstrap_intervals(preds, labels, defined, class_names=class_names, threshold=threshold, seed=config.seed)
+    with slow_step("bootstrap intervals of the metrics"):
+        intervals = bootstrap_intervals(preds, labels, defined, class_names=class_names, threshold=threshold, seed=config.seed)
     figures = {
         **metrics.values, "undefined": metrics.undefined, "intervals": {f"{stage}/{name}": pair and list(pair) for name, pair in intervals.items()},
         "threshold": threshold if config.is_binary else None, "baselines": {},
         "no_baselines": {} if judgement.baselines is None else dict(judgement.baselines.reasons),
     }  # fmt: skip
     if judgement.baselines is not None:
-        for name, scores in baseline_predictions(judgement.baselines, dataset).items():
-            scores = scores[:, 1] if config.is_binary else scores
-            cut = judgement.baselines.thresholds.get(name, 0.5)
-            made = compute_metrics(scores, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=cut)
-            figures["baselines"][name] = made.values
+        with slow_step("metrics of the baselines"):
+            for name, scores in baseline_predictions(judgement.baselines, dataset).items():
+                scores = scores[:, 1] if config.is_binary else scores
+                cut = judgement.baselines.thresholds.get(name, 0.5)
+                made = compute_metrics(scores, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=cut)
+                figures["baselines"][name] = made.values
     return figures
+
+
+def listed_figures(figures: Mapping[str, Any], stage: str, config: Config) -> tuple[dict[str, Any], int]:
+    """The figures for people to read, and the number of classes that they leave out.
+
+    Of more than FEW_CLASSES, those are kept that the config names, and the MAX_LISTED whose average precision is lowest;
+    test_metrics.json has all.
+    """
+    of_classes = [key for key in figures if key.startswith(f"{stage}/{CLASS_PREFIX}")]
+    if len(of_classes) <= FEW_CLASSES:
+        return dict(figures), 0
+    lowest = sorted((key for key in of_classes if figures[key] is not None), key=lambda key: figures[key])[:MAX_LISTED]
+    named = {f"{stage}/{name}" for name in (*config.metric_choices, config.early_stop_metric.removeprefix("val/"))}
+    left_out = set(of_classes) - set(lowest) - named
+
+    def listed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in left_out}
+
+    inner = {key: listed(figures[key]) for key in ("undefined", "intervals") if key in figures}
+    return listed(figures) | inner | {"baselines": {name: listed(values) for name, values in figures.get("baselines", {}).items()}}, len(left_out)
 
 
 def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """What a model is, for whoever gets its folder: summary.json, and README.md, the model card (Mitchell et al. 2019). Floor 3.
 
-Imports config, evaluation, files, model_folder.
+Imports assessment, config, evaluation, files, model_folder.
 """
 
 import logging
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mmbert_core
+from mmbert_core.assessment import listed_figures
 from mmbert_core.errors import InputError
 from mmbert_core.files import read_json, write_json, write_text
 from mmbert_core.model_folder import CARD, SUMMARY, LoadedModel, load_model_folder
@@ -22,7 +23,7 @@ Values = dict[str, Any]
 
 def write_card(folder: Path, loaded: LoadedModel, *, data: Values, best: Values, test: Mapping[str, Any] | None) -> None:
     """Rank 0 only. `data` as the report has it, `best` step and metric, `test` figures as in test_metrics.json."""
-    summary = {"mmbert_core": mmbert_core.__version__, "data": data, "best": best, "test": dict(test) if test else None}
+    summary = {"mmbert_core": mmbert_core.__version__, "data": data, "best": best, "test": listed_figures(test, "test", loaded.config)[0] if test else None}
     if (folder / CARD).exists():
         logger.warning("%s is there and not ours: no model card is written", folder / CARD)
     else:
@@ -80,6 +81,7 @@ def training(summary: Values) -> list[str]:
     for name, part in summary["data"].items():
         if name != "files":
             classes = ", ".join(f"`{markdown(label)}` {count:,}" for label, count in list((part["classes"] or {}).items())[:20])
+            classes += f" and {part['classes_left_out']:,} more classes" if part.get("classes_left_out") else ""
             lines.append(f"* {name}: {part['rows']:,} rows{f' ({classes})' if classes else ''}")
     best = summary["best"]
     if best.get("step"):

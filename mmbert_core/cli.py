@@ -34,7 +34,7 @@ import transformers
 
 from mmbert_core import demo, distributed
 from mmbert_core.ablation import run_ablation, table
-from mmbert_core.assessment import verdict
+from mmbert_core.assessment import listed_figures, verdict
 from mmbert_core.card import describe as describe_model
 from mmbert_core.command_line import parse
 from mmbert_core.config import Config
@@ -163,10 +163,11 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
 
 def print_figures(figures: dict[str, Any], config: Config) -> None:
     """Metrics with their intervals, the baselines beside them, and what to make of it."""
-    baselines = figures.get("baselines", {})
+    listed, num_left_out = listed_figures(figures, "test", config)
+    baselines = listed.get("baselines", {})
     if baselines:
         print(f"{'':34} {'model':>10}  {'95 % interval':<17}" + "".join(f"{name:>21}" for name in baselines))
-    for name, value in figures.items():
+    for name, value in listed.items():
         if not name.startswith("test"):
             continue
         shown = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
@@ -174,6 +175,8 @@ def print_figures(figures: dict[str, Any], config: Config) -> None:
         interval = f"{low_high[0]:.4f} - {low_high[1]:.4f}" if low_high else ""
         rivals = "".join(f"{values[name]:>21.4f}" if values.get(name) is not None else f"{'':21}" for values in baselines.values())
         print(f"{name:34} {shown:>10}  {interval:<17}{rivals if name in figures.get('intervals', {}) else ''}".rstrip())
+    if num_left_out:
+        print(f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision")
     if baselines:
         print(verdict(figures, "test", config))
 

@@ -1,6 +1,6 @@
 """The report of evaluated rows, as report.json and report.html. Floor 3.
 
-Imports assessment, config, data, evaluation, explain, files, importance, model_folder, training.hooks and setup. N rows, K classes.
+Imports assessment, config, data, evaluation, explain, files, importance, model_folder, progress, training.hooks and setup. N rows, K classes.
 Everything runs on rank 0 alone, and what cannot be shown is a section with its reason: a report never ends a run.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mmbert_core.assessment import main_metric, verdict
+from mmbert_core.assessment import listed_figures, main_metric, verdict
 from mmbert_core.config import Config
 from mmbert_core.data.cells import BOOLEANS
 from mmbert_core.data.dataset import Dataset
@@ -28,6 +28,7 @@ from mmbert_core.data.tokens import join_texts
 from mmbert_core.errors import InputError
 from mmbert_core.evaluation import sections
 from mmbert_core.evaluation.baselines import HOW
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import EPS, METRICS
 from mmbert_core.evaluation.page import render
 from mmbert_core.evaluation.predictions import predicted_classes
@@ -36,6 +37,7 @@ from mmbert_core.explain import Pieces, explain_rows
 from mmbert_core.files import read_json, write_json, write_text
 from mmbert_core.importance import permutation_importance
 from mmbert_core.model_folder import LoadedModel
+from mmbert_core.progress import slow_step
 from mmbert_core.training.hooks import Task
 from mmbert_core.training.run_log import kept_lines
 from mmbert_core.training.setup import VERSIONS
@@ -87,8 +89,9 @@ def write_report(make: Callable[[], Scored], folder: Path) -> bool:
     """report.json and report.html of what `make` gives, in `folder`; whether they are there. Raises `OSError` alone: a full disk."""
     try:
         report = build_report(make())
-        write_json(folder / REPORT, report)
-        write_text(folder / PAGE, render(report))
+        with slow_step(PAGE):
+            write_json(folder / REPORT, report)
+            write_text(folder / PAGE, render(report))
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - the figures are written
@@ -117,13 +120,14 @@ def build_report(scored: Scored) -> Section:
     paths = dataset.encoded.paths
     judgement = scored.loaded.judgement
 
-    def of_labels(make: Callable[[], Section]) -> Section:
+    def of_labels(key: str, make: Callable[[], Section]) -> Section:
         if not dataset.has_labels or len(dataset) == 0:
             return {"reason": "no labelled rows"}
         if not np.isfinite(preds).all():
             return {"reason": "predictions that are no numbers"}
         try:
-            return make()
+            with slow_step(f"report, {key}"):
+                return make()
         except Exception as error:  # noqa: BLE001 - one section less, never a run
             logger.warning("a section of the report is missing: %s: %s", type(error).__name__, error)
             return {"reason": f"{type(error).__name__}: {error}"}
@@ -135,18 +139,18 @@ def build_report(scored: Scored) -> Section:
         "model_path": scored.model_path, "input": list(paths), "num_rows": len(dataset), "has_labels": dataset.has_labels,
         "task": config.task, "class_names": list(names), "label_name": config.label_name,
         "warnings": scored.warnings if isinstance(scored.warnings, Mapping) else list(scored.warnings),
-        "metrics": of_labels(lambda: metrics_section(scored.figures)),
-        "baselines": of_labels(lambda: baselines_section(scored)),
-        "threshold": of_labels(lambda: sections.threshold_section(preds, scored.labels, judgement)),
-        "calibration": of_labels(lambda: sections.calibration_section(preds, scored.labels, judgement)),
-        "roc": of_labels(lambda: sections.roc_section(preds, scored.labels, names)),
-        "precision_recall": of_labels(lambda: sections.precision_recall_section(preds, scored.labels, names)),
-        "confusion": of_labels(lambda: sections.confusion_section(preds, scored.labels, len(names), scored.threshold)),
-        "scores": of_labels(lambda: sections.scores_section(preds, scored.labels, names)),
+        "metrics": of_labels("metrics", lambda: metrics_section(scored)),
+        "baselines": of_labels("baselines", lambda: baselines_section(scored)),
+        "threshold": of_labels("threshold", lambda: sections.threshold_section(preds, scored.labels, judgement)),
+        "calibration": of_labels("calibration", lambda: sections.calibration_section(preds, scored.labels, judgement)),
+        "roc": of_labels("roc", lambda: sections.roc_section(preds, scored.labels, names)),
+        "precision_recall": of_labels("precision_recall", lambda: sections.precision_recall_section(preds, scored.labels, names)),
+        "confusion": of_labels("confusion", lambda: sections.confusion_section(preds, scored.labels, len(names), scored.threshold)),
+        "scores": of_labels("scores", lambda: sections.scores_section(preds, scored.labels, names)),
         "training": scored.training,
-        "slices": of_labels(lambda: slices_section(scored)),
-        "importance": of_labels(lambda: importance_section(scored)),
-        "errors": of_labels(lambda: errors_section(scored)),
+        "slices": of_labels("slices", lambda: slices_section(scored)),
+        "importance": of_labels("importance", lambda: importance_section(scored)),
+        "errors": of_labels("errors", lambda: errors_section(scored)),
         "config": config.to_dict(), "resolved": dict(scored.loaded.resolved),
         "data": scored.data,
         "versions": {**VERSIONS, "python": platform.python_version()},
@@ -171,14 +175,27 @@ def training_section(folder: Path, best_step: int | None = None, metric: str | N
 
 def data_section(data: Data) -> Section:
     """Rows, classes and lengths of each part, and the files with their hashes."""
-    parts = (("train", data.train), ("val", data.val), ("test", data.test))
-    return {"files": data.fingerprints, **{name: rows_section(part, data.labels.names) for name, part in parts if part is not None}}
+    splits = (("train", data.train), ("val", data.val), ("test", data.test))
+    listed = most_frequent(data.train.label_index, len(data.labels.names))
+    return {"files": data.fingerprints, **{name: rows_section(split, data.labels.names, listed) for name, split in splits if split is not None}}
 
 
-def rows_section(part: Dataset, class_names: Sequence[str]) -> Section:
-    """Rows, classes and lengths of one part."""
-    classes = {label: int((part.label_index == index).sum()) for index, label in enumerate(class_names)} if part.has_labels else None
-    return {"rows": len(part), "classes": classes, "mean_tokens": float(part.lengths.mean()) if len(part) else None}
+def rows_section(split: Dataset, class_names: Sequence[str], listed: Sequence[int] | None = None) -> Section:
+    """Rows, classes and lengths of one split. Of more than FEW_CLASSES those `listed`, by default its most frequent ones."""
+    section: Section = {"rows": len(split), "classes": None, "mean_tokens": float(split.lengths.mean()) if len(split) else None}
+    if split.has_labels:
+        counts = np.bincount(split.label_index, minlength=len(class_names))
+        listed = most_frequent(split.label_index, len(class_names)) if listed is None else listed
+        section["classes"] = {class_names[index]: int(counts[index]) for index in listed}
+        if len(listed) < len(class_names):
+            section |= {"classes_left_out": len(class_names) - len(listed), "rows_left_out": int(counts.sum() - counts[listed].sum())}
+    return section
+
+
+def most_frequent(labels: np.ndarray, num_classes: int) -> list[int]:
+    """All classes, or the FEW_CLASSES most frequent ones, in their order."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return sorted(np.argsort(-counts, kind="stable")[:FEW_CLASSES].tolist())
 
 
 # ---- sections ----
@@ -189,16 +206,19 @@ def cell(figures: Mapping[str, Any], key: str) -> Section:
     return {"value": figures.get(key), "interval": None if interval is None else list(interval), "reason": figures.get("undefined", {}).get(key)}
 
 
-def metrics_section(figures: Mapping[str, Any]) -> Section:
+def metrics_section(scored: Scored) -> Section:
+    figures, num_left_out = listed_figures(scored.figures, "test", scored.loaded.config)
     names = [*HEADLINE, *(name for name in METRICS if name not in HEADLINE)]
     names += [key.removeprefix("test/") for key in figures if key.startswith("test/average_precision_class_")]
-    return {"names": names, "model": {name: cell(figures, f"test/{name}") for name in names}}
+    left_out = {"classes_left_out": num_left_out} if num_left_out else {}
+    return {"names": names, "model": {name: cell(figures, f"test/{name}") for name in names}, **left_out}
 
 
 def baselines_section(scored: Scored) -> Section:
+    figures, _ = listed_figures(scored.figures, "test", scored.loaded.config)
     rows = [
         {"name": name, "how": HOW[name], "metrics": {key.removeprefix("test/"): {"value": value, "interval": None, "reason": None} for key, value in values.items()}}
-        for name, values in scored.figures["baselines"].items()
+        for name, values in figures["baselines"].items()
     ]
     if not rows:
         return {"reason": "the model folder has none"}

@@ -83,16 +83,26 @@ def slices(part: Part, report: Part) -> str:
 def _slice_row(row: Part, names: Sequence[str], scale: tuple[float, float], whole: Any, class_names: Sequence[str]) -> list[str]:
     metric, (_, *others) = names[0], names
     value, ends = row["metrics"].get(metric), bounds((row.get("intervals") or {}).get(metric))
-    parts = [(title, share) for title, share in zip(class_names, row.get("share_of_classes") or []) if is_number(share)]
-    said = (parts[-1] if len(parts) == 2 else max(parts, key=lambda pair: pair[1])) if parts else None
-    classes = charts.shares(parts) + f'<span class="muted">{text(short(said[0]))}: {percent(said[1])}</span>' if said else NOTHING
     why = {key: text((row.get("undefined") or {}).get(key, "")) for key in names}
     dot = f'<span class="muted">{why[metric] or NOTHING}</span>'
     if is_number(value):
         dot = charts.interval_dot(value, ends, scale, reference=whole if is_number(whole) else None)
     first = f'<span class="first">{decimals(value)}</span>' + (f'<br><span class="muted">{interval(ends)}</span>' if ends else "")
     rest = (decimals(row["metrics"].get(key)) + (f'<br><span class="muted">{why[key]}</span>' if why[key] else "") for key in others)
-    return [f'<span class="muted">{name(row["column"])}</span><br>{name(row["value"])}', count(row["rows"]), first, dot, *rest, classes]
+    return [f'<span class="muted">{name(row["column"])}</span><br>{name(row["value"])}', count(row["rows"]), first, dot, *rest, _classes_of_slice(row, class_names)]
+
+
+def _classes_of_slice(row: Part, class_names: Sequence[str]) -> str:
+    """The shares of the classes in a slice's rows; of very many classes the report has the largest."""
+    shares = [(title, share) for title, share in zip(class_names, row.get("share_of_classes") or []) if is_number(share)]
+    if largest := row.get("largest_classes"):
+        shares = [(class_names[index], share) for index, share in largest]
+    if not shares:
+        return NOTHING
+    title, share = shares[-1] if len(class_names) == 2 else max(shares, key=lambda pair: pair[1])
+    if largest:
+        shares.append(("all others", max(0.0, 1 - sum(share for _, share in shares))))
+    return charts.shares(shares) + f'<span class="muted">{text(short(title))}: {percent(share)}</span>'
 
 
 def importance(part: Part, report: Part) -> str:
@@ -198,6 +208,8 @@ def data(part: Part, report: Part) -> str:
         classes = dict.fromkeys(key for split in known.values() for key in split.get("classes") or {})
         for title in classes:
             rows.append([f"class {name(title)}", *(_class_count((split.get("classes") or {}).get(title), split["rows"]) for split in known.values())])
+        if any(split.get("classes_left_out") for split in known.values()):
+            rows.append(["all other classes", *(_class_count(split.get("rows_left_out"), split["rows"]) for split in known.values())])
         made += table("Rows of each split", ["", *(f">{text(title)}" for title in known)], rows)
     files = part.get("files") or {}
     if files:

@@ -1,4 +1,4 @@
-"""The page's sections on how good the model is, Headline to Scores. Floor 1; imports markup and charts.
+"""The page's sections on how good the model is, Headline to Scores. Floor 1; imports class_ranking, markup and charts.
 
 Each function takes its part of the report and the whole of it, and returns markup. K classes.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from mmbert_core.evaluation import charts
 from mmbert_core.evaluation.charts import Axis, Curve, Guide
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.markup import (
     NOTHING, beside, bounds, brief, card, cards, chart, count, decimals, details, figure, interval, is_number, name, note, percent, reason, scroll_box,
     short, table, text,
@@ -20,6 +21,7 @@ from mmbert_core.evaluation.metrics import ONE_SIDED
 HEADLINE = 6  # metrics with a card of their own
 LOWER_IS_BETTER = {"log_loss", "ece", "brier", "loss"}
 MOST_CLASSES = 40  # of the confusion grid: the most frequent ones
+MAX_LISTED = 25  # classes of a table, where there are too many for a grid: as many as need no scrolling
 MOST_MIXED = 15  # pairs of classes taken for each other
 RATES = ("precision", "recall", "f1")
 FALSE_RATES, RECALLS = (0.01, 0.05, 0.1, 0.2), (0.5, 0.8, 0.9, 0.95)  # at which the curves are read off
@@ -42,6 +44,8 @@ def headline(part: Part, report: Part) -> str:
     without_notes = not any(row[3] for row in listed)
     heads = ["metric", ">value", ">interval", "note"][: 3 if without_notes else 4]
     words = note("In brackets: where 95 of 100 resamples of these rows lie.") if any(row[2] for row in listed) else ""
+    if num_left_out := part.get("classes_left_out"):
+        words += note(f"Of the {count(len(report['class_names']))} classes those with the lowest average precision are listed; {count(num_left_out)} more are in test_metrics.json.")
     return cards(shown) + words + table("All metrics", heads, [row[: len(heads)] for row in listed])
 
 
@@ -157,7 +161,7 @@ def roc(part: Part, report: Part) -> str:
     drawn = [Curve(title, curve["x"], curve["y"], style) for style, (title, curve) in enumerate(curves.items())]
     words = "True beside false positive rate"
     svg = charts.plot(drawn, Axis("false positive rate"), Axis("true positive rate"), title=words, desc=_areas(curves), guides=[Guide((0, 0), (1, 1))])
-    below = legend(drawn, [f"area {decimals(curve.get('area'))}" for curve in curves.values()])
+    below = legend(drawn, [f"area {decimals(curve.get('area'))}" for curve in curves.values()]) + _curves_left_out(curves, report)
     heads = ["class", ">area", *(f">at&nbsp;{rate:.0%}" for rate in FALSE_RATES)]
     rows = []
     for title, curve in curves.items():
@@ -178,6 +182,7 @@ def precision_recall(part: Part, report: Part) -> str:
     words = "Precision beside recall"
     svg = charts.plot(drawn, Axis("recall"), Axis("precision"), title=words, desc=_areas(curves), guides=guides)
     below = legend(drawn, [f"area {decimals(curve.get('area'))}, {percent(curve.get('share'))} of rows" for curve in curves.values()])
+    below += _curves_left_out(curves, report)
     heads = ["class", ">area", ">share of&nbsp;rows", *(f">at&nbsp;{recall:.0%}" for recall in RECALLS)]
     rows = []
     for title, curve in curves.items():
@@ -191,6 +196,8 @@ def precision_recall(part: Part, report: Part) -> str:
 
 def confusion(part: Part, report: Part) -> str:
     """The grid, each class's figures, the classes most often taken for each other, all counts."""
+    if "counts" not in part:
+        return _confusion_of_many(part, report["class_names"])
     counts, names = part["counts"], report["class_names"]
     order = range(len(names))
     made = ""
@@ -208,21 +215,43 @@ def confusion(part: Part, report: Part) -> str:
     mixed = ((value, row, column) for row, line in enumerate(counts) for column, value in enumerate(line) if value and row != column)
     pairs = sorted(mixed, key=lambda pair: -pair[0])[:MOST_MIXED]
     if len(names) > 2 and pairs:
-        rows = [[name(names[row]), name(names[column]), count(value), percent(value / sum(counts[row]))] for value, row, column in pairs]
-        made += table("Most often taken for another class", ["label", "predicted", ">rows", ">of the label"], rows)
+        made += _mistakes([(row, column, value) for value, row, column in pairs], [sum(line) for line in counts], names)
     cells = [[name(title), *((brief(value) if value else '<span class="zero">0</span>') for value in line)] for title, line in zip(titles, drawn)]
     heads = ["label", *(f">{name(title)}" for title in titles)]
     return made + details("All counts as a table", table("Rows: labels; columns: predictions", heads, cells, kind="pin small-cells"))
 
 
 def _per_class(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    predicted = [sum(line[index] for line in counts) for index in range(len(names))]
+    return _class_table("Each class", names, [line[index] for index, line in enumerate(counts)], [sum(line) for line in counts], predicted)
+
+
+def _class_table(caption: str, names: Sequence[str], right: Sequence[int], labelled: Sequence[int], predicted: Sequence[int]) -> str:
+    """Rows, precision, recall and F1 of classes from their counts."""
     rows = []
-    for index, title in enumerate(names):
-        right, labelled, chosen = counts[index][index], sum(counts[index]), sum(line[index] for line in counts)
-        precision, recall = (right / whole if whole else None for whole in (chosen, labelled))
-        f1 = 2 * right / (chosen + labelled) if chosen + labelled else None
-        rows.append([name(title), count(labelled), count(chosen), decimals(precision), decimals(recall), decimals(f1)])
-    return table("Each class", ["class", ">rows", ">predicted", ">precision", ">recall", ">f1"], rows)
+    for title, hits, rows_of_class, chosen in zip(names, right, labelled, predicted):
+        precision, recall = (hits / whole if whole else None for whole in (chosen, rows_of_class))
+        f1 = 2 * hits / (chosen + rows_of_class) if chosen + rows_of_class else None
+        rows.append([name(title), count(rows_of_class), count(chosen), decimals(precision), decimals(recall), decimals(f1)])
+    return table(caption, ["class", ">rows", ">predicted", ">precision", ">recall", ">f1"], rows)
+
+
+def _confusion_of_many(part: Part, names: Sequence[str]) -> str:
+    """Of hundreds of classes no grid: the most frequent mistakes, and the figures of the most frequent classes."""
+    right, labelled, predicted = part["right"], part["labelled"], part["predicted"]
+    made = note(f"{count(len(names))} classes are too many for a grid: the most frequent mistakes, then the most frequent classes.")
+    made += _mistakes(part["mistakes"], labelled, names) if part["mistakes"] else note("No row was predicted wrong.")
+    listed = sorted(range(len(names)), key=lambda index: -labelled[index])[:MAX_LISTED]
+    made += _class_table("The most frequent classes", *([column[index] for index in listed] for column in (names, right, labelled, predicted)))
+    num_never, num_missed = sum(not rows for rows in labelled), sum(bool(rows) and not hits for rows, hits in zip(labelled, right))
+    words = f"The counts of all {count(len(names))} classes are in report.json. No row was found of {count(num_missed)} classes; {count(num_never)} have no row."
+    return made + note(words)
+
+
+def _mistakes(mistakes: Sequence[Sequence[int]], labelled: Sequence[int], names: Sequence[str]) -> str:
+    """Label, predicted class and rows, the most frequent first."""
+    rows = [[name(names[label]), name(names[chosen]), count(value), percent(value / labelled[label])] for label, chosen, value in mistakes]
+    return table("Most often taken for another class", ["label", "predicted", ">rows", ">of the label"], rows)
 
 
 def scores(part: Part, report: Part) -> str:
@@ -263,6 +292,12 @@ def _points(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[float], list[float
 def _best(curve: Part, is_allowed: Callable[[float], bool]) -> float | None:
     """The highest y among the points whose x is allowed."""
     return max((y for x, y in zip(*_points(curve["x"], curve["y"])) if is_allowed(x)), default=None)
+
+
+def _curves_left_out(curves: Mapping[str, Part], report: Part) -> str:
+    """Which of very many classes are drawn."""
+    num_classes = len(report.get("class_names") or [])
+    return note(f"The {count(len(curves))} most frequent of {count(num_classes)} classes.") if num_classes > FEW_CLASSES else ""
 
 
 def _areas(curves: Mapping[str, Part]) -> str:

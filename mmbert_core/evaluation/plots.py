@@ -17,6 +17,7 @@ from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_class
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 2000  # of a curve: more than a picture's width can show
+MAX_CLASSES = 100  # of the confusion picture: with more, the most frequent ones
 MAX_NUMBERED = 20  # with more classes the confusion cells carry no numbers
 
 
@@ -81,14 +82,21 @@ def _draw_precision_recall(axes: Any, preds: np.ndarray, labels: np.ndarray, cla
 
 
 def _draw_confusion(axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float) -> bool:
-    num_classes = len(class_names)
-    chosen = predicted_classes(preds, threshold=threshold)
+    labels, chosen = labels.astype(np.int64), predicted_classes(preds, threshold=threshold)
+    of_label, title = np.bincount(labels, minlength=len(class_names)), "Confusion"
+    drawn = np.arange(len(class_names))
+    if len(class_names) > MAX_CLASSES:
+        drawn = np.sort(np.argsort(-of_label, kind="stable")[:MAX_CLASSES])
+        title = f"Confusion of the {MAX_CLASSES} most frequent of {len(class_names):,} classes"
+    num_classes, position = len(drawn), np.full(len(class_names), -1)
+    position[drawn] = np.arange(num_classes)
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)  # [label, chosen]
-    np.add.at(counts, (labels.astype(np.int64), chosen), 1)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    is_drawn = (position[labels] >= 0) & (position[chosen] >= 0)
+    np.add.at(counts, (position[labels[is_drawn]], position[chosen[is_drawn]]), 1)
+    shares = counts / np.maximum(of_label[drawn][:, None], 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.figure.colorbar(image, ax=axes, label="share of the label's rows")
-    axes.set(xlabel="predicted", ylabel="label", title="Confusion")
+    axes.set(xlabel="predicted", ylabel="label", title=title)
     if num_classes > MAX_NUMBERED:
         return True
     names = [_text(name) for name in class_names]

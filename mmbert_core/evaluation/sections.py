@@ -1,6 +1,6 @@
 """Parts of a report that follow from predictions and labels alone, as JSON values. Floor 1.
 
-Imports judgement, metrics, predictions, thresholds. N rows, K classes. A part that cannot be is `{"reason": why}`.
+Imports class_counts, class_ranking, judgement, metrics, predictions, thresholds. N rows, K classes. A part that cannot be is `{"reason": why}`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mmbert_core.evaluation.class_counts import class_counts
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.evaluation.metrics import within_range
 from mmbert_core.evaluation.predictions import predicted_classes
@@ -17,6 +19,7 @@ from mmbert_core.evaluation.thresholds import Cuts, at, cuts_of
 
 MOST_CURVES = 10  # with more classes, the most frequent ones
 MOST_POINTS = 300  # of a curve
+MAX_MISTAKES = 15  # pairs of label and predicted class
 BINS = 10  # of the calibration
 BARS = 40  # of the histogram
 RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # whose thresholds the table shows
@@ -104,8 +107,15 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def confusion_section(preds: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float) -> Section:
-    """Rows are labels, columns predicted classes."""
+    """`counts` [K, K]: rows are labels, columns predicted classes. Of more than FEW_CLASSES three counts of each, and the most frequent mistakes."""
     chosen = predicted_classes(preds, threshold=threshold)
+    if num_classes > FEW_CLASSES:
+        of_class = class_counts(labels, chosen, num_classes)
+        wrong = labels != chosen
+        pairs, rows = np.unique(labels[wrong] * num_classes + chosen[wrong], return_counts=True)
+        largest = np.argsort(-rows, kind="stable")[:MAX_MISTAKES]
+        mistakes = [[int(pairs[index]) // num_classes, int(pairs[index]) % num_classes, int(rows[index])] for index in largest]
+        return {"mistakes": mistakes, **{name: getattr(of_class, name).astype(np.int64).tolist() for name in ("right", "labelled", "predicted")}}
     return {"counts": np.bincount(labels * num_classes + chosen, minlength=num_classes**2).reshape(num_classes, num_classes).tolist()}
 
 

@@ -1,4 +1,4 @@
-"""How good the model is on parts of the rows, the worst parts first. Floor 1; imports metrics and intervals.
+"""How good the model is on parts of the rows, the worst parts first. Floor 1; imports class_ranking, metrics and intervals.
 
 N rows, K classes.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD
@@ -21,6 +22,7 @@ DRAWS, FEWEST_DRAWS = 300, 100  # of the intervals: there are many slices
 WORK = 1_000_000_000  # rows x columns x metrics x draws, about: a minute. Slices that would take more have no intervals
 MOST_VALUES = 20  # slices of one column
 FEW_NUMBERS = 10  # distinct ones, each a slice of its own
+LARGEST_CLASSES = 9  # of a slice's rows, as many as one bar shows next to all others
 MISSING, OTHERS = "(missing)", "(all other values)"
 
 
@@ -31,13 +33,16 @@ class Slice:
     column: str
     value: str
     rows: int
-    share_of_classes: tuple[float, ...]
+    share_of_classes: tuple[float, ...]  # of more than FEW_CLASSES empty, and the largest are in `largest_classes`
     metrics: dict[str, float | None]
     intervals: dict[str, tuple[float, float] | None]
     undefined: dict[str, str]
+    largest_classes: tuple[tuple[int, float], ...] = ()  # index and share
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        del values["share_of_classes" if self.largest_classes else "largest_classes"]
+        return values
 
 
 def slices_of(
@@ -54,7 +59,9 @@ def slices_of(
     `preds` [N] (binary) or [N, K], `labels` [N]. A column is N texts, or N numbers of which NaN is missing.
     """
     made = []
-    draws = min(DRAWS, WORK // max(1, len(labels) * len(columns) * len(names)))
+    # every draw of every slice goes through the counts of all classes, which of many classes are more than the rows
+    num_counted = len(labels) + (MOST_VALUES * len(class_names) if len(class_names) > FEW_CLASSES else 0)
+    draws = min(DRAWS, WORK // max(1, num_counted * len(columns) * len(names)))
     draws = draws if draws >= FEWEST_DRAWS else 0
     for column, cells in columns.items():
         for value, rows in _numbers(cells) if isinstance(cells, np.ndarray) else _values(cells):
@@ -66,11 +73,14 @@ def _slice(column: str, value: str, preds: np.ndarray, labels: np.ndarray, names
     task = "binary" if preds.ndim == 1 else "multiclass"
     figures = compute_metrics(preds, labels, names, task, len(class_names), "slice", class_names=class_names, threshold=threshold)
     shares = np.bincount(labels, minlength=len(class_names)) / len(labels)
+    is_many = len(class_names) > FEW_CLASSES
+    largest = np.argsort(-shares, kind="stable")[:LARGEST_CLASSES].tolist() if is_many else []
     return Slice(
         column=column,
         value=value,
         rows=len(labels),
-        share_of_classes=tuple(shares.tolist()),
+        share_of_classes=() if is_many else tuple(shares.tolist()),
+        largest_classes=tuple((index, float(shares[index])) for index in largest if shares[index]),
         metrics={name: figures.values[f"slice/{name}"] for name in names},
         intervals=bootstrap_intervals(preds, labels, names, class_names=class_names, threshold=threshold, draws=draws) if draws else dict.fromkeys(names),
         undefined={key.removeprefix("slice/"): reason for key, reason in figures.undefined.items()},

@@ -29,6 +29,7 @@ from mmbert_core.evaluation.predictions import Columns, prediction_columns, tsv_
 from mmbert_core.files import make_folder_by_time, names_by_time, remove_path, write_json, write_text
 from mmbert_core.model.losses import LossOp, row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
+from mmbert_core.progress import slow_step
 from mmbert_core.training.optim import autocast
 
 logger = logging.getLogger(__name__)
@@ -208,11 +209,13 @@ def write_results(
         if result.labels is not None:  # else rows of a prediction, which has no loss
             figures["test_loss"] = result.loss
         figures |= figures_of(result.preds, dataset.label_index, dataset, stage="test", config=config, class_names=class_names, judgement=judgement)
-    columns = columns_of(result, dataset, config=config, class_names=class_names, judgement=judgement)
-    write_text(folder / "test_result_0.tsv", "".join([tsv_line(columns), *tsv_rows(columns)]))
+    with slow_step("test_result_0.tsv"):
+        columns = columns_of(result, dataset, config=config, class_names=class_names, judgement=judgement)
+        write_text(folder / "test_result_0.tsv", "".join([tsv_line(columns), *tsv_rows(columns)]))
     write_json(folder / "test_metrics.json", figures)
     if dataset.has_labels:
-        draw(result.preds, dataset.label_index, folder / "plots", class_names, judgement.threshold.value)
+        with slow_step("pictures of the test"):
+            draw(result.preds, dataset.label_index, folder / "plots", class_names, judgement.threshold.value)
     return figures
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mmbert_core import distributed, signals
-from mmbert_core.assessment import LOWER_IS_BETTER, make_judgement
+from mmbert_core.assessment import LOWER_IS_BETTER, listed_figures, make_judgement
 from mmbert_core.card import write_card
 from mmbert_core.config import Config
 from mmbert_core.data.batches import deal, epoch_order, micro_batch_seed, micro_batches, step_rows
@@ -413,7 +413,7 @@ def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
     judgement = made.judgement if made else None
     figures, result = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, judgement=judgement)
     distributed.on_main(lambda: report(run, made, result, figures, folder), patient=True)
-    run.log.record({"step": run.state.step, **{name: value for name, value in figures.items() if name.startswith("test")}})
+    run.log.record({"step": run.state.step, **{name: value for name, value in listed_figures(figures, "test", run.config)[0].items() if name.startswith("test")}})
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")
     return figures, folder
 
