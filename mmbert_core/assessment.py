@@ -14,7 +14,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.evaluation import baselines
-from mmbert_core.evaluation.baselines import COLUMNS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
+from mmbert_core.evaluation.baselines import COLUMNS, MOST_CELLS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.judgement import Judgement, fit_judgement, fit_threshold
@@ -49,14 +49,14 @@ def make_judgement(data: Data, config: Config, val_preds: np.ndarray | None) -> 
 
 def fit_baselines(data: Data, config: Config) -> Baselines:
     """On a seeded sample of the training rows; the validation rows choose the penalty, and the threshold as they choose the model's."""
-    rows, labels = sample(data.train, config.seed)
-    val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed)
+    rows, labels = sample(data.train, config.seed, config.num_classes)
+    val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed, config.num_classes)
     models, thresholds, reasons = {}, {}, {}
     for name, is_there in {COLUMNS: bool(config.tab_field_list or config.cat_field_list), WORDS: bool(config.text_name)}.items():
         if not is_there:
             reasons[name] = f"the model has no {'columns' if name == COLUMNS else 'text'}"
-        elif name == WORDS and config.num_classes > MOST_CLASSES:
-            reasons[name] = f"more than {MOST_CLASSES} classes"
+        elif config.num_classes > MOST_CLASSES[name]:
+            reasons[name] = f"more than {MOST_CLASSES[name]} classes"
         else:
             val = None if data.val is None else (baseline_features(name, data.val, val_rows), val_labels)
             models[name] = baselines.fit_best((baseline_features(name, data.train, rows), labels), val, config.num_classes)
@@ -66,10 +66,10 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
     return Baselines(shares, models, thresholds, len(rows), reasons)
 
 
-def sample(dataset: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of all rows, or of as many as MOST_ROWS and MOST_TOKENS allow, ascending, and their labels."""
+def sample(dataset: Dataset, seed: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of all rows, or of as many as MOST_ROWS, MOST_CELLS and MOST_TOKENS allow, ascending, and their labels."""
     rows = np.random.default_rng(seed).permutation(len(dataset))
-    rows = np.sort(rows[: min(MOST_ROWS, int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MOST_TOKENS, side="right")) + 1)])
+    rows = np.sort(rows[: min(MOST_ROWS, MOST_CELLS // num_classes, int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MOST_TOKENS, side="right")) + 1)])
     return rows, dataset.label_index[rows]
 
 

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017). Floor 1; imports metrics.
+"""Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017). Floor 1; imports class_ranking and metrics.
 
 With hard labels, rows that the model tells apart without an error drive the temperature to 0. So 1 / (N + 1) of each label is spread
 evenly over all classes: the weight of the Laplace smoothing of Berta et al. (2025, arXiv 2501.19195), on the labels rather than on the
@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import compute_metrics
 
 FEWEST_ROWS, FEWEST_OF_A_CLASS = 200, 10
+MAX_CELLS = 4_000_000  # rows x classes that a temperature of more than FEW_CLASSES is fitted on: seconds, not minutes
 LOWEST, HIGHEST = 0.05, 20.0  # of the temperature
 # Half a step of float32 next to 0 and next to 1: what a probability that was rounded to 0 or 1 is taken for.
 NEXT_TO_0, NEXT_TO_1 = 2.0**-150, 2.0**-25
@@ -63,6 +65,8 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
         return Calibration(rows=len(labels), reason=f"{len(labels)} validation rows, at least {FEWEST_ROWS} are needed")
     if counts.min() < FEWEST_OF_A_CLASS:
         return Calibration(rows=len(labels), reason=f"a class with {counts.min()} validation rows, at least {FEWEST_OF_A_CLASS} are needed")
+    rows = rows_to_fit(len(labels), num_classes)
+    preds, labels = preds[rows], labels[rows]
     logits = _log_odds(preds)
     wanted = _mean_target_logit(logits, labels, num_classes)
     low, high = 1 / HIGHEST, 1 / LOWEST  # of the inverse temperature: the loss is convex in it, and its slope rises
@@ -75,6 +79,12 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
         low, high = (low, middle) if _slope(logits, wanted, middle) > 0 else (middle, high)
     fitted = Calibration(2 / (low + high), len(labels), method=METHOD)
     return replace(fitted, ece_before=_ece(preds, labels, num_classes), ece_after=_ece(fitted.apply(preds), labels, num_classes))
+
+
+def rows_to_fit(num_rows: int, num_classes: int) -> np.ndarray:
+    """Positions of all rows, or, of more than FEW_CLASSES, of as many as MAX_CELLS allow, evenly spread."""
+    num_fitted = min(num_rows, max(FEWEST_ROWS, MAX_CELLS // num_classes)) if num_classes > FEW_CLASSES else num_rows
+    return np.linspace(0, num_rows - 1, num_fitted).round().astype(np.int64)
 
 
 def _mean_target_logit(logits: np.ndarray, labels: np.ndarray, num_classes: int) -> float:

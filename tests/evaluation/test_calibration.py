@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmbert_core import export_example
+from mmbert_core.evaluation import calibration
 from mmbert_core.evaluation.calibration import HIGHEST, LOWEST, Calibration, fit_temperature
 
 
@@ -136,3 +137,13 @@ def test_two_in_ten_to_the_eighteen_stays_that() -> None:
     probability = np.float32(3e-9)
     [made] = Calibration(1 / 2.0663).apply(np.array([probability]))
     assert float(made) == pytest.approx(exactly(float(probability), 1 / 2.0663), rel=1e-6) and 1e-18 < made < 3e-18
+
+
+def test_of_many_classes_a_share_of_the_rows_gives_the_temperature_and_of_few_classes_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    preds, _, labels = sharpened(40, 2.0, num_rows=3_000)
+    whole = fit_temperature(preds, labels, num_classes=40)
+    monkeypatch.setattr(calibration, "MAX_CELLS", 40 * 1_500)
+    share = fit_temperature(preds, labels, num_classes=40)
+    assert (whole.rows, share.rows) == (3_000, 1_500) and share.temperature == pytest.approx(whole.temperature, rel=0.05)
+    assert calibration.rows_to_fit(100_000, 30).tolist() == list(range(100_000))
+    assert len(calibration.rows_to_fit(50_000, 10_000)) == 200

@@ -83,3 +83,22 @@ def test_slices_that_would_take_too_long_have_fewer_draws_or_no_intervals(monkey
         made = slices_of(preds, labels, columns, ["accuracy"], class_names=CLASSES)
         assert all((part.intervals["accuracy"] is not None) is has_intervals for part in made)
         assert [part.metrics for part in made] == [part.metrics for part in plain]
+
+
+def test_of_many_classes_a_slice_has_the_largest_and_its_draws_are_counted_with_its_classes() -> None:
+    rng, names = np.random.default_rng(0), [f"c{index}" for index in range(400)]
+    labels = np.concatenate([np.zeros(300, np.int64), np.arange(400)])
+    preds = rng.random((700, 400)).astype(np.float32)
+    [made] = slices_of(preds, labels, {"kind": ["a"] * 700}, ["accuracy"], class_names=names)
+    values = made.to_json()
+    assert values["largest_classes"][0] == (0, 301 / 700) and len(values["largest_classes"]) == 9 and "share_of_classes" not in values
+    assert "largest_classes" not in slices_of(*scored(60)[:2], {"kind": ["a"] * 60}, ["accuracy"], class_names=CLASSES)[0].to_json()
+
+
+def test_slices_of_very_many_classes_have_no_intervals_rather_than_minutes_of_them(monkeypatch) -> None:
+    monkeypatch.setattr(slices, "bootstrap_intervals", None)
+    labels = np.arange(60) % 50
+    preds = np.random.default_rng(0).random((60, 50_000)).astype(np.float32)
+    columns = {f"kind {index}": ["a"] * 60 for index in range(12)}
+    made = slices_of(preds, labels, columns, ["accuracy"], class_names=[str(index) for index in range(50_000)])
+    assert len(made) == 12 and all(part.intervals == {"accuracy": None} for part in made)
