@@ -1,20 +1,18 @@
 """Files that are either whole or absent: written under a temporary name, synced, renamed. Floor 0; imports errors, schema."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import socket
 import time
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -200,27 +198,3 @@ def free_bytes(folder: Path) -> int:
     """Bytes that may still be written in `folder`, or where it will be made."""
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
-
-
-def lock_folder(folder: Path) -> TextIO | None:
-    """Claim `folder`, which is made if need be, for this process until the returned file is closed or the process ends.
-
-    Raises `InputError` that names the holder when another process has it. None where the file system has no locks.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    stream = open(Path(folder) / LOCK, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
-        stream.close()
-        raise InputError(f"{folder}: expected a folder that no other run writes to, found it in use by {holder}") from None
-    except OSError as error:
-        logger.warning("%s: this file system has no locks (%s); see to it that only one run writes there", folder, error.strerror)
-        stream.close()
-        return None
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    stream.flush()
-    return stream

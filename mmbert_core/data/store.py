@@ -98,7 +98,7 @@ def open_or_build(
                     _clear(folder)
                 longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
                 chunks = read_chunks(files, columns, longest=longest, chunk_rows=chunk_rows)
-                with atomic_folder(folder) as temporary:
+                with suppress(_AlreadyThere), _published(folder, has_lock) as temporary:
                     _build(
                         temporary, chunks, roles, tokenizer,
                         columns=columns, max_length=max_length, max_chunks=max_chunks, progress=progress,
@@ -109,6 +109,23 @@ def open_or_build(
     rows = _open(folder, files)
     rows.fingerprints = fingerprints
     return rows
+
+
+class _AlreadyThere(Exception):
+    """Another process, of a file system without locks, has built the same store meanwhile."""
+
+
+@contextmanager
+def _published(folder: Path, has_lock: bool) -> Iterator[Path]:
+    """`atomic_folder`, which never replaces a whole store that other processes read: its content would be the same."""
+    try:
+        with atomic_folder(folder) as temporary:
+            yield temporary
+            if not has_lock and is_whole(folder):
+                raise _AlreadyThere
+    except OSError:
+        if has_lock or not is_whole(folder):  # else it came between that look and the rename
+            raise
 
 
 def _stat_of(path: str) -> tuple[int, int]:

@@ -51,8 +51,9 @@ def fit(
     otherwise; a finished run is left as it is. Raises `Stopped` when a signal asked for it and a checkpoint is written. `loss_op(logits, labels)` replaces the weighted cross entropy
     (`losses.add_loss_op`); it is code, so no checkpoint knows it: give the same one to resume.
     """
-    with claimed_folder(config), signals.deferred():
+    with claimed_folder(config) as claim, signals.deferred():
         run = start_run(config, data, model, pooling, context, loss_op=loss_op)
+        run.claim = claim
         try:
             if run.state.finished and (results := already_finished(config)):
                 run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")

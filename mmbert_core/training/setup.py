@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import mmbert_core
 from mmbert_core import distributed
+from mmbert_core.claims import CLAIM, Claim, claim_folder
 from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.batches import settle_micro_batches, steps_per_epoch
 from mmbert_core.data.prepare import Data
@@ -29,7 +30,7 @@ from mmbert_core.distributed import DistContext, UsedRows
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
 from mmbert_core.evaluation.thresholds import parse_rule
-from mmbert_core.files import LOCK, TEMPORARY_PREFIX, lock_folder, read_json, remove_stale_temporaries, write_json
+from mmbert_core.files import LOCK, TEMPORARY_PREFIX, read_json, remove_stale_temporaries, write_json
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
@@ -45,7 +46,7 @@ from mmbert_core.training.run_log import RunLog
 logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
-WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK)
+WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK, CLAIM)
 VERSIONS = {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 # Of a micro-batch when microbatches_per_step is auto: where texts are packed, more of them cost time (each has its own gradient
 # of the embeddings); where they are padded, fewer of them cost padding.
@@ -86,6 +87,7 @@ class Run:
     train_labels: np.ndarray  # [N] int64
     used_rows: UsedRows | None  # of the token embedding; none: DDP sums all of it
     best_validation: np.ndarray | None = None  # [N] or [N, K] predictions of the best step, if this life of the run validated it
+    claim: Claim | None = None  # of the folder, on rank 0
     stopping: bool = False  # all ranks have agreed to stop: one of them had a signal
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 
@@ -169,26 +171,30 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def claimed_folder(config: Config) -> Iterator[None]:
+def claimed_folder(config: Config) -> Iterator[Claim | None]:
     """Collective. Inside, `model_path` of rank 0 belongs to this run alone; what a killed write left there is cleaned up.
 
-    Raises `InputError` when another run has it.
+    Yields the claim, on rank 0. Raises `InputError` when another run has the folder, and `RunError`, instead of the error of a
+    file that is suddenly gone, when another run has taken it meanwhile.
     """
-    lock = None
+    claim: Claim | None = None
 
-    def claim() -> None:
-        nonlocal lock
+    def take() -> None:
+        nonlocal claim
         check_no_links(Path(config.model_path))
-        lock = lock_folder(Path(config.model_path))
+        claim = claim_folder(Path(config.model_path))
         remove_leftovers(Path(config.model_path))
 
     try:
-        distributed.on_main(claim)
-        yield
+        distributed.on_main(take)
+        yield claim
+    except OSError:
+        if claim is not None:
+            claim.check()
+        raise
     finally:
-        if lock is not None:
-            lock.truncate(0)
-            lock.close()
+        if claim is not None:
+            claim.release()
 
 
 def start_run(
@@ -403,6 +409,8 @@ def save(run: Run, *, is_due: bool = True) -> None:
     """Collective. A checkpoint of this step, written by rank 0; on failure every rank raises. `is_due`: not only because of a signal."""
 
     def write() -> None:
+        if run.claim is not None:
+            run.claim.check()
         if not (run.folder / LOCK).exists():
             raise RunError(f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written")
         run.log.sync()  # the lines of the steps that this checkpoint has
