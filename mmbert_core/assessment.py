@@ -59,8 +59,12 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
             reasons[name] = f"more than {MOST_CLASSES[name]} classes"
         else:
             val = None if data.val is None else (baseline_features(name, data.val, val_rows), val_labels)
-            models[name] = baselines.fit_best((baseline_features(name, data.train, rows), labels), val, config.num_classes)
-            scores = None if val is None else models[name].probabilities(val[0])
+            fitted = baselines.fit_best((baseline_features(name, data.train, rows), labels), val, config.num_classes)
+            if not fitted.is_finite:
+                reasons[name] = "its fit did not converge: the weights are not finite"
+                continue
+            models[name] = fitted
+            scores = None if val is None else fitted.probabilities(val[0])
             thresholds[name] = fit_threshold(scores[:, 1] if scores is not None and config.is_binary else scores, val_labels, config.threshold_rule).value
     shares = baselines.majority(data.train.label_index, config.num_classes)
     return Baselines(shares, models, thresholds, len(rows), reasons)

@@ -93,10 +93,44 @@ def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JS
     return value
 
 
+@contextmanager
+def mode_of_new_files(path: Path) -> Iterator[None]:
+    """The file that the block writes gets the mode of any new file (the umask's): safetensors makes it its owner's alone."""
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file or folder that may be there cannot be read, in words; None for one that can, and for one that is missing."""
+    try:
+        status = os.stat(path)
+    except PermissionError:
+        return "permission denied (in one of the folders above it)"
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    wanted = os.R_OK | os.X_OK if stat.S_ISDIR(status.st_mode) else os.R_OK
+    if os.access(path, wanted):
+        return None
+    return f"permission denied (its mode is {stat.S_IMODE(status.st_mode):04o}, its owner user {status.st_uid})"
+
+
+def check_readable(*paths: Path) -> None:
+    """Raise `InputError` for the first of the files and folders that is there and may not be read."""
+    for path in paths:
+        if reason := why_unreadable(path):
+            raise InputError(f"{path}: cannot be read: {reason}")
+
+
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """A safetensors file, not atomic, whose bytes depend on the tensors alone: more metadata keys would come in random order."""
     try:
-        save_file(dict(tensors), str(path), metadata={"format": "pt"})
+        with mode_of_new_files(path):
+            save_file(dict(tensors), str(path), metadata={"format": "pt"})
     except SafetensorError as error:  # what it makes of a full disk
         found = re.search(r"os error (\d+)", str(error))
         raise OSError(*([int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"])) from None

@@ -207,12 +207,14 @@ def test_folders_that_are_no_model(tmp_path, capsys, earlier):
     (tmp_path / "unfinished/model.safetensors").unlink()
     shutil.copytree(earlier / "run", tmp_path / "no_encoder")
     shutil.rmtree(tmp_path / "no_encoder/encoder")
+    tiny.without_manifest(shutil.copytree(tmp_path / "no_encoder", tmp_path / "old_no_encoder"))
     for folder, expected in (
         (tmp_path / "nowhere", "not a model folder: config.json is missing"),
         (tmp_path / "empty", "not a model folder: config.json is missing"),
         (earlier / "encoder", "not a model folder: features.json is missing"),
         (tmp_path / "unfinished", "not a model folder: model.safetensors is missing (the run has not ended)"),
-        (tmp_path / "no_encoder", "not a model folder: encoder/ is missing"),
+        (tmp_path / "no_encoder", "not a whole model folder: encoder/config.json is missing, which MANIFEST.json names"),
+        (tmp_path / "old_no_encoder", "not a model folder: encoder/ is missing"),
     ):
         assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder), expected)
 
@@ -220,7 +222,8 @@ def test_folders_that_are_no_model(tmp_path, capsys, earlier):
 @pytest.mark.parametrize("damage", ["empty", "half", "garbage"])
 @pytest.mark.parametrize("name", ["config.json", "features.json", "labels.json", "model.safetensors", "encoder/config.json", "encoder/tokenizer.json"])
 def test_a_damaged_model_folder(tmp_path, capsys, earlier, name, damage):
-    folder = shutil.copytree(earlier / "run", tmp_path / "model")
+    """Of a version without a manifest: test_model_folder.py has what the manifest finds."""
+    folder = tiny.without_manifest(shutil.copytree(earlier / "run", tmp_path / "model"))
     content = (folder / name).read_bytes()
     (folder / name).write_bytes({"empty": b"", "half": content[: len(content) // 2], "garbage": b"\x80garbage" * 20}[damage])
     assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder / name if "/" not in name else folder))
@@ -228,7 +231,7 @@ def test_a_damaged_model_folder(tmp_path, capsys, earlier, name, damage):
 
 def test_parts_of_different_models(tmp_path, capsys, earlier):
     def edited(name: str, edit: Callable[[Any], Any]) -> Path:
-        folder = shutil.copytree(earlier / "run", tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}")
+        folder = tiny.without_manifest(shutil.copytree(earlier / "run", tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"))
         (folder / name).write_text(json.dumps(edit(json.loads((folder / name).read_text()))))
         return folder
 
@@ -236,14 +239,14 @@ def test_parts_of_different_models(tmp_path, capsys, earlier):
         return lambda record: {**record, "config": record["config"] | changes}
 
     for name, edit, expected in (
-        ("config.json", lambda record: {**record, "format_version": 99}, "expected format 1, found 99"),
-        ("config.json", lambda record: [record], "expected another structure"),
+        ("config.json", lambda record: {**record, "format_version": 99}, "format_version: expected 1, found 99"),
+        ("config.json", lambda record: [record], "expected an object, found a list of 1"),
         ("config.json", changed(lr="fast"), "lr: expected a number, found 'fast'"),
         ("config.json", changed(leftover=1), "unknown key 'leftover'"),
         ("config.json", lambda record: {**record, "resolved": {}}, "expected the key 'pooling', found none"),
         ("config.json", changed(hidden_common_dim=17), "does not fit the other files of the folder"),
         ("features.json", lambda record: {**record, "number_names": ["age"]}, "its columns are not those of config.json"),
-        ("features.json", lambda record: {**record, "means": record["means"][:1]}, "does not fit the other files of the folder"),
+        ("features.json", lambda record: {**record, "means": record["means"][:1]}, "means: expected 3 entries, as the columns have, found 1"),
         ("features.json", lambda record: {key: record[key] for key in ("means", "stds")}, "expected the key 'number_names', found none"),
         ("labels.json", lambda record: {"names": ["0", "1", "2"]}, "expected 2 labels as in config.json, found 3"),
     ):

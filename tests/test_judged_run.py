@@ -267,7 +267,7 @@ def test_a_folder_without_thresholds_counts_from_one_half(binary, tmp_path):
     import shutil
 
     old = shutil.copytree(binary, tmp_path / "old")
-    for name in ("thresholds.json", "baselines.json", "baselines.safetensors", "summary.json"):
+    for name in ("thresholds.json", "baselines.json", "baselines.safetensors", "summary.json", "MANIFEST.json"):
         (old / name).unlink()
     cli.main(["predict", str(old), str(binary.parent / "test.csv"), str(tmp_path / "o.tsv")])
     assert all(row["pred"] == str(int(float(row["prob"]) > 0.5)) and row["prob"] == row["prob_calibrated"] for row in rows_of(tmp_path / "o.tsv"))

@@ -14,7 +14,7 @@ PACKAGE = "mmbert_core"
 # Every file, by floor. A file imports the files of lower floors, and those named before it in its own group.
 # Groups of the same floor do not know each other.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("errors", "streams", "signals", "progress", "schema", "files", "claims", "hub", "encoder_files", "config", "config_file", "config_names", "config_reader", "forks", "distributed"), ("export_example",)),
+    (("errors", "streams", "signals", "progress", "schema", "files", "claims", "manifest", "hub", "encoder_files", "config", "config_file", "config_names", "config_reader", "forks", "distributed"), ("export_example",)),
     (
         ("data.ahead", "data.batches", "data.sample", "data.cells", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
          "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare", "data.known_ranges"),
@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
          "evaluation.calibration", "evaluation.baselines", "evaluation.judgement", "evaluation.sections",
          "evaluation.markup", "evaluation.charts", "evaluation.page_style", "evaluation.page_quality", "evaluation.page_details", "evaluation.page"),
     ),
-    (("model_folder", "assessment", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "explain", "importance", "training.memory", "training.setup"),),
+    (("model_files", "model_folder", "assessment", "training.saved_state", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "explain", "importance", "training.memory", "training.setup"),),
     (("card", "report", "predictor", "serve_page", "serve", "export", "training.loop", "ablation", "demo"),),
     (("command_line", "cli", "__main__", "train"),),  # train: train.py, beside the package
 )  # fmt: skip

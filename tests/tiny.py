@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext, read_context, set_threads
+from mmbert_core.manifest import MANIFEST
 from mmbert_core.training.loop import fit
 from mmbert_core.training.setup import prepare_model
 
@@ -92,6 +93,12 @@ def run_command(arguments: list[str], *, timeout: float = 180, input: str | None
     """Run a Python command line from the project's root; its output as text."""
     variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, input=input)
+
+
+def without_manifest(folder: Path) -> Path:
+    """The model folder, made one of a version that wrote no manifest: edited files are then looked at for what they say."""
+    (Path(folder) / MANIFEST).unlink()
+    return Path(folder)
 
 
 def torchrun(num_processes: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Statistics and vocabularies of the tabular columns, fitted on training rows alone. Floor 1; imports errors, cells, splits, table.
+"""Statistics and vocabularies of the tabular columns, fitted on training rows alone. Floor 1; imports errors, schema, cells, splits, table.
 
 N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K categorical columns.
 """
@@ -14,6 +14,7 @@ from mmbert_core.data.cells import normal_form
 from mmbert_core.data.splits import taken
 from mmbert_core.data.table import Roles, shown
 from mmbert_core.errors import InputError
+from mmbert_core.schema import array, boolean, nullable, number, record, text
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
 MAX_UNSEEN_SHARE = 0.2  # of a column's cells, above which they are probably written in another way than in training
@@ -22,6 +23,14 @@ OPTIONAL = ("minimums", "maximums")  # fields that folders of version 0.2 and ol
 FAR_STDS = 20  # standard deviations from the mean: what is said of numbers whose training range is not known
 LARGEST = float(np.finfo(np.float32).max)
 MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # values in a message; unseen cells that are looked through for them
+FEATURES_JSON = record(
+    {
+        "number_names": array(text(), distinct=True), "medians": array(number()), "has_indicator": array(boolean),
+        "means": array(number()), "stds": array(number(above=0)),
+        "category_names": array(text(), distinct=True), "categories": array(array(text(non_empty=True), distinct=True)),
+    },
+    {name: nullable(array(number())) for name in OPTIONAL},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,19 @@ class Features:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Features":
-        return cls(**{field.name: _tuples(value[field.name]) for field in fields(cls) if field.name in value or field.name not in OPTIONAL})
+        """The statistics of a value that FEATURES_JSON declares. Raises `InputError` when their numbers do not agree."""
+        num_numbers, num_inputs = len(value["number_names"]), len(value["number_names"]) + sum(value["has_indicator"])
+        wanted = {"medians": num_numbers, "has_indicator": num_numbers, "means": num_inputs, "stds": num_inputs}
+        for key, length in {**wanted, "categories": len(value["category_names"])}.items():
+            if len(value[key]) != length:
+                raise InputError(f"{key}: expected {length} entries, as the columns have, found {len(value[key])}")
+        known = {field.name: _tuples(value[field.name]) for field in fields(cls) if field.name in value or field.name not in OPTIONAL}
+        ranges = [known.get(name) for name in OPTIONAL]
+        if any(ranges) and not all(each and len(each) == num_numbers for each in ranges):
+            raise InputError(f"{' and '.join(OPTIONAL)}: expected {num_numbers} entries each, or neither")
+        if all(ranges) and any(low > high for low, high in zip(*ranges, strict=True)):
+            raise InputError("minimums: expected none above its maximum")
+        return cls(**known)
 
 
 def _tuples(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Class names in their order, and label cells as class indices. Floor 1; imports errors, cells, table."""
+"""Class names in their order, and label cells as class indices. Floor 1; imports errors, schema, cells, table."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,8 +11,10 @@ import numpy as np
 from mmbert_core.data.cells import normal_form
 from mmbert_core.data.table import shown
 from mmbert_core.errors import InputError
+from mmbert_core.schema import array, record, text
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
+LABELS_JSON = record({"names": array(text(non_empty=True), min_length=2, distinct=True)})
 UNKNOWN = -1  # index of a label that is missing or none of the classes
 
 

@@ -1,4 +1,4 @@
-"""The built-in sample: buyer-seller messages with tabular columns, and a small BERT for them. Floor 1; imports nothing of ours.
+"""The built-in sample: buyer-seller messages with tabular columns, and a small BERT for them. Floor 1; imports files.
 
 The label says whether a message is abuse, and needs text AND columns:
 
@@ -24,6 +24,8 @@ import torch
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoModel, BertConfig, BertTokenizerFast
+
+from mmbert_core.files import mode_of_new_files
 
 TEXT_COLUMN, ID_COLUMN, LABEL_COLUMN = "message", "message_id", "is_abuse"
 NUMBER_COLUMNS = ("account_age_days", "order_value", "past_refunds", "messages_last_day")
@@ -292,6 +294,7 @@ def write_small_encoder(folder: str | Path, texts: Iterable[str], *, seed: int =
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         encoder = AutoModel.from_config(config)
-    encoder.save_pretrained(folder)
+    with mode_of_new_files(Path(folder) / "model.safetensors"):
+        encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

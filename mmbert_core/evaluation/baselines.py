@@ -1,4 +1,4 @@
-"""What simple models make of the same rows: the most frequent class, columns alone, words alone. Floor 1; imports nothing of ours.
+"""What simple models make of the same rows: the most frequent class, columns alone, words alone. Floor 1; imports errors, schema.
 
 N rows, K classes, F features, L tokens over all rows. A result says little without them beside it.
 """
@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from mmbert_core.errors import InputError
+from mmbert_core.schema import array, mapping, number, record, text, whole
 
 HASHED = 2**18  # features of tokens and pairs of neighbours
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3)  # of the L2 penalty, of which the validation rows choose
@@ -29,6 +32,11 @@ HOW = {
     COLUMNS: "logistic regression on standardised numbers and one-hot categories",
     WORDS: "logistic regression on a bag of the encoder's tokens and pairs of them",
 }
+BASELINES_JSON = record({
+    "shares": array(number(0, 1), min_length=2), "rows": whole(0), "models": array(text(choices=(COLUMNS, WORDS)), distinct=True),
+    "thresholds": mapping(number(-1, 1), keys=text(choices=(COLUMNS, WORDS))),
+    "reasons": mapping(text(), keys=text(choices=(COLUMNS, WORDS))),
+})  # fmt: skip
 
 
 # ---- rows as sparse features ----
@@ -77,6 +85,10 @@ class Linear:
     weight: torch.Tensor  # [F, K]
     bias: torch.Tensor  # [K]
 
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.weight).all() and torch.isfinite(self.bias).all())
+
     def probabilities(self, features: torch.Tensor) -> np.ndarray:
         """[N, F] sparse -> [N, K] float32"""
         return torch.softmax(features @ self.weight + self.bias, dim=1).numpy()
@@ -108,8 +120,22 @@ class Baselines:
         return {f"{name}.{part}": getattr(model, part) for name, model in self.models.items() for part in ("weight", "bias")}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Baselines:
-        models = {name: Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in values["models"]}
+    def from_json(cls, values: dict[str, Any], tensors: Mapping[str, torch.Tensor], *, num_classes: int, num_columns: int) -> Baselines:
+        """The models of a value that BASELINES_JSON declares; `num_columns`: features of COLUMNS.
+
+        Raises `InputError` for shares that are none, and for weights of another shape or that are not finite.
+        """
+        if len(values["shares"]) != num_classes or abs(sum(values["shares"]) - 1) > 1e-3:
+            raise InputError(f"shares: expected {num_classes} shares that sum to 1, found {len(values['shares'])} that sum to {sum(values['shares']):.6g}")
+        models = {}
+        for name in values["models"]:
+            shapes = {"weight": (HASHED if name == WORDS else num_columns, num_classes), "bias": (num_classes,)}
+            for entry, shape in shapes.items():
+                tensor = tensors.get(f"{name}.{entry}")
+                if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+                    found = "none" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
+                    raise InputError(f"its weights {name}.{entry}: expected finite float32 of shape {list(shape)}, found {found}")
+            models[name] = Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
         return cls(np.array(values["shares"], dtype=np.float32), models, values["thresholds"], values["rows"], values["reasons"])
 
 

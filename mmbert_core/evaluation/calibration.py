@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017). Floor 1; imports class_ranking and metrics.
+"""Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017). Floor 1; imports schema, class_ranking and metrics.
 
 With hard labels, rows that the model tells apart without an error drive the temperature to 0. So 1 / (N + 1) of each label is spread
 evenly over all classes: the weight of the Laplace smoothing of Berta et al. (2025, arXiv 2501.19195), on the labels rather than on the
@@ -16,6 +16,7 @@ import numpy as np
 
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import compute_metrics
+from mmbert_core.schema import nullable, number, record, text, whole
 
 FEWEST_ROWS, FEWEST_OF_A_CLASS = 200, 10
 MAX_CELLS = 4_000_000  # rows x classes that a temperature of more than FEW_CLASSES is fitted on: seconds, not minutes
@@ -24,6 +25,13 @@ LOWEST, HIGHEST = 0.05, 20.0  # of the temperature
 NEXT_TO_0, NEXT_TO_1 = 2.0**-150, 2.0**-25
 SMALLEST, LARGEST = np.float32(2.0**-149), np.float32(1 - 2.0**-24)  # strictly between 0 and 1
 METHOD = "one temperature, fitted to labels of which 1 / (rows + 1) is spread over all classes"
+CALIBRATION_JSON = record(
+    {"temperature": number(LOWEST / 2, 2 * HIGHEST)},
+    {
+        "rows": whole(0), "ece_before": nullable(number(0, 1)), "ece_after": nullable(number(0, 1)), "reason": nullable(text()),
+        "method": nullable(text()),  # older folders have none
+    },
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Above which probability a row counts as class 1, chosen on validation rows by a stated rule. Floor 1; imports errors.
+"""Above which probability a row counts as class 1, chosen on validation rows by a stated rule. Floor 1; imports errors, schema.
 
 N rows, D distinct probabilities.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmbert_core.errors import InputError
+from mmbert_core.schema import nullable, number, record, text, whole
 
 HALF = "half"
 EVERY_ROW = -1.0  # the threshold below a probability of exactly 0, which no threshold of 0 to 1 is
@@ -22,6 +23,12 @@ RULES = {
     "precision_at_recall": "the highest precision where recall is at least X",
     "alerts_per_1000": "so that at most X of 1,000 rows are class 1",
 }
+
+SHARE = nullable(number(0, 1))
+THRESHOLD_JSON = record(
+    {"value": number(EVERY_ROW, 1), "rule": text()},
+    {"precision": SHARE, "recall": SHARE, "f1": SHARE, "alerts_per_1000": nullable(number(0, 1000)), "rows": whole(0), "reason": nullable(text())},
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, synced, manifest last, renamed. Floor 2; imports errors and files.
+"""Checkpoints that are whole or not there: written aside, synced, manifest last, renamed. Floor 2; imports errors, files, manifest and saved_state.
 
     checkpoints/step-00000400/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
 
@@ -19,17 +19,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmbert_core.errors import InputError, RunError
-from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, sha256_of, space, sync_path, write_json
+from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, space, sync_path, write_json
+from mmbert_core.manifest import MANIFEST, manifest_of, read_manifest, why_different
+from mmbert_core.training.saved_state import FORMAT_VERSION, READABLE_STATE, STATE, check_steps
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-MANIFEST = "MANIFEST.json"
-PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
+PARTS = ("model.safetensors", "optimizer.safetensors", STATE)
 ASIDE_PREFIX = "aside-"
 DUE = "due"  # in state.json: false where only a signal asked for the checkpoint; older ones have no such key
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
-TEST_FOLDER = re.compile(r"[a-z_]+-[0-9]{4}(-[0-9]{2}){5}")  # in state.json
 TEMPORARY_FOLDER = re.compile(re.escape(TEMPORARY_PREFIX) + r"(step-[0-9]{8,})-[0-9]+")
 
 
@@ -143,8 +142,7 @@ def _write(final: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[st
         write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
         for name in PARTS:  # before the manifest
             sync_path(temporary / name)
-        files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in PARTS}
-        write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+        write_json(temporary / MANIFEST, manifest_of(temporary, PARTS, version=FORMAT_VERSION))
 
 
 def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> None:
@@ -196,24 +194,19 @@ def list_steps(folder: Path) -> list[int]:
 def why_invalid(path: Path) -> str | None:
     """The first reason not to believe a checkpoint folder, naming the file; None when it is whole."""
     try:
-        manifest = read_json(path / MANIFEST)
-        expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in PARTS}
-        if manifest["format_version"] != FORMAT_VERSION:
-            return f"{MANIFEST}: expected format {FORMAT_VERSION}, found {manifest['format_version']}"
-        if others := sorted(set(manifest["files"]) - set(PARTS)):
-            return f"{MANIFEST}: expected {', '.join(PARTS)}, found {others[0]!r:.80} too"
+        entries = read_manifest(path, version=FORMAT_VERSION)
     except FileNotFoundError:
         return f"{MANIFEST}: missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST}: cannot be read, or does not name {', '.join(PARTS)}"
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file() or file.is_symlink():
-            return f"{name}: missing"
-        if file.stat().st_size != size:
-            return f"{name}: expected {size} bytes, found {file.stat().st_size}"
-        if sha256_of(file) != digest:
-            return f"{name}: content differs from the manifest"
+    except OSError as error:
+        return f"{MANIFEST}: cannot be read: {error.strerror}"
+    except InputError as error:
+        return str(error).removeprefix(f"{path}/")
+    if set(entries) != set(PARTS):
+        return f"{MANIFEST}: expected {', '.join(PARTS)} in it, found {', '.join(sorted(entries))[:80]!r}"
+    for name in PARTS:
+        reason = "missing" if (path / name).is_symlink() else why_different(path / name, entries[name])
+        if reason:
+            return f"{name}: {reason}"
     return None
 
 
@@ -245,31 +238,13 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The tensors and the state of a valid checkpoint folder."""
+    """The tensors and the state of a valid checkpoint folder. Raises `InputError` for what no run writes."""
     try:
-        state = read_json(path / "state.json")
-        if state["format_version"] != FORMAT_VERSION:
-            raise InputError(f"expected checkpoint format {FORMAT_VERSION}, found {state['format_version']}")
-        check_state(state, step_of(path))
+        state = read_json(path / STATE, READABLE_STATE)
+        check_steps(state, step_of(path))
         return Checkpoint(path, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
-    except KeyError as error:
-        raise InputError(f"{path}: state.json: expected the key {error}, found none") from None
-    except (ValueError, TypeError, AttributeError, SafetensorError) as error:  # whole, but no run has written it
+    except (ValueError, OSError, SafetensorError) as error:  # whole, but no run has written it
         raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}/').split())[:300]}") from None
-
-
-def check_state(state: Mapping[str, Any], step: int) -> None:
-    """Raise `InputError` for values that no run writes: they choose folders and rows. `step` is that of the folder's name."""
-    for name, default in asdict(TrainState()).items():
-        value = state.get(name, default)
-        is_count = type(default) is int or (name == "best_step" and value is not None)
-        if (is_count and (type(value) is not int or value < 0)) or (type(default) is bool and type(value) is not bool):
-            raise InputError(f"state.json: {name}: no run writes {value!r:.80}")
-    test_folder = state.get("test_folder")  # which a test replaces
-    if test_folder is not None and not (isinstance(test_folder, str) and TEST_FOLDER.fullmatch(test_folder)):
-        raise InputError(f"state.json: test_folder: no run writes {test_folder!r:.80}")
-    if state["step"] != step or (state.get("best_step") or 0) > step:
-        raise InputError(f"state.json: expected step {step} as in the folder's name, and no later best_step, found {state['step']} and {state.get('best_step')}")
 
 
 def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -311,17 +286,17 @@ def check_resumable(
         if key == "pooling" and new == state["resolved"]["pooling"]:  # what `auto` meant
             continue
         if key not in free_keys and (type(old), old) != (type(new), new):  # val_check_interval: 1.0 is an epoch, 1 a step
-            raise InputError(f"{key} was {old!r} in the checkpoint at step {state['step']} and is {new!r} now: set it back, or choose another model_path")
+            raise InputError(f"{key} was {old!r:.200} in the checkpoint at step {state['step']} and is {new!r:.200} now: set it back, or choose another model_path")
     for path in {**state["fingerprints"], **fingerprints}:  # the paths of globs may come and go
         old, new = state["fingerprints"].get(path), fingerprints.get(path)
         if old != new:
             raise InputError(f"{path} has changed since the checkpoint at step {state['step']} ({_shown(old)} then, {_shown(new)} now): restore it, or choose another model_path")
     for old, new in zip_longest(state["parameters"], parameters):  # an encoder folder may hold another model under the same name
         if old != new:
-            raise InputError(f"encoder: expected a model whose parameter is {old} as in the checkpoint at step {state['step']}, found {new}: restore it, or choose another model_path")
+            raise InputError(f"encoder: expected a model whose parameter is {old!s:.200} as in the checkpoint at step {state['step']}, found {new!s:.200}: restore it, or choose another model_path")
     for package, new in versions.items():
         if (old := state["versions"].get(package)) != new:
-            logger.warning("%s was %s at the checkpoint and is %s now: numbers may differ in their last digits", package, old, new)
+            logger.warning("%s was %.40s at the checkpoint and is %s now: numbers may differ in their last digits", package, old, new)
 
 
 def _shown(fingerprint: Mapping[str, Any] | None) -> str:

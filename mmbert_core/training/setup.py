@@ -31,6 +31,7 @@ from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
 from mmbert_core.evaluation.thresholds import parse_rule
 from mmbert_core.files import LOCK, TEMPORARY_PREFIX, read_json, remove_stale_temporaries, write_json
+from mmbert_core.manifest import MANIFEST
 from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
@@ -42,11 +43,12 @@ from mmbert_core.training.hooks import MODEL_CLASS, Task, run_epoch
 from mmbert_core.training.memory import keep_freed_memory, settle_by_trial
 from mmbert_core.training.optim import build_scaler, configure_optimizers, resolve_precision
 from mmbert_core.training.run_log import RunLog
+from mmbert_core.training.saved_state import SCHEDULER, check_moments, check_progress, check_run_state, check_schedule, check_tensors
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
-WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK, CLAIM)
+WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, MANIFEST, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK, CLAIM)
 VERSIONS = {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 # Of a micro-batch when microbatches_per_step is auto: where texts are packed, more of them cost time (each has its own gradient
 # of the embeddings); where they are padded, fewer of them cost padding.
@@ -267,9 +269,25 @@ def place_model(model: MultimodalBert, found: Checkpoint | None, data: Data, tas
     model.to(context.device).train()
     if found:
         with phase("load"):
-            distributed.on_all(lambda: str(model.load_state_dict(found.weights)))
+            distributed.on_all(lambda: load_weights(model, found))
     freeze_unused(model, data, task)
     return distributed.wrap_ddp(model, context, used_rows)
+
+
+def load_weights(model: nn.Module, found: Checkpoint) -> None:
+    """The checkpoint's weights into the model. Raises `InputError` when they are another model's."""
+    with naming_checkpoint(found.path):
+        check_tensors(found.weights, model.state_dict(), file="model.safetensors")
+    model.load_state_dict(found.weights)
+
+
+@contextmanager
+def naming_checkpoint(path: Path) -> Iterator[None]:
+    """A message on a checkpoint's content begins with its folder."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def settle_parts(config: Config, data: Data, ddp_model: nn.Module, task: Task, context: DistContext) -> dict[str, int]:
@@ -347,9 +365,13 @@ def read_for_all_ranks(config: Config, data: Data, model: nn.Module, context: Di
 
     def check_and_read() -> dict[str, Any]:
         found = checkpoint.read_checkpoint(Path(answers[source][1]))
+        with naming_checkpoint(found.path):
+            check_run_state(found.state)
         checkpoint.check_resumable(
             found.state, config=config.to_dict(), fingerprints=data.fingerprints, parameters=parameter_shapes(model), versions=VERSIONS, free_keys=FREE_ON_RESUME
         )
+        with naming_checkpoint(found.path):
+            check_progress(found.state, num_rows=len(data.train), batch_size=config.batch_size)
         read.append(found)
         return found.state
 
@@ -368,8 +390,11 @@ def parameter_shapes(model: nn.Module) -> list[list[Any]]:
 
 def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler) -> TrainState:
     """Optimizer, schedule and loss scale as they were; the model's weights were loaded before DDP took them."""
+    with naming_checkpoint(found.path):
+        check_moments(found.moments, dict(model.named_parameters()), file="optimizer.safetensors")
+        check_schedule(found.state["scheduler"], num_groups=len(optimizer.param_groups))
     checkpoint.restore_moments(model, optimizer, found.moments)
-    scheduler.load_state_dict(found.state["scheduler"])
+    scheduler.load_state_dict({**scheduler.state_dict(), **{key: found.state["scheduler"][key] for key in SCHEDULER}})
     for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
         group["lr"] = lr
     if found.state["scaler"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmbert_core.files import read_json, write_json
+from tests import tiny
 from tests.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, Rows, as_csv, header, spoil, without
 from tests.faults.inputs import (
     command, contents, count_prediction, count_refusal, prediction_refuses, predictions_of, rows_of, train_run, trained, training_refuses, write_config, write_rows,
@@ -267,11 +268,11 @@ def test_D14_other_schemas(tmp_path: Path) -> Figures:
         ("one category more", "features.json", {"categories": [[*features["categories"][0], "z"]]}),
         ("labels of another model", "labels.json", {"names": ["0", "1", "2"]}),
     ):
-        folder = shutil.copytree(trained() / "run", tmp_path / case)
+        folder = tiny.without_manifest(shutil.copytree(trained() / "run", tmp_path / case))
         write_json(folder / name, {**read_json(folder / name), **changes})
         prediction_refuses(figures, case, table, [str(folder)], model=folder)
     for name in ("config.json", "model.safetensors"):
-        folder = shutil.copytree(trained() / "run", tmp_path / f"another {name}")
+        folder = tiny.without_manifest(shutil.copytree(trained() / "run", tmp_path / f"another {name}"))
         shutil.copy(trained(3) / "run" / name, folder / name)
         prediction_refuses(figures, f"{name} of another model", table, [str(folder)], model=folder)
     return figures

@@ -36,9 +36,9 @@ def slow_down(seconds: float, seed: int) -> None:
         time.sleep(generator.uniform(0.0, seconds))
 
     def paused(plain: Any) -> Any:
-        def wrapped(*arguments: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
             pause()
-            return plain(*arguments)
+            return plain(*arguments, **options)
 
         return wrapped
 
@@ -51,7 +51,7 @@ def slow_down(seconds: float, seed: int) -> None:
             path.rmdir()
             pause()
 
-    for name in ("save_tensors", "write_json", "sync_path", "sha256_of"):
+    for name in ("save_tensors", "write_json", "sync_path", "manifest_of"):
         setattr(checkpoint, name, paused(getattr(checkpoint, name)))
     checkpoint.remove_path = remove
 

@@ -187,7 +187,7 @@ def test_another_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "format_version": FORMAT_VERSION + 1}))
-    with pytest.raises(InputError, match=f"expected checkpoint format {FORMAT_VERSION}, found {FORMAT_VERSION + 1}"):
+    with pytest.raises(InputError, match=f"state.json: format_version: expected {FORMAT_VERSION}, found {FORMAT_VERSION + 1}"):
         read_checkpoint(path)
 
 
@@ -292,7 +292,7 @@ def test_a_test_folder_that_no_run_names_is_refused(tmp_path, name):
     save(tmp_path, 1, test_folder="multimodal_bert-2026-01-01-00-00-00")
     assert read_checkpoint(step_folder(tmp_path, 1)).state["test_folder"]
     save(tmp_path, 1, test_folder=name)
-    with pytest.raises(InputError, match="state.json: test_folder: no run writes"):
+    with pytest.raises(InputError, match="state.json: test_folder: expected a text like"):
         read_checkpoint(step_folder(tmp_path, 1))
 
 

@@ -1,0 +1,166 @@
+"""The JSON of a model folder, read and checked file against file before anything is built from it. Floor 2.
+
+Imports errors, schema, files, manifest, config, data, evaluation.judgement, text_encoder.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mmbert_core.config import Config
+from mmbert_core.config_reader import config_from_dict
+from mmbert_core.data.features import FEATURES_JSON, Features
+from mmbert_core.data.labels import LABELS_JSON, Labels
+from mmbert_core.errors import InputError
+from mmbert_core.evaluation.baselines import BASELINES_JSON, Baselines
+from mmbert_core.evaluation.calibration import CALIBRATION_JSON, Calibration
+from mmbert_core.evaluation.judgement import Judgement
+from mmbert_core.evaluation.thresholds import THRESHOLD_JSON, Threshold
+from mmbert_core.files import check_readable, read_json
+from mmbert_core.manifest import MANIFEST, first_difference, manifest_of, read_manifest
+from mmbert_core.model.text_encoder import POOLINGS
+from mmbert_core.schema import Check, anything, constant, mapping, nullable, record, text, whole
+
+FORMAT_VERSION = 1
+CONFIG, FEATURES, LABELS, ENCODER = "config.json", "features.json", "labels.json", "encoder"
+THRESHOLDS, BASELINES, BASELINE_WEIGHTS = "thresholds.json", "baselines.json", "baselines.safetensors"
+SUMMARY, CARD = "summary.json", "README.md"  # for people, written after the test
+WEIGHTS = "model.safetensors"  # takes its name last: a folder that has it is whole
+PREDICTION_FILES = (CONFIG, FEATURES, LABELS, THRESHOLDS, BASELINES, BASELINE_WEIGHTS, WEIGHTS)  # and those of the encoder
+ENCODER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # that transformers reads; others do not matter
+MAX_FEATURES_BYTES = 2**28  # categories of millions of values
+
+RESOLVED = record(
+    {"pooling": nullable(text(choices=POOLINGS[1:])), "precision": text(choices=("fp32", "bf16", "fp16"))},
+    {"microbatches_asked": whole(1), "microbatches_per_step": whole(1)},
+    others=True,  # versions differ in what they resolve
+)
+CONFIG_JSON = record({"format_version": constant(FORMAT_VERSION), "config": mapping(anything), "resolved": RESOLVED}, {"mmbert_core": text()})
+THRESHOLDS_JSON = record({"threshold": THRESHOLD_JSON, "calibration": CALIBRATION_JSON})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the JSON files of a model folder say, each fitting the others."""
+
+    config: Config
+    resolved: dict[str, Any]  # settings that were `auto`, as used
+    features: Features
+    labels: Labels
+
+
+# ---- the manifest ----
+
+
+def prediction_files(folder: Path) -> list[str]:
+    """Files in the folder, without the manifest, that decide a prediction, as paths below it."""
+    encoder = sorted(path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file())
+    present = [name for name in PREDICTION_FILES if (folder / name).is_file()]
+    return [*present, *(path.relative_to(folder).as_posix() for path in encoder)]
+
+
+def manifest_record(folder: Path, weights: Path) -> dict[str, Any]:
+    """What MANIFEST.json holds of a folder whose `weights` have not got their name yet."""
+    return manifest_of(folder, [*prediction_files(folder), WEIGHTS], version=FORMAT_VERSION, paths={WEIGHTS: weights})
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise `InputError` for a file that is missing, changed or new since the folder was written.
+
+    Folders of version 0.2 and older have no manifest: theirs are taken as they are.
+    """
+    try:
+        entries = read_manifest(folder, version=FORMAT_VERSION)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from None
+    present = set(prediction_files(folder))
+    if unknown := sorted(set(entries) - {*present, *PREDICTION_FILES} - {name for name in entries if _is_encoder_file(name)}):
+        raise InputError(f"{folder / MANIFEST}: expected files of a model folder, found {unknown[0]!r:.100}")
+    if not {CONFIG, FEATURES, LABELS, WEIGHTS} <= set(entries):
+        raise InputError(f"{folder / MANIFEST}: expected {CONFIG}, {FEATURES}, {LABELS} and {WEIGHTS} in it, found {len(entries)} files")
+    advice = "copy the whole folder again, or train once more"
+    if added := sorted(present - set(entries)):
+        raise InputError(f"{folder / added[0]}: is no file of this model ({MANIFEST} does not name it): remove it, or {advice}")
+    if difference := first_difference(folder, entries):
+        name, reason = difference
+        if reason == "missing":
+            raise InputError(f"{folder}: not a whole model folder: {name} is missing, which {MANIFEST} names: {advice}")
+        option = "; for another threshold use --threshold" if name == THRESHOLDS else ""
+        raise InputError(f"{folder / name}: is not as it was written with the model ({reason}): {advice}{option}")
+
+
+def _is_encoder_file(name: str) -> bool:
+    """Whether a manifest's name can be one of the encoder's files, and of nothing outside the folder."""
+    return name.startswith(f"{ENCODER}/") and name.endswith(ENCODER_SUFFIXES) and ".." not in name.split("/")
+
+
+# ---- reading ----
+
+
+def check_complete(folder: Path) -> None:
+    """Raise `InputError` when a file that every model folder has is missing, or may not be read."""
+    check_readable(folder)
+    for name in (CONFIG, FEATURES, LABELS, WEIGHTS):
+        check_readable(folder / name)
+        if not (folder / name).is_file():
+            unfinished = " (the run has not ended)" if name == WEIGHTS and folder.is_dir() else ""
+            raise InputError(f"{folder}: not a model folder: {name} is missing{unfinished}")
+    check_readable(folder / ENCODER, *(folder / name for name in (THRESHOLDS, BASELINES, BASELINE_WEIGHTS, MANIFEST)))
+    if (folder / ENCODER).is_dir():
+        check_readable(*sorted((folder / ENCODER).iterdir()))
+
+
+def read_settings(folder: Path) -> ModelSettings:
+    """Config, features and labels. Raises `InputError`, one line, for what does not fit: nothing has been built by then."""
+    values = read_part(folder / CONFIG, CONFIG_JSON)
+    config, resolved = config_from_dict(values["config"], place=f"{folder / CONFIG}: config"), values["resolved"]
+    if config.text_name and resolved["pooling"] is None:
+        raise InputError(f"{folder / CONFIG}: resolved.pooling: expected {', '.join(POOLINGS[1:])}, found null")
+    features_json = read_part(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)
+    if (features_json["number_names"], features_json["category_names"]) != (list(config.tab_field_list), list(config.cat_field_list)):
+        raise InputError(f"{folder / FEATURES}: its columns are not those of {CONFIG}")
+    features = _built(folder / FEATURES, lambda: Features.from_json(features_json))
+    labels = Labels.from_json(read_part(folder / LABELS, LABELS_JSON))
+    if len(labels.names) != config.num_classes:
+        raise InputError(f"{folder / LABELS}: expected {config.num_classes} labels as in {CONFIG}, found {len(labels.names)}")
+    if config.text_name and not (folder / ENCODER).is_dir():
+        raise InputError(f"{folder}: not a model folder: {ENCODER}/ is missing")
+    return ModelSettings(config, resolved, features, labels)
+
+
+def read_judgement(folder: Path, settings: ModelSettings) -> Judgement:
+    """Threshold, calibration and baselines; a folder of version 0.2 or older has none, and counts rows above one half."""
+    if not (folder / THRESHOLDS).is_file():
+        return Judgement()
+    values = read_part(folder / THRESHOLDS, THRESHOLDS_JSON)
+    threshold = _built(folder / THRESHOLDS, lambda: Threshold.from_json(values["threshold"]))
+    calibration = _built(folder / THRESHOLDS, lambda: Calibration.from_json(values["calibration"]))
+    if not (folder / BASELINES).is_file():
+        return Judgement(threshold, calibration)
+    baselines_json = read_part(folder / BASELINES, BASELINES_JSON)
+    tensors = _built(folder / BASELINE_WEIGHTS, lambda: load_file(folder / BASELINE_WEIGHTS))
+    sizes = {"num_classes": settings.config.num_classes, "num_columns": settings.features.num_numbers + sum(settings.features.cardinalities)}
+    baselines = _built(folder / BASELINES, lambda: Baselines.from_json(baselines_json, tensors, **sizes))
+    return Judgement(threshold, calibration, baselines)
+
+
+def read_part(path: Path, check: Check, **bounds: int) -> Any:
+    """The value of a JSON file of the folder. Raises `InputError` where it cannot be read, too."""
+    try:
+        return read_json(path, check, **bounds)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _built(path: Path, build: Callable[[], Any]) -> Any:
+    """What is built from a file; what does not fit is one line that names it."""
+    try:
+        return build()
+    except (ValueError, OSError, SafetensorError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}: ').split())[:300]}") from None
