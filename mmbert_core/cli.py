@@ -220,7 +220,7 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
         raise InputError(f"command line: - as {' and '.join(standard)} is for one process, found {context.world_size}: name files")
     with distributed.process_group(context), phase("prediction"), spooled(arguments) as path:
         with while_it_is_read():
-            num_rows = predictor.predict_file([path], arguments.output, sheet_safe=arguments.sheet_safe)
+            num_rows = predictor.predict_file([path], arguments.output, sheet_safe=arguments.sheet_safe, tsv_quoting=arguments.tsv_quoting)
             logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
     return 0
 
@@ -257,7 +257,7 @@ def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
     output = arguments.output or arguments.model_path
     check_folder("--output" if arguments.output else "model_path", output)
     with distributed.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
-        figures, folder = predictor.evaluate_file([arguments.input], output, slice_columns=arguments.slices)
+        figures, folder = predictor.evaluate_file([arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting)
     if context.is_main:
         print_figures(figures, predictor.loaded.config)
         page = folder / PAGE

@@ -1,6 +1,7 @@
 """The words of the command line: commands, options and their help, and one line for what is none of them. Floor 4; imports config and what reads it, errors, export."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -8,6 +9,8 @@ from mmbert_core.config import config_fields
 from mmbert_core.config_file import MAX_DIGITS, MAX_MESSAGE
 from mmbert_core.config_names import nearest_name
 from mmbert_core.config_reader import ALIASES, add_config_arguments
+from mmbert_core.data.csv_reader import AUTO, NONE, STANDARD
+from mmbert_core.data.table import check_path
 from mmbert_core.errors import InputError, format_for_message, shorten
 from mmbert_core.export import CHECKED_ROWS, MODEL_FILES
 
@@ -101,10 +104,11 @@ def add_training_commands(commands: Any) -> None:
 def add_scoring_commands(commands: Any) -> None:
     predict_parser = add_model_command(commands, "predict", help="score new rows with a model folder", description=PREDICT_DESCRIPTION)
     predict_parser.add_argument("input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz; or -")
-    predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write, or -: id, probabilities, label if the input has it, predicted label, calibrated probability")
+    predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write (CSV where its name ends in .csv), or -: id, probabilities, label if the input has it, predicted label, calibrated probability")
     add_scoring_options(predict_parser)
     predict_parser.add_argument("--sheet_safe", action="store_true", help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte")
     predict_parser.add_argument("--input_format", choices=["csv", "tsv", "jsonl"], default="csv", help="of standard input (default: csv)")
+    add_tsv_quoting(predict_parser)
     add_threshold(predict_parser)
 
     evaluate_parser = add_model_command(commands, "evaluate", help="score labelled rows and write a report", description=EVALUATE_DESCRIPTION)
@@ -112,6 +116,7 @@ def add_scoring_commands(commands: Any) -> None:
     evaluate_parser.add_argument("--output", metavar="FOLDER", help="where the new folder goes (default: MODEL_PATH)")
     evaluate_parser.add_argument("--slices", nargs="*", default=(), metavar="COLUMN", help="columns to look at value by value, also such as the model does not read (default: its own)")
     add_scoring_options(evaluate_parser)
+    add_tsv_quoting(evaluate_parser)
     add_threshold(evaluate_parser)
 
 
@@ -135,6 +140,11 @@ def add_other_commands(commands: Any) -> None:
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)")
+
+
+def add_tsv_quoting(parser: argparse.ArgumentParser) -> None:
+    choices = [AUTO, STANDARD, NONE]
+    parser.add_argument("--tsv_quoting", choices=choices, help="quotes in .tsv input, as the key of that name (default: as the model was trained)")
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +184,9 @@ def port(word: str) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a command. Raises `InputError` for words it does not know, with the nearest flag."""
+    """The arguments of a command. Raises `InputError` for words it does not know, with the nearest flag, and for names that are not UTF-8."""
+    for word in sys.argv[1:] if argv is None else argv:
+        check_path(word)
     arguments, unknown = build_parser().parse_known_args(argv)
     if unknown:
         word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]

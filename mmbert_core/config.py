@@ -3,7 +3,6 @@
 Names and defaults of the original module's keys are kept. `config_reader` turns files and flags into a `Config`.
 """
 
-import os
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -46,6 +45,10 @@ class Config:
     val_fraction: float = setting(0.1, "data", "share of training rows for validation when val_path is not set, 0..0.9; 0: no validation", low=0, high=0.9)
     max_train_rows: int | None = setting(None, "data", "train on a seeded random sample of so many rows", low=2, high=10**12)
     cache_path: str | None = setting(None, "data", "folder of the token cache; none: MODEL_PATH/cache")
+    tsv_quoting: Literal["auto", "standard", "none"] = setting(
+        "auto", "data",
+        "quotes in .tsv files: standard: a cell may be quoted and then hold tabs and line breaks; none: a quote is a quote; auto: standard, refused where a quoted cell may be rows of their own",
+    )  # fmt: skip
     # ---- task ----
     is_binary: bool = setting(True, "task", "two classes, one probability (of class 1); false: num_classes probabilities")
     num_classes: int = setting(2, "task", "number of classes, at least 2", low=2, high=1_000_000)
@@ -142,9 +145,9 @@ class Config:
             value = getattr(self, name) or ()
             for path in (value,) if isinstance(value, str) else value:
                 try:
-                    os.fsencode(path)
+                    path.encode("utf-8")  # model folders and reports hold paths as JSON
                 except UnicodeEncodeError:
-                    raise InputError(f"{name}: expected a path, found characters that no file name can have: {format_for_message(path)}") from None
+                    raise InputError(f"{name}: expected a path in UTF-8, found other bytes in it: {format_for_message(path)}: rename it") from None
 
     def _check_class_weights(self) -> None:
         if not isinstance(self.class_weights, tuple):

@@ -247,7 +247,8 @@ def _one_line(loaded: LoadedModel, format: str) -> Iterator[None]:
 
 def rows_of_file(loaded: LoadedModel, path: str) -> Rows:
     """The first rows of a file. Raises `InputError` when it has none, or lacks a column."""
-    chunk = next(read_chunks([path], Roles.from_config(loaded.config).features(), chunk_rows=CHECKED_ROWS), None)
+    columns = Roles.from_config(loaded.config).features()
+    chunk = next(read_chunks([path], columns, chunk_rows=CHECKED_ROWS, tsv_quoting=loaded.config.tsv_quoting), None)
     if chunk is None:
         raise InputError(f"{path}: expected at least one row to compare, found none")
     return [dict(zip(chunk.cells, cells, strict=True)) for cells in zip(*chunk.cells.values(), strict=True)]

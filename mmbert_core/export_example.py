@@ -179,14 +179,22 @@ def load_model(folder: Path) -> Run:
 # ---- the prediction file ----
 
 
-def tsv_line(cells: Sequence[object]) -> str:
-    """Cells with tabs, line breaks or quotes are quoted, as the csv module reads them."""
+def output_delimiter(output: str) -> str:
+    """Comma for an output named .csv, else a tab. Raises ValueError for a name of another format."""
+    suffix = Path(output).suffix.lower()
+    if suffix in (".parquet", ".jsonl", ".ndjson", ".json", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".gz", ".zip", ".bz2", ".xz", ".zst"):
+        raise ValueError(f"{output}: expected an output that ends in .tsv or .csv, found {suffix}")
+    return "," if suffix == ".csv" else "\t"
+
+
+def table_line(cells: Sequence[object], delimiter: str) -> str:
+    """Cells with the delimiter, tabs, line breaks or quotes are quoted, as the csv module reads them."""
     texts = [str(cell) for cell in cells]
-    return "\t".join('"' + text.replace('"', '""') + '"' if set(text) & set('\t\n\r"') else text for text in texts) + "\n"
+    return delimiter.join('"' + text.replace('"', '""') + '"' if set(text) & {*'\t\n\r"', delimiter} else text for text in texts) + "\n"
 
 
 def main(source: str, output: str) -> None:
-    folder = Path(__file__).parent
+    folder, delimiter = Path(__file__).parent, output_delimiter(output)
     settings, tokenizer = load_preprocessing(folder)
     run = load_model(folder)
     classes, ids = settings["classes"], [settings["id"]] if settings["id"] else []
@@ -197,13 +205,14 @@ def main(source: str, output: str) -> None:
     partial = Path(f"{output}.part")  # an earlier output stays until this one is whole
     try:
         with open(partial, "w", encoding="utf-8", newline="") as stream:
-            stream.write(tsv_line([*ids, *(["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]), "pred", "prob_calibrated"]))
+            names = ["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]
+            stream.write(table_line([*ids, *names, "pred", "prob_calibrated"], delimiter))
             while window := list(islice(rows, WINDOW)):
                 scores = score(window, settings, tokenizer, run)
                 chosen = (scores > np.float64(settings["threshold"])).astype(int) if settings["is_binary"] else scores.argmax(axis=1)
                 shown = calibrated(scores, settings["temperature"])[np.arange(len(window)), 1 if settings["is_binary"] else chosen]
                 for row, probability, index, likely in zip(window, scores, chosen, shown):
-                    stream.write(tsv_line([*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely]))
+                    stream.write(table_line([*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely], delimiter))
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

@@ -22,17 +22,17 @@ import torch
 
 from mmbert_core import distributed, forks
 from mmbert_core.data.batches import WINDOW
-from mmbert_core.data.dataset import Dataset, encode_for_prediction, pad_token_id_of
-from mmbert_core.data.encoding import longest_texts
+from mmbert_core.data.dataset import Dataset, dataset_for_prediction, encode_for_prediction, pad_token_id_of
+from mmbert_core.data.encoding import encode_windows, longest_texts
 from mmbert_core.data.features import Outside, Unseen, add_by_column, outside_lines, unseen_lines
 from mmbert_core.data.prepare import cut_texts
 from mmbert_core.data.readers import rows_about
 from mmbert_core.data.store import open_or_build
-from mmbert_core.data.table import Chunk, Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
+from mmbert_core.data.table import Chunk, Roles, check_path, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
 from mmbert_core.data.tokens import join_texts
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError
-from mmbert_core.evaluation.predictions import Columns, header, tsv_line, tsv_rows
+from mmbert_core.evaluation.predictions import Columns, header, output_delimiter, table_line, table_rows
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.explain import explain_rows
 from mmbert_core.files import TEMPORARY_PREFIX, naming, read_json, sync_path
@@ -125,29 +125,29 @@ class Predictor:
         with self._lock:
             yield
 
-    def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False) -> int:
-        """Collective. Score every row of the input once, in its order, into a TSV file ("-": standard output); returns the number of rows.
+    def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False, tsv_quoting: str | None = None) -> int:
+        """Collective. Score every row of the input once, in its order; returns the number of rows.
 
-        The file appears whole or not at all. Labels, when the input has the label column, are copied as they are; with
-        `sheet_safe` a text that a spreadsheet would take for a formula gets a ' before it.
+        The output is CSV where its name ends in .csv, else TSV ("-": on standard output), and appears whole or not at all.
+        Labels, when the input has the label column, are copied as they are; with `sheet_safe` a text that a spreadsheet
+        would take for a formula gets a ' before it. `tsv_quoting`: of .tsv input; none: as the model's training files.
         Raises `InputError` for input that cannot be read, a missing column, or an output that cannot be written.
         """
+        delimiter = output_delimiter(str(output))
         inputs = expand_paths(paths)
         config, roles = self.loaded.config, Roles.from_config(self.loaded.config)
-        kept = columns_kept(inputs, roles.inputs(), (config.label_name,))
-        longest = longest_texts(roles, max_length=config.max_length, max_chunks=config.max_chunks)
-        windows = read_chunks(inputs, roles.inputs(), optional=(config.label_name,), longest=longest, chunk_rows=WINDOW)
+        tsv_quoting = tsv_quoting or config.tsv_quoting
+        kept = columns_kept(inputs, roles.inputs(), (config.label_name,), tsv_quoting=tsv_quoting)
         names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
         unseen: Unseen = {}
         outside: Outside = {}
         num_cut, progress = 0, Progress(rows_about(inputs))
         with written_whole(output, inputs, self.context) as stream:
-            stream.write(tsv_line(names, sheet_safe=sheet_safe))
-            for window in windows:
-                dataset = self._encode(window)
+            stream.write(table_line(names, delimiter=delimiter, sheet_safe=sheet_safe))
+            for dataset in self._windows(inputs, roles, tsv_quoting):
                 result = self.score(dataset)
                 if self.context.is_main:
-                    stream.writelines(tsv_rows(self._columns(dataset, result), sheet_safe=sheet_safe))
+                    stream.writelines(table_rows(self._columns(dataset, result), delimiter=delimiter, sheet_safe=sheet_safe))
                 unseen = add_by_column(unseen, dataset.unseen())
                 outside = add_by_column(outside, dataset.outside())
                 num_cut += dataset.encoded.num_cut
@@ -155,18 +155,38 @@ class Predictor:
         self._warn("input", num_cut, progress.done, unseen, outside)
         return progress.done
 
-    def evaluate_file(self, paths: Sequence[str], parent: str | Path, *, slice_columns: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
+    def _windows(self, inputs: Sequence[str], roles: Roles, tsv_quoting: str) -> Iterator[Dataset]:
+        """The rows of files in windows of WINDOW rows; the same on every rank, for the files alone decide where a window ends."""
+        loaded, lengths = self.loaded, {"max_length": self.loaded.config.max_length, "max_chunks": self.loaded.config.max_chunks}
+        chunks = read_chunks(
+            inputs, roles.inputs(), optional=(loaded.config.label_name,), longest=longest_texts(roles, **lengths),
+            chunk_rows=WINDOW, tsv_quoting=tsv_quoting,
+        )  # fmt: skip
+        windows = encode_windows(chunks, roles, loaded.tokenizer, window_rows=WINDOW, **lengths)
+        while True:
+            with self._in_use():  # while texts are tokenised
+                encoded = next(windows, None)
+            if encoded is None:
+                return
+            yield dataset_for_prediction(encoded, loaded.tokenizer, loaded.features, loaded.labels)
+
+    def evaluate_file(
+        self, paths: Sequence[str], parent: str | Path, *, slice_columns: Sequence[str] = (), tsv_quoting: str | None = None
+    ) -> tuple[dict[str, Any], Path]:
         """Collective. Score labelled rows into a new folder in `parent`: what the test of a run writes, the report with it.
 
         Returns the figures of test_metrics.json and the folder. Raises `InputError` for input that cannot be read or has no labels.
         """
         config, inputs = self.loaded.config, expand_paths(paths)
-        columns_kept(inputs, [*Roles.from_config(config).inputs(), config.label_name, *slice_columns])
-        slice_columns = slice_columns or [name for name in config.slice_columns if columns_kept(inputs, [], [name])]
+        check_path(parent)
+        tsv_quoting = tsv_quoting or config.tsv_quoting
+        columns_kept(inputs, [*Roles.from_config(config).inputs(), config.label_name, *slice_columns], tsv_quoting=tsv_quoting)
+        if not slice_columns:
+            slice_columns = columns_kept(inputs, [], config.slice_columns, tsv_quoting=tsv_quoting)
         made = [path for path in (Path(parent), *Path(parent).parents) if not path.exists()]
         _, folder = hooks.on_test_epoch_start(parent)
         try:
-            dataset = self._stored(inputs, folder / CACHE)
+            dataset = self._stored(inputs, folder / CACHE, tsv_quoting)
             unlike = self._unlike_training("input", dataset.unseen(), dataset.outside())
             for line in unlike:
                 logger.warning("%s", line)
@@ -180,13 +200,13 @@ class Predictor:
                         path.rmdir()
         return figures, folder
 
-    def _stored(self, inputs: Sequence[str], cache: Path) -> Dataset:
+    def _stored(self, inputs: Sequence[str], cache: Path, tsv_quoting: str) -> Dataset:
         """Labelled rows as memory-mapped arrays, so that any number of them can be compared with each other."""
         loaded, config = self.loaded, self.loaded.config
         roles = replace(Roles.from_config(config), group=None)
         lengths = {"max_length": config.max_length, "max_chunks": config.max_chunks}
         with self._in_use():
-            encoded = open_or_build(inputs, roles, loaded.tokenizer, **lengths, cache_path=cache)
+            encoded = open_or_build(inputs, roles, loaded.tokenizer, **lengths, cache_path=cache, tsv_quoting=tsv_quoting)
         return Dataset(
             encoded, None, loaded.features, loaded.labels, pad_token_id=pad_token_id_of(loaded.tokenizer), name="test", label_column=config.label_name
         )
@@ -351,7 +371,8 @@ def written_whole(output: str | Path, inputs: Sequence[str], context: DistContex
 
 
 def check_output(inputs: Sequence[str], output: Path) -> None:
-    """Refuse an output that is an input, no file (a folder, a device), or in a folder that is not there."""
+    """Refuse an output whose name is not UTF-8, that is an input, no file (a folder, a device), or in a folder that is not there."""
+    check_path(output)
     if not output.parent.is_dir():
         raise InputError(f"{output}: the folder {output.parent} does not exist")
     if output.exists() and not output.is_file():

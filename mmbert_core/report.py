@@ -251,7 +251,7 @@ def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
     others = [name for name in wanted if name not in columns]
     cells: dict[str, list[str]] = {name: [] for name in others}
     if others:
-        for chunk in read_chunks(scored.dataset.encoded.paths, others):
+        for chunk in read_chunks(scored.dataset.encoded.paths, others, tsv_quoting=scored.dataset.encoded.tsv_quoting):
             for name in others:
                 cells[name] += chunk.cells[name]
     rows = scored.dataset.rows
@@ -313,7 +313,7 @@ def texts_of(scored: Scored, positions: np.ndarray) -> list[str]:
     longest = longest_texts(Roles.from_config(config), max_length=config.max_length, max_chunks=config.max_chunks)
     wanted = {int(row): place for place, row in enumerate(scored.dataset.rows[positions])}
     texts, first = [""] * len(positions), 0
-    for chunk in read_chunks(encoded.paths, list(columns), longest=longest):
+    for chunk in read_chunks(encoded.paths, list(columns), longest=longest, tsv_quoting=encoded.tsv_quoting):
         if first > max(wanted):
             break
         for row in [row for row in wanted if first <= row < first + len(chunk)]:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from mmbert_core import cli, predictor
 from mmbert_core.config import Config
+from mmbert_core.errors import InputError
 from mmbert_core.files import sha256_of
 from tests import tiny
 from tests.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, as_csv, read_rows
@@ -100,6 +103,21 @@ def test_paths_that_cannot_be(tmp_path, capsys, earlier):
         ({"cache_path": tmp_path / "file"}, f"cache_path: {tmp_path / 'file'}: expected a folder, found a file"),
     ):
         assert_one_line(capsys, earlier, write_config(tmp_path, earlier, **changes), expected)
+
+
+def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path, capsys, earlier):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")  # as Python has it from the command line
+    shutil.copy(earlier / "test.csv", odd)
+    config, run, rows, out = write_config(tmp_path, earlier), earlier / "run", earlier / "test.csv", tmp_path / "out.tsv"
+    commands = [("predict", run, odd, out), ("predict", run, rows, odd), ("predict", odd, rows, out), ("evaluate", run, rows, "--output", odd)]
+    commands += [("train", config, "--check", f"--{key}", odd) for key in ("train_path", "val_path", "test_path", "model_path", "encoder")]
+    for words in (*commands, ("predict", run, tmp_path / "*.csv", out)):
+        assert "\\xe9.csv: expected a name in UTF-8, found other bytes in it" in error_of(capsys, *words)
+    for key in ("train_path", "model_path", "encoder"):  # from Python
+        with pytest.raises(InputError, match=f"^{key}: expected a path in UTF-8"):
+            Config(**tiny.settings(earlier, **{key: (odd,) if key == "train_path" else odd}))
+    done = subprocess.run([sys.executable, "-m", "mmbert_core", "predict", run, odd, out], capture_output=True, cwd=tiny.ROOT, env={**os.environ, "PYTHONPATH": str(tiny.ROOT)})
+    assert done.returncode == 2 and done.stderr.count(b"error: ") == 1 and b"caf\\xe9.csv" in done.stderr and not out.exists()
 
 
 # ---- settings ----

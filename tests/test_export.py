@@ -20,6 +20,7 @@ from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.evaluation.calibration import Calibration
 from mmbert_core.evaluation.judgement import Judgement
+from mmbert_core.evaluation.predictions import output_delimiter, table_line
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.model import packing
 from mmbert_core.model_folder import LoadedModel, load_model_folder, save_model_folder
@@ -353,3 +354,15 @@ def test_the_exporters_own_words_are_not_heard(plain, tmp_path, monkeypatch, cap
     assert capfd.readouterr().err == "" and not recwarn.list
     logging.getLogger("torch.fx").warning("heard again")
     assert "an aside" not in caplog.text and "heard again" in caplog.text
+
+
+def test_the_example_writes_the_lines_of_the_package():
+    cells = ["007", "a\tb", "a,b", 'say "x"', "two\nlines", "\r", " ", "", np.float32(0.1)]
+    for name in ("out.csv", "OUT.CSV", "out.tsv", "out.txt", "out"):
+        delimiter = export_example.output_delimiter(name)
+        assert delimiter == output_delimiter(name)
+        assert export_example.table_line(cells, delimiter) == table_line(cells, delimiter=delimiter)
+    for name in ("out.parquet", "out.jsonl", "out.xlsx", "out.csv.gz"):
+        for check in (export_example.output_delimiter, output_delimiter):
+            with pytest.raises(ValueError, match="expected an output that ends in .tsv or .csv"):
+                check(name)

@@ -255,4 +255,9 @@ def encode_for_prediction(
 ) -> Dataset:
     """A chunk in memory as a dataset. A label column may be there; its cells need not be known (index -1) and stay as they are."""
     encoded = encode_chunk(chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks)
+    return dataset_for_prediction(encoded, tokenizer, features, labels)
+
+
+def dataset_for_prediction(encoded: EncodedRows, tokenizer: PreTrainedTokenizerFast | None, features: Features, labels: Labels) -> Dataset:
+    """All rows, whose labels, if any, need not be known."""
     return Dataset(encoded, None, features, labels, pad_token_id=pad_token_id_of(tokenizer), name="prediction", require_labels=False)

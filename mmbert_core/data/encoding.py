@@ -1,4 +1,4 @@
-"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes. Floor 1; imports errors, cells, table, tokens.
+"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes. Floor 1; imports errors, cells, csv_reader, table, tokens.
 
 N rows, F numeric columns, K categorical columns. Codes count distinct texts in order of first appearance; code 0 is ""
 (missing). What a code means to the model is decided later, by what was fitted on the training rows.
@@ -6,7 +6,7 @@ N rows, F numeric columns, K categorical columns. Codes count distinct texts in 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from mmap import MADV_DONTNEED, mmap
@@ -15,12 +15,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.cells import BOOLEANS
+from mmbert_core.data.csv_reader import AUTO
 from mmbert_core.data.table import Chunk, Roles, place_of, shown
 from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
 from mmbert_core.errors import InputError, RunError
 
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
 LARGEST_NUMBER = float(np.finfo(np.float32).max)  # the model computes in float32
+
+MAX_KEPT_CHARACTERS = 2**27  # of cells that a window keeps as texts
+# Ends of variable-length pieces: they begin with 0, and a later chunk's continue from the last value.
+RUNNING_ENDS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
 
 Arrays = dict[str, np.ndarray]
 
@@ -80,6 +85,7 @@ class EncodedRows:
     file_rows: np.ndarray  # [N] int64, counted from 1 in the row's file
     lines: np.ndarray  # [N] int64, 0 where the format has no lines
     fingerprints: dict[str, dict[str, int | str]] = field(default_factory=dict)  # path -> bytes, sha256; {} in memory
+    tsv_quoting: str = AUTO  # how the files were read
     token_file: mmap | None = None  # what `tokens.ids` lies in, unless in memory
     mappings: dict[str, mmap] = field(default_factory=dict)  # path -> the mapped file of an array; {} in memory
 
@@ -117,16 +123,64 @@ def encode_chunk(
 
     Raises `InputError` with place, column and content for a cell of a numeric column that is no finite float32 number.
     """
+    windows = encode_windows(iter([chunk]), roles, tokenizer, max_length=max_length, max_chunks=max_chunks, window_rows=max(1, len(chunk)))
+    return next(windows)
+
+
+def encode_windows(
+    chunks: Iterator[Chunk],
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    max_length: int,
+    max_chunks: int,
+    window_rows: int,
+) -> Iterator[EncodedRows]:
+    """Consecutive chunks, joined in memory to windows that end after every `window_rows` rows; no window is empty but one of an empty chunk.
+
+    Which rows are scored together so does not depend on how long their texts are. Where the cells that are kept as texts
+    (ids, labels, categories) have more than MAX_KEPT_CHARACTERS, a window ends earlier.
+    """
+    kept = [name for name in dict.fromkeys([roles.id, roles.label, *roles.categories]) if name is not None]
+    pieces: list[Arrays] = []
     books: dict[str, CodeBook] = defaultdict(CodeBook)
-    arrays, num_cut = encode_arrays(chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books)
-    return assemble(
-        arrays,
-        vocabularies=[books[name].values() for name in roles.categories],
-        label_values=books[roles.label].values() if roles.label is not None else [],
-        paths=chunk.paths,
-        max_chunks=max_chunks,
-        num_cut=num_cut,
-    )
+    num_rows = num_cut = num_characters = 0
+
+    def assembled() -> EncodedRows:
+        return assemble(
+            join_arrays(pieces),
+            vocabularies=[books[name].values() for name in roles.categories],
+            label_values=books[roles.label].values() if roles.label is not None else [],
+            paths=paths,
+            max_chunks=max_chunks,
+            num_cut=num_cut,
+        )
+
+    for chunk in chunks:
+        paths = chunk.paths
+        arrays, cut = encode_arrays(chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows)
+        pieces.append(arrays)
+        num_rows, num_cut = num_rows + len(chunk), num_cut + cut
+        num_characters += sum(sum(map(len, chunk.cells[name])) for name in kept if name in chunk.cells)
+        if num_rows >= window_rows or num_characters >= MAX_KEPT_CHARACTERS or not num_rows:
+            yield assembled()
+            pieces, books, num_rows, num_cut, num_characters = [], defaultdict(CodeBook), 0, 0, 0
+    if pieces:
+        yield assembled()
+
+
+def join_arrays(pieces: Sequence[Arrays]) -> Arrays:
+    """The arrays of consecutive chunks end to end."""
+    if len(pieces) == 1:
+        return pieces[0]
+    joined = {}
+    for name in pieces[0]:
+        arrays = [piece[name] for piece in pieces]
+        if name in RUNNING_ENDS:
+            ends = np.cumsum([0, *(array[-1] for array in arrays)])
+            arrays = [arrays[0], *(array[1:] + end for array, end in zip(arrays[1:], ends[1:-1], strict=True))]
+        joined[name] = np.concatenate(arrays)
+    return joined
 
 
 def encode_arrays(

@@ -50,7 +50,7 @@ def prepare(config: Config) -> Data:
     Every process calls it; it needs no process group. Raises `InputError`, one line, for every mistake in the data.
     """
     roles = Roles.from_config(config)
-    train_roles = roles_with_group(config.train_path, roles) if config.val_path else roles
+    train_roles = roles_with_group(config.train_path, roles, config.tsv_quoting) if config.val_path else roles
     _check_files(config, train_roles)
     tokenizer = load_tokenizer(config.encoder) if roles.text else None
     encode = partial(
@@ -59,12 +59,14 @@ def prepare(config: Config) -> Data:
         max_length=config.max_length,
         max_chunks=config.max_chunks,
         cache_path=config.cache_path or Path(config.model_path) / "cache",
+        tsv_quoting=config.tsv_quoting,
     )
     tables = {"train": encode(config.train_path, train_roles, progress=_progress("training"))}
     if config.val_path:
-        tables["val"] = encode(config.val_path, roles_with_group(config.val_path, roles), progress=_progress("validation"))
+        tables["val"] = encode(config.val_path, roles_with_group(config.val_path, roles, config.tsv_quoting), progress=_progress("validation"))
     if config.test_path:
-        tables["test"] = encode(config.test_path, roles_with_group(config.test_path, roles), label_optional=True, progress=_progress("test"))
+        test_roles = roles_with_group(config.test_path, roles, config.tsv_quoting)
+        tables["test"] = encode(config.test_path, test_roles, label_optional=True, progress=_progress("test"))
     for table in (tables["train"], tables.get("val")):
         if table is not None and table.num_rows == 0:
             raise InputError(f"{table.paths[0]}: expected rows, found a header only")
@@ -91,9 +93,9 @@ def prepare(config: Config) -> Data:
     return data
 
 
-def roles_with_group(paths: Sequence[str], roles: Roles) -> Roles:
+def roles_with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Roles:
     """The roles of files that are not split: their groups are compared, where they have the column."""
-    has_groups = roles.group is not None and all(roles.group in header_of(path) for path in expand_paths(paths))
+    has_groups = roles.group is not None and all(roles.group in header_of(path, tsv_quoting) for path in expand_paths(paths))
     return roles if has_groups else replace(roles, group=None)
 
 
@@ -123,16 +125,16 @@ def _check_files(config: Config, train_roles: Roles) -> None:
     if not config.train_path:
         raise InputError("train_path: expected at least one file, found none")
     train_files = {os.path.realpath(path) for path in expand_paths(config.train_path)}
-    check_columns(config.train_path, train_roles)
+    check_columns(config.train_path, train_roles, tsv_quoting=config.tsv_quoting)
     for key in ("val_path", "test_path"):
         paths = getattr(config, key)
         for path in expand_paths(paths):
             if os.path.realpath(path) in train_files:
                 raise InputError(f"{key}: {path} is in train_path too, expected files that the model is not trained on")
         if paths:
-            check_columns(paths, replace(train_roles, group=None), label_optional=key == "test_path")
+            check_columns(paths, replace(train_roles, group=None), label_optional=key == "test_path", tsv_quoting=config.tsv_quoting)
     if config.test_path:
-        columns_kept(config.test_path, config.slice_columns)
+        columns_kept(config.test_path, config.slice_columns, tsv_quoting=config.tsv_quoting)
 
 
 def _fit_labels(train: EncodedRows, config: Config) -> Labels:

@@ -1,4 +1,4 @@
-"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, files, ahead, readers, table, tokens, encoding.
+"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, files, ahead, csv_reader, readers, table, tokens, encoding.
 
 A store is a folder named by a hash of all that decides its content, so it is never out of date: another file, column,
 tokenizer or length is another folder. It is raw arrays and a meta.json; it appears by a rename, whole or not at all.
@@ -25,19 +25,19 @@ import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.ahead import one_ahead
-from mmbert_core.data.encoding import Arrays, CodeBook, EncodedRows, assemble, encode_arrays, longest_texts
+from mmbert_core.data.csv_reader import AUTO
+from mmbert_core.data.encoding import RUNNING_ENDS, Arrays, CodeBook, EncodedRows, assemble, encode_arrays, longest_texts
+from mmbert_core.data.readers import format_of
 from mmbert_core.data.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
 from mmbert_core.data.tokens import tokenizer_fingerprint
 from mmbert_core.errors import InputError
 from mmbert_core.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_of, write_json
 
-STORE_FORMAT = 1  # counts up when the arrays or what decides their content change
+STORE_FORMAT = 2  # counts up when the arrays or what decides their content change
 META = "meta.json"
 SHARE_OF_MEMORY = 0.5  # of what is free, that a table may take to be read ahead of its use
 READ_AT_ONCE = 1 << 20  # bytes; the system does not hear a wish for much more
 SECONDS_BEFORE_SAYING = 10.0  # that this process waits for another one's build; most take less
-# Ends of variable-length pieces: they begin with 0, and a later chunk's go on from the last value.
-RUNNING_ENDS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ def fingerprint_files(paths: Sequence[str]) -> dict[str, dict[str, int | str]]:
     return fingerprints
 
 
-def check_columns(paths: Sequence[str], roles: Roles, *, label_optional: bool = False) -> list[str]:
+def check_columns(paths: Sequence[str], roles: Roles, *, label_optional: bool = False, tsv_quoting: str = AUTO) -> list[str]:
     """The columns that a store of `paths` holds. Reads headers only; raises the `InputError`s of `columns_kept`."""
     required = [*roles.inputs(), *([roles.group] if roles.group is not None else [])]
     label = [roles.label] if roles.label is not None else []
-    return columns_kept(paths, required if label_optional else required + label, label)
+    return columns_kept(paths, required if label_optional else required + label, label, tsv_quoting=tsv_quoting)
 
 
 def open_or_build(
@@ -69,6 +69,7 @@ def open_or_build(
     max_chunks: int,
     cache_path: str | Path,
     label_optional: bool = False,
+    tsv_quoting: str = AUTO,
     chunk_rows: int = CHUNK_ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> EncodedRows:
@@ -79,7 +80,7 @@ def open_or_build(
     Raises the `InputError`s of `read_chunks` and `encode_arrays`; nothing is left behind by a build that failed.
     """
     files = expand_paths(paths)
-    columns = check_columns(files, roles, label_optional=label_optional)
+    columns = check_columns(files, roles, label_optional=label_optional, tsv_quoting=tsv_quoting)
     stats = [_stat_of(path) for path in files]
     fingerprints = fingerprint_files(files)
     identity = {
@@ -89,6 +90,7 @@ def open_or_build(
         "roles": asdict(roles),
         "tokenizer": tokenizer_fingerprint(tokenizer) if roles.text else None,
         "lengths": [max_length, max_chunks] if roles.text else None,
+        "tsv_quoting": tsv_quoting if any(format_of(path) == ".tsv" for path in files) else None,
     }
     folder = Path(cache_path) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     if not is_whole(folder):
@@ -97,7 +99,10 @@ def open_or_build(
                 if has_lock:
                     _clear(folder)
                 longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
-                chunks = read_chunks(files, columns, longest=longest, chunk_rows=chunk_rows)
+                chunks = read_chunks(
+                    files, columns, optional=[roles.label] if roles.label is not None else [], longest=longest,
+                    chunk_rows=chunk_rows, tsv_quoting=tsv_quoting,
+                )  # fmt: skip
                 with suppress(_AlreadyThere), _published(folder, has_lock) as temporary:
                     _build(
                         temporary, chunks, roles, tokenizer,
@@ -107,7 +112,7 @@ def open_or_build(
                         if _stat_of(path) != stat:
                             raise InputError(f"{path}: the file changed while it was read")
     rows = _open(folder, files)
-    rows.fingerprints = fingerprints
+    rows.fingerprints, rows.tsv_quoting = fingerprints, tsv_quoting
     return rows
 
 

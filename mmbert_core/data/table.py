@@ -1,4 +1,4 @@
-"""Chunks of rows of one or several files, columns by role, every row with its place. Floor 1; imports errors, config, cells, readers."""
+"""Chunks of rows of one or several files, columns by role, every row with its place. Floor 1; imports errors, config, cells, csv_reader, readers."""
 
 import glob
 import os
@@ -12,10 +12,12 @@ import pandas as pd
 
 from mmbert_core.config import Config
 from mmbert_core.data.cells import text_of
+from mmbert_core.data.csv_reader import AUTO
 from mmbert_core.data.readers import check_once, header_of, rows_of
 from mmbert_core.errors import InputError
 
 CHUNK_ROWS = 8192
+MAX_CHUNK_CHARACTERS = 2**24  # of the cells kept: what a chunk takes in memory
 SEPARATORS = {  # that are not the file's: name, advice
     ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
     "\t": ("tabs", "name the file .tsv"),
@@ -84,13 +86,16 @@ def shown(cell: str) -> str:
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
-    """Files in the given order; a glob stands for its matches in sorted order.
+    """Files in the given order; a glob, and a folder of Parquet files, stand for theirs in sorted order.
 
-    Raises `InputError` for a missing file, a folder, a pipe, a glob without a match, a file named twice.
+    Raises `InputError` for a missing file, another folder, a pipe, a glob without a match, a file named twice, a name that is not UTF-8.
     """
     files: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        if os.path.exists(path):  # first, because a real name may hold [ or ?
+        check_path(path)
+        if os.path.isdir(path):
+            matches = _parquet_parts(path)
+        elif os.path.exists(path):  # first, because a real name may hold [ or ?
             matches = [path]
         else:
             matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
@@ -99,8 +104,7 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
         files += matches
     seen: dict[str, str] = {}
     for path in files:
-        if os.path.isdir(path):
-            raise InputError(f"{path}: expected a file, found a folder (all its files: {os.path.join(path, '*.csv')})")
+        check_path(path)
         if not os.path.isfile(path):  # files are read more than once
             raise InputError(f"{path}: expected a file, found a pipe or a device; `mmbert predict` reads standard input as -")
         real = os.path.realpath(path)
@@ -110,7 +114,31 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def columns_kept(paths: Sequence[str], columns: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` for a name that is not UTF-8, which no JSON file and no report could hold."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        written = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise InputError(f"{written}: expected a name in UTF-8, found other bytes in it (here as \\x..): rename it") from None
+
+
+def _parquet_parts(folder: str) -> list[str]:
+    """The files of a folder as Spark, Dask and pandas write them: Parquet alone, besides marks such as _SUCCESS and hidden files."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith(("_", ".")))
+    others = [name for name in names if not name.endswith(".parquet")]
+    if len(others) == len(names):
+        if (keyed := next((name for name in names if "=" in name), None)) is not None:
+            raise InputError(f"{folder}: expected Parquet files, found folders such as {shown(keyed)}, whose names hold a column: write files with all columns")
+        raise InputError(f"{folder}: expected a file, found a folder (all its files: {os.path.join(folder, '*.csv')})")
+    if others:
+        raise InputError(f"{folder}: expected a folder of Parquet files alone, found {shown(others[0])} in it")
+    return [os.path.join(folder, name) for name in names]
+
+
+def columns_kept(
+    paths: Sequence[str], columns: Sequence[str], optional: Sequence[str] = (), *, tsv_quoting: str = AUTO
+) -> list[str]:
     """The `columns`, then those of `optional` that the files have. Reads headers only.
 
     Raises `InputError` for a missing column (with the nearest name) and for an optional one that only some files have.
@@ -118,7 +146,7 @@ def columns_kept(paths: Sequence[str], columns: Sequence[str], optional: Sequenc
     kept: list[str] = []
     files = expand_paths(paths)
     for path in files:
-        found = _columns_of(path, header_of(path), columns, optional)
+        found = _columns_of(path, header_of(path, tsv_quoting), columns, optional)
         if path != files[0] and found != kept:
             [name, *_] = set(found) ^ set(kept)
             with_it, without = (path, files[0]) if name in found else (files[0], path)
@@ -134,35 +162,41 @@ def read_chunks(
     optional: Sequence[str] = (),
     longest: Mapping[str, int] | None = None,
     chunk_rows: int = CHUNK_ROWS,
+    tsv_quoting: str = AUTO,
 ) -> Iterator[Chunk]:
-    """Rows of all files in order, in chunks of exactly `chunk_rows` (the last may be short; no rows: no chunk).
+    """Rows of all files in order, in chunks that end after every `chunk_rows` rows of the table, and before it after MAX_CHUNK_CHARACTERS.
 
     Only the asked columns are kept, and of the columns in `longest` only so many characters of a cell: a chunk of
     thousand-page texts would fill the memory. The headers of all files are checked before the first row is read.
     Raises the `InputError`s of `expand_paths`, `columns_kept` and `readers.rows_of`.
     """
     files = expand_paths(paths)
-    kept = columns_kept(files, columns, optional)
+    kept = columns_kept(files, columns, optional, tsv_quoting=tsv_quoting)
+    absent = [name for name in optional if name not in kept]
     limits = [(kept.index(name), characters) for name, characters in (longest or {}).items()]
     rows: list[Sequence[str]] = []
     lines: list[int] = []
-    starts: list[tuple[int, int, int]] = []  # where rows of another file begin: place in `rows`, file, row
+    starts: list[tuple[int, int, int]] = []  # where rows of another file begin: index in `rows`, file, row
+    num_rows = num_characters = 0  # of the table so far, of the chunk
     for file_index, path in enumerate(files):
         starts.append((len(rows), file_index, 1))
-        for row, (line, cells) in enumerate(rows_of(path, kept), start=1):
-            rows.append(_shortened(cells, limits) if limits else cells)
+        for row, (line, cells) in enumerate(rows_of(path, kept, absent=absent, tsv_quoting=tsv_quoting), start=1):
+            cells = _shortened(cells, limits) if limits else cells
+            rows.append(cells)
             lines.append(line)
-            if len(rows) == chunk_rows:
+            num_rows += 1
+            num_characters += sum(map(len, cells))
+            if num_rows % chunk_rows == 0 or num_characters >= MAX_CHUNK_CHARACTERS:
                 yield _chunk_of(rows, kept, files, lines, starts)
-                rows, lines, starts = [], [], [(0, file_index, row + 1)]
+                rows, lines, starts, num_characters = [], [], [(0, file_index, row + 1)], 0
     if rows:
         yield _chunk_of(rows, kept, files, lines, starts)
 
 
 def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
-    """The same from a frame in memory: cells become the text that `readers.text_of` gives them.
+    """The same from a frame in memory: cells become the text that `cells.text_of` gives them.
 
-    pandas turns whole numbers beside a missing one into floats: 7 then reads "7.0". Read files with `dtype=str` to keep them.
+    pandas turns whole numbers beside a missing one into floats: an id 7 then reads "7.0". Read files with `dtype=str` to keep them.
     Raises `InputError` for a missing or repeated column and for a cell that is no single value.
     """
     names = [str(name) for name in frame.columns]

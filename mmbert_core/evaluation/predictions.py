@@ -1,4 +1,4 @@
-"""The prediction file: columns, decimals, quoting, cells that a spreadsheet would compute. Floor 1; imports nothing of ours.
+"""The prediction file: columns, format, decimals, quoting, cells that a spreadsheet would compute. Floor 1; imports errors.
 
 `<id_name>` (if set), `prob` (several classes: `prob_<class>` each), `label` (if the input has it), `pred`, `prob_calibrated`
 (of class 1; several classes: of the predicted one).
@@ -6,11 +6,15 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from mmbert_core.errors import InputError
+
 BINARY_THRESHOLD = 0.5
-NEEDS_QUOTES = frozenset('\t\n\r"')
+NEEDS_QUOTES = frozenset('\t\n\r"')  # in any format
+OTHER_FORMATS = frozenset({".parquet", ".jsonl", ".ndjson", ".json", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".gz", ".zip", ".bz2", ".xz", ".zst"})
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # a spreadsheet computes a cell that begins so
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # and is right to
 
@@ -53,21 +57,29 @@ def prediction_columns(
     return dict(zip(header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None), cells, strict=True))
 
 
-def tsv_rows(columns: Columns, *, sheet_safe: bool = False) -> Iterator[str]:
+def output_delimiter(name: str) -> str:
+    """Comma for a prediction file named .csv, else a tab. Raises `InputError` for the suffix of another format of data."""
+    suffix = Path(name).suffix.lower()
+    if suffix in OTHER_FORMATS:
+        raise InputError(f"{name}: expected an output that ends in .tsv or .csv, found {suffix}: predictions are written as TSV or CSV")
+    return "," if suffix == ".csv" else "\t"
+
+
+def table_rows(columns: Columns, *, delimiter: str = "\t", sheet_safe: bool = False) -> Iterator[str]:
     """The lines of a prediction file below its header."""
-    return (tsv_line(row, sheet_safe=sheet_safe) for row in zip(*columns.values(), strict=True))
+    return (table_line(row, delimiter=delimiter, sheet_safe=sheet_safe) for row in zip(*columns.values(), strict=True))
 
 
-def tsv_line(cells: Iterable[str | np.float32], *, sheet_safe: bool = False) -> str:
+def table_line(cells: Iterable[str | np.float32], *, delimiter: str = "\t", sheet_safe: bool = False) -> str:
     """One line. A probability is the shortest decimal that reads back to the same float32.
 
-    Texts with tabs, line breaks or quotes are quoted as the csv module and pandas read them (doubled quotes). With
+    Texts with the delimiter, line breaks or quotes are quoted as the csv module and pandas read them (doubled quotes). With
     `sheet_safe` a text that spreadsheets would take for a formula gets a ' before it; numbers never do.
     """
-    texts = []
+    texts, needs_quotes = [], NEEDS_QUOTES | {delimiter}
     for cell in cells:
         text = str(cell)
         if sheet_safe and isinstance(cell, str) and text.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(text):
             text = "'" + text
-        texts.append('"' + text.replace('"', '""') + '"' if NEEDS_QUOTES & set(text) else text)
-    return "\t".join(texts) + "\n"
+        texts.append('"' + text.replace('"', '""') + '"' if needs_quotes & set(text) else text)
+    return delimiter.join(texts) + "\n"

@@ -8,7 +8,7 @@ Nothing is pickled. Only rank 0 calls this file; `loop` spreads what was read to
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from mmbert_core.config import config_fields
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, space, sync_path, write_json
 from mmbert_core.manifest import MANIFEST, manifest_of, read_manifest, why_different
@@ -282,7 +283,7 @@ def check_resumable(
     Other versions of the packages are allowed, with a warning: the same bits are not promised across them.
     """
     for key, new in config.items():
-        old = state["config"].get(key)
+        old = state["config"].get(key, _default_of(key))  # a key that is newer than the checkpoint had its default
         if key == "pooling" and new == state["resolved"]["pooling"]:  # what `auto` meant
             continue
         if key not in free_keys and (type(old), old) != (type(new), new):  # val_check_interval: 1.0 is an epoch, 1 a step
@@ -297,6 +298,12 @@ def check_resumable(
     for package, new in versions.items():
         if (old := state["versions"].get(package)) != new:
             logger.warning("%s was %.40s at the checkpoint and is %s now: numbers may differ in their last digits", package, old, new)
+
+
+def _default_of(key: str) -> Any:
+    """As `Config.to_dict` has it; None for a key that is required or unknown."""
+    default = config_fields()[key].default if key in config_fields() else MISSING
+    return None if default is MISSING else list(default) if isinstance(default, tuple) else default
 
 
 def _shown(fingerprint: Mapping[str, Any] | None) -> str:

@@ -25,7 +25,7 @@ from mmbert_core.distributed import DistContext
 from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.evaluation.plots import write_plots
-from mmbert_core.evaluation.predictions import Columns, prediction_columns, tsv_line, tsv_rows
+from mmbert_core.evaluation.predictions import Columns, prediction_columns, table_line, table_rows
 from mmbert_core.files import make_folder_by_time, names_by_time, remove_path, write_json, write_text
 from mmbert_core.model.losses import LossOp, row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
@@ -211,7 +211,7 @@ def write_results(
         figures |= figures_of(result.preds, dataset.label_index, dataset, stage="test", config=config, class_names=class_names, judgement=judgement)
     with slow_step("test_result_0.tsv"):
         columns = columns_of(result, dataset, config=config, class_names=class_names, judgement=judgement)
-        write_text(folder / "test_result_0.tsv", "".join([tsv_line(columns), *tsv_rows(columns)]))
+        write_text(folder / "test_result_0.tsv", "".join([table_line(columns), *table_rows(columns)]))
     write_json(folder / "test_metrics.json", figures)
     if dataset.has_labels:
         with slow_step("pictures of the test"):

@@ -10,7 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from mmbert_core.data.readers import header_of, text_of
+from mmbert_core.data.cells import text_of
+from mmbert_core.data.readers import header_of
 from mmbert_core.data.table import Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
 from mmbert_core.errors import InputError
 

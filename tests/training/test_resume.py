@@ -55,6 +55,13 @@ def test_other_versions_are_said_and_allowed(caplog):
     assert caplog.messages == ["torch was 2.13 at the checkpoint and is 2.14 now: numbers may differ in their last digits"]
 
 
+def test_a_checkpoint_that_is_older_than_a_key_had_its_default(monkeypatch):
+    monkeypatch.delitem(CONFIG, "tsv_quoting")
+    check(config={"tsv_quoting": "auto"})
+    with pytest.raises(InputError, match="tsv_quoting was 'auto' in the checkpoint at step 40 and is 'none' now"):
+        check(config={"tsv_quoting": "none"})
+
+
 def test_what_auto_pooling_meant_may_be_said():
     check(config={"pooling": "cls"})
 
