@@ -27,7 +27,7 @@ from mmbert_core.data.dataset import encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import LARGEST_NUMBER, MISSING_NUMBERS
 from mmbert_core.data.features import FIRST_CATEGORY, MISSING, UNSEEN
 from mmbert_core.data.table import Roles, read_chunks, records_to_chunk
-from mmbert_core.data.tokens import characters_read
+from mmbert_core.data.tokens import characters_read, keeps_end
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.files import MEGABYTE, atomic_folder, write_json, write_text
@@ -108,7 +108,7 @@ def write_preprocessing(folder: Path, loaded: LoadedModel) -> None:
     if loaded.tokenizer is not None:
         tokenizer = tokenizers.Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length=loaded.config.max_length, stride=0, strategy="longest_first", direction="right")
+        tokenizer.enable_truncation(max_length=loaded.config.max_length, stride=0, strategy="longest_first", direction="left" if keeps_end(loaded.tokenizer) else "right")
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
@@ -128,6 +128,7 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "max_length": config.max_length,  # tokens of a chunk; tokenizer.json cuts there
             "max_chunks": config.max_chunks,
             "max_characters": characters_read(config.max_length, config.max_chunks),  # of a text; the rest is not tokenised
+            "keep_end": keeps_end(tokenizer),  # of a text that is too long, instead of its beginning
             "pad_token_id": pad_token_id_of(tokenizer),
             "ids_of_nothing": [pad_token_id_of(tokenizer)],  # of a text without a token
             "encode_special_tokens": tokenizer.backend_tokenizer.encode_special_tokens,

@@ -102,8 +102,10 @@ def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray
 def chunks_of(rows: Sequence[Row], text: dict[str, Any], tokenizer: Tokenizer) -> list[list[list[int]]]:
     """Token ids of each row's text, in one or more chunks; tokenizer.json itself cuts at `max_length`."""
     texts = [text["separator"].join(filter(None, (row[column] for column in text["columns"]))) for row in rows]
-    encodings = tokenizer.encode_batch_fast([joined[: text["max_characters"]] for joined in texts])
-    return [[each.ids or text["ids_of_nothing"], *(part.ids for part in each.overflowing[: text["max_chunks"] - 1])] for each in encodings]
+    kept = slice(-text["max_characters"], None) if text.get("keep_end") else slice(text["max_characters"])
+    encodings = tokenizer.encode_batch_fast([joined[kept] for joined in texts])
+    chunks = [[each.ids or text["ids_of_nothing"], *(part.ids for part in each.overflowing[: text["max_chunks"] - 1])] for each in encodings]
+    return [row[::-1] for row in chunks] if text.get("keep_end") else chunks  # counted from the end, in the text's order
 
 
 def padded(texts: Sequence[list[list[int]]], text: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

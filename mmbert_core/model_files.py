@@ -36,7 +36,7 @@ MAX_FEATURES_BYTES = 2**28  # categories of millions of values
 
 RESOLVED = record(
     {"pooling": nullable(text(choices=POOLINGS[1:])), "precision": text(choices=("fp32", "bf16", "fp16"))},
-    {"microbatches_asked": whole(1), "microbatches_per_step": whole(1)},
+    {"microbatches_asked": whole(1), "microbatches_per_step": whole(1), "truncation_side": text(choices=("left", "right"))},
     others=True,  # versions differ in what they resolve
 )
 CONFIG_JSON = record({"format_version": constant(FORMAT_VERSION), "config": mapping(anything), "resolved": RESOLVED}, {"mmbert_core": text()})

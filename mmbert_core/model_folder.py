@@ -173,6 +173,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     text, tokenizer = None, None
     if config.text_name:
         tokenizer = load_tokenizer(str(folder / ENCODER))
+        tokenizer.truncation_side = settings.resolved.get("truncation_side", "right")  # as in training; before it was kept, always right
         encoder = build_encoder(str(folder / ENCODER), _encoder_shapes(shapes))
         check_length(config, encoder)
         check_token_ids(encoder, max(always_used_ids(tokenizer), default=0), name=str(folder / ENCODER))

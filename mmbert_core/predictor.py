@@ -29,7 +29,7 @@ from mmbert_core.data.prepare import cut_texts
 from mmbert_core.data.readers import rows_about
 from mmbert_core.data.store import open_or_build
 from mmbert_core.data.table import Chunk, Roles, check_path, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
-from mmbert_core.data.tokens import join_texts
+from mmbert_core.data.tokens import join_texts, keeps_end
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.evaluation.predictions import Columns, header, output_delimiter, table_line, table_rows
@@ -160,7 +160,7 @@ class Predictor:
         loaded, lengths = self.loaded, {"max_length": self.loaded.config.max_length, "max_chunks": self.loaded.config.max_chunks}
         chunks = read_chunks(
             inputs, roles.inputs(), optional=(loaded.config.label_name,), longest=longest_texts(roles, **lengths),
-            chunk_rows=WINDOW, tsv_quoting=tsv_quoting,
+            keep_end=keeps_end(loaded.tokenizer), chunk_rows=WINDOW, tsv_quoting=tsv_quoting,
         )  # fmt: skip
         windows = encode_windows(chunks, roles, loaded.tokenizer, window_rows=WINDOW, **lengths)
         while True:
@@ -278,7 +278,7 @@ class Predictor:
             return encode_for_prediction(chunk, roles, loaded.tokenizer, loaded.features, loaded.labels, **lengths)
 
     def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Unseen, outside: Outside) -> None:
-        for line in (*cut_texts(num_cut, num_rows, self.loaded.config), *self._unlike_training(name, unseen, outside)):
+        for line in (*cut_texts(num_cut, num_rows, self.loaded.config, keep_end=keeps_end(self.loaded.tokenizer)), *self._unlike_training(name, unseen, outside)):
             logger.warning("%s", line)
 
     def _unlike_training(self, name: str, unseen: Unseen, outside: Outside) -> list[str]:

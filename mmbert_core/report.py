@@ -24,7 +24,7 @@ from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.data.encoding import longest_texts, number_of
 from mmbert_core.data.table import Roles, read_chunks
-from mmbert_core.data.tokens import join_texts
+from mmbert_core.data.tokens import join_texts, keeps_end
 from mmbert_core.errors import InputError
 from mmbert_core.evaluation import sections
 from mmbert_core.evaluation.baselines import HOW
@@ -313,7 +313,7 @@ def texts_of(scored: Scored, positions: np.ndarray) -> list[str]:
     longest = longest_texts(Roles.from_config(config), max_length=config.max_length, max_chunks=config.max_chunks)
     wanted = {int(row): place for place, row in enumerate(scored.dataset.rows[positions])}
     texts, first = [""] * len(positions), 0
-    for chunk in read_chunks(encoded.paths, list(columns), longest=longest, tsv_quoting=encoded.tsv_quoting):
+    for chunk in read_chunks(encoded.paths, list(columns), longest=longest, keep_end=keeps_end(scored.loaded.tokenizer), tsv_quoting=encoded.tsv_quoting):
         if first > max(wanted):
             break
         for row in [row for row in wanted if first <= row < first + len(chunk)]:

@@ -21,7 +21,7 @@ from mmbert_core.data.readers import header_of
 from mmbert_core.data.splits import sample_rows, split_rows, taken
 from mmbert_core.data.store import check_columns, open_or_build
 from mmbert_core.data.table import Roles, columns_kept, expand_paths, shown
-from mmbert_core.data.tokens import load_tokenizer, tokenizer_fingerprint
+from mmbert_core.data.tokens import keeps_end, load_tokenizer, tokenizer_fingerprint
 from mmbert_core.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def _warnings(data: Data, config: Config) -> list[str]:
     """What a user would want to know about the rows: texts cut, ids repeated, rows on both sides, columns that know too much, values unseen, numbers outside."""
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     tables = list({id(part.encoded): part.encoded for part in parts}.values())
-    lines = cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config)
+    lines = cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config, keep_end=keeps_end(data.tokenizer))
     lines += spelling_warnings(data.train.encoded.label_values, config.label_name)
     for column, values in zip(data.features.category_names, data.features.categories, strict=True):
         if len(values) > MANY_CATEGORIES:
@@ -199,10 +199,11 @@ def _warnings(data: Data, config: Config) -> list[str]:
     return lines
 
 
-def cut_texts(num_cut: int, num_rows: int, config: Config) -> list[str]:
+def cut_texts(num_cut: int, num_rows: int, config: Config, *, keep_end: bool = False) -> list[str]:
     """The line about texts that did not fit, if any."""
     size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
-    return [f"{num_cut} of {num_rows} texts are longer than {size} and were cut"] if num_cut else []
+    kept = " at the beginning: the end is kept (truncation_side: left of the tokenizer)" if keep_end else ""
+    return [f"{num_cut} of {num_rows} texts are longer than {size} and were cut{kept}"] if num_cut else []
 
 
 def _repeated_ids(table: EncodedRows) -> Iterator[str]:

@@ -29,7 +29,7 @@ from mmbert_core.data.csv_reader import AUTO
 from mmbert_core.data.encoding import RUNNING_ENDS, Arrays, CodeBook, EncodedRows, assemble, encode_arrays, longest_texts
 from mmbert_core.data.readers import format_of
 from mmbert_core.data.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
-from mmbert_core.data.tokens import tokenizer_fingerprint
+from mmbert_core.data.tokens import keeps_end, tokenizer_fingerprint
 from mmbert_core.errors import InputError
 from mmbert_core.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_of, write_json
 
@@ -101,7 +101,7 @@ def open_or_build(
                 longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
                 chunks = read_chunks(
                     files, columns, optional=[roles.label] if roles.label is not None else [], longest=longest,
-                    chunk_rows=chunk_rows, tsv_quoting=tsv_quoting,
+                    keep_end=keeps_end(tokenizer), chunk_rows=chunk_rows, tsv_quoting=tsv_quoting,
                 )  # fmt: skip
                 with suppress(_AlreadyThere), _published(folder, has_lock) as temporary:
                     _build(

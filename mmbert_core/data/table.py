@@ -161,19 +161,21 @@ def read_chunks(
     *,
     optional: Sequence[str] = (),
     longest: Mapping[str, int] | None = None,
+    keep_end: bool = False,
     chunk_rows: int = CHUNK_ROWS,
     tsv_quoting: str = AUTO,
 ) -> Iterator[Chunk]:
     """Rows of all files in order, in chunks that end after every `chunk_rows` rows of the table, and before it after MAX_CHUNK_CHARACTERS.
 
-    Only the asked columns are kept, and of the columns in `longest` only so many characters of a cell: a chunk of
-    thousand-page texts would fill the memory. The headers of all files are checked before the first row is read.
+    Only the asked columns are kept, and of the columns in `longest` only so many characters of a cell (with
+    `keep_end` its last ones): a chunk of thousand-page texts would fill the memory. The headers of all files are checked
+    before the first row is read.
     Raises the `InputError`s of `expand_paths`, `columns_kept` and `readers.rows_of`.
     """
     files = expand_paths(paths)
     kept = columns_kept(files, columns, optional, tsv_quoting=tsv_quoting)
     absent = [name for name in optional if name not in kept]
-    limits = [(kept.index(name), characters) for name, characters in (longest or {}).items()]
+    limits = [(kept.index(name), slice(-count, None) if keep_end else slice(count)) for name, count in (longest or {}).items()]
     rows: list[Sequence[str]] = []
     lines: list[int] = []
     starts: list[tuple[int, int, int]] = []  # where rows of another file begin: index in `rows`, file, row
@@ -252,11 +254,12 @@ def _missing_hint(column: str, header: Sequence[str]) -> str:
     return f"; nearest is {by_lower[near[0]]!r}" if near else ""
 
 
-def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, int]]) -> Sequence[str]:
-    """The cells, each place of `limits` with at most so many characters; the same object where none is longer."""
-    for place, characters in limits:
-        if len(cells[place]) > characters:
-            cells = [*cells[:place], cells[place][:characters], *cells[place + 1 :]]
+def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, slice]]) -> Sequence[str]:
+    """The cells, at each index of `limits` these characters alone; the same object where no cell is longer."""
+    for index, kept in limits:
+        shorter = cells[index][kept]
+        if len(shorter) < len(cells[index]):
+            cells = [*cells[:index], shorter, *cells[index + 1 :]]
     return cells
 
 

@@ -72,6 +72,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)
     state.pop("padding", None)
+    if keeps_end(tokenizer):
+        state["truncation_side"] = "left"
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,8 +101,13 @@ def always_used_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     return {*tokenizer.backend_tokenizer.encode("").ids, *(index for index in named if index is not None)}
 
 
+def keeps_end(tokenizer: PreTrainedTokenizerFast | None) -> bool:
+    """Whether a text that is too long keeps its end and loses its beginning, as `truncation_side: left` in tokenizer_config.json asks."""
+    return tokenizer is not None and tokenizer.truncation_side == "left"
+
+
 def characters_read(max_length: int, max_chunks: int) -> int:
-    """Characters of a text that are tokenised; what comes after them is cut."""
+    """Characters of a text that are tokenised: its first ones, or its last where the end is kept."""
     return CHARACTERS_PER_TOKEN * max_length * max_chunks
 
 
@@ -116,6 +123,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
 
     The ids are those of `tokenizer(text, truncation=True, max_length=..., return_overflowing_tokens=True)`, taken from the
     Rust tokenizer below it, which works in parallel and without that call's Python lists. An empty text is one chunk.
+    Where the end of a text is kept, its chunks are counted from the end, and are still in the text's order.
     Raises `InputError` when `max_length` has no room for a token beside the special ones.
     """
     if max_length <= tokenizer.num_special_tokens_to_add():
@@ -126,15 +134,18 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     ids: list[np.ndarray] = []
     num_cut = 0
     empty = [tokenizer.pad_token_id or 0]  # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
-    with _truncating(tokenizer.backend_tokenizer, max_length) as backend:
+    is_end_kept = keeps_end(tokenizer)
+    kept_characters = _characters_kept(most_characters, is_end_kept)
+    with _truncating(tokenizer.backend_tokenizer, max_length, keep_end=is_end_kept) as backend:
         parts_of_texts = [texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE)]
-        encoded = ((some, backend.encode_batch_fast([text[:most_characters] for text in some])) for some in parts_of_texts)
+        encoded = ((some, backend.encode_batch_fast([text[kept_characters] for text in some])) for some in parts_of_texts)
         for some, encodings in one_ahead(encoded) if len(parts_of_texts) > 1 else encoded:
             chunks = [encoding.ids or empty for encoding in encodings]
             more = [encoding.overflowing if len(first) == max_length else [] for encoding, first in zip(encodings, chunks, strict=True)]
             num_cut += sum(len(parts) > max_chunks - 1 or len(text) > most_characters for parts, text in zip(more, some, strict=True))
             if max_chunks > 1 and any(more):
-                chunks = [ids for first, parts in zip(chunks, more, strict=True) for ids in (first, *(part.ids for part in parts[: max_chunks - 1]))]
+                by_row = ([first, *(part.ids for part in parts[: max_chunks - 1])] for first, parts in zip(chunks, more, strict=True))
+                chunks = [ids for row in by_row for ids in (reversed(row) if is_end_kept else row)]
             counts.extend(min(len(parts) + 1, max_chunks) for parts in more)
             sizes = list(map(len, chunks))
             lengths += sizes
@@ -144,27 +155,36 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
 
 
 def token_spans(tokenizer: PreTrainedTokenizerFast, text: str, *, max_length: int, max_chunks: int) -> tuple[list[tuple[int, int]], str]:
-    """Where the tokens of `tokenise` stand in the text: first character and the one after the last, chunk after chunk; and the text as far as it is read.
+    """Where the tokens of `tokenise` stand in the part of the text that is read, and that part: first character and the one after the last, chunk after chunk.
 
     A special token stands nowhere: its two places are equal. A character of several tokens has several spans.
     """
-    read = text[: characters_read(max_length, max_chunks)]
-    with _truncating(tokenizer.backend_tokenizer, max_length) as backend:
+    is_end_kept = keeps_end(tokenizer)
+    read = text[_characters_kept(characters_read(max_length, max_chunks), is_end_kept)]
+    with _truncating(tokenizer.backend_tokenizer, max_length, keep_end=is_end_kept) as backend:
         encoding = backend.encode_batch([read])[0]  # the fast one knows no places
     more = encoding.overflowing
-    spans = [span for part in (encoding, *more[: max_chunks - 1]) for span in part.offsets or [(0, 0)]]
+    chunks = [encoding, *more[: max_chunks - 1]]
+    spans = [span for chunk in (reversed(chunks) if is_end_kept else chunks) for span in chunk.offsets or [(0, 0)]]
+    if len(more) > max_chunks - 1 and is_end_kept:
+        skipped = min((start for start, end in spans if start < end), default=0)
+        return [(start - skipped, end - skipped) if start < end else (0, 0) for start, end in spans], read[skipped:]
     if len(more) > max_chunks - 1:
         read = read[: max(end for _, end in spans)]
     return spans, read
 
 
+def _characters_kept(count: int, is_end_kept: bool) -> slice:
+    return slice(-count, None) if is_end_kept else slice(count)
+
+
 @contextmanager
-def _truncating(backend: Any, max_length: int) -> Iterator[Any]:
-    """The Rust tokenizer set to chunks of `max_length`; left as it was, because it is saved with the model."""
+def _truncating(backend: Any, max_length: int, *, keep_end: bool = False) -> Iterator[Any]:
+    """The Rust tokenizer set to chunks of `max_length`, counted from the text's end with `keep_end`; left as it was, because it is saved with the model."""
     truncation, padding = backend.truncation, backend.padding
     try:
         backend.no_padding()
-        backend.enable_truncation(max_length=max_length, stride=0, strategy="longest_first", direction="right")
+        backend.enable_truncation(max_length=max_length, stride=0, strategy="longest_first", direction="left" if keep_end else "right")
         yield backend
     finally:
         backend.enable_truncation(**truncation) if truncation else backend.no_truncation()

@@ -25,7 +25,7 @@ from mmbert_core.claims import CLAIM, Claim, claim_folder
 from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.batches import settle_micro_batches, steps_per_epoch
 from mmbert_core.data.prepare import Data
-from mmbert_core.data.tokens import sample_tokens
+from mmbert_core.data.tokens import keeps_end, sample_tokens
 from mmbert_core.distributed import DistContext, UsedRows
 from mmbert_core.errors import InputError, RunError, phase
 from mmbert_core.evaluation.metrics import check_metric_choices
@@ -224,7 +224,8 @@ def start_run(
     if found:
         resolved = {**found.state["resolved"], "precision": precision, **changed_parts(config, found.state)}
     else:
-        resolved = {"pooling": pooling, "precision": precision, **settle_parts(config, data, ddp_model, task, context)}
+        sides = {"truncation_side": "left"} if keeps_end(data.tokenizer) else {}  # else right, which folders of before all mean
+        resolved = {"pooling": pooling, "precision": precision, **sides, **settle_parts(config, data, ddp_model, task, context)}
     warm_up(ddp_model, data, task)
     plan = make_plan(config, len(data.train), resolved["microbatches_per_step"])
     optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)

@@ -71,9 +71,11 @@ def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, wri
     assert empty.sum() == chunk.cells["id"].count("") and len(set(stored.id_codes[empty].tolist())) == empty.sum()
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("roles", [ROLES, replace(ROLES, id="text"), replace(ROLES, group="text")])
-def test_long_texts_are_cut_while_reading_and_nothing_else_changes(build, write_table, tokenizer, roles):
-    """A cell's end that no token comes from is not kept; the ids and the count of cut texts are those of whole cells."""
+def test_long_texts_are_cut_while_reading_and_nothing_else_changes(build, write_table, tokenizer, roles, side, monkeypatch):
+    """What no token comes from is not kept of a cell; the ids and the count of cut texts are those of whole cells."""
+    monkeypatch.setattr(tokenizer, "truncation_side", side)
     most = characters_read(8, 3)
     lengths = [0, 1, most - 1, most, most + 1, most + 2, 3 * most]
     texts = [("x" * length, "", "y" * length, "a " * length)[row % 4] for length in lengths for row in range(4)]

@@ -8,7 +8,7 @@ import pytest
 from tests.data.conftest import WORDS
 from transformers import BertConfig
 
-from mmbert_core.data.tokens import join_texts, load_tokenizer, tokenise, tokenizer_fingerprint
+from mmbert_core.data.tokens import characters_read, join_texts, keeps_end, load_tokenizer, token_spans, tokenise, tokenizer_fingerprint
 from mmbert_core.errors import InputError
 
 
@@ -87,3 +87,66 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path):
 def test_no_room_beside_the_special_tokens(tokenizer):
     with pytest.raises(InputError, match=r"max_length: expected more than 2 \(the special tokens\), found 2"):
         tokenise(tokenizer, ["item"], max_length=2, max_chunks=1)
+
+
+# ---- tokenizers that keep the end of a text ----
+
+
+@pytest.fixture
+def left(encoder_folder):
+    """The tokenizer of a folder whose tokenizer_config.json says truncation_side: left."""
+    tokenizer = load_tokenizer(encoder_folder)
+    tokenizer.truncation_side = "left"
+    return tokenizer
+
+
+@pytest.mark.parametrize("max_chunks", [1, 3])
+def test_the_end_is_kept_where_the_tokenizer_asks_for_it(left, tokenizer, max_chunks):
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(WORDS, size=generator.integers(0, 60))) for _ in range(1100)]
+    tokens = tokenise(left, texts, max_length=12, max_chunks=max_chunks)
+    own = left(texts, truncation=True, max_length=12, return_overflowing_tokens=True)
+    expected = [[] for _ in texts]
+    for row, ids in zip(own["overflow_to_sample_mapping"], own["input_ids"], strict=True):
+        expected[row].append(ids)  # from the end on
+    assert [chunks_of(tokens, row) for row in range(len(texts))] == [chunks[:max_chunks][::-1] for chunks in expected]
+    assert tokens.num_cut == tokenise(tokenizer, texts, max_length=12, max_chunks=max_chunks).num_cut > 0
+
+
+def test_the_last_characters_of_a_huge_text_are_those_that_are_read(left):
+    most = characters_read(8, 2)
+    text = "refund " * most + "money back"
+    tokens = tokenise(left, [text, text[-most:], text[-most - 1 :]], max_length=8, max_chunks=2)
+    assert chunks_of(tokens, 0) == chunks_of(tokens, 1) == chunks_of(tokens, 2)
+    assert left.convert_ids_to_tokens(chunks_of(tokens, 0)[-1])[-3:] == ["money", "back", "[SEP]"]
+    assert tokens.num_cut == 3
+
+
+@pytest.mark.parametrize("max_chunks", [1, 2, 5])
+@pytest.mark.parametrize("text", ["", "item", "the item b!  seller, never arrived", "a seller " * 9 + "refund", "x" * 3000 + " money back"])
+def test_spans_are_those_of_the_end_that_is_read(left, text, max_chunks):
+    spans, read = token_spans(left, text, max_length=8, max_chunks=max_chunks)
+    ids = tokenise(left, [text], max_length=8, max_chunks=max_chunks).ids
+    assert len(spans) == len(ids) and text.endswith(read)
+    ends = [end for start, end in spans if start < end]
+    assert ends == sorted(ends) and all(0 <= start <= end <= len(read) for start, end in spans)
+    pieces = [(read[start:end], token) for (start, end), token in zip(spans, left.convert_ids_to_tokens(ids.tolist()), strict=True) if start < end]
+    assert all(piece == token.removeprefix("##") or token == "[UNK]" for piece, token in pieces)
+    if not text or tokenise(left, [text], max_length=8, max_chunks=max_chunks).num_cut == 0:
+        assert read == text
+
+
+def test_the_side_is_part_of_the_fingerprint_and_the_right_one_changes_nothing(left, tokenizer, tmp_path):
+    assert tokenizer_fingerprint(left) != tokenizer_fingerprint(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"truncation_side": "left"}))
+    loaded = load_tokenizer(str(tmp_path))
+    assert keeps_end(loaded) and tokenizer_fingerprint(loaded) == tokenizer_fingerprint(left)
+    loaded.save_pretrained(tmp_path / "again")
+    assert keeps_end(load_tokenizer(str(tmp_path / "again")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "truncation_side"}))
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["truncation"] = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))  # said by the Rust tokenizer alone
+    assert keeps_end(load_tokenizer(str(tmp_path)))

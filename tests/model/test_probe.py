@@ -17,6 +17,7 @@ from mmbert_core.data.prepare import prepare
 from mmbert_core.data.tokens import load_tokenizer, sample_tokens
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError
+from mmbert_core.manifest import MANIFEST
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
 from mmbert_core.model_folder import load_model_folder
@@ -169,6 +170,7 @@ def test_check_says_it_in_one_line_and_writes_nothing(settings, tmp_path):
 def test_a_folder_trained_before_the_check_scores_texts_without_the_token(settings):
     tiny.train(Config(**settings | {"max_epochs": 1}))
     folder = Path(settings["model_path"])
+    (folder / MANIFEST).unlink()  # which folders of before do not have
     tokenizer = load_tokenizer(str(folder / "encoder"))
     tokenizer.add_tokens(["<user>"])
     tokenizer.save_pretrained(folder / "encoder")
@@ -189,5 +191,6 @@ def test_a_length_beyond_the_positions_is_refused_in_a_model_folder(settings):
     record = json.loads(path.read_text())
     record["config"]["max_length"] = 65
     path.write_text(json.dumps(record))
+    (path.parent / MANIFEST).unlink()
     with pytest.raises(InputError, match="max_length: expected at most 64 tokens"):
         load_model_folder(path.parent)
