@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -366,3 +367,12 @@ def test_the_example_writes_the_lines_of_the_package():
         for check in (export_example.output_delimiter, output_delimiter):
             with pytest.raises(ValueError, match="expected an output that ends in .tsv or .csv"):
                 check(name)
+
+
+def test_without_a_training_range_the_graph_limits_nothing(tmp_path):
+    """As the package, which has none from an older folder without its cache."""
+    loaded = build(tmp_path, **CASES["numbers only"])
+    loaded = replace(loaded, features=replace(loaded.features, minimums=None, maximums=None))
+    assert export.export_model(loaded, tmp_path / "exported", format="onnx") < 1e-5
+    assert json.loads((tmp_path / "exported" / "preprocessing.json").read_text())["numbers"]["limits"] is None
+    assert export.input_limits(loaded) is None

@@ -612,3 +612,25 @@ def test_an_older_folder_limits_what_its_cache_knows_and_else_says_so(tables, tm
     caplog.clear()
     unknown.predict(rows.assign(age="1e6"))
     assert "input: " not in caplog.text and "column 'age': 37 of 37 numbers lie more than 20 standard deviations from the training mean" in caplog.text
+
+
+# ---- the threshold of every row ----
+
+
+def test_a_stored_threshold_of_every_row_is_the_same_everywhere(tables, tmp_path, capsys):
+    """Predictions, figures, report, card and inspect: all rows are class 1, in words. It cannot be asked for: a given one is 0 to 1."""
+    run = shutil.copytree(tables / "run", tmp_path / "run")
+    record = json.loads((run / "thresholds.json").read_text())
+    record["threshold"] = {"value": -1.0, "rule": "precision_at_recall=1.0", "precision": 0.5, "recall": 1.0, "f1": 0.6, "alerts_per_1000": 1000.0, "rows": 40, "reason": None}
+    (run / "thresholds.json").write_text(json.dumps(record))
+    rows = predict(run, tables / "test.csv", tmp_path / "out.tsv")
+    assert {row["pred"] for row in rows} == {"1"}
+    assert cli.main(["evaluate", str(run), str(tables / "test.csv"), "--output", str(tmp_path / "out"), "--num_threads", "1"]) == 0
+    [folder] = (tmp_path / "out").iterdir()
+    figures, report = (json.loads((folder / name).read_text()) for name in ("test_metrics.json", "report.json"))
+    assert figures["test/recall"] == 1.0 and figures["threshold"] == report["threshold"]["value"] == -1.0
+    assert "Every row counts as class" in (folder / "report.html").read_text()
+    capsys.readouterr()
+    assert cli.main(["inspect", str(run)]) == 0
+    assert "Every row counts as `1`, also those with a probability of exactly 0, by the rule `precision_at_recall=1.0`" in capsys.readouterr().out
+    assert cli.main(["predict", str(run), str(tables / "test.csv"), str(tmp_path / "out.tsv"), "--threshold", "-1"]) == 2
