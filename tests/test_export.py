@@ -213,6 +213,8 @@ def test_the_graph_itself_limits_numbers_to_the_training_range(case, tmp_path):
     far = probabilities([1e30] * len(low), [-1e30] * len(low), list(known))
     assert np.array_equal(far, probabilities(list(high), list(low), list(known)))
     assert not np.array_equal(far[0], far[2])
+    if loaded.config.text_name:  # whose export takes seconds
+        return
     source = write_csv(tmp_path / "far.csv", [["r", "refund", age, amount, "a"] for age, amount in (("1e30", "-1e30"), ("-1e30", "1e30"), ("7", "1e9"), ("", "1"))])
     assert export.export_model(loaded, tmp_path / "checked", format="onnx", check=str(source)) < 1e-5  # --check with such rows
 
