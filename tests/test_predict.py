@@ -595,7 +595,7 @@ def test_the_check_counts_numbers_outside_in_validation_and_test_rows(tmp_path, 
 
 def test_an_older_folder_limits_what_its_cache_knows_and_else_says_so(tables, tmp_path, caplog):
     """Predictions of the rows in range do not change with it."""
-    shutil.copytree(tables / "run", tmp_path / "run")
+    tiny.without_manifest(shutil.copytree(tables / "run", tmp_path / "run"))
     shutil.copytree(tables / "cache", tmp_path / "run" / "cache")
     rows = read_csv(tables / "test.csv")
     expected = Predictor.from_folder(tables / "run").predict(rows)
@@ -619,7 +619,7 @@ def test_an_older_folder_limits_what_its_cache_knows_and_else_says_so(tables, tm
 
 def test_a_stored_threshold_of_every_row_is_the_same_everywhere(tables, tmp_path, capsys):
     """Predictions, figures, report, card and inspect: all rows are class 1, in words. It cannot be asked for: a given one is 0 to 1."""
-    run = shutil.copytree(tables / "run", tmp_path / "run")
+    run = tiny.without_manifest(shutil.copytree(tables / "run", tmp_path / "run"))
     record = json.loads((run / "thresholds.json").read_text())
     record["threshold"] = {"value": -1.0, "rule": "precision_at_recall=1.0", "precision": 0.5, "recall": 1.0, "f1": 0.6, "alerts_per_1000": 1000.0, "rows": 40, "reason": None}
     (run / "thresholds.json").write_text(json.dumps(record))

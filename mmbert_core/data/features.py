@@ -45,8 +45,9 @@ class Features:
     category_names: tuple[str, ...]  # K
     # K, sorted normal forms of the values seen in training; the j-th has index FIRST_CATEGORY + j
     categories: tuple[tuple[str, ...], ...]
-    minimums: tuple[float, ...] | None = None  # F, of the numbers in the training rows; None: not known, as in older folders
-    maximums: tuple[float, ...] | None = None  # F
+    # F, of the numbers in the training rows; None: not known, as in older folders
+    minimums: tuple[float, ...] | None = None
+    maximums: tuple[float, ...] | None = None
 
     @classmethod
     def fit(
@@ -116,8 +117,8 @@ class Features:
     def limits(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Lowest and highest number [F] each, float64, that the model is given: a little beyond the training range; None: not known.
 
-        What it learned says nothing of numbers far outside, and one of them would decide alone. A column that was constant
-        in training has that constant as both limits: its weights were never learned.
+        What it learned says nothing of numbers far outside, and one of them would decide alone. A column that was
+        constant in training has that constant as both limits: its weights were never learned.
         """
         if self.minimums is None or self.maximums is None:
             return None
@@ -126,12 +127,15 @@ class Features:
         return np.maximum(low - margin, -LARGEST), np.minimum(high + margin, LARGEST)
 
     def transform_numbers(self, raw: np.ndarray) -> np.ndarray:
-        """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: limited, medians put in, then the indicators. Not standardised."""
+        """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: limited, medians put in, then the indicators.
+
+        Not standardised. NaN stays missing, and numbers of the training rows keep every bit.
+        """
         medians, with_indicator = self._arrays
         missing = np.isnan(raw)
         if self.limits is not None:
             low, high = self.limits
-            raw = np.where(raw < low, low, np.where(raw > high, high, raw))  # NaN stays, and every number of the training rows bit for bit
+            raw = np.where(raw < low, low, np.where(raw > high, high, raw))
         output = np.empty((len(raw), self.num_numbers), dtype=np.float32)
         output[:, : raw.shape[1]] = np.where(missing, medians, raw)
         output[:, raw.shape[1] :] = missing[:, with_indicator]
@@ -269,11 +273,13 @@ def outside_lines(name: str, outside: Outside, features: Features) -> list[str]:
             continue
         counts = f"{name}: column {column!r}: {cells.count:,} of {cells.num_numbers:,} numbers lie"
         if features.limits is None:
-            lines.append(f"{counts} more than {FAR_STDS} standard deviations from the training mean {features.means[index]:.6g}; they were not limited: this older folder has no training range")
+            far = f"more than {FAR_STDS} standard deviations from the training mean {features.means[index]:.6g}"
+            lines.append(f"{counts} {far}; they were not limited: this older folder has no training range")
             continue
         low, high = (limit[index] for limit in features.limits)
         limits = f"{low:.12g} to {high:.12g}" if low < high else f"{low:.12g}"
-        lines.append(f"{counts} outside the training range {features.minimums[index]:.12g} to {features.maximums[index]:.12g} and were limited to {limits}")
+        known = f"{features.minimums[index]:.12g} to {features.maximums[index]:.12g}"
+        lines.append(f"{counts} outside the training range {known} and were limited to {limits}")
     return lines
 
 

@@ -1,7 +1,8 @@
-"""The training range of the numbers for model folders that lack it, from the run's own cache. Floor 1; imports config and data/.
+"""The training range of the numbers for model folders that lack it, from the run's own cache. Floor 1.
 
-Older folders hold medians, means and deviations, but not the range. The cache that the run left next to them still has the
-training rows. It is believed when its rows, chosen as the run chose them, have the statistics of the folder.
+Imports files, config and data/. Older folders hold medians, means and deviations, but not the range. The cache that the
+run left next to them still has the training rows. It is believed when its rows, chosen as the run chose them, have the
+statistics of the folder.
 N rows of a table, F numeric columns.
 """
 
@@ -30,10 +31,11 @@ OF_TEXTS = ("token_ids", "chunk_offsets", "row_chunks")
 
 
 def with_known_ranges(features: Features, labels: Labels, config: Config, folder: Path) -> Features:
-    """`features` with minimums and maximums, where the cache in the model's `folder`, or the configured one, has the training rows."""
+    """`features` with minimums and maximums, where the cache in `folder`, or the configured one, has the training rows."""
     if features.minimums is not None or not features.number_names:
         return features
-    for store in _stores([folder / "cache", *([Path(config.cache_path)] if config.cache_path else [])]):
+    caches = [folder / "cache", *([Path(config.cache_path)] if config.cache_path else [])]
+    for store in _stores(caches):
         try:
             fitted = _fitted(store, features, labels, config)
         except Exception as error:  # noqa: BLE001 - whatever a stranger's cache holds, the model is loaded without it
@@ -51,10 +53,13 @@ def _stores(caches: list[Path]) -> Iterator[Path]:
 
 
 def _is_equal(fitted: Features, features: Features) -> bool:
-    """Whether all that an older folder holds of the numeric columns is the same; sums may be rounded otherwise on another machine."""
-    names = ("number_names", "medians", "has_indicator")
-    is_same = all(getattr(fitted, name) == getattr(features, name) for name in names)
-    return is_same and all(np.allclose(getattr(fitted, name), getattr(features, name), rtol=1e-6, atol=0) for name in ("means", "stds"))
+    """Whether all that an older folder holds of the numbers is the same; other machines round sums otherwise."""
+
+    def is_close(name: str) -> bool:
+        return np.allclose(getattr(fitted, name), getattr(features, name), rtol=1e-6, atol=0)
+
+    exact = ("number_names", "medians", "has_indicator")
+    return all(getattr(fitted, name) == getattr(features, name) for name in exact) and is_close("means") and is_close("stds")
 
 
 def _fitted(store: Path, features: Features, labels: Labels, config: Config) -> Features:
@@ -64,7 +69,8 @@ def _fitted(store: Path, features: Features, labels: Labels, config: Config) -> 
     """
     rows = _read(store)
     if rows.numbers.shape != (rows.num_rows, len(features.number_names)) or rows.numbers.size > MAX_CELLS:
-        raise ValueError(f"expected at most {MAX_CELLS} numbers of {len(features.number_names)} columns, found shape {rows.numbers.shape}")
+        expected = f"at most {MAX_CELLS} numbers of {len(features.number_names)} columns"
+        raise ValueError(f"expected {expected}, found shape {rows.numbers.shape}")
     train_rows, _ = choose_rows(rows, labels, config)
     roles = replace(Roles.from_config(config), categories=())
     return Features.fit(rows.numbers, np.zeros((rows.num_rows, 0), dtype=np.int32), [], roles, rows=train_rows)
@@ -75,8 +81,10 @@ def _read(store: Path) -> EncodedRows:
     if not is_whole(store):
         raise ValueError("a file is missing or of another size")
     meta = read_json(store / META)
-    arrays = {name: _mapped(store / f"{name}.bin", array) for name, array in meta["arrays"].items() if name not in OF_TEXTS}
-    return assemble(arrays, vocabularies=meta["vocabularies"], label_values=meta["label_values"], paths=[str(store)], max_chunks=1, num_cut=0)
+    files = {name: array for name, array in meta["arrays"].items() if name not in OF_TEXTS}
+    arrays = {name: _mapped(store / f"{name}.bin", array) for name, array in files.items()}
+    texts = {"vocabularies": meta["vocabularies"], "label_values": meta["label_values"]}
+    return assemble(arrays, **texts, paths=[str(store)], max_chunks=1, num_cut=0)
 
 
 def _mapped(path: Path, array: dict[str, Any]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017). Floor 1; imports schema, class_ranking and metrics.
 
-With hard labels, rows that the model tells apart without an error drive the temperature to 0. So 1 / (N + 1) of each label is spread
-evenly over all classes: the weight of the Laplace smoothing of Berta et al. (2025, arXiv 2501.19195), on the labels rather than on the
-calibrated probabilities, so that small ones stay small. The class-wise targets of Platt (1999), (n_k + 1) / (n_k + 2), were worse on
-simulated rows with a known temperature: of 220 rows, or of 5 classes and more, they made it half as high again.
+With hard labels, rows that the model tells apart without an error drive the temperature to 0. So 1 / (N + 1) of each
+label is spread evenly over all classes: the weight of the Laplace smoothing of Berta et al. (2025, arXiv 2501.19195), on
+the labels rather than on the calibrated probabilities, so that small ones stay small. The class-wise targets of Platt
+(1999), (n_k + 1) / (n_k + 2), made the temperature of simulated rows up to twice the true one.
 N rows, K classes.
 """
 
@@ -46,7 +46,10 @@ class Calibration:
     method: str | None = None  # how it was fitted; None where it was not, and in older folders
 
     def apply(self, preds: np.ndarray) -> np.ndarray:
-        """[N] (binary: probability of class 1) or [N, K] -> the same shape, float32, in the same order, never exactly 0 or 1."""
+        """[N] (binary: probability of class 1) or [N, K] -> the same shape, float32, in the same order.
+
+        With a temperature other than 1 never exactly 0 or 1.
+        """
         if self.temperature == 1.0:
             return preds
         return np.clip(_scaled(_log_odds(preds), 1 / self.temperature).astype(np.float32), SMALLEST, LARGEST)
@@ -79,9 +82,11 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
     wanted = _mean_target_logit(logits, labels, num_classes)
     low, high = 1 / HIGHEST, 1 / LOWEST  # of the inverse temperature: the loss is convex in it, and its slope rises
     if _slope(logits, wanted, low) >= 0:
-        return Calibration(rows=len(labels), reason=f"the validation rows ask for a temperature above {HIGHEST:g}: their probabilities say next to nothing of their labels")
+        why = f"the validation rows ask for a temperature above {HIGHEST:g}: their probabilities say next to nothing of their labels"
+        return Calibration(rows=len(labels), reason=why)
     if _slope(logits, wanted, high) <= 0:
-        return Calibration(rows=len(labels), reason=f"the validation rows ask for a temperature below {LOWEST:g}: their probabilities hardly differ, their labels do")
+        why = f"the validation rows ask for a temperature below {LOWEST:g}: their probabilities hardly differ, their labels do"
+        return Calibration(rows=len(labels), reason=why)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if _slope(logits, wanted, middle) > 0 else (middle, high)
