@@ -1,8 +1,8 @@
-"""One run per folder: a lock of the file system or, where that has none, a file with signs of life. Floor 0; imports errors and files.
+"""One run per folder: a lock or, on a file system without, a file with signs of life. Floor 0; imports errors, files.
 
-Without locks (some network and user-space file systems) the claim is the file `run.claim`: its first line names process,
-machine and a random token, and a counter behind it grows every few seconds. Clocks of machines are never compared: whoever
-finds a claim watches whether its counter grows.
+Without locks (some network and user-space file systems) the claim is the file `run.claim`: its first line names
+process, machine and a random token, and a counter behind it grows every few seconds. Clocks of machines are never
+compared: whoever finds a claim watches whether its counter grows.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ class Claim:
         self._thread: threading.Thread | None = None
 
     def take_without_locks(self) -> None:
-        """Make the claim file and begin to give signs of life. Raises `InputError` when another process does so already."""
+        """Make the claim file and begin to give signs of life. Raises `InputError` when another process does so."""
         while not self._create():
             found = _read(self._path)
             if not found and not self._path.exists():
@@ -51,14 +51,17 @@ class Claim:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `RunError` when another process has taken the folder, which it may after this one gave no sign of life for a while."""
+        """Raise `RunError` when another process has taken the folder, as after a while without a sign of life."""
         if self._lock is not None or not self._folder.is_dir():
             return
         found = _read(self._path)
         if not found:
             self._create()  # somebody has removed the claim alone
         elif not found.startswith(self._line):
-            raise RunError(f"{self._folder}: another run writes to this folder now ({_holder(found)}): choose another model_path for one of them")
+            holder = _holder(found)
+            raise RunError(
+                f"{self._folder}: another run writes to this folder now ({holder}): choose another model_path for one of them"
+            )
 
     def release(self) -> None:
         """Give the folder back."""
@@ -82,7 +85,7 @@ class Claim:
         return True
 
     def _remove_stale(self, found: str) -> None:
-        """Of several processes that take over the claim of a dead one, one moves it away; a fresh claim that is hit instead comes back."""
+        """Of several processes that take over a dead one's claim, one moves it away; a fresh claim is put back."""
         aside = self._path.with_name(f"{TEMPORARY_PREFIX}{CLAIM}-{os.getpid()}")
         with suppress(FileNotFoundError):  # another process was faster
             os.rename(self._path, aside)
@@ -123,7 +126,8 @@ def claim_folder(folder: Path) -> Claim:
         stream.close()
         claim = Claim(folder, None)
         claim.take_without_locks()
-        logger.warning("%s: this file system has no locks (%s); the file %s keeps other runs away", folder, error.strerror, CLAIM)
+        text = "%s: this file system has no locks (%s); the file %s keeps other runs away"
+        logger.warning(text, folder, error.strerror, CLAIM)
         return claim
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -150,7 +154,7 @@ def _holder(found: str) -> str:
 
 
 def _is_dead(path: Path, found: str) -> bool:
-    """Whether the process of a claim is not there any more: on this machine by its number, else by its counter, which is watched."""
+    """Whether the process of a claim has ended: on this machine by its number, else by its counter, which is watched."""
     match = HOLDER.match(found)
     if match and match[2] == socket.gethostname():
         if int(match[1]) == os.getpid():  # its number is this process's now

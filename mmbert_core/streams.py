@@ -1,4 +1,4 @@
-"""Standard streams that lose their reader or cannot write every character: neither ends a command. Floor 0; imports nothing of ours.
+"""Standard streams that lose their reader or lack a character: neither ends a command. Floor 0; imports nothing of ours.
 
 A command is done when its files are written. `| head` that has read enough, a terminal that is gone and a closed
 descriptor only mean that nobody reads what is printed; a full disk behind standard output is still an error.
@@ -53,25 +53,26 @@ def protect_streams() -> None:
             file = _StandardFile(stream.fileno(), is_required=name == "stdout")
             stream.flush()
             buffered = io.BufferedWriter(file)
-            wrapped = io.TextIOWrapper(
-                buffered, encoding=stream.encoding, errors="backslashreplace", line_buffering=name == "stderr" or stream.isatty(), write_through=name == "stderr"
-            )  # fmt: skip
+            at_once = name == "stderr"
+            options = {"line_buffering": at_once or stream.isatty(), "write_through": at_once}
+            wrapped = io.TextIOWrapper(buffered, encoding=stream.encoding, errors="backslashreplace", **options)
             setattr(sys, name, wrapped)
     with suppress(OSError, ValueError, RuntimeError):
         faulthandler.enable()
 
 
 def open_closed_streams() -> None:
-    """A caller may have closed standard streams (`>&-`): nothing is read from those, and what is written there is lost."""
+    """Replace streams that the caller has closed (`>&-`): nothing is read from those, what is written there is lost."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for the life of the process
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - until the process ends
+            setattr(sys, name, stream)
 
 
 @contextmanager
 def while_it_is_read() -> Iterator[None]:
-    """Work whose only result is standard output ends, and is no failure, when the reader, such as `| head`, has seen enough."""
+    """Work whose only result is standard output ends without a failure when the reader (`| head`) has seen enough."""
     try:
         yield
         sys.stdout.flush()

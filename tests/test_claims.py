@@ -49,15 +49,25 @@ def no_locks(monkeypatch, short):
 
 def hold(folder: Path, *words: str) -> subprocess.Popen:
     """A process that holds the folder until its input ends."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *words], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), *words],
+        cwd=tiny.ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == f"{process.pid}\n"
     return process
 
 
 @pytest.mark.parametrize("words", ((), ("elsewhere",)))
-def test_without_locks_the_second_is_refused_and_the_end_of_the_first_frees_the_folder(tmp_path, no_locks, words, caplog):
+def test_without_locks_the_second_is_refused_and_the_end_of_the_first_frees_the_folder(
+    tmp_path, no_locks, words, caplog
+):
     process = hold(tmp_path, *words)
-    with pytest.raises(InputError, match=f"expected a folder that no other run writes to, found it in use by process {process.pid} on "):
+    with pytest.raises(
+        InputError, match=f"expected a folder that no other run writes to, found it in use by process {process.pid} on "
+    ):
         claim_folder(tmp_path)
     process.communicate(timeout=30)
     assert not (tmp_path / CLAIM).exists()
@@ -75,12 +85,16 @@ def test_without_locks_the_claim_of_a_killed_process_is_taken_over(tmp_path, no_
     process.wait()
     started = time.monotonic()
     claim = claim_folder(tmp_path)
-    assert (time.monotonic() - started >= claims.SECONDS_WITHOUT_A_SIGN) == bool(words)  # on the same machine its number says so
+    assert (time.monotonic() - started >= claims.SECONDS_WITHOUT_A_SIGN) == bool(
+        words
+    )  # on the same machine its number says so
     claim.release()
     assert not (tmp_path / CLAIM).exists() and not list(tmp_path.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("content", ("", "process 1 on elsewhere " + "0" * 32 + "\n7\n", f"process {os.getpid()} on here {'0' * 32}\n"))
+@pytest.mark.parametrize(
+    "content", ("", "process 1 on elsewhere " + "0" * 32 + "\n7\n", f"process {os.getpid()} on here {'0' * 32}\n")
+)
 def test_a_claim_that_nobody_keeps_up_is_taken_over(tmp_path, no_locks, content):
     (tmp_path / CLAIM).write_text(content)
     claim_folder(tmp_path).release()
@@ -125,7 +139,9 @@ def test_two_runs_at_once_without_locks(tmp_path):
     """The second command ends with one line and exit code 2; the first is as alone. Both build the same cache at the same time."""
     config = tmp_path / "run.json"
     values = tiny.settings(tmp_path, max_epochs=1, test_path=())
-    config.write_text(json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}))
+    config.write_text(
+        json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in values.items()})
+    )
     program = (
         "import errno, fcntl, os, sys, time\n"
         "def refuse(*_):\n    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))\n"
@@ -136,9 +152,15 @@ def test_two_runs_at_once_without_locks(tmp_path):
         "cli.run()\n"
     )
     command = [sys.executable, "-c", program, "train", str(config)]
-    processes = [subprocess.Popen(command, cwd=tiny.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen(command, cwd=tiny.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        for _ in range(2)
+    ]
     ends = sorted((process.communicate(timeout=180)[1], process.returncode) for process in processes)
     assert sorted(code for _, code in ends) == [0, 2], ends
     [error] = [error for error, code in ends if code == 2]
-    assert "expected a folder that no other run writes to, found it in use by process " in error.splitlines()[-1] and "Traceback" not in error
+    assert (
+        "expected a folder that no other run writes to, found it in use by process " in error.splitlines()[-1]
+        and "Traceback" not in error
+    )
     assert (tmp_path / "run/train_results.json").exists() and not (tmp_path / "run" / CLAIM).exists()

@@ -24,7 +24,9 @@ def shell(program: str, redirections: str = "", **environment: str) -> subproces
     """A process that runs START and `program` behind the shell's `redirections`, such as `| true`; its own exit code."""
     variables = os.environ | {"PYTHONPATH": str(tiny.ROOT), "PROGRAM": START + program, **environment}
     line = f'set -o pipefail; {sys.executable} -c "$PROGRAM" {redirections}'
-    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env=variables, cwd=tiny.ROOT)
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=60, env=variables, cwd=tiny.ROOT
+    )
 
 
 MUCH = "for _ in range(50): print('x' * 10_000)\nprint('done', file=sys.stderr)\n"  # more than a pipe holds
@@ -33,7 +35,12 @@ MUCH = "for _ in range(50): print('x' * 10_000)\nprint('done', file=sys.stderr)\
 def test_a_reader_that_is_gone_ends_nothing_and_is_not_told():
     done = shell(MUCH, "| true")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "done\n")
-    done = shell("logger = logging.getLogger(); logger.addHandler(logging.StreamHandler())\n" + MUCH + "logger.warning('w' * 100_000)\nos.write(1, b'still')\n", "2>&1 | true")
+    done = shell(
+        "logger = logging.getLogger(); logger.addHandler(logging.StreamHandler())\n"
+        + MUCH
+        + "logger.warning('w' * 100_000)\nos.write(1, b'still')\n",
+        "2>&1 | true",
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -53,7 +60,10 @@ def test_closed_streams_are_replaced():
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_an_error_of_standard_output_only():
-    done = shell("print('text')\ntry:\n    sys.stdout.flush()\nexcept OSError as error:\n    print(error, file=sys.stderr)\n    os._exit(1)\n", ">/dev/full")
+    done = shell(
+        "print('text')\ntry:\n    sys.stdout.flush()\nexcept OSError as error:\n    print(error, file=sys.stderr)\n    os._exit(1)\n",
+        ">/dev/full",
+    )
     assert done.returncode == 1 and done.stderr == "[Errno 28] No space left on device: 'standard output'\n"
     assert shell("print('lost', file=sys.stderr)\nprint('text')\n", "2>/dev/full").stdout == "text\n"
 
@@ -83,9 +93,19 @@ def german(tmp_path_factory) -> tuple[Path, Path]:
             header, *rows = csv.reader(stream)
         path = folder / f"{name}_ü.csv"
         with open(path, "w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([[names.get(column, column) for column in header], *([*row[:-1], ("süß", "größer")[int(row[-1])]] for row in rows)])
+            csv.writer(stream).writerows(
+                [
+                    [names.get(column, column) for column in header],
+                    *([*row[:-1], ("süß", "größer")[int(row[-1])]] for row in rows),
+                ]
+            )
         values[f"{name}_path"] = [str(path)]
-    values |= {"tab_field_list": [names["age"], "amount"], "cat_field_list": [names["kind"]], "label_name": names["label"], "model_path": str(folder / "läuft")}
+    values |= {
+        "tab_field_list": [names["age"], "amount"],
+        "cat_field_list": [names["kind"]],
+        "label_name": names["label"],
+        "model_path": str(folder / "läuft"),
+    }
     config = folder / "run.json"
     config.write_text(json.dumps(values), encoding="utf-8")
     done = command(f"train {config}", "| true", PYTHONIOENCODING="ascii")
@@ -97,21 +117,33 @@ def german(tmp_path_factory) -> tuple[Path, Path]:
 def command(arguments: str, redirections: str, **environment: str) -> subprocess.CompletedProcess[str]:
     line = f"set -o pipefail; {sys.executable} -m mmbert_core {arguments} {redirections}"
     variables = os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=180, env=variables, cwd=tiny.ROOT)
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=180, env=variables, cwd=tiny.ROOT
+    )
 
 
 def test_commands_on_an_ascii_output_that_nobody_reads(german):
     config, model = german
     test_rows = json.loads(config.read_text())["test_path"][0]
-    done = command(f"evaluate {model} {test_rows} --output {model.parent / 'evaluated'}", "2>&1 | true", PYTHONIOENCODING="ascii")
+    done = command(
+        f"evaluate {model} {test_rows} --output {model.parent / 'evaluated'}", "2>&1 | true", PYTHONIOENCODING="ascii"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(model.parent.glob("evaluated/*/test_result_0.tsv"))
     done = command(f"inspect {model}", "", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "l\\xe4uft" in done.stdout and "gr\\xf6\\xdfer" in done.stdout and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 0
+        and "l\\xe4uft" in done.stdout
+        and "gr\\xf6\\xdfer" in done.stdout
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_command_whose_output_finds_no_place_says_so_in_one_line(german):
     done = command(f"inspect {german[1]}", ">/dev/full")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device: 'standard output'"
+    assert (
+        done.returncode == 1
+        and done.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device: 'standard output'"
+    )
     assert "Traceback" not in done.stderr

@@ -1,4 +1,6 @@
-"""A run that is killed right before its n-th file operation, and resumed: `python -m tests.faults.file_operations FOLDER [--every K]`.
+"""A run killed before its n-th file operation, and resumed.
+
+    `python -m tests.faults.file_operations FOLDER [--every K]`.
 
 Every way a process changes the disk from Python goes through an audit event, so a kill before each of them leaves
 every state of the disk that a kill can leave between two operations. The runs are forked from a process that has imported everything.
@@ -24,7 +26,19 @@ from mmbert_core.training import hooks
 from tests import tiny
 
 KILLED = 137
-CHANGES = frozenset({"shutil.rmtree", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"})
+CHANGES = frozenset(
+    {
+        "shutil.rmtree",
+        "os.rename",
+        "os.remove",
+        "os.mkdir",
+        "os.rmdir",
+        "os.truncate",
+        "os.link",
+        "os.symlink",
+        "os.chmod",
+    }
+)
 # whose bytes depend on the time that things took
 TIMED = ("metrics.jsonl", "train_results.json", "state.json", "MANIFEST.json", "report.json", "report.html")
 
@@ -107,14 +121,28 @@ def listing(run: Path) -> dict[str, str]:
 
 def compare(expected: dict[str, str], found: dict[str, str]) -> list[str]:
     more, fewer = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
-    return [*(f"more: {name}" for name in more), *(f"fewer: {name}" for name in fewer), *(f"other bytes: {name}" for name in expected if found.get(name, expected[name]) != expected[name])]
+    return [
+        *(f"more: {name}" for name in more),
+        *(f"fewer: {name}" for name in fewer),
+        *(f"other bytes: {name}" for name in expected if found.get(name, expected[name]) != expected[name]),
+    ]
 
 
-def sweep(folder: Path, *, every: int = 1, first: int = 1, progress: Callable[[str], None] = lambda line: None, **changes: Any) -> Sweep:
+def sweep(
+    folder: Path, *, every: int = 1, first: int = 1, progress: Callable[[str], None] = lambda line: None, **changes: Any
+) -> Sweep:
     """Kill a tiny run before each `every`-th operation and resume it, each in a folder of its own name; compares with an undisturbed one."""
     torch.set_num_threads(1)  # no thread before a fork
     hooks.write_plots = lambda *_, **__: []  # pictures take longer than the run
-    settings = {"num_rows": 24, "max_epochs": 2, "save_every": 2, "keep_checkpoints": 1, "val_check_interval": 2, "cache_path": str(folder / "run/cache"), **changes}
+    settings = {
+        "num_rows": 24,
+        "max_epochs": 2,
+        "save_every": 2,
+        "keep_checkpoints": 1,
+        "val_check_interval": 2,
+        "cache_path": str(folder / "run/cache"),
+        **changes,
+    }
     config = Config(**tiny.settings(folder, **settings))
     run = Path(config.model_path)
     context = read_context()
@@ -156,9 +184,15 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="the last line is a JSON object")
     arguments = parser.parse_args()
-    result = sweep(arguments.folder, every=arguments.every, first=arguments.first, progress=lambda line: print(line, flush=True))
+    result = sweep(
+        arguments.folder, every=arguments.every, first=arguments.first, progress=lambda line: print(line, flush=True)
+    )
     different = sum(map(bool, result.kills.values()))
-    print(json.dumps(asdict(result)) if arguments.json else f"{result.operations} operations, {len(result.kills)} kills, {different} left a different folder")
+    print(
+        json.dumps(asdict(result))
+        if arguments.json
+        else f"{result.operations} operations, {len(result.kills)} kills, {different} left a different folder"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ pytestmark = pytest.mark.fault
      "the resumed run's folder has the files of an undisturbed run, with the same bytes: one test folder, the same checkpoints", full={"every": 1})  # fmt: skip
 def test_F25_kills_before_file_operations(tmp_path: Path, every: int = 23) -> Figures:
     """In a process of its own, because it forks."""
-    command = [sys.executable, "-m", "tests.faults.file_operations", str(tmp_path / "sweep"), "--every", str(every), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.file_operations",
+        str(tmp_path / "sweep"),
+        "--every",
+        str(every),
+        "--json",
+    ]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=7200)
     figures = Figures()
     assert done.returncode == 0, done.stderr[-3000:]
