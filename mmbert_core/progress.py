@@ -14,7 +14,10 @@ SECONDS_UNTIL_LINE = 5.0
 
 @contextmanager
 def slow_step(name: str) -> Iterator[None]:
-    """After SECONDS_UNTIL_LINE say that `name` still runs, then each time its duration has tripled. A step that is faster says nothing."""
+    """After SECONDS_UNTIL_LINE say that `name` still runs, then each time its duration has tripled.
+
+    A step that is faster says nothing.
+    """
     is_done = threading.Event()
 
     def watch() -> None:

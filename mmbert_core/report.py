@@ -32,6 +32,7 @@ from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import EPS, METRICS
 from mmbert_core.evaluation.page import render
 from mmbert_core.evaluation.predictions import predicted_classes
+from mmbert_core.evaluation.report_schema import FORMAT_VERSION, check_report
 from mmbert_core.evaluation.slices import FEWEST_ROWS, slices_of
 from mmbert_core.explain import Pieces, explain_rows
 from mmbert_core.files import read_json, write_json, write_text
@@ -44,7 +45,6 @@ from mmbert_core.training.setup import VERSIONS
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 REPORT, PAGE = "report.json", "report.html"
 HEADLINE = ("auroc", "average_precision", "f1_score", "precision", "recall", "accuracy")
 SLICE_METRICS = ("f1_score", "accuracy")  # beside the main one
@@ -103,14 +103,15 @@ def write_report(make: Callable[[], Scored], folder: Path) -> bool:
 def render_again(folder: Path) -> Path:
     """report.html of the report.json in `folder`. Raises `InputError` when there is none."""
     try:
-        report = read_json(folder / REPORT)
-        if report["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"expected format {FORMAT_VERSION}, found {report['format_version']}")
-        write_text(folder / PAGE, render(report))
+        report = read_json(folder / REPORT, check_report)
     except FileNotFoundError:
         raise InputError(f"{folder}: expected the folder of a test or of `mmbert evaluate`, found no {REPORT}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / REPORT}: not a report ({error})") from None
+    try:
+        page = render(report)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{folder / REPORT}: expected a report that can be drawn, found one that cannot ({what})") from None
+    write_text(folder / PAGE, page)
     return folder / PAGE
 
 

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
          "model.padded"),
         ("evaluation.predictions", "evaluation.class_counts", "evaluation.class_ranking", "evaluation.metrics", "evaluation.plots", "evaluation.intervals", "evaluation.slices", "evaluation.thresholds",
          "evaluation.calibration", "evaluation.baselines", "evaluation.judgement", "evaluation.sections",
-         "evaluation.markup", "evaluation.charts", "evaluation.page_style", "evaluation.page_quality", "evaluation.page_details", "evaluation.page"),
+         "evaluation.report_schema", "evaluation.markup", "evaluation.charts", "evaluation.page_style", "evaluation.page_quality", "evaluation.page_details", "evaluation.page"),
     ),
     (("model_files", "model_folder", "assessment", "training.saved_state", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "explain", "importance", "training.memory", "training.setup"),),
     (("card", "report", "predictor", "serve_page", "serve", "export", "training.loop", "ablation", "demo"),),

@@ -1,4 +1,7 @@
-"""Accuracy, F1, precision, recall and MCC from three counts of each class, never from a confusion matrix. Floor 1; imports nothing of ours."""
+"""Accuracy, F1, precision, recall and MCC from three counts of each class, never from a confusion matrix. Floor 1.
+
+Imports nothing of ours.
+"""
 
 # N rows, K classes
 
@@ -19,7 +22,9 @@ class ClassCounts:
     predicted: np.ndarray
 
 
-def class_counts(labels: np.ndarray, chosen: np.ndarray, num_classes: int, weights: np.ndarray | None = None) -> ClassCounts:
+def class_counts(
+    labels: np.ndarray, chosen: np.ndarray, num_classes: int, weights: np.ndarray | None = None
+) -> ClassCounts:
     """Counts of `labels` and predicted classes `chosen`, both int [N]; a row counts as its weight [N], by default 1."""
     weights = np.ones(len(labels)) if weights is None else weights
     is_right = labels == chosen
@@ -28,9 +33,12 @@ def class_counts(labels: np.ndarray, chosen: np.ndarray, num_classes: int, weigh
 
 
 def value_of(metric: str, counts: ClassCounts, *, is_binary: bool) -> float:
-    """One of COUNT_METRICS; a zero denominator is 0, as in scikit-learn. Binary f1_score, precision and recall are those of class 1."""
-    average = {"f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}.get(metric, "binary" if is_binary else "macro")
-    return COUNT_METRICS[metric](counts, average)
+    """One of COUNT_METRICS; a zero denominator is 0, as in scikit-learn.
+
+    Binary f1_score, precision and recall are those of class 1, of several classes macro means.
+    """
+    averages = {"f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}
+    return COUNT_METRICS[metric](counts, averages.get(metric, "binary" if is_binary else "macro"))
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -71,5 +79,6 @@ def _mcc(counts: ClassCounts, average: str) -> float:
 
 
 COUNT_METRICS: dict[str, Callable[[ClassCounts, str], float]] = {
-    "accuracy": _accuracy, "f1_score": _f1, "f1_macro": _f1, "f1_micro": _f1, "f1_weighted": _f1, "precision": _precision, "recall": _recall, "mcc": _mcc,
+    "accuracy": _accuracy, "f1_score": _f1, "f1_macro": _f1, "f1_micro": _f1, "f1_weighted": _f1,
+    "precision": _precision, "recall": _recall, "mcc": _mcc,
 }  # fmt: skip

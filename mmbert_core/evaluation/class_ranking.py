@@ -1,6 +1,7 @@
-"""AUROC and average precision of classes against the rest: one class of weighted rows, or thousands of classes at once. Floor 1.
+"""AUROC and average precision of classes against the rest: one class of weighted rows, or thousands at once. Floor 1.
 
-Imports nothing of ours. N rows, K classes, C of them asked for, P rows of a class, D draws of weights. A class without rows, or with all of them, has nan.
+Imports nothing of ours. N rows, K classes, C of them asked for, R rows of these, D draws of weights. A class without
+rows, or with all of them, has nan.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEW_CLASSES = 30  # more of them: all curves at once here, instead of one after the other; and pages and prints list some of them
-# What a row's weight costs, in nanoseconds as measured on one CPU core: in the sums above one score (a matrix product), and in a sorted cumulative sum.
+FEW_CLASSES = 30  # with more, all are ranked at once instead of one after the other, and pages and prints list some
+# Nanoseconds for the weight of a row, on one CPU core: in the sum above one score (a matrix product), and in a sorted
+# cumulative sum.
 PAIR_COST, CURVE_COST = 0.15, 12.0
 RARE_ROWS = int(CURVE_COST / PAIR_COST)  # of a class, up to which the matrix product is cheaper
 BLOCK_CELLS = 4_000_000  # rows of classes x all rows in memory at a time
@@ -31,7 +33,7 @@ class Ranking:
     is_positive: np.ndarray  # [N] float64, in that order
 
     def value_of(self, curve: Curve, weights: np.ndarray) -> float:
-        """`curve` gets the weights of positives and of negatives down to each distinct score; nan where there are none of either."""
+        """`curve` gets the weights of positives and of negatives down to each distinct score; nan without either."""
         true, false = self.sums(weights)
         return curve(true, false) if true[-1] > 0 and false[-1] > 0 else np.nan
 
@@ -72,7 +74,7 @@ class ClassRankings:
 
 
 def class_rankings(preds: np.ndarray, labels: np.ndarray) -> ClassRankings:
-    """Of probabilities `preds` [N, K], all finite, and `labels` int [N]: a sort per class, and a search for its own rows."""
+    """Of finite probabilities `preds` [N, K] and `labels` int [N]: a sort for each class, and a search for its rows."""
     num_rows, num_classes = preds.shape
     areas, precisions = np.full(num_classes, np.nan), np.full(num_classes, np.nan)
     for index, rows in _rows_by_class(labels, num_classes):
@@ -111,7 +113,9 @@ def cost_per_draw(num_positives: np.ndarray, num_rows: int) -> np.ndarray:
     return num_rows * np.minimum(num_positives * PAIR_COST, CURVE_COST)
 
 
-def weighted_rankings(preds: np.ndarray, labels: np.ndarray, classes: Sequence[int], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def weighted_rankings(
+    preds: np.ndarray, labels: np.ndarray, classes: Sequence[int], weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """AUROC and average precision [D, C] of `classes` for D draws of whole-number row weights [D, N].
 
     `preds` [N, K], `labels` int [N]. Weights add up exactly in float32, below 2^23 a class.
@@ -129,7 +133,8 @@ def weighted_rankings(preds: np.ndarray, labels: np.ndarray, classes: Sequence[i
             for draw, of_draw in enumerate(weights):
                 true, false = ranking.sums(of_draw)
                 if true[-1] > 0 and false[-1] > 0:
-                    areas[draw, column], precisions[draw, column] = auroc(true, false), average_precision(true, false)
+                    areas[draw, column] = auroc(true, false)
+                    precisions[draw, column] = average_precision(true, false)
     return areas, precisions
 
 
@@ -147,7 +152,9 @@ def _blocks(columns: Sequence[int], num_positives: np.ndarray, num_rows: int) ->
         yield block
 
 
-def _rare_rankings(preds: np.ndarray, labels: np.ndarray, classes: Sequence[int], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rare_rankings(
+    preds: np.ndarray, labels: np.ndarray, classes: Sequence[int], weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """AUROC and average precision [C, D] of whole classes with rows, from the weights [N, D] above each of their rows."""
     rows = np.concatenate([np.flatnonzero(labels == index) for index in classes])  # [R], class by class
     own_labels = labels[rows]
@@ -164,7 +171,8 @@ def _rare_rankings(preds: np.ndarray, labels: np.ndarray, classes: Sequence[int]
         return is_counted.astype(np.float32) @ weights - positive, positive
 
     false, true = negatives(above_or_equal)
-    false_above = negatives(above)[0] if (above_or_equal.sum() - above.sum()) > len(rows) else false  # more than each row's tie with itself
+    has_ties = above_or_equal.sum() - above.sum() > len(rows)  # more than that of each row with itself
+    false_above = negatives(above)[0] if has_ties else false
     found = (true + false).astype(np.float64)
     precision = np.divide(true, found, out=np.zeros_like(found), where=found > 0)
     positives = np.add.reduceat(own_weights, starts, axis=0).astype(np.float64)  # [C, D]

@@ -1,4 +1,7 @@
-"""A report as one HTML page that needs no network, no script and no other file. Floor 1; imports errors, markup, page_style, page_quality and page_details."""
+"""A report as one HTML page that needs no network, no script and no other file. Floor 1.
+
+Imports errors, markup, page_style, page_quality, page_details and report_schema.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from mmbert_core.errors import InputError
 from mmbert_core.evaluation import page_details, page_quality
 from mmbert_core.evaluation.markup import count, name, reason, text
 from mmbert_core.evaluation.page_style import style_sheet
+from mmbert_core.evaluation.report_schema import FORMAT_VERSION
 
-FORMAT = 1  # of the report
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 # Name of the section, the report's key, what makes it.
 SECTIONS: tuple[tuple[str, str, Callable[[Any, Mapping[str, Any]], str]], ...] = (
@@ -38,8 +41,8 @@ def render(report: Mapping[str, Any]) -> str:
 
     The same report makes the same page. Raises InputError for a report of another format.
     """
-    if report.get("format_version") != FORMAT:
-        raise InputError(f"report: expected format_version {FORMAT}, found {report.get('format_version')!r}")
+    if report.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"report: expected format_version {FORMAT_VERSION}, found {report.get('format_version')!r}")
     sections, links = [], []
     for title, key, make in SECTIONS:
         why, anchor = why_empty(report.get(key)), title.lower().replace(" ", "-")
