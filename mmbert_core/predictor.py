@@ -73,6 +73,7 @@ class Predictor:
         self.loaded = loaded
         self.folder = folder
         self.context = context
+        self.warns_with_examples = True  # of cells; a server's log has none
         self._process_id = os.getpid()
         self._lock = forks.lock_of(loaded.model)  # threads share the tokenizer's settings and the model's hooks
         config = loaded.config
@@ -284,7 +285,8 @@ class Predictor:
     def _unlike_training(self, name: str, unseen: Unseen, outside: Outside) -> list[str]:
         """A line for each column with values or numbers that no training row has; `name` says of which rows."""
         features = self.loaded.features
-        return [*unseen_lines(name, unseen, features), *outside_lines(name, outside, features)]
+        unseen_values = unseen_lines(name, unseen, features, examples=self.warns_with_examples)
+        return [*unseen_values, *outside_lines(name, outside, features)]
 
     def score(self, dataset: Dataset) -> EpochResult:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""

@@ -1,6 +1,6 @@
 """A model folder behind HTTP on this machine: a page to try rows by hand, and JSON for programs. Floor 3.
 
-Imports errors, signals, data, predictor and serve_page.
+Imports connections, errors, signals, data, predictor and serve_page.
 
     GET /   GET /health   POST /predict (a row or a list of rows)   POST /explain (a row)
 
@@ -8,6 +8,8 @@ One connection, one request (HTTP/1.0), a thread each; one of them computes at a
 address are for this machine, and while no other machine can reach it, other web pages open in the same browser are kept out.
 """
 
+import copy
+import io
 import ipaddress
 import json
 import logging
@@ -17,14 +19,14 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from mmbert_core import signals
+from mmbert_core.connections import BoundedServer, Limits, RequestStream
 from mmbert_core.data.readers import object_of
 from mmbert_core.data.table import Roles, shown
 from mmbert_core.errors import InputError, RunError
@@ -35,14 +37,16 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1_000_000  # of a request's body
 MOST_DISCARDED = 16_000_000  # of a body that is refused: one who still sends would not read the answer
-SECONDS_FOR_A_CLIENT = 30.0  # to send or to take the next bytes
-SECONDS_BETWEEN_LOOKS = 0.2  # for a signal
+MAX_ROWS = 10_000  # of a request
+MAX_OTHER_KEYS = 1_000  # of a row, that are not columns of the model
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 METHODS = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/predict": ("POST",), "/explain": ("POST",)}
 
 
 def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -> None:
-    """Serve until a signal asks to stop; requests under way are finished. For the main thread. Port 0: any that is free.
+    """Serve until a signal asks to stop; requests that were sent are answered. For the main thread. Port 0: any that is free.
+
+    After the signal a client has `Limits.stop_seconds` (5) to send the rest of its request, and as long to take its answer.
 
     Raises `InputError` when host and port cannot be listened on.
     """
@@ -50,29 +54,24 @@ def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -
         if server.local_names is None:
             logger.warning("listening beyond this machine: there is no authentication, whoever reaches %s can use the model, and so can web pages open in their browsers", server.url)
         logger.info("serving %s on %s", model_path, server.url)
-        server.timeout = SECONDS_BETWEEN_LOOKS
-        while signals.requested() is None:
-            server.handle_request()  # waits for a connection, and leaves it to a thread
-        server.socket.close()  # nobody new
-        server.finish()
+        server.serve_until(lambda: signals.requested() is not None)
         logger.info("%s: every request under way is answered", signals.requested())
 
 
-class Server(ThreadingHTTPServer):
+class Server(BoundedServer):
     """Listens from the start. Raises `InputError` when it cannot."""
 
-    daemon_threads = True  # an open connection without a request must not keep the process
-
-    def __init__(self, predictor: Predictor, model_path: str, *, host: str, port: int) -> None:
-        self.predictor, self.model_path = predictor, model_path
+    def __init__(
+        self, predictor: Predictor, model_path: str, *, host: str, port: int, limits: Limits = Limits()
+    ) -> None:
+        self.predictor, self.model_path = copy.copy(predictor), model_path
+        self.predictor.warns_with_examples = False
         self.columns = Roles.from_config(predictor.loaded.config).inputs()
         self.model_lock = threading.Lock()
-        self.answered = threading.Condition()
-        self.num_under_way = 0
         self.local_names = LOCAL_NAMES | {host.lower()} if is_local(host) else None
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((host, port), Handler)
+            super().__init__((host, port), Handler, limits=limits)
         except OSError as error:
             raise InputError(f"host {host!r}, port {port}: cannot be listened on ({error.strerror})") from None
 
@@ -85,23 +84,6 @@ class Server(ThreadingHTTPServer):
         """Without the base class's question to the network after the host's full name, which can take a minute."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
-
-    @contextmanager
-    def request_under_way(self) -> Iterator[None]:
-        with self.answered:
-            self.num_under_way += 1
-        try:
-            yield
-        finally:
-            with self.answered:
-                self.num_under_way -= 1
-                self.answered.notify_all()
-
-    def finish(self) -> None:
-        """Wait until every request that has begun is answered."""
-        time.sleep(SECONDS_BETWEEN_LOOKS)  # a connection just accepted is about to say what it wants
-        with self.answered:
-            self.answered.wait_for(lambda: self.num_under_way == 0)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that left is no error of ours; the base class would print a traceback."""
@@ -123,7 +105,18 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     unread: int | None
     server_version, sys_version = "mmbert", ""
-    timeout = SECONDS_FOR_A_CLIENT
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.stream = RequestStream(self.server, self.server.connection_of(self.request))
+        self.rfile = io.BufferedReader(self.stream)
+
+    def handle(self) -> None:
+        super().handle()
+        if self.stream.is_late:
+            seconds = self.server.limits.client_seconds
+            logger.info("a client had not sent its whole request after %g s: connection closed", seconds)
 
     def answer(self) -> None:
         started = time.monotonic()
@@ -131,23 +124,22 @@ class Handler(BaseHTTPRequestHandler):
         headers: dict[str, str] = {}
         length = self.headers.get("Content-Length", "")[:20]
         self.unread = int(length) if length.isascii() and length.isdecimal() else None  # bytes of the body
-        with self.server.request_under_way():
-            try:
-                status, kind, body, headers = self._made(path)
-            except Refusal as refusal:
-                self._discard()
-                status, kind, body = refusal.status, "application/json", as_json({"error": str(refusal)})
-            except InputError as error:
-                status, kind, body = HTTPStatus.BAD_REQUEST, "application/json", as_json({"error": one_line(error)})
-            except (ConnectionError, TimeoutError):  # the client is gone or too slow
-                raise
-            except Exception as error:
-                logger.exception("%s %s failed", self.command, path)
-                reason = one_line(error) if isinstance(error, RunError) else "internal error; the server's log has it"
-                status, kind, body = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json", as_json({"error": reason})
-            if status == HTTPStatus.METHOD_NOT_ALLOWED:
-                headers = {"Allow": ", ".join(METHODS[path])}
-            self._send(status, kind, body, headers)
+        try:
+            status, kind, body, headers = self._made(path)
+        except Refusal as refusal:
+            self._discard()
+            status, kind, body = refusal.status, "application/json", as_json({"error": str(refusal)})
+        except InputError as error:
+            status, kind, body = HTTPStatus.BAD_REQUEST, "application/json", as_json({"error": one_line(error)})
+        except (ConnectionError, TimeoutError):  # the client is gone or too slow
+            raise
+        except Exception as error:
+            logger.exception("%s %s failed", self.command, path)
+            reason = one_line(error) if isinstance(error, RunError) else "internal error; the server's log has it"
+            status, kind, body = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json", as_json({"error": reason})
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers = {"Allow": ", ".join(METHODS[path])}
+        self._send(status, kind, body, headers)
         milliseconds = 1000 * (time.monotonic() - started)
         logger.info("%s %s %d %.0f ms", self.command, path if path in METHODS else shown(path), status, milliseconds)
 
@@ -190,7 +182,15 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length")
         if self.unread > MOST_BYTES:
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected a body of at most {MOST_BYTES} bytes, found {self.unread}")
-        body, self.unread = self.rfile.read(self.unread), 0
+        expected, self.unread = self.unread, 0
+        try:
+            body = self.rfile.read(expected)
+        except TimeoutError:
+            seconds = self.server.limits.client_seconds
+            raise Refusal(HTTPStatus.REQUEST_TIMEOUT, f"expected the whole request within {seconds:g} s") from None
+        if len(body) < expected:
+            raise InputError(f"expected a body of {expected} bytes as Content-Length says, found {len(body)}")
+        self.stream.connection.waiting_since = None
         if self.headers.get_content_type() != "application/json":
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"expected Content-Type application/json, found {shown(self.headers.get('Content-Type', ''))}")
         try:
@@ -203,10 +203,14 @@ class Handler(BaseHTTPRequestHandler):
     def _discard(self) -> None:
         """Read what is left of a refused body."""
         unread = min(self.unread or 0, MOST_DISCARDED)
-        while unread > 0 and (part := self.rfile.read(min(unread, 65536))):
-            unread -= len(part)
+        with suppress(TimeoutError):
+            while unread > 0 and (part := self.rfile.read(min(unread, 65536))):
+                unread -= len(part)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str]) -> None:
+        connection = self.stream.connection
+        connection.waiting_since = time.monotonic()
+        connection.socket.settimeout(self.server.seconds_left(connection))
         self.send_response(status)
         standing = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
         for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **standing, **headers}.items():
@@ -228,17 +232,26 @@ class Handler(BaseHTTPRequestHandler):
 def predicted(predictor: Predictor, rows: Any) -> dict[str, Any]:
     """`{"predictions": [...]}` of a row or of a list of rows, in their order."""
     rows = rows if isinstance(rows, list) else [rows]
+    if len(rows) > MAX_ROWS:
+        raise InputError(f"expected at most {MAX_ROWS} rows in a request, found {len(rows)}: send them in several")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise InputError(f"data row {number}: expected an object of columns and cells, found {json_type(row)}")
+        check_row(predictor, row, f"data row {number}: ")
     return {"predictions": predictor.predict(rows)}
 
 
 def explained(predictor: Predictor, row: Any) -> dict[str, Any]:
     """`{"prediction": {...}, "tokens": [[piece, weight], ...]}` of one row."""
-    if not isinstance(row, dict):
-        raise InputError(f"expected one object of columns and cells, found {json_type(row)}")
+    check_row(predictor, row, "", "one object")
     return predictor.explain(row)
+
+
+def check_row(predictor: Predictor, row: Any, prefix: str, expected: str = "an object") -> None:
+    """Raise `InputError` for a row that is no object, or has thousands of keys that the model does not read."""
+    if not isinstance(row, dict):
+        raise InputError(f"{prefix}expected {expected} of columns and cells, found {json_type(row)}")
+    max_keys = MAX_OTHER_KEYS + len(Roles.from_config(predictor.loaded.config).inputs())
+    if len(row) > max_keys:
+        raise InputError(f"{prefix}expected at most {max_keys} keys, found {len(row)}")
 
 
 def json_type(value: Any) -> str:

@@ -14,7 +14,7 @@ PACKAGE = "mmbert_core"
 # Every file, by floor. A file imports the files of lower floors, and those named before it in its own group.
 # Groups of the same floor do not know each other.
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("errors", "streams", "signals", "progress", "schema", "files", "claims", "manifest", "hub", "encoder_files", "config", "config_file", "config_names", "config_reader", "forks", "distributed"), ("export_example",)),
+    (("errors", "streams", "signals", "progress", "schema", "files", "claims", "manifest", "hub", "encoder_files", "config", "config_file", "config_names", "config_reader", "forks", "connections", "distributed"), ("export_example",)),
     (
         ("data.ahead", "data.batches", "data.sample", "data.cells", "data.lines", "data.csv_reader", "data.parquet_reader", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
          "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare", "data.known_ranges"),

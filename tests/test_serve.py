@@ -13,7 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,11 @@ import pytest
 
 from mmbert_core import cli, signals
 from mmbert_core.config import Config
+from mmbert_core.connections import Limits
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
-from mmbert_core.errors import RunError
+from mmbert_core.data.table import records_to_chunk
+from mmbert_core.errors import InputError, RunError
 from mmbert_core.predictor import Predictor
 from mmbert_core.serve import MOST_BYTES, Server, is_local, run_server
 from mmbert_core.serve_page import render_page
@@ -48,9 +51,11 @@ def server(model) -> Iterator[Server]:
 
 
 @contextmanager
-def serving(predictor: Predictor, model_path: str, host: str = "127.0.0.1") -> Iterator[Server]:
+def serving(
+    predictor: Predictor, model_path: str, host: str = "127.0.0.1", limits: Limits = Limits()
+) -> Iterator[Server]:
     """A server in a thread, on a free port."""
-    with Server(predictor, model_path, host=host, port=0) as made:
+    with Server(predictor, model_path, host=host, port=0, limits=limits) as made:
         thread = threading.Thread(target=made.serve_forever, args=(0.02,))
         thread.start()
         yield made
@@ -213,6 +218,8 @@ def test_our_failures_are_one_line_and_the_log_has_the_traceback(server, monkeyp
 def test_the_log_has_a_line_for_each_request_and_no_cell(server, caplog):
     caplog.set_level(logging.INFO, "mmbert_core")
     secret = "xyzzy"
+    server.wait_until_idle()  # the lines of requests before this one
+    caplog.clear()
 
 
     def lines():
@@ -306,6 +313,169 @@ def test_the_command_serves_until_a_signal(model, number):
         process.kill()
     assert process.returncode == 0, err
     assert "POST /predict 200" in err and "refund" not in err and "Traceback" not in err
+
+
+# ---- slow clients, many clients ----
+
+SHORT = Limits(client_seconds=1.0, stop_seconds=0.6, idle_seconds=0.2, full_seconds=0.3, max_connections=8)
+POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def request_of(value: Any) -> bytes:
+    body = json.dumps(value).encode()
+    return POST % len(body) + body
+
+
+def send_slowly(server: Server, data: bytes, ended: list[float], *, limit: float = 5.0) -> None:
+    """A byte every 50 ms, until the server closes the connection; then the seconds that took."""
+    started = time.monotonic()
+    with socket.create_connection(server.server_address, timeout=60) as client:
+        client.settimeout(0.05)
+        try:
+            for byte in data:
+                client.send(bytes([byte]))
+                with suppress(TimeoutError):
+                    if not client.recv(65536):
+                        break
+                if time.monotonic() - started > limit:
+                    return
+        except OSError:
+            pass
+    ended.append(time.monotonic() - started)
+
+
+def start_threads(target: Any, arguments: list[tuple[Any, ...]]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=target, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_ended(server):
+    slow = [b"GET /health HTTP/1.1\r\nX: " + b"a" * 500, POST % 500 + b" " * 500, (POST % 2_000_000) + b" " * 500]
+    ended: list[float] = []
+    with serving(server.predictor, "m", limits=SHORT) as other:
+        join(start_threads(send_slowly, [(other, data, ended) for data in slow * 2]))
+    assert len(ended) == 6 and max(ended) < 3
+
+
+def test_a_slow_body_is_answered_with_408(server):
+    with serving(server.predictor, "m", limits=SHORT) as other:
+        assert b" 408 " in raw(other, POST % 500 + b"{").splitlines()[0]
+        with socket.create_connection(other.server_address, timeout=60) as client:
+            client.sendall(POST % 500 + b"{}")
+            client.shutdown(socket.SHUT_WR)
+            assert b"expected a body of 500 bytes" in b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_clients_that_hold_all_connections_give_way(server):
+    ended: list[float] = []
+    limits = replace(SHORT, client_seconds=30.0)
+    with serving(server.predictor, "m", limits=limits) as other:
+        threads = start_threads(send_slowly, [(other, POST % 500 + b" " * 500, ended) for _ in range(12)])
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert ask(other, "/predict", ROW).status == 200 and time.monotonic() - started < 4
+        other.finish()
+        join(threads)
+    assert len(ended) == 12
+
+
+def test_at_the_end_all_requests_are_answered_and_slow_clients_are_ended(server, monkeypatch):
+    """Requests that are computed, that wait in the kernel's queue, and clients that never finish theirs."""
+    predict, stop = server.predictor.predict, threading.Event()
+    with Server(server.predictor, "m", host="127.0.0.1", port=0, limits=replace(SHORT, client_seconds=60)) as other:
+        monkeypatch.setattr(other.predictor, "predict", lambda rows: (time.sleep(0.05), predict(rows))[1], raising=False)
+        accepting = threading.Thread(target=other.serve_until, args=(stop.is_set,))
+        accepting.start()
+        ended: list[float] = []
+        slow = start_threads(send_slowly, [(other, POST % 500 + b" " * 500, ended) for _ in range(3)])
+        idle = socket.create_connection(other.server_address)
+        time.sleep(0.3)
+        clients = [socket.create_connection(other.server_address, timeout=60) for _ in range(20)]
+        for client in clients:
+            client.sendall(request_of(ROW))
+        stop.set()
+        answers = [b"".join(iter(lambda client=client: client.recv(65536), b"")) for client in clients]
+        accepting.join(10)
+        assert not accepting.is_alive()
+        join(slow)
+        assert [b" 200 " in answer[:20] for answer in answers] == [True] * 20 and len(ended) == 3
+        for client in (*clients, idle):
+            client.close()
+        with pytest.raises(OSError):
+            socket.create_connection(other.server_address, timeout=5)
+
+
+@pytest.mark.parametrize(("path", "prefix"), [("/predict", "data row 1: "), ("/explain", "")])
+def test_thousands_of_keys_are_one_line_at_once(server, path, prefix):
+    row = {f"text{number}": 1 for number in range(60_000)}
+    started = time.monotonic()
+    answer = ask(server, path, row)
+    assert answer.status == 400 and answer.json["error"] == f"{prefix}expected at most 1005 keys, found 60000"
+    answer = ask(server, path, {**{key: row[key] for key in list(row)[:900]}, "x" * 400_000: 1})
+    assert answer.status == 400 and "column 'text' not found; nearest is 'text" in answer.json["error"]
+    assert len(answer.json["error"]) < 5000 and time.monotonic() - started < 3
+    many = ask(server, "/predict", [0] * 10_001).json["error"]
+    assert many == "expected at most 10000 rows in a request, found 10001: send them in several"
+
+
+def test_the_nearest_of_many_long_names_is_found_at_once():
+    started = time.monotonic()
+    with pytest.raises(InputError, match="column 'text' not found") as error:
+        records_to_chunk([{f"{number}text" * (1 + number % 7): 1 for number in range(60_000)}], ["text"])
+    assert time.monotonic() - started < 2 and len(str(error.value)) < 5000
+
+
+def load(server_address: tuple[str, int], num_clients: int, seconds: float) -> tuple[list[float], list[str]]:
+    """Clients that each send a request after the other: seconds of each answer, and what was lost."""
+    latencies: list[float] = []
+    lost: list[str] = []
+    end = time.monotonic() + seconds
+
+    def work() -> None:
+        while (started := time.monotonic()) < end:
+            try:
+                with socket.create_connection(server_address, timeout=60) as client:
+                    client.sendall(request_of(ROW))
+                    answer = b"".join(iter(lambda: client.recv(65536), b""))
+                latencies.append(time.monotonic() - started) if b" 200 " in answer[:20] else lost.append(repr(answer[:40]))
+            except OSError as error:
+                lost.append(repr(error))
+
+    join(start_threads(work, [()] * num_clients))
+    return latencies, lost
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("num_clients", [8, 128, 256])
+def test_many_clients_lose_no_connection(server, num_clients):
+    with Server(server.predictor, "m", host="127.0.0.1", port=0) as other:
+        stop = threading.Event()
+        [accepting] = start_threads(other.serve_until, [(stop.is_set,)])
+        latencies, lost = load(other.server_address, num_clients, 5.0)
+        stop.set()
+        join([accepting])
+    assert not lost and len(latencies) >= num_clients and max(latencies) < 20, (lost[:3], len(latencies))
+
+
+def test_a_burst_of_clients_waits_in_the_queue(server):
+    with Server(server.predictor, "m", host="127.0.0.1", port=0) as other:
+        clients = [socket.create_connection(other.server_address, timeout=5) for _ in range(60)]  # nobody accepts yet
+        for client in clients:
+            client.sendall(request_of(ROW))
+        [accepting] = start_threads(other.serve_until, [(lambda: True,)])
+        answers = [b"".join(iter(lambda client=client: client.recv(65536), b"")) for client in clients]
+        join([accepting])
+        assert [b" 200 " in answer[:20] for answer in answers] == [True] * 60
+        for client in clients:
+            client.close()
 
 
 def test_help_is_exit_code_0():

@@ -234,10 +234,10 @@ def add_by_column(first: dict[str, Cells], second: dict[str, Cells]) -> dict[str
     return {name: cells + second[name] for name, cells in first.items()} if first else dict(second)
 
 
-def unseen_lines(name: str, unseen: Unseen, features: Features) -> list[str]:
+def unseen_lines(name: str, unseen: Unseen, features: Features, *, examples: bool = True) -> list[str]:
     """A line for each column with values that no training row has; `name` says of which rows.
 
-    Where they are more than MAX_UNSEEN_SHARE of the cells, probably written in another way, with examples of both sides.
+    Where they are more than MAX_UNSEEN_SHARE of the cells, probably written in another way, with `examples` of both sides.
     """
     lines = []
     for column, values in zip(features.category_names, features.categories, strict=True):
@@ -245,7 +245,7 @@ def unseen_lines(name: str, unseen: Unseen, features: Features) -> list[str]:
         if cells is None or not cells.count:
             continue
         problem = f"cells of column {column!r} hold a value that no training row has"
-        if cells.count <= MAX_UNSEEN_SHARE * cells.num_cells:
+        if cells.count <= MAX_UNSEEN_SHARE * cells.num_cells or not examples:
             lines.append(f"{name}: {cells.count} {problem}")
             continue
         known = f"training rows have {_listed(values[:MAX_EXAMPLES], len(values))}" if values else "training rows have none"

@@ -18,6 +18,7 @@ from mmbert_core.errors import InputError
 
 CHUNK_ROWS = 8192
 MAX_CHUNK_CHARACTERS = 2**24  # of the cells kept: what a chunk takes in memory
+MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100  # of a header, for the nearest name: difflib takes 6 s for 60,000
 SEPARATORS = {  # that are not the file's: name, advice
     ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
     "\t": ("tabs", "name the file .tsv"),
@@ -231,11 +232,12 @@ def _chunk_in_memory(path: str, values: Mapping[str, Sequence[object]], num_rows
 
 
 def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    known = set(header)
     for column in columns:
-        if column not in header:
-            names = ", ".join(repr(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
+        if column not in known:
+            names = ", ".join(shown(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
             raise InputError(f"{path}: column {column!r} not found{_missing_hint(column, header)}; columns are {names}")
-    return list(dict.fromkeys([*columns, *(name for name in optional if name in header)]))
+    return list(dict.fromkeys([*columns, *(name for name in optional if name in known)]))
 
 
 def _missing_hint(column: str, header: Sequence[str]) -> str:
@@ -249,7 +251,9 @@ def _missing_hint(column: str, header: Sequence[str]) -> str:
         split = [cell.strip(' "') for cell in ",".join(header).split(separator)]
         if column in split and any(separator in name for name in header) and (separator != "," or len(header) == 1):
             return f": cells seem to be separated by {kind}; {advice}"
-    by_lower = {name.lower(): name for name in header}
+    by_lower = {name.lower(): name for name in header[:MAX_COMPARED_NAMES] if len(name) <= MAX_COMPARED_CHARACTERS}
+    if len(column) > MAX_COMPARED_CHARACTERS:
+        return ""
     near = get_close_matches(column.lower(), by_lower, n=1, cutoff=0.5)
     return f"; nearest is {by_lower[near[0]]!r}" if near else ""
 
