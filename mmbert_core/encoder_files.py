@@ -49,9 +49,12 @@ def check_encoder_files(folder: str | Path) -> None:
 
 
 def check_content(path: Path, *, may_be_empty: bool = False) -> None:
-    """Raise `InputError` for a Git LFS pointer, which stands where a clone without Git LFS should have the file, and for an empty file."""
-    with open(path, "rb") as stream:
-        head = stream.read(len(LFS_POINTER))
+    """Raise `InputError` for a Git LFS pointer, which stands where a clone without Git LFS should have the file, for an empty file, and for one that cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if head == LFS_POINTER:
         content = "the weights" if path.suffix == ".safetensors" else "the file"
         raise InputError(f"{path}: is a Git LFS pointer, not {content} itself: run `git lfs pull` in its folder")

@@ -21,7 +21,7 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.known_ranges import with_known_ranges
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import always_used_ids, load_tokenizer
-from mmbert_core.encoder_files import Shapes, read_shapes
+from mmbert_core.encoder_files import Shapes, check_content, read_shapes
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.files import TEMPORARY_PREFIX, save_tensors, space, sync_path, write_json
@@ -46,6 +46,7 @@ from mmbert_core.model_files import (
     check_complete,
     check_manifest,
     manifest_record,
+    prediction_files,
     read_judgement,
     read_settings,
 )
@@ -163,6 +164,8 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     """Read a model folder. Raises `InputError`, one line, when a file is missing, not as it was written, or does not fit the others."""
     folder = Path(folder)
     check_complete(folder)
+    for name in prediction_files(folder):
+        check_content(folder / name, may_be_empty=True)
     check_manifest(folder)
     settings = read_settings(folder)
     config = settings.config

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
+from mmbert_core.config import Config
 from mmbert_core.data.tokens import load_tokenizer
 from mmbert_core.encoder_files import encoder_shapes
 from mmbert_core.errors import InputError
 from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder
+from mmbert_core.model_folder import load_model_folder
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 90888945\n"
 
@@ -70,6 +72,17 @@ def test_a_pointer_or_an_empty_file_is_said_to_be_that(folder, name, content):
         message = refusal(call, folder)
         assert name in message and expected in message
         assert not content or "git lfs pull" in message
+
+
+def test_a_pointer_in_a_model_folder_is_said_to_be_that(tmp_path):
+    tiny.train(Config(**tiny.settings(tmp_path, max_epochs=1)))
+    for name in ("model.safetensors", "encoder/tokenizer.json", "config.json"):
+        path = tmp_path / "run" / name
+        content = path.read_bytes()
+        path.write_text(POINTER)
+        assert f"{name}: is a Git LFS pointer" in refusal(load_model_folder, tmp_path / "run")
+        path.write_bytes(content)
+    load_model_folder(tmp_path / "run")
 
 
 def test_pointers_next_to_what_is_read_harm_nobody(folder):

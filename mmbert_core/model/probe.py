@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from mmbert_core.errors import InputError
-from mmbert_core.model.text_encoder import TextBertBase, is_causal
+from mmbert_core.model.text_encoder import EQUAL, TextBertBase, is_causal
 
 TOLERANCE = 1e-5  # of a text vector's largest value, at least of 1
-SAME = 1e-7  # the same, for vectors that must differ
-SHORT_WORDS, LONG_WORDS = 3, 28  # tokens of the text whose neighbours are tried, and of its neighbour
+CERTAIN = 1e-3  # the same: beyond it a difference is no rounding, below it float64 tells
+SHORT_WORDS, LONG_WORDS = (1, 3), 28  # ordinary tokens of the texts whose neighbour is tried, and of that neighbour
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,19 @@ class ProbeTokens:
 def check_text_encoder(text: TextBertBase, tokens: ProbeTokens, *, max_length: int, name: str) -> None:
     """Raise `InputError`, one line, where the encoder `name` cannot give right vectors of texts of `max_length` tokens.
 
-    Tried are: token ids without an embedding, the longest text, a text alone and beside a longer one, packed and padded
+    Tried are: token ids without an embedding, the longest text, a text alone and next to a longer one, packed and padded
     texts, and two texts that differ in their last token only.
     """
     check_token_ids(text.encoder, tokens.highest, name=name)
     most_words = max(1, max_length - tokens.num_special)
-    short, long = (tokens.text(min(most_words, count)) for count in (SHORT_WORDS, LONG_WORDS))
+    *short, long = (tokens.text(min(most_words, count)) for count in (*SHORT_WORDS, LONG_WORDS))
     with _unchanged(text):
         _check_runs(text, tokens, name=name)
         _check_positions(text, tokens, max_length=max_length, name=name)
-        _check_mask(text, short, long, tokens.pad, name=name)
+        for each in short:
+            _check_mask(text, each, long, tokens.pad, name=name)
         if len(tokens.words) > 1:
-            _check_last_word(text, tokens, min(most_words, SHORT_WORDS), name=name)
+            _check_last_word(text, tokens, min(most_words, SHORT_WORDS[-1]), name=name)
 
 
 def check_token_ids(encoder: nn.Module, highest: int, *, name: str) -> None:
@@ -110,21 +111,27 @@ def _largest(runs: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], pad: int, *, name: str) -> None:
-    """A text's vector is the same alone and beside a longer one, and the same packed and padded."""
+    """A text's vector is the same alone and next to a longer one, and the same packed and padded."""
     encoder = type(text.encoder).__name__
     is_packed = text.is_packed
     text.is_packed = False
     try:
         alone, again = (_vectors(text, [short], pad) for _ in range(2))  # [1, H]
         together = _vectors(text, [short, long], pad)  # [2, H]
+        difference = _difference(alone[0], together[0])
+        if TOLERANCE < difference < CERTAIN:  # a deep encoder's rounding in float32, or not
+            text.double()
+            difference = _difference(*(_vectors(text, texts, pad)[0] for texts in ([short], [short, long])))
     finally:
         text.is_packed = is_packed
+        if text.linear.weight.dtype != torch.float32:
+            text.float()
     if _difference(alone, again) > TOLERANCE:
         raise InputError(f"encoder {name!r}: {encoder} gives a text another vector at every call (it draws random numbers): choose another encoder")
-    if _difference(alone[0], together[0]) > TOLERANCE:
+    if difference > TOLERANCE:
         raise InputError(
-            f"encoder {name!r}: {encoder} does not heed the attention mask: a text's vector differs by {_difference(alone[0], together[0]):.1e} "
-            "alone and beside a longer text, so predictions would depend on the other rows: choose another encoder"
+            f"encoder {name!r}: {encoder} does not heed the attention mask: a text's vector differs by {difference:.1e} "
+            "alone and next to a longer text, so predictions would depend on the other rows: choose another encoder"
         )
     if is_packed:
         difference = _difference(_vectors(text, [short, long], pad), together)
@@ -135,7 +142,7 @@ def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], p
 def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *, name: str) -> None:
     """Two texts that differ in their last word differ in their vectors. One call each: the same work in the same order."""
     first, second = (_vectors(text, [tokens.text(num_words, last=word)], tokens.pad) for word in (tokens.words[0], tokens.words[-1]))
-    if _difference(first, second) > SAME:
+    if _difference(first, second) > EQUAL:
         return
     reason = "reads forward only and this vector is that of its first token" if text.pooling in ("cls", "pooler") and is_causal(text.encoder) else "gives both the same vector"
     other = "last" if text.pooling in ("cls", "pooler") else "mean"
@@ -152,7 +159,7 @@ def _vectors(text: TextBertBase, texts: Sequence[Sequence[int]], pad: int) -> to
     longest = max(map(len, texts))
     input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts])
-    return text.pool(input_ids, mask).float()
+    return text.pool(input_ids, mask)
 
 
 def _failure(text: TextBertBase, ids: Sequence[int]) -> str:

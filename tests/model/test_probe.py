@@ -18,6 +18,7 @@ from mmbert_core.data.tokens import load_tokenizer, sample_tokens
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError
 from mmbert_core.manifest import MANIFEST
+from mmbert_core.model import probe
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
 from mmbert_core.model_folder import load_model_folder
@@ -79,8 +80,10 @@ def test_decoders_pass_with_last_and_mean_and_their_first_token_is_refused(famil
 
 @pytest.mark.parametrize("family", ["FNet", "ConvBert", "Nystromformer", "Yoso"])
 def test_families_that_do_not_heed_the_mask_are_refused(family):
-    encoder = encoder_of(family, {"num_landmarks": 64} if family == "Nystromformer" else {})
-    assert "does not heed the attention mask" in refusal(encoder, "mean")
+    for layers in (1, 2):
+        encoder = encoder_of(family, {"num_hidden_layers": layers, **({"num_landmarks": 64} if family == "Nystromformer" else {})})
+        for pooling in ("mean", "cls", "last"):
+            assert "does not heed the attention mask" in refusal(encoder, pooling)
 
 
 def test_random_vectors_are_refused():
@@ -105,6 +108,19 @@ def test_ids_without_an_embedding_and_weights_that_are_not_finite():
     with torch.no_grad():
         encoder.encoder.layer[0].output.dense.bias.fill_(torch.nan)
     assert "not finite" in refusal(encoder, "cls")
+
+
+def test_rounding_is_told_from_neighbours_in_float64(monkeypatch):
+    """A deep encoder's rounding may pass the tolerance in float32; weights come back bit for bit."""
+    monkeypatch.setattr(probe, "TOLERANCE", 1e-12)
+    text = TextBertBase(encoder_of("Roberta", {}), pooling="mean", hidden_common_dim=4)
+    text.is_packed = False
+    before = {name: tensor.clone() for name, tensor in text.state_dict().items()}
+    short, long = TOKENS.text(3), TOKENS.text(28)
+    with torch.no_grad():
+        assert probe._difference(probe._vectors(text, [short], 1)[0], probe._vectors(text, [short, long], 1)[0]) > 1e-9
+    check_text_encoder(text, TOKENS, max_length=40, name="it")
+    assert all(tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in text.state_dict().items())
 
 
 def test_a_probe_leaves_generators_and_modes_as_they_were():
