@@ -1,6 +1,6 @@
 """What a model is, for whoever gets its folder: summary.json, and README.md, the model card (Mitchell et al. 2019). Floor 3.
 
-Imports assessment, config, evaluation, files, model_folder.
+Imports assessment, config, evaluation, files, model_files, model_folder.
 """
 
 import logging
@@ -10,9 +10,9 @@ from typing import Any
 
 import mmbert_core
 from mmbert_core.assessment import listed_figures
-from mmbert_core.errors import InputError
-from mmbert_core.files import read_json, write_json, write_text
-from mmbert_core.model_folder import CARD, SUMMARY, LoadedModel, load_model_folder
+from mmbert_core.files import write_json, write_text
+from mmbert_core.model_files import CARD, SUMMARY, SUMMARY_JSON, read_part
+from mmbert_core.model_folder import LoadedModel, load_model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +34,14 @@ def write_card(folder: Path, loaded: LoadedModel, *, data: Values, best: Values,
 def describe(folder: Path) -> list[str]:
     """Lines of `mmbert inspect`: what the model needs, what it was trained on, how good it is. Raises `InputError`."""
     loaded = load_model_folder(folder)
-    try:
-        summary = read_json(folder / SUMMARY)
-    except FileNotFoundError:
-        summary = {"data": {}, "best": {}, "test": None}
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    try:
-        return card(folder.resolve().name, loaded, summary)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / SUMMARY}: expected another structure ({type(error).__name__}: {error})") from None
+    return card(folder.resolve().name, loaded, read_summary(folder))
+
+
+def read_summary(folder: Path) -> Values:
+    """What summary.json says, nothing where there is none. Raises `InputError` for another structure."""
+    if not (folder / SUMMARY).is_file():
+        return {"data": {}, "best": {}, "test": None}
+    return read_part(folder / SUMMARY, SUMMARY_JSON)
 
 
 def card(name: str, loaded: LoadedModel, summary: Values) -> list[str]:
@@ -80,12 +78,12 @@ def training(summary: Values) -> list[str]:
     lines = []
     for name, part in summary["data"].items():
         if name != "files":
-            classes = ", ".join(f"`{markdown(label)}` {count:,}" for label, count in list((part["classes"] or {}).items())[:20])
+            classes = ", ".join(f"`{markdown(label)}` {count:,}" for label, count in list((part.get("classes") or {}).items())[:20])
             classes += f" and {part['classes_left_out']:,} more classes" if part.get("classes_left_out") else ""
             lines.append(f"* {name}: {part['rows']:,} rows{f' ({classes})' if classes else ''}")
     best = summary["best"]
     if best.get("step"):
-        value = "" if best.get("value") is None else f": {markdown(best['metric'])} {best['value']:.4f} on the validation rows"
+        value = "" if best.get("value") is None else f": {markdown(best.get('metric') or 'val_loss')} {best['value']:.4f} on the validation rows"
         lines.append(f"* best step {best['step']:,}{value}")
     return lines or ["Not recorded in this folder."]
 
@@ -95,12 +93,12 @@ def figures(loaded: LoadedModel, test: Mapping[str, Any] | None) -> list[str]:
     if not test or "test/accuracy" not in test:
         return ["No labelled test rows were scored."]
     rivals = test.get("baselines", {})
-    lines = [f"{test['test/num_rows']:,} test rows; 95 % bootstrap intervals.", "", "| metric | model | interval | " + " | ".join(rivals) + " |", "|---|---|---|" + "---|" * len(rivals)]
+    lines = [f"{test.get('test/num_rows') or 0:,} test rows; 95 % bootstrap intervals.", "", "| metric | model | interval | " + " | ".join(rivals) + " |", "|---|---|---|" + "---|" * len(rivals)]
     for name in SHOWN:
         key = f"test/{name}"
-        low_high = test["intervals"].get(key)
+        low_high = test.get("intervals", {}).get(key)
         interval = f"{low_high[0]:.4f} - {low_high[1]:.4f}" if low_high else ""
-        lines.append(f"| {name} | {number(test[key])} | {interval} | " + " | ".join(number(values.get(key)) for values in rivals.values()) + " |")
+        lines.append(f"| {name} | {number(test.get(key))} | {interval} | " + " | ".join(number(values.get(key)) for values in rivals.values()) + " |")
     return lines
 
 

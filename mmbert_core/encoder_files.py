@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mmbert_core.errors import InputError
-from mmbert_core.files import read_json
+from mmbert_core.files import check_readable, read_json
 from mmbert_core.schema import anything, mapping, parse_json, record, text
 
 Shapes = dict[str, tuple[int, ...]]  # tensor -> its shape
@@ -33,12 +34,16 @@ SHARED_LAYERS = ("albert",)  # families with more layers than tensors
 
 
 def check_encoder_files(folder: str | Path) -> None:
-    """Raise `InputError` for a file of the folder that is a Git LFS pointer, empty, or not as long as it says itself.
+    """Raise `InputError` for a file of the folder that may not be read, is a Git LFS pointer, empty, or not as long as it says itself,
+
+    and for counts in its config.json that no encoder has.
 
     Only files that are read are looked at: a pointer next to whole weights, as of pytorch_model.bin, harms nobody.
     """
     folder = Path(folder)
+    check_readable(folder)
     vocabulary = () if (folder / TOKENIZER).is_file() else VOCABULARY_FILES
+    check_readable(*(folder / name for name in (*READ_FILES, *vocabulary, WEIGHTS, WEIGHTS_INDEX)))
     for name in (*READ_FILES, *vocabulary):
         if (folder / name).is_file():
             check_content(folder / name, may_be_empty=name == "merges.txt")
@@ -46,6 +51,12 @@ def check_encoder_files(folder: str | Path) -> None:
         check_content(folder / WEIGHTS)
     elif (folder / WEIGHTS_INDEX).is_file():
         check_content(folder / WEIGHTS_INDEX)
+    if (folder / CONFIG).is_file():  # the tokenizer's loading builds the config, too
+        config: Any = None
+        with suppress(ValueError):  # of a text that is not JSON: the loading itself says what it is
+            config = read_json(folder / CONFIG)
+        if isinstance(config, dict):
+            check_config_against_weights(config, {}, error_prefix=f"encoder {str(folder)!r}: its config.json")
 
 
 def check_content(path: Path, *, may_be_empty: bool = False) -> None:

@@ -23,7 +23,7 @@ from mmbert_core.evaluation.thresholds import THRESHOLD_JSON, Threshold
 from mmbert_core.files import check_readable, read_json
 from mmbert_core.manifest import MANIFEST, first_difference, manifest_of, read_manifest
 from mmbert_core.model.text_encoder import POOLINGS
-from mmbert_core.schema import Check, anything, constant, mapping, nullable, record, text, whole
+from mmbert_core.schema import Check, anything, array, constant, mapping, nullable, number, record, text, whole
 
 FORMAT_VERSION = 1
 CONFIG, FEATURES, LABELS, ENCODER = "config.json", "features.json", "labels.json", "encoder"
@@ -41,6 +41,25 @@ RESOLVED = record(
 )
 CONFIG_JSON = record({"format_version": constant(FORMAT_VERSION), "config": mapping(anything), "resolved": RESOLVED}, {"mmbert_core": text()})
 THRESHOLDS_JSON = record({"threshold": THRESHOLD_JSON, "calibration": CALIBRATION_JSON})
+# Figures of evaluated rows: metrics by name, and what is said of them.
+FIGURES_JSON = record(
+    {},
+    {
+        "undefined": mapping(text()), "intervals": mapping(nullable(array(number(), length=2))), "threshold": nullable(number(-1, 1)),
+        "baselines": mapping(mapping(nullable(number()))), "no_baselines": mapping(text()),
+    },
+    others=nullable(number()),
+)  # fmt: skip
+# Of the rows of a split; versions differ in what they say of them.
+SPLIT_JSON = record({"rows": whole(0)}, {"classes": nullable(mapping(whole(0))), "mean_tokens": nullable(number(0))}, others=True)
+SUMMARY_JSON = record(
+    {
+        "data": record({}, {"files": mapping(record({"sha256": text()}, {"bytes": whole(0)}))}, others=SPLIT_JSON),
+        "best": record({}, {"step": nullable(whole(0)), "metric": nullable(text()), "value": nullable(number())}, others=True),
+        "test": nullable(FIGURES_JSON),
+    },
+    {"mmbert_core": text()},
+)
 
 
 @dataclass(frozen=True)

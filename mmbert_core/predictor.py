@@ -39,7 +39,8 @@ from mmbert_core.files import TEMPORARY_PREFIX, naming, read_json, sync_path
 from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model.probe import num_embedding_rows
-from mmbert_core.model_folder import SUMMARY, LoadedModel, load_model_folder
+from mmbert_core.model_files import SUMMARY, SUMMARY_JSON
+from mmbert_core.model_folder import LoadedModel, load_model_folder
 from mmbert_core.report import Scored, rows_section, training_section, write_report
 from mmbert_core.training import hooks
 from mmbert_core.training.hooks import BatchResult, EpochResult, Task
@@ -334,11 +335,10 @@ def load_predictor(folder: str, options: Mapping[str, Any]) -> Predictor:
 def summary_of(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What summary.json of a model folder says of the run's data, and of its best step; nothing where there is none."""
     try:
-        summary = {} if folder is None else read_json(folder / SUMMARY)
-        data, best = dict(summary["data"]), dict(summary["best"])
-        return {**data, "files": {path: dict(value) for path, value in data["files"].items()}}, best
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        summary = {"data": {}, "best": {}} if folder is None else read_json(folder / SUMMARY, SUMMARY_JSON)
+    except (OSError, ValueError):
         return {}, {}
+    return summary["data"], summary["best"]
 
 
 def known_files(trained: Mapping[str, Mapping[str, Any]], evaluated: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -167,7 +167,7 @@ def training_section(folder: Path, best_step: int | None = None, metric: str | N
     if not path.is_file():
         return {"reason": "the folder has no metrics.jsonl"}
     lines = [json.loads(line) for line in kept_lines(path, sys.maxsize, tested=True)]
-    steps = [line for line in lines if "train_loss" in line]
+    steps = [line for line in lines if "train_loss" in line and "lr" in line]
     steps = steps[:: max(1, len(steps) // MOST_STEPS)]
     validations = [{name: value for name, value in line.items() if name != "undefined"} for line in lines if "val_loss" in line]
     curves = {"steps": [line["step"] for line in steps], "train_loss": [line["train_loss"] for line in steps], "lr": [line["lr"] for line in steps]}

@@ -267,9 +267,10 @@ def mapping(item: Check, *, keys: Check = anything) -> Check:
     return check
 
 
-def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, others: bool = False) -> Check:
-    """An object with these keys. `others`: further keys are passed over, for files that other versions write with more."""
+def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, others: bool | Check = False) -> Check:
+    """An object with these keys. `others`: further keys are passed over, for files that other versions write with more, or checked."""
     known = {**required, **(optional or {})}
+    other = others if callable(others) else anything
 
     def check(value: Any) -> None:
         if not isinstance(value, dict):
@@ -281,9 +282,8 @@ def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
             if not others and key not in known:
                 names = ", ".join(list(known)[:MAX_KEYS_SHOWN]) + (", ..." if len(known) > MAX_KEYS_SHOWN else "")
                 raise Mismatch(f"only the keys {names}", f"{shortened(key)} too")
-        for key, inner in known.items():
-            if key in value:
-                _check_items(inner, [(key, value[key])])
+        for key, inner_value in value.items():
+            _check_items(known.get(key, other), [(key, inner_value)])
 
     return check
 

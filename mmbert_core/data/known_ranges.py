@@ -19,9 +19,8 @@ from mmbert_core.data.encoding import EncodedRows, assemble
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.prepare import choose_rows
-from mmbert_core.data.store import META, is_whole
+from mmbert_core.data.store import META, is_whole, read_meta
 from mmbert_core.data.table import Roles
-from mmbert_core.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def _read(store: Path) -> EncodedRows:
     """The rows of a store without their texts, memory-mapped."""
     if not is_whole(store):
         raise ValueError("a file is missing or of another size")
-    meta = read_json(store / META)
+    meta = read_meta(store)
     files = {name: array for name, array in meta["arrays"].items() if name not in OF_TEXTS}
     arrays = {name: _mapped(store / f"{name}.bin", array) for name, array in files.items()}
     texts = {"vocabularies": meta["vocabularies"], "label_values": meta["label_values"]}

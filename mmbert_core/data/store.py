@@ -1,4 +1,4 @@
-"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, files, ahead, csv_reader, readers, table, tokens, encoding.
+"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, schema, files, ahead, csv_reader, readers, table, tokens, encoding.
 
 A store is a folder named by a hash of all that decides its content, so it is never out of date: another file, column,
 tokenizer or length is another folder. It is raw arrays and a meta.json; it appears by a rename, whole or not at all.
@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -24,6 +25,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
+from mmbert_core import schema
 from mmbert_core.data.ahead import one_ahead
 from mmbert_core.data.csv_reader import AUTO
 from mmbert_core.data.encoding import RUNNING_ENDS, Arrays, CodeBook, EncodedRows, assemble, encode_arrays, longest_texts
@@ -35,6 +37,13 @@ from mmbert_core.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256
 
 STORE_FORMAT = 2  # counts up when the arrays or what decides their content change
 META = "meta.json"
+MAX_META_BYTES = 2**30  # the distinct values of all categories and labels
+ARRAY_JSON = schema.record({"shape": schema.array(schema.whole(0), min_length=1), "dtype": schema.text(pattern="[<>|][biuf][0-9]")})
+VALUES_JSON = schema.array(schema.text(), distinct=True)
+META_JSON = schema.record({
+    "arrays": schema.mapping(ARRAY_JSON, keys=schema.text(pattern="[a-z_]+")), "vocabularies": schema.array(VALUES_JSON), "label_values": VALUES_JSON,
+    "max_chunks": schema.whole(1), "num_cut": schema.whole(0),
+})  # fmt: skip
 SHARE_OF_MEMORY = 0.5  # of what is free, that a table may take to be read ahead of its use
 READ_AT_ONCE = 1 << 20  # bytes; the system does not hear a wish for much more
 SECONDS_BEFORE_SAYING = 10.0  # that this process waits for another one's build; most take less
@@ -241,16 +250,20 @@ def _after(first: Chunk, others: Iterator[Chunk]) -> Iterator[Chunk]:
 
 
 def _num_bytes(array: dict[str, Any]) -> int:
-    return int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
+    return math.prod(array["shape"]) * np.dtype(array["dtype"]).itemsize
 
 
 def is_whole(folder: Path) -> bool:
     """Whether every file is there in its full size; a folder that somebody thinned out is built again."""
     try:
-        arrays = read_json(folder / META)["arrays"]
+        arrays = read_meta(folder)["arrays"]
         return all((folder / f"{name}.bin").stat().st_size == _num_bytes(array) for name, array in arrays.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return False
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    return read_json(folder / META, META_JSON, max_bytes=MAX_META_BYTES)
 
 
 def _available_bytes() -> int:
@@ -262,7 +275,7 @@ def _available_bytes() -> int:
 
 
 def _open(folder: Path, paths: list[str]) -> EncodedRows:
-    meta = read_json(folder / META)
+    meta = read_meta(folder)
     arrays, mappings = {}, {}
     for name, array in meta["arrays"].items():
         shape, dtype = tuple(array["shape"]), np.dtype(array["dtype"])

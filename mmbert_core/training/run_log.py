@@ -1,4 +1,4 @@
-"""What a run tells while it works: metrics.jsonl, TensorBoard when installed, a bar in a terminal, else lines. Floor 2; imports files.
+"""What a run tells while it works: metrics.jsonl, TensorBoard when installed, a bar in a terminal, else lines. Floor 2; imports schema, files.
 
 Only rank 0 writes; on the other ranks every method does nothing.
 """
@@ -18,10 +18,12 @@ from typing import Any
 from tqdm import tqdm
 
 from mmbert_core.files import naming, write_text
+from mmbert_core.schema import check_structure, mapping, nullable, number, parse_json, record, text, whole
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 5.0
+LINE = record({"step": whole(0)}, {"undefined": mapping(text())}, others=nullable(number()))
 
 
 class RunLog:
@@ -104,9 +106,10 @@ def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bo
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
+            check_structure(values, LINE, "line")
             step = values["step"]
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue
         is_pending = ("val_loss" in values and step == last_step and not validated) or ("test/num_rows" in values and not tested)
         if step <= last_step and not is_pending:

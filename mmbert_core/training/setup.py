@@ -36,7 +36,9 @@ from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_wei
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import POOLINGS
+from mmbert_core.model_files import FIGURES_JSON
 from mmbert_core.model_folder import BASELINE_WEIGHTS, BASELINES, CARD, ENCODER, SUMMARY, THRESHOLDS, WEIGHTS, build_model, config_record
+from mmbert_core.schema import nullable, record, whole
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.hooks import MODEL_CLASS, Task, run_epoch
@@ -48,6 +50,7 @@ from mmbert_core.training.saved_state import SCHEDULER, check_moments, check_pro
 logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
+RESULTS_JSON = record({"steps": whole(0), "test_metrics": nullable(FIGURES_JSON)}, others=True)  # what is told of a finished run
 WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, MANIFEST, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK, CLAIM)
 VERSIONS = {"mmbert_core": mmbert_core.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 # Of a micro-batch when microbatches_per_step is auto: where texts are packed, more of them cost time (each has its own gradient
@@ -146,7 +149,7 @@ def already_finished(config: Config) -> dict[str, Any] | None:
 
     def read() -> dict[str, Any] | None:
         try:
-            return read_json(Path(config.model_path) / RESULTS)
+            return read_json(Path(config.model_path) / RESULTS, RESULTS_JSON)
         except (OSError, ValueError):  # not there, or torn: the end of the run is done once more
             return None
 
