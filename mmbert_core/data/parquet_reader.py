@@ -1,6 +1,6 @@
 """Rows of a Parquet file, in batches of bounded bytes. Floor 1; imports errors, lines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from mmbert_core.errors import InputError
 
 MAX_BATCH_ROWS = 4096
 MAX_BATCH_BYTES = 2**24  # of all columns of a batch, as the file's metadata has them
+MAX_DICTIONARY_BYTES = 2**16  # of a text, on average over the rows
 READ_BYTES = 2**20  # of a column at a time; without it a column of a row group is in memory as a whole
 
 
@@ -26,11 +27,19 @@ def open_parquet(path: str, **options: Any) -> Any:
 
 
 def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
-    """Rows of `columns`, which the file has. Raises `InputError` with path, row and column for what cannot be read."""
-    file = open_parquet(path, read_dictionary=_text_columns(open_parquet(path), columns), buffer_size=READ_BYTES)
+    """Rows of `columns`, which the file has. Raises `InputError` with path, row and column for what cannot be read.
+
+    Memory: a batch, and what pyarrow itself takes to decode a page (1,024 values or more, at most 2 GiB by the format).
+    """
+    file = open_parquet(path)
+    sizes = [_bytes_per_row(file.metadata.row_group(group), columns) for group in range(file.metadata.num_row_groups)]
+    file = open_parquet(path, read_dictionary=_dictionary_columns(file, columns, sizes), buffer_size=READ_BYTES)
     row = 0
-    for group in range(file.metadata.num_row_groups):
-        batch_rows = _batch_rows(file.metadata.row_group(group), columns, f"{path} row {row + 1} or after")
+    for group, size_of in enumerate(sizes):
+        if (column := next((name for name, size in size_of.items() if size > MAX_CELL_CHARACTERS), None)) is not None:
+            expected = f"expected cells of at most {MAX_CELL_CHARACTERS:,} characters, found longer ones"
+            raise InputError(f"{path} row {row + 1} or after, column {column!r}: {expected}")
+        batch_rows = int(max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES / max(1.0, sum(size_of.values())))))
         batches = file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=list(columns))
         while True:
             try:
@@ -57,27 +66,27 @@ def _other_kind(path: str) -> str:
     return "" if not kind or "is Parquet" in kind else f"; {kind}"
 
 
-def _text_columns(file: Any, columns: Sequence[str]) -> list[str]:
-    """Columns of texts. They are read as dictionaries: a text that a thousand rows share is in memory once."""
-    import pyarrow
-
-    kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
-    schema = file.schema_arrow
-    return [name for name in columns if any(is_kind(schema.field(name).type) for is_kind in kinds)]
-
-
-def _batch_rows(group: Any, columns: Sequence[str], error_prefix: str) -> int:
-    """How many rows of a row group are read at a time, by their average bytes. Raises `InputError` where cells are too long."""
-    bytes_of_row = 0.0
+def _bytes_per_row(group: Any, columns: Sequence[str]) -> dict[str, float]:
+    """Column -> bytes of a row on average, unpacked, as a row group's metadata has them; repeated values may count once."""
+    sizes = dict.fromkeys(columns, 0.0)
     for index in range(group.num_columns):
         chunk = group.column(index)
         column = next((name for name in columns if chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")), None)
-        if column is not None and group.num_rows:
-            average = chunk.total_uncompressed_size / group.num_rows
-            if average > MAX_CELL_CHARACTERS:
-                raise InputError(f"{error_prefix}, column {column!r}: expected cells of at most {MAX_CELL_CHARACTERS:,} characters, found longer ones")
-            bytes_of_row += average
-    return int(max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES / max(1.0, bytes_of_row))))
+        if column is not None:
+            sizes[column] += chunk.total_uncompressed_size / max(1, group.num_rows)
+    return sizes
+
+
+def _dictionary_columns(file: Any, columns: Sequence[str], sizes: Sequence[Mapping[str, float]]) -> list[str]:
+    """Columns of texts to read as dictionaries, so that a text which a thousand rows share is in memory once.
+
+    Not those of long texts that differ: as a dictionary they would be in memory several times.
+    """
+    import pyarrow
+
+    kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
+    texts = [name for name in columns if any(is_kind(file.schema_arrow.field(name).type) for is_kind in kinds)]
+    return [name for name in texts if all(size_of[name] <= MAX_DICTIONARY_BYTES for size_of in sizes)]
 
 
 def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
