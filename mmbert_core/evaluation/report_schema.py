@@ -1,7 +1,7 @@
-"""The declared structure of report.json, for pages that are rendered again from a file. Floor 1; imports schema. K classes.
+"""The declared structure of report.json, for pages that are rendered again from a file. Floor 1; imports schema.
 
-Keys that a page does not use are passed over, and a section that is missing or has only a reason is one: reports of
-other versions have fewer or more of them.
+K classes. Keys that a page does not use are passed over, and a section that is missing or has only a reason is one:
+reports of other versions have fewer or more of them.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ def section(required: Mapping[str, Check], optional: Mapping[str, Check] | None 
 # ---- sections ----
 
 BASELINE = record({"name": text(), "metrics": mapping(CELL)}, {"how": WORDS}, others=True)
-THRESHOLD_ROW = record({}, dict.fromkeys(("threshold", "precision", "recall", "f1", "alerts_per_1000", "false_alerts_per_1000"), VALUE), others=True)
-THRESHOLD = dict.fromkeys(("value", "precision", "recall", "f1", "alerts_per_1000"), VALUE)
+RATES = dict.fromkeys(("precision", "recall", "f1", "alerts_per_1000"), VALUE)
+THRESHOLD_ROW = record({}, {**RATES, "threshold": VALUE, "false_alerts_per_1000": VALUE}, others=True)
+THRESHOLD = {**RATES, **dict.fromkeys(("rule", "chosen_on", "reason"), WORDS)}
+THRESHOLD |= {"value": VALUE, "table": nullable(array(THRESHOLD_ROW))}
 BIN = record({"rows": COUNT, "mean": VALUE, "share": VALUE}, {"low": VALUE, "high": VALUE}, others=True)
 CALIBRATION = {"bins": nullable(array(BIN)), "calibrated_bins": nullable(array(BIN)), "reason": WORDS}
 CALIBRATION |= dict.fromkeys(("temperature", "ece_before", "ece_after", "rows"), VALUE)
 CURVE = record({"x": array(VALUE), "y": array(VALUE)}, {"area": VALUE, "share": VALUE}, others=True)
 SLICE = record(
     {"column": text(), "value": text(), "rows": COUNT, "metrics": mapping(VALUE)},
-    {"intervals": nullable(mapping(INTERVAL)), "undefined": nullable(mapping(WORDS)), "share_of_classes": nullable(array(VALUE)),
-     "largest_classes": anything},
+    {"intervals": nullable(mapping(INTERVAL)), "undefined": nullable(mapping(WORDS)),
+     "share_of_classes": nullable(array(VALUE)), "largest_classes": anything},
     others=True,
 )  # fmt: skip
 COLUMN = record({"name": text(), "drop": VALUE}, {"spread": VALUE, "kind": WORDS}, others=True)
@@ -56,19 +58,23 @@ ERROR = record(
     others=True,
 )  # fmt: skip
 FILE = record({}, {"bytes": VALUE, "sha256": WORDS}, others=True)
-SPLIT = section({}, {"rows": COUNT, "classes": nullable(mapping(COUNT)), "mean_tokens": VALUE, "rows_left_out": COUNT, "classes_left_out": COUNT})
+SPLIT = section({}, {
+    "rows": COUNT, "classes": nullable(mapping(COUNT)), "mean_tokens": VALUE, "rows_left_out": COUNT,
+    "classes_left_out": COUNT,
+})  # fmt: skip
 TRAINING = dict.fromkeys(("steps", "train_loss", "lr"), nullable(array(VALUE)))
+TRAINING |= {"validations": nullable(array(mapping(anything))), "best_step": VALUE, "metric": WORDS}
 
 SECTIONS: dict[str, Check] = {
     "metrics": section({"names": array(text()), "model": mapping(CELL)}, {"classes_left_out": COUNT}),
     "warnings": either(array(text()), section({})),
     "baselines": section({"rows": array(BASELINE)}, {"verdict": WORDS}),
-    "threshold": section({}, {**THRESHOLD, "rule": WORDS, "chosen_on": WORDS, "reason": WORDS, "table": nullable(array(THRESHOLD_ROW))}),
+    "threshold": section({}, THRESHOLD),
     "calibration": section({}, CALIBRATION),
     "roc": section({"curves": mapping(CURVE)}),
     "precision_recall": section({"curves": mapping(CURVE)}),
     "scores": section({"edges": array(NUMBER, min_length=2), "counts": mapping(array(COUNT))}),
-    "training": section({}, {**TRAINING, "validations": nullable(array(mapping(anything))), "best_step": VALUE, "metric": WORDS}),
+    "training": section({}, TRAINING),
     "slices": section({"metric": text(), "rows": array(SLICE)}),
     "importance": section({"metric": text(), "items": array(COLUMN)}, {"rows": VALUE, "repeats": VALUE}),
     "errors": section({"rows": array(ERROR)}),
@@ -76,8 +82,10 @@ SECTIONS: dict[str, Check] = {
     "data": section({}, {"files": nullable(mapping(FILE)), "train": SPLIT, "val": SPLIT, "test": SPLIT}),
     "versions": nullable(mapping(anything)),
 }
-FACTS = {"created": WORDS, "model_path": WORDS, "input": nullable(array(text())), "num_rows": VALUE, "task": WORDS, "label_name": WORDS}
-REPORT = record({"format_version": constant(FORMAT_VERSION), "title": text(), "class_names": array(text())}, {**FACTS, **SECTIONS}, others=True)
+FACTS = dict.fromkeys(("created", "model_path", "task", "label_name"), WORDS)
+FACTS |= {"input": nullable(array(text())), "num_rows": VALUE}
+ALWAYS = {"format_version": constant(FORMAT_VERSION), "title": text(), "class_names": array(text())}
+REPORT = record(ALWAYS, {**FACTS, **SECTIONS}, others=True)
 
 
 # ---- the whole ----
@@ -103,7 +111,7 @@ def _share_of(num_classes: int) -> Check:
 
 
 def _confusion_of(num_classes: int) -> Check:
-    """Counts [K, K], or, of many classes, three counts of each and [label, predicted, rows] of the most frequent mistakes."""
+    """Counts [K, K], or, of many classes, three counts of each and the most frequent mistakes."""
     grid = section({"counts": array(array(COUNT, length=num_classes), length=num_classes)})
     of_class = array(COUNT, length=num_classes)
 
