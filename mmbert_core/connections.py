@@ -5,9 +5,12 @@ deadline; while we compute it has none. At the bound on connections a new one ta
 waited for longest; where all are being computed it waits, and the kernel keeps those that follow.
 """
 
+import ctypes
 import io
 import select
 import socket
+import struct
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Condition
 
+SO_ATTACH_FILTER, BPF_RETURN = 26, 0x06  # of Linux; Python has no names for them
 POLL_SECONDS = 0.2  # between two looks at what no event tells: a signal, a deadline
 
 
@@ -27,6 +31,9 @@ class Limits:
     idle_seconds: float = 0.5  # from that signal to the first byte of a request
     full_seconds: float = 2.0  # to send the request or to take the answer, while others wait for the connection
     max_connections: int = 512  # threads; below the 1,024 open files that a process often may have
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(eq=False)
@@ -59,7 +66,7 @@ class BoundedServer(ThreadingHTTPServer):
     request_queue_size = 1024  # connections that the kernel keeps for us, bounded by net.core.somaxconn
 
     def __init__(
-        self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], *, limits: Limits = Limits()
+        self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], *, limits: Limits = DEFAULT_LIMITS
     ) -> None:
         self.limits = limits
         self._connections: dict[socket.socket, Connection] = {}
@@ -89,6 +96,7 @@ class BoundedServer(ThreadingHTTPServer):
         self.timeout = POLL_SECONDS
         while not is_stopped():
             self.handle_request()
+        self._accept_no_more()
         self.timeout, self._queue_is_empty = 0, False
         for _ in range(self.request_queue_size):  # bounded, though new ones may come without end
             self.handle_request()
@@ -96,6 +104,18 @@ class BoundedServer(ThreadingHTTPServer):
                 break
         self.socket.close()
         self.finish()
+
+    def _accept_no_more(self) -> None:
+        """On Linux the kernel drops what arrives for the listening socket from now on, until it is closed.
+
+        A connection that came after the last look at the queue would be reset, its request lost; without an answer
+        from the kernel its client tries again, and is then refused.
+        """
+        if sys.platform == "linux":
+            program = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))  # returns 0 bytes: drop
+            with suppress(OSError):
+                address = struct.pack("HP", 1, ctypes.addressof(program))
+                self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, address)
 
     def handle_timeout(self) -> None:
         self._queue_is_empty = True

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from mmbert_core import signals
-from mmbert_core.connections import BoundedServer, Limits, RequestStream
+from mmbert_core.connections import DEFAULT_LIMITS, BoundedServer, Limits, RequestStream
 from mmbert_core.data.readers import object_of
 from mmbert_core.data.table import Roles, shown
 from mmbert_core.errors import InputError, RunError
@@ -44,9 +44,9 @@ METHODS = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/predict": ("POST"
 
 
 def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -> None:
-    """Serve until a signal asks to stop; requests that were sent are answered. For the main thread. Port 0: any that is free.
+    """Serve until a signal asks to stop; requests that were sent are answered. For the main thread. Port 0: any free one.
 
-    After the signal a client has `Limits.stop_seconds` (5) to send the rest of its request, and as long to take its answer.
+    After the signal a client has `Limits.stop_seconds` (5) to send the rest of its request, and to take its answer.
 
     Raises `InputError` when host and port cannot be listened on.
     """
@@ -62,7 +62,7 @@ class Server(BoundedServer):
     """Listens from the start. Raises `InputError` when it cannot."""
 
     def __init__(
-        self, predictor: Predictor, model_path: str, *, host: str, port: int, limits: Limits = Limits()
+        self, predictor: Predictor, model_path: str, *, host: str, port: int, limits: Limits = DEFAULT_LIMITS
     ) -> None:
         self.predictor, self.model_path = copy.copy(predictor), model_path
         self.predictor.warns_with_examples = False

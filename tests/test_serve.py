@@ -23,7 +23,7 @@ import pytest
 
 from mmbert_core import cli, signals
 from mmbert_core.config import Config
-from mmbert_core.connections import Limits
+from mmbert_core.connections import DEFAULT_LIMITS, Limits
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.table import records_to_chunk
@@ -52,7 +52,7 @@ def server(model) -> Iterator[Server]:
 
 @contextmanager
 def serving(
-    predictor: Predictor, model_path: str, host: str = "127.0.0.1", limits: Limits = Limits()
+    predictor: Predictor, model_path: str, host: str = "127.0.0.1", limits: Limits = DEFAULT_LIMITS
 ) -> Iterator[Server]:
     """A server in a thread, on a free port."""
     with Server(predictor, model_path, host=host, port=0, limits=limits) as made:
@@ -391,7 +391,7 @@ def test_at_the_end_all_requests_are_answered_and_slow_clients_are_ended(server,
     """Requests that are computed, that wait in the kernel's queue, and clients that never finish theirs."""
     predict, stop = server.predictor.predict, threading.Event()
     with Server(server.predictor, "m", host="127.0.0.1", port=0, limits=replace(SHORT, client_seconds=60)) as other:
-        monkeypatch.setattr(other.predictor, "predict", lambda rows: (time.sleep(0.05), predict(rows))[1], raising=False)
+        monkeypatch.setattr(other.predictor, "predict", lambda rows: (time.sleep(0.05), predict(rows))[1])
         accepting = threading.Thread(target=other.serve_until, args=(stop.is_set,))
         accepting.start()
         ended: list[float] = []
@@ -445,7 +445,10 @@ def load(server_address: tuple[str, int], num_clients: int, seconds: float) -> t
                 with socket.create_connection(server_address, timeout=60) as client:
                     client.sendall(request_of(ROW))
                     answer = b"".join(iter(lambda: client.recv(65536), b""))
-                latencies.append(time.monotonic() - started) if b" 200 " in answer[:20] else lost.append(repr(answer[:40]))
+                if b" 200 " in answer[:20]:
+                    latencies.append(time.monotonic() - started)
+                else:
+                    lost.append(repr(answer[:40]))
             except OSError as error:
                 lost.append(repr(error))
 
@@ -463,6 +466,36 @@ def test_many_clients_lose_no_connection(server, num_clients):
         stop.set()
         join([accepting])
     assert not lost and len(latencies) >= num_clients and max(latencies) < 20, (lost[:3], len(latencies))
+
+
+@pytest.mark.fault
+def test_no_request_is_lost_when_the_server_stops_under_load(server):
+    """Clients that connect all the time: each connection is refused, or answered."""
+    for _ in range(10):
+        stop, lost = threading.Event(), []
+
+        def work(address: tuple[str, int], lost: list[str] = lost) -> None:
+            while True:
+                try:
+                    client = socket.create_connection(address, timeout=60)
+                except OSError:
+                    return
+                with client:
+                    try:
+                        client.sendall(request_of(ROW))
+                        answer = b"".join(iter(lambda: client.recv(65536), b""))
+                    except OSError as error:
+                        answer = repr(error).encode()
+                if b" 200 " not in answer[:20]:
+                    lost.append(repr(answer[:40]))
+
+        with Server(server.predictor, "m", host="127.0.0.1", port=0) as other:
+            [accepting] = start_threads(other.serve_until, [(stop.is_set,)])
+            threads = start_threads(work, [(other.server_address,)] * 24)
+            time.sleep(0.5)
+            stop.set()
+            join([accepting, *threads])
+        assert not lost
 
 
 def test_a_burst_of_clients_waits_in_the_queue(server):

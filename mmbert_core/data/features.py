@@ -237,7 +237,7 @@ def add_by_column(first: dict[str, Cells], second: dict[str, Cells]) -> dict[str
 def unseen_lines(name: str, unseen: Unseen, features: Features, *, examples: bool = True) -> list[str]:
     """A line for each column with values that no training row has; `name` says of which rows.
 
-    Where they are more than MAX_UNSEEN_SHARE of the cells, probably written in another way, with `examples` of both sides.
+    Where they are more than MAX_UNSEEN_SHARE of the cells, probably written in another way: with `examples` of both.
     """
     lines = []
     for column, values in zip(features.category_names, features.categories, strict=True):

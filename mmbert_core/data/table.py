@@ -18,7 +18,7 @@ from mmbert_core.errors import InputError
 
 CHUNK_ROWS = 8192
 MAX_CHUNK_CHARACTERS = 2**24  # of the cells kept: what a chunk takes in memory
-MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100  # of a header, for the nearest name: difflib takes 6 s for 60,000
+MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100  # of a header: difflib takes 6 s for 60,000 names
 SEPARATORS = {  # that are not the file's: name, advice
     ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
     "\t": ("tabs", "name the file .tsv"),
