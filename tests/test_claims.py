@@ -93,7 +93,9 @@ def test_without_locks_the_claim_of_a_killed_process_is_taken_over(tmp_path, no_
 
 
 @pytest.mark.parametrize(
-    "content", ("", "process 1 on elsewhere " + "0" * 32 + "\n7\n", f"process {os.getpid()} on here {'0' * 32}\n")
+    "content",
+    ("", "process 1 on elsewhere " + "0" * 32 + "\n7\n", f"process {os.getpid()} on here {'0' * 32}\n"),
+    ids=["empty", "another machine", "this process's number"],
 )
 def test_a_claim_that_nobody_keeps_up_is_taken_over(tmp_path, no_locks, content):
     (tmp_path / CLAIM).write_text(content)
