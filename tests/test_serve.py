@@ -344,6 +344,10 @@ def send_slowly(server: Server, data: bytes, ended: list[float], *, limit: float
     ended.append(time.monotonic() - started)
 
 
+def read_all(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
 def start_threads(target: Any, arguments: list[tuple[Any, ...]]) -> list[threading.Thread]:
     threads = [threading.Thread(target=target, args=each) for each in arguments]
     for thread in threads:
@@ -371,7 +375,7 @@ def test_a_slow_body_is_answered_with_408(server):
         with socket.create_connection(other.server_address, timeout=60) as client:
             client.sendall(POST % 500 + b"{}")
             client.shutdown(socket.SHUT_WR)
-            assert b"expected a body of 500 bytes" in b"".join(iter(lambda: client.recv(65536), b""))
+            assert b"expected a body of 500 bytes" in read_all(client)
 
 
 def test_clients_that_hold_all_connections_give_way(server):
@@ -402,7 +406,7 @@ def test_at_the_end_all_requests_are_answered_and_slow_clients_are_ended(server,
         for client in clients:
             client.sendall(request_of(ROW))
         stop.set()
-        answers = [b"".join(iter(lambda client=client: client.recv(65536), b"")) for client in clients]
+        answers = [read_all(client) for client in clients]
         accepting.join(10)
         assert not accepting.is_alive()
         join(slow)
@@ -444,7 +448,7 @@ def load(server_address: tuple[str, int], num_clients: int, seconds: float) -> t
             try:
                 with socket.create_connection(server_address, timeout=60) as client:
                     client.sendall(request_of(ROW))
-                    answer = b"".join(iter(lambda: client.recv(65536), b""))
+                    answer = read_all(client)
                 if b" 200 " in answer[:20]:
                     latencies.append(time.monotonic() - started)
                 else:
@@ -483,7 +487,7 @@ def test_no_request_is_lost_when_the_server_stops_under_load(server):
                 with client:
                     try:
                         client.sendall(request_of(ROW))
-                        answer = b"".join(iter(lambda: client.recv(65536), b""))
+                        answer = read_all(client)
                     except OSError as error:
                         answer = repr(error).encode()
                 if b" 200 " not in answer[:20]:
@@ -504,7 +508,7 @@ def test_a_burst_of_clients_waits_in_the_queue(server):
         for client in clients:
             client.sendall(request_of(ROW))
         [accepting] = start_threads(other.serve_until, [(lambda: True,)])
-        answers = [b"".join(iter(lambda client=client: client.recv(65536), b"")) for client in clients]
+        answers = [read_all(client) for client in clients]
         join([accepting])
         assert [b" 200 " in answer[:20] for answer in answers] == [True] * 60
         for client in clients:
