@@ -229,7 +229,7 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch, words, key, value):
         ({"batch_size": 8.5}, "batch_size: expected a whole number, found 8.5"),
         ({"max_epochs": True}, "max_epochs: expected a whole number, found True"),
         ({"run_scheduler": "maybe"}, "run_scheduler: expected true or false, found 'maybe'"),
-        ({"pooling": "max"}, "pooling: expected auto or pooler or cls or mean, found 'max'"),
+        ({"pooling": "max"}, "pooling: expected auto or pooler or cls or mean or last, found 'max'"),
         ({"val_fraction": 0.95}, "val_fraction: expected a number of at most 0.9, found 0.95"),
         ({"val_check_interval": 1.5}, "val_check_interval: expected a share of an epoch"),
         ({"val_check_interval": 0}, "val_check_interval: expected a share of an epoch"),
