@@ -1,6 +1,6 @@
 """What a model is, for whoever gets its folder: summary.json, and README.md, the model card (Mitchell et al. 2019). Floor 3.
 
-Imports assessment, config, evaluation, files, model_files, model_folder.
+Imports assessment, config, data, evaluation, files, model_files, model_folder.
 """
 
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 
 import mmbert_core
 from mmbert_core.assessment import listed_figures
+from mmbert_core.data.class_words import format_share
 from mmbert_core.files import write_json, write_text
 from mmbert_core.model_files import CARD, SUMMARY, SUMMARY_JSON, read_part
 from mmbert_core.model_folder import LoadedModel, load_model_folder
@@ -55,7 +56,7 @@ def card(name: str, loaded: LoadedModel, summary: Values) -> list[str]:
         "", "## Input", "", *inputs(loaded),
         "", "## Training rows", "", *training(summary),
         "", "## How good it is", "", *figures(loaded, summary.get("test")),
-        "", "## From probability to class", "", *decision(loaded),
+        "", "## From probability to class", "", *decision(loaded, summary["data"]),
         "", "## Use", "", "```sh", f"mmbert predict {name} new.csv predictions.tsv", "```", "",
         "It was measured on the rows above alone; on others, of another time or place, it may do worse. Look at `report.html` of the test for "
         "the parts of the rows where it does.",
@@ -102,14 +103,22 @@ def figures(loaded: LoadedModel, test: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-def decision(loaded: LoadedModel) -> list[str]:
+def positive_class(loaded: LoadedModel, data: Values) -> str:
+    """Which label is class 1 of two, and its share of the training rows where the summary has them."""
+    name = loaded.labels.names[1]
+    counts = (data.get("train") or {}).get("classes") or {}
+    share = f", {format_share(counts[name] / sum(counts.values()))} of the training rows" if counts.get(name) else ""
+    return f"Class 1 is `{markdown(name)}`{share}: `prob` is its probability, and F1, precision, recall and the threshold are about it."
+
+
+def decision(loaded: LoadedModel, data: Values) -> list[str]:
     threshold, calibration = loaded.judgement.threshold, loaded.judgement.calibration
     lines = ["The class of the largest probability is predicted."]
     if loaded.config.is_binary:
         why = f" ({threshold.reason})" if threshold.reason else f", by the rule `{threshold.rule}` on {threshold.rows:,} validation rows"
         above = f"A row counts as `{markdown(loaded.labels.names[1])}` when its probability is above {threshold.value:.6g}"
         every = f"Every row counts as `{markdown(loaded.labels.names[1])}`, also those with a probability of exactly 0"
-        lines = [f"{above if threshold.value >= 0 else every}{why}."]
+        lines = [positive_class(loaded, data), f"{above if threshold.value >= 0 else every}{why}."]
     if calibration.reason:
         return [*lines, f"Probabilities are not calibrated: {calibration.reason}."]
     return [*lines, f"`prob_calibrated` divides logits by {calibration.temperature:.4f}{f' ({calibration.method})' if calibration.method else ''}; expected calibration error on the validation rows {number(calibration.ece_before)} before, {number(calibration.ece_after)} after."]

@@ -39,6 +39,7 @@ from mmbert_core.card import describe as describe_model
 from mmbert_core.command_line import parse
 from mmbert_core.config import Config
 from mmbert_core.config_reader import overrides_from, read_config
+from mmbert_core.data.class_words import positive_class_line
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError, PeerError, RunError, Stopped, phase
@@ -198,12 +199,14 @@ def check_folder(key: str, folder: str) -> None:
 
 
 def describe(config: Config, data: Data) -> None:
-    """What will be learned from what, in two lines."""
+    """What will be learned from what, in two lines, and which of two classes is class 1."""
     parts = {"train": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}" for name, dataset in parts.items() if dataset is not None)
     shares = [f"{label!r} {(data.train.label_index == index).mean():.1%}" for index, label in enumerate(data.labels.names[:10])]
     more = ", ..." if len(data.labels.names) > 10 else ""
     logger.info("%s; %s: %s%s; writing to %s", counts, config.label_name, ", ".join(shares), more, config.model_path)
+    if config.is_binary:
+        logger.info("%s", positive_class_line(data.labels.names, float((data.train.label_index == 1).mean())))
     lengths = data.train.lengths
     inputs = [f"text of {lengths.mean():.0f} tokens on average, at most {lengths.max()}"] if config.text_name else []
     inputs += [f"{kind} columns: {', '.join(names)}" for kind, names in (("numeric", config.tab_field_list), ("categorical", config.cat_field_list)) if names]
@@ -230,6 +233,8 @@ def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Pred
     predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold)
     if arguments.threshold is not None and not predictor.loaded.config.is_binary:
         raise InputError(f"--threshold: expected a model of two classes, found {len(predictor.loaded.labels.names)} in {arguments.model_path}")
+    if predictor.positive_class_line is not None:
+        logger.info("%s", predictor.positive_class_line)
     return predictor
 
 

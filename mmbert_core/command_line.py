@@ -26,7 +26,8 @@ Below, N is a whole number, X a number, [...] any number of words. `--KEY null` 
 """
 PREDICT_DESCRIPTION = """\
 Score every row of INPUT once, in its order. Needs the columns that the model was trained on, in any order; other columns
-are ignored, labels are not needed. The same under torchrun, for several processes:
+are ignored, labels are not needed. Of two classes, prob is the probability of class 1: the label that `mmbert inspect`
+names, the second in order unless positive_label was set. The same under torchrun, for several processes:
 
   mmbert predict runs/reviews new.csv predictions.tsv
   torchrun --standalone --nproc_per_node=4 -m mmbert_core predict runs/reviews new.csv predictions.tsv

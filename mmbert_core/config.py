@@ -1,6 +1,6 @@
 """Every setting of a run, once: name, type, default, meaning and range. Floor 0; imports only errors.
 
-Names and defaults of the original module's keys are kept. `config_reader` turns files and flags into a `Config`.
+Names and defaults of the original module's keys are kept, but for the metric that chooses the best step of two classes. `config_reader` turns files and flags into a `Config`.
 """
 
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -13,6 +13,9 @@ from mmbert_core.errors import InputError, format_for_message
 FREE_ON_RESUME = frozenset(
     {"microbatches_per_step", "log_every", "save_every", "keep_checkpoints", "num_threads", "model_path", "cache_path", "resume", "on_nonfinite", "memory_limit_mb", "timeout_seconds", "threshold_rule", "slice_columns"}
 )
+# The best step of two classes is chosen by a ranking metric: F1 is the same, often 0, for many steps where rows or positives are few.
+RANKING_METRICS, ORIGINAL_METRICS = ("auroc", "average_precision", "f1_score", "accuracy"), ("accuracy", "f1_score")
+RANKING_CHOICE, ORIGINAL_CHOICE = "val/auroc", "val/f1_score"
 MANY = 10**9  # of steps or validations: more than any run has, and small enough for every counter
 
 
@@ -57,9 +60,10 @@ class Config:
         None, "task", "one loss weight per class in label order, or balanced: rows / (classes x rows of the class)",
         low=0, high=1_000_000,
     )
-    metric_choices: tuple[str, ...] = setting(
-        ("accuracy", "f1_score"), "task",
+    metric_choices: tuple[str, ...] = setting(  # resolved in __post_init__
+        None, "task",
         "metrics of each validation: accuracy f1_score f1_macro auroc average_precision precision recall mcc log_loss ece and more",
+        default_words=f"{' '.join(ORIGINAL_METRICS)}; two classes, where early_stop_metric is not set either: {' '.join(RANKING_METRICS)}",
     )  # fmt: skip
     # ---- model ----
     encoder: str = setting("bert-base-cased", "model", "pretrained encoder and tokenizer: a folder, or a name on the Hugging Face hub")
@@ -76,7 +80,7 @@ class Config:
     batch_size: int = setting(32, "optimisation", "rows of one optimizer step over all processes", low=1, high=10_000_000)
     microbatches_per_step: int | Literal["auto"] = setting(
         "auto", "optimisation", "parts of a step, each of similar text lengths, computed one at a time (more: less memory); auto is settled before step 1 and printed",
-        low=1, high=10_000_000,
+        low=1, high=1_000_000,
     )
     lr: float = setting(2e-5, "optimisation", "peak learning rate of AdamW; small encoders need more, such as 2e-4", low=0, high=100)
     head_lr: float | None = setting(None, "optimisation", "peak learning rate of everything but the encoder; none: lr", low=0, high=100)
@@ -94,8 +98,11 @@ class Config:
     )
     # ---- validation ----
     val_check_interval: int | float = setting(1.0, "validation", "1.0, 0.5: validate every such share of an epoch; 1, 200: every so many optimizer steps", low=0, high=MANY)
-    early_stop_metric: str = setting("val/f1_score", "validation", "decides which step is the best and when to stop: val_loss or val/<metric>")
-    early_stop_patience: int = setting(10, "validation", "stop after so many validations in a row without a better early_stop_metric", low=1, high=MANY)
+    early_stop_metric: str = setting(  # resolved in __post_init__
+        None, "validation", "decides which step is the best and when to stop: val_loss or val/<metric>; of equal values the one with the lower val_loss counts",
+        default_words="val/f1_score; two classes, where metric_choices is not set either: val/auroc",
+    )  # fmt: skip
+    early_stop_patience: int = setting(10, "validation", "stop after so many validations in a row without a better step", low=1, high=MANY)
     threshold_rule: str = setting(
         "best_f1", "validation",
         "which probability counts as class 1 (two classes), chosen on the validation rows: best_f1, half, recall_at_precision=X, precision_at_recall=X, alerts_per_1000=X",
@@ -117,6 +124,7 @@ class Config:
     num_threads: int | Literal["auto"] = setting("auto", "run", "CPU threads of a process; auto: cores divided by the processes of the node", low=1, high=1_024)
 
     def __post_init__(self) -> None:
+        self._resolve_metrics()
         self._check_ranges()
         self._check_paths()
         self._check_columns()
@@ -125,6 +133,14 @@ class Config:
         self._check_class_weights()
         if self.early_stop_metric != "val_loss" and not self.early_stop_metric.startswith("val/"):
             raise InputError(f"early_stop_metric: expected val_loss or val/<metric>, found {format_for_message(self.early_stop_metric)}")
+
+    def _resolve_metrics(self) -> None:
+        """The metrics that the config does not name, so that what is stored says what was used."""
+        is_ranked = self.is_binary and self.metric_choices is None and self.early_stop_metric is None
+        if self.metric_choices is None:
+            object.__setattr__(self, "metric_choices", RANKING_METRICS if is_ranked else ORIGINAL_METRICS)
+        if self.early_stop_metric is None:
+            object.__setattr__(self, "early_stop_metric", RANKING_CHOICE if is_ranked else ORIGINAL_CHOICE)
 
     def _check_ranges(self) -> None:
         for name, item in config_fields().items():

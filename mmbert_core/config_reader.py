@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mmbert_core.config import Config, config_fields
+from mmbert_core.config import ORIGINAL_CHOICE, ORIGINAL_METRICS, Config, config_fields
 from mmbert_core.config_file import read_config_file
 from mmbert_core.config_names import nearest_name
 from mmbert_core.errors import InputError, format_for_message
@@ -31,7 +31,11 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     values = _checked(read_config_file(path), path) if path else {}
     flags = _checked(overrides or {}, COMMAND_LINE)  # apart, so that --encoder wins over the file's tokenizer too
     place = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
-    return _build({**values, **flags}, place)
+    given = {**values, **flags}
+    config = _build(given, place)
+    if given.get("metric_choices") is None and given.get("early_stop_metric") is None and (config.val_path or config.val_fraction > 0):
+        logger.info("early_stop_metric is not set: %s chooses the best step, val_loss among equals", config.early_stop_metric)
+    return config
 
 
 def config_from_dict(values: Mapping[str, Any], *, place: str = "config") -> Config:
@@ -41,11 +45,19 @@ def config_from_dict(values: Mapping[str, Any], *, place: str = "config") -> Con
 
 def _checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The values of one source under today's names, each of its key's type."""
-    values = _translate_original_keys(dict(values), place)
+    values = _translate_original_keys(_with_original_metrics(values, place), place)
     known = config_fields()
     if unknown := [key for key in values if key not in known]:
         raise InputError(f"{place}: {_unknown_keys(unknown)}")
     return coerce_all(values, place=place)
+
+
+def _with_original_metrics(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A file with keys that only the original had keeps the original's metrics. A flag such as --tokenizer says nothing of the file."""
+    if place == COMMAND_LINE or not any(key in values for key in (*ALIASES, *IGNORED_KEYS)):
+        return dict(values)
+    defaults = {"metric_choices": list(ORIGINAL_METRICS), "early_stop_metric": ORIGINAL_CHOICE}
+    return {**values, **{key: default for key, default in defaults.items() if values.get(key) is None}}
 
 
 def _unknown_keys(unknown: list[str]) -> str:
@@ -165,7 +177,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     for name, item in config_fields().items():
         title = item.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
-        default = "required" if item.default is MISSING else f"default: {_show(item.default)}"
+        default = "required" if item.default is MISSING else f"default: {item.metadata['default_words'] or _show(item.default)}"
         is_list = any(get_origin(member) is tuple for member in [hints[name], *get_args(hints[name])])
         text = f"{item.metadata['meaning']}{_range_words(item.metadata['range'])} ({default})".replace("%", "%%")
         group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar=_placeholder(name, hints[name]), help=text)

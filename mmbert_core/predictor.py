@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -22,6 +23,7 @@ import torch
 
 from mmbert_core import distributed, forks
 from mmbert_core.data.batches import WINDOW
+from mmbert_core.data.class_words import positive_class_line
 from mmbert_core.data.dataset import Dataset, dataset_for_prediction, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import encode_windows, longest_texts
 from mmbert_core.data.features import Outside, Unseen, add_by_column, outside_lines, unseen_lines
@@ -126,6 +128,25 @@ class Predictor:
             raise RunError(f"a Predictor {what} cannot be used in a forked process: {advice}")
         with self._lock:
             yield
+
+    @property
+    def positive_label(self) -> str | None:
+        """The label that is class 1 of two classes: `prob`, F1 and the threshold are about it. None for several classes."""
+        return self.loaded.labels.names[1] if self.loaded.config.is_binary else None
+
+    @cached_property
+    def positive_share(self) -> float | None:
+        """Share of the training rows, 0..1, with the positive label; None for several classes and for folders that do not say."""
+        try:
+            classes = summary_of(self.folder)[0]["train"]["classes"]
+            return classes[self.positive_label] / sum(classes.values())
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+            return None
+
+    @property
+    def positive_class_line(self) -> str | None:
+        """Which label is class 1, in words; None for several classes."""
+        return positive_class_line(self.loaded.labels.names, self.positive_share) if self.loaded.config.is_binary else None
 
     def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False, tsv_quoting: str | None = None) -> int:
         """Collective. Score every row of the input once, in its order; returns the number of rows.

@@ -53,7 +53,7 @@ def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -
     with signals.deferred(), Server(predictor, model_path, host=host, port=port) as server:
         if server.local_names is None:
             logger.warning("listening beyond this machine: there is no authentication, whoever reaches %s can use the model, and so can web pages open in their browsers", server.url)
-        logger.info("serving %s on %s", model_path, server.url)
+        logger.info("serving %s on %s%s", model_path, server.url, f"; {predictor.positive_class_line}" if predictor.positive_class_line else "")
         server.serve_until(lambda: signals.requested() is not None)
         logger.info("%s: every request under way is answered", signals.requested())
 
@@ -155,10 +155,10 @@ class Handler(BaseHTTPRequestHandler):
         server, loaded = self.server, self.server.predictor.loaded
         if path == "/":
             nonce = secrets.token_urlsafe(16)
-            page = render_page(server.model_path, loaded.config, loaded.features, loaded.labels, threshold=loaded.judgement.threshold.value, nonce=nonce)
+            page = render_page(server.model_path, loaded.config, loaded.features, loaded.labels, threshold=loaded.judgement.threshold.value, nonce=nonce, class_words=server.predictor.positive_class_line)
             return HTTPStatus.OK, "text/html; charset=utf-8", page.encode("utf-8"), {"Content-Security-Policy": content_security_policy(nonce)}
         if path == "/health":
-            value: dict[str, Any] = {"status": "ok", "model_path": server.model_path, "columns": server.columns}
+            value: dict[str, Any] = {"status": "ok", "model_path": server.model_path, "columns": server.columns, **classes_of(server.predictor)}
         else:
             rows = self._read_json()
             with server.model_lock:
@@ -227,6 +227,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """The base class's lines would hold whatever the client wrote."""
+
+
+def classes_of(predictor: Predictor) -> dict[str, Any]:
+    """What /health says of the classes: all labels in order, the one that `prob` is about, and its share of the training rows (null: not known)."""
+    return {"labels": list(predictor.loaded.labels.names), "positive_label": predictor.positive_label, "positive_share": predictor.positive_share}
 
 
 def predicted(predictor: Predictor, rows: Any) -> dict[str, Any]:

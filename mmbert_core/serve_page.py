@@ -21,12 +21,13 @@ def content_security_policy(nonce: str) -> str:
     return f"default-src 'none'; script-src {inside}; style-src {inside}; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-def render_page(model_path: str, config: Config, features: Features, labels: Labels, *, threshold: float, nonce: str) -> str:
+def render_page(model_path: str, config: Config, features: Features, labels: Labels, *, threshold: float, nonce: str, class_words: str | None = None) -> str:
     """The HTML. `nonce` must be new for each answer and stand in its `content_security_policy`."""
     about = {"labels": labels.names, "is_binary": config.is_binary, "threshold": threshold, "label_name": config.label_name, "texts": config.text_name}
     parts = {
         "NONCE": nonce,
         "TITLE": escape(Path(model_path).name or model_path),
+        "CLASSWORDS": f'<p class="quiet">{escape(class_words)}</p>' if class_words else "",
         "FIELDS": "\n".join(form_fields(config, features)),
         "ABOUT": json.dumps(about).replace("<", "\\u003c"),  # or a label could end the script element
         "STYLE": STYLE,
@@ -69,6 +70,7 @@ PAGE = """<!doctype html>
 <body>
 <main>
 <h1>@@TITLE@@</h1>
+@@CLASSWORDS@@
 <form id="form">
 @@FIELDS@@
 <p class="quiet">Everything may be left empty.</p>

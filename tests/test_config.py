@@ -1,7 +1,7 @@
 """Config files and flags -> Config: names, types, ranges, contradictions, and the configs of the original module."""
 
 import json
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +57,7 @@ def test_help_shows_every_key_with_meaning_and_default(capsys, monkeypatch):
         shown = " ".join(lines[place : place + 2])  # a long flag has its help in the next line
         assert item.metadata["meaning"] in shown
         assert ("(required)" if item.default is MISSING else "(default: ") in shown
-    for words in ("--check", "--tokenizer", "--fp16", "auto|pooler|cls|mean", "(default: accuracy f1_score)", "(default: 2e-05)"):
+    for words in ("--check", "--tokenizer", "--fp16", "auto|pooler|cls|mean", "(default: accuracy f1_score; two classes, ", "; 0 to 100 (default: 2e-05)", "(default: 2e-05)"):
         assert any(words in line for line in lines)
 
 
@@ -68,7 +68,7 @@ def test_defaults_are_the_originals():
     plain = config_from_dict(REQUIRED)
     renamed = {"tokenizer": "encoder"}
     for key, value in ORIGINAL.items():
-        if key not in (*REQUIRED, "id_name", "tab_field_list", "full_field_list", "need_language_detect", "fp16"):
+        if key not in (*REQUIRED, "id_name", "tab_field_list", "full_field_list", "need_language_detect", "fp16", "metric_choices", "early_stop_metric"):
             assert plain.to_dict()[renamed.get(key, key)] == value, key
     assert plain.id_name is None and plain.tab_field_list == () and plain.precision == "auto"
 
@@ -79,6 +79,7 @@ def test_a_json_file_of_the_original_loads_with_one_warning(tmp_path, caplog):
     assert config == config_from_dict({
         **REQUIRED, "id_name": "row_id", "tab_field_list": ["age", "amount"], "train_path": ["train.csv"], "test_path": ["a.csv", "b.csv"],
         "precision": "fp32",  # its fp16 is false
+        "metric_choices": ["accuracy", "f1_score"], "early_stop_metric": "val/f1_score",
     })  # fmt: skip
     [warning] = caplog.records
     assert warning.levelname == "WARNING"
@@ -96,6 +97,54 @@ def test_a_json_file_of_the_original_passes_the_check(tmp_path, capsys):
 @pytest.mark.parametrize(("fp16", "precision"), [(True, "fp16"), ("true", "fp16"), (False, "fp32"), (None, "auto")])
 def test_fp16_is_a_precision(fp16, precision):
     assert config_from_dict({**REQUIRED, "fp16": fp16}).precision == precision
+
+
+# ---- the metric that chooses the best step ----
+
+RANKING = ("val/auroc", ("auroc", "average_precision", "f1_score", "accuracy"))
+F1 = ("val/f1_score", ("accuracy", "f1_score"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, RANKING),
+        ({"metric_choices": None, "early_stop_metric": None}, RANKING),
+        ({"metric_choices": ["mcc"]}, ("val/f1_score", ("mcc",))),
+        ({"metric_choices": []}, ("val/f1_score", ())),
+        ({"early_stop_metric": "val_loss"}, ("val_loss", ("accuracy", "f1_score"))),
+        ({"is_binary": False, "num_classes": 3}, F1),
+        ({"is_binary": False}, F1),
+        *(({key: value}, F1) for key, value in (("tokenizer", "a"), ("fp16", False), ("fp16", None), ("full_field_list", ["a"]), ("need_language_detect", True))),
+        ({"tokenizer": "a", "metric_choices": ["auroc"]}, ("val/f1_score", ("auroc",))),
+    ],
+)
+def test_two_classes_default_to_a_ranking_metric_but_in_configs_of_the_original(tmp_path, changes, expected):
+    for config in (config_from_dict({**REQUIRED, **changes}), read_config(write(tmp_path, json.dumps({**REQUIRED, **changes}), "run.json"))):
+        assert (config.early_stop_metric, config.metric_choices) == expected
+        stored = config.to_dict()  # what was used, so that a model folder reads back the same
+        assert (stored["early_stop_metric"], tuple(stored["metric_choices"])) == expected
+        assert config_from_dict(stored) == config
+
+
+def test_a_config_in_python_has_the_same_default():
+    config = Config(text_name=("text",), label_name="label", model_path="x")
+    assert (config.early_stop_metric, config.metric_choices) == RANKING
+    assert (replace(config, seed=1).early_stop_metric, replace(config, is_binary=False).early_stop_metric) == ("val/auroc", "val/auroc")
+
+
+def test_a_flag_of_the_originals_says_nothing_of_the_file(tmp_path, caplog):
+    path = write(tmp_path, json.dumps(REQUIRED), "run.json")
+    assert read_config(path, {"tokenizer": "a"}).early_stop_metric == "val/auroc"
+
+
+def test_the_default_metric_is_said_in_one_line(tmp_path, caplog):
+    caplog.set_level("INFO")
+    read_config(write(tmp_path, json.dumps({**REQUIRED, "early_stop_metric": "val/auroc"}), "a.json"))
+    read_config(write(tmp_path, json.dumps({**REQUIRED, "val_fraction": 0}), "b.json"))
+    assert not caplog.messages
+    read_config(write(tmp_path, json.dumps(REQUIRED), "c.json"))
+    assert caplog.messages == ["early_stop_metric is not set: val/auroc chooses the best step, val_loss among equals"]
 
 
 # ---- names ----

@@ -16,7 +16,7 @@ PACKAGE = "mmbert_core"
 FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors", "streams", "signals", "progress", "schema", "files", "claims", "manifest", "hub", "encoder_files", "config", "config_file", "config_names", "config_reader", "forks", "connections", "distributed"), ("export_example",)),
     (
-        ("data.ahead", "data.batches", "data.sample", "data.cells", "data.lines", "data.csv_reader", "data.parquet_reader", "data.readers", "data.table", "data.labels", "data.splits", "data.features", "data.tokens",
+        ("data.ahead", "data.batches", "data.sample", "data.cells", "data.lines", "data.csv_reader", "data.parquet_reader", "data.readers", "data.table", "data.class_words", "data.labels", "data.splits", "data.features", "data.tokens",
          "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare", "data.known_ranges"),
         ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.probe", "model.multimodal_bert",
          "model.padded"),

@@ -101,7 +101,7 @@ def test_an_explanation_is_the_predictors(server):
 
 
 def test_health_names_model_and_columns(server, model):
-    assert ask(server, "/health").json == {"status": "ok", "model_path": str(model), "columns": ["text", "age", "amount", "kind", "row_id"]}
+    assert ask(server, "/health").json == {"status": "ok", "model_path": str(model), "columns": ["text", "age", "amount", "kind", "row_id"], "labels": ["0", "1"], "positive_label": "1", "positive_share": Predictor.from_folder(model).positive_share}
     assert ask(server, "/health", method="HEAD").text == b""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.config import Config
+from mmbert_core.data.class_words import few_rows_warning, positive_class_warning
 from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
 from mmbert_core.data.features import Features, outside_lines, unseen_lines
@@ -180,10 +181,12 @@ def choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.
 
 
 def _warnings(data: Data, config: Config) -> list[str]:
-    """What a user would want to know about the rows: texts cut, ids repeated, rows on both sides, columns that know too much, values unseen, numbers outside."""
+    """What a user would want to know: class 1, small classes, texts cut, ids repeated, rows on both sides, columns that leak the label, values unseen, numbers outside."""
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     tables = list({id(part.encoded): part.encoded for part in parts}.values())
-    lines = cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config, keep_end=keeps_end(data.tokenizer))
+    counts = np.bincount(data.train.label_index, minlength=len(data.labels.names)).tolist()
+    lines = [*positive_class_warning(data.labels.names, counts, config.positive_label), *few_rows_warning(data.labels.names, counts)]
+    lines += cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config, keep_end=keeps_end(data.tokenizer))
     lines += spelling_warnings(data.train.encoded.label_values, config.label_name)
     for column, values in zip(data.features.category_names, data.features.categories, strict=True):
         if len(values) > MANY_CATEGORIES:

@@ -22,7 +22,7 @@ from mmbert_core.config import config_fields
 from mmbert_core.errors import InputError, RunError
 from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, space, sync_path, write_json
 from mmbert_core.manifest import MANIFEST, manifest_of, read_manifest, why_different
-from mmbert_core.training.saved_state import FORMAT_VERSION, READABLE_STATE, STATE, check_steps
+from mmbert_core.training.saved_state import FORMAT_VERSION, READABLE_STATE, SINCE, STATE, check_steps
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class TrainState:
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None
+    best_val_loss: float | None = None  # of the best step; of equal values of the metric the lower one is the better; older checkpoints have none
     bad_validations: int = 0
     validation_pending: bool = False  # stopped by a signal before or in this step's validation
     finished: bool = False
@@ -317,9 +318,9 @@ def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         return state
     if reason := why_invalid(step_folder(folder, best)):
         logger.warning("the best step so far, %d, is lost (%s): the best is chosen from step %d on", best, reason, state["step"])
-        return {**state, "best_step": None, "best_value": None, "best_metric": None, "bad_validations": 0}
+        return {**state, "best_step": None, "best_value": None, "best_metric": None, "best_val_loss": None, "bad_validations": 0}
     return state
 
 
 def train_state_from(state: Mapping[str, Any]) -> TrainState:
-    return TrainState(**{name: state[name] for name in asdict(TrainState()) if name in state or name != "test_folder"})
+    return TrainState(**{name: state[name] for name in asdict(TrainState()) if name in state or name not in SINCE})

@@ -270,10 +270,13 @@ def judge(run: Run, values: dict[str, Any]) -> bool:
         better = True
     elif state.best_metric != name:  # the one that was asked for counts more
         better = name == run.config.early_stop_metric
+    elif value == state.best_value:
+        better = has_lower_loss(values["val_loss"], state.best_val_loss)
     else:
         better = value < state.best_value if name in LOWER_IS_BETTER else value > state.best_value
     if better:
         state.best_metric, state.best_value, state.best_step, state.bad_validations = name, value, state.step, 0
+        state.best_val_loss = values["val_loss"]
         return True
     state.bad_validations += 1
     if state.bad_validations >= run.config.early_stop_patience and state.step < run.plan.total_steps:
@@ -281,6 +284,11 @@ def judge(run: Run, values: dict[str, Any]) -> bool:
         than = "" if state.best_step is None else f" than {state.best_value} at step {state.best_step}"
         run.log.say(f"early stop: {state.bad_validations} validations in a row without a better {name}{than}")
     return False
+
+
+def has_lower_loss(val_loss: float | None, best_val_loss: float | None) -> bool:
+    """Among equal values of the metric. A best step without a loss (not finite, or of an older checkpoint) stays the best."""
+    return val_loss is not None and best_val_loss is not None and val_loss < best_val_loss
 
 
 def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> bool:

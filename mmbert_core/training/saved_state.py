@@ -60,7 +60,7 @@ SURROUNDINGS: dict[str, Check] = {
     "world_size": whole(1),
     "versions": mapping(text()),
 }  # fmt: skip
-SINCE = {"test_folder": nullable(text(pattern=TEST_FOLDER)), "due": boolean}  # older checkpoints have none of these
+SINCE = {"test_folder": nullable(text(pattern=TEST_FOLDER)), "due": boolean, "best_val_loss": nullable(number())}  # older checkpoints have none of these
 READABLE_STATE = record({"format_version": constant(FORMAT_VERSION), "step": whole(0)}, {**PROGRESS, **SURROUNDINGS, **SINCE}, others=True)
 RUN_STATE = record({"step": whole(0), **PROGRESS, **SURROUNDINGS}, SINCE, others=True)  # newer versions may write more
 

@@ -223,7 +223,8 @@ def test_what_a_user_would_want_to_know_is_logged_once(config_of, caplog):
     assert any("texts are longer than 1 x 4 tokens (max_chunks x max_length) and were cut" in message for message in messages)
     assert "test: 1 cells of column 'kind' hold a value that no training row has" in messages
     assert any(message.startswith("test: 1 rows have an id of a training row, first ") and "row 5" in message for message in messages)
-    assert len(messages) == 3
+    assert any("classes have fewer than 50 training rows" in message for message in messages)
+    assert len(messages) == 4
 
 
 # ---- mistakes ----

@@ -2,14 +2,15 @@
 
 import csv
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mmbert_core.files import read_json
 from mmbert_core.training import checkpoint, hooks
-from tests.training.conftest import NO_VALIDATION, STEPS, lines_of, train, warnings_in, weights_in
+from tests.training.conftest import NO_VALIDATION, STEPS, Interrupted, die_before, lines_of, train, warnings_in, weights_in
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,9 @@ def test_early_stop_after_patience_and_the_best_step_is_the_model(config_of, cap
     )  # fmt: skip
     results, _, _ = train(config)
     values = [line[metric] for line in lines_of(config, "val_loss")]
-    best = (np.argmax if metric == "val/f1_score" else np.argmin)(values) + 1  # the first of equals: equal is not better
+    losses = [line["val_loss"] for line in lines_of(config, "val_loss")]
+    sign = -1 if metric == "val/f1_score" else 1
+    best = min(range(len(values)), key=lambda index: (sign * values[index], losses[index])) + 1  # of equal values the lower loss
     assert results["best_step"] == best and results["best_value"] == values[best - 1] and results["best_metric"] == metric
     assert results["steps"] == len(values) == best + patience < 100
     assert weights_in(config) == weights_in(config, best) != weights_in(config, results["steps"])
@@ -63,6 +66,61 @@ def test_best_and_stop_follow_from_the_validations(config_of, monkeypatch, metri
     results, _, _ = train(config)
     assert (results["best_step"], results["steps"]) == (best, steps)
     assert weights_in(config) == weights_in(config, best)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "losses", "best"),
+    [
+        ("val/f1_score", [0.0, 0.0, 0.0, 0.0], [0.7, 0.6, 0.5, 0.55], 3),  # a rare class: F1 is 0 at every step
+        ("val/auroc", [0.5, 1.0, 1.0, 1.0], [0.7, 0.3, 0.4, 0.2], 4),
+        ("val/auroc", [0.9, 0.9, 0.8, 0.9], [0.2, 0.2, 0.1, 0.3], 1),
+        ("val/log_loss", [0.5, 0.5, 0.6, 0.5], [0.5, 0.4, 0.1, 0.45], 2),
+        ("val/f1_score", [0.5, 0.5, 0.5, 0.5], [None, 0.4, 0.3, 0.2], 1),  # nothing to compare the first one's loss by
+        ("val/f1_score", [0.5, 0.5, 0.5, 0.5], [0.4, None, 0.3, 0.2], 4),
+    ],
+)
+def test_of_equal_values_the_step_with_the_lower_loss_is_the_best(config_of, monkeypatch, metric, values, losses, best):
+    left = iter(zip(values, losses, strict=True))
+
+    def on_validation_epoch_end(outputs, num_rows, **_):
+        value, loss = next(left)
+        return {"val_loss": loss, metric: value}, hooks.gather_results(outputs, num_rows)
+
+    monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
+    config = config_of(early_stop_metric=metric, max_epochs=1, val_check_interval=1, batch_size=10)
+    results, _, _ = train(config)
+    assert (results["best_step"], results["best_value"]) == (best, values[best - 1])
+    assert weights_in(config) == weights_in(config, best)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_ties_across_a_resume_choose_the_step_of_an_undisturbed_run(config_of, monkeypatch, tmp_path, stop):
+    plain = hooks.on_validation_epoch_end
+
+    def on_validation_epoch_end(*arguments, **options):
+        values, result = plain(*arguments, **options)
+        return {**values, "val/f1_score": 0.5}, result  # always a tie: the real losses decide
+
+    monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
+    shared = {"early_stop_metric": "val/f1_score", "max_epochs": 1, "val_check_interval": 1, "batch_size": 10, "save_every": 1, "keep_checkpoints": 9}
+    straight = config_of(**shared, model_path=str(tmp_path / "straight"))
+    expected, _, _ = train(straight)
+    config = config_of(**shared)
+    with monkeypatch.context() as patches:
+        die_before(patches, stop)
+        with pytest.raises(Interrupted):
+            train(config)
+    results, _, _ = train(config)
+    assert results["best_step"] == expected["best_step"] and weights_in(config) == weights_in(straight)
+    states = [read_json(checkpoint.step_folder(Path(each.model_path) / "checkpoints", 4) / "state.json") for each in (config, straight)]
+    assert states[0]["best_val_loss"] == states[1]["best_val_loss"] is not None
+
+
+def test_a_checkpoint_of_an_older_version_knows_no_loss_of_its_best_step():
+    state = asdict(checkpoint.TrainState(step=3, best_metric="val/f1_score", best_value=0.5, best_step=2))
+    assert checkpoint.train_state_from(state | {"best_val_loss": 0.25}).best_val_loss == 0.25
+    del state["best_val_loss"]
+    assert checkpoint.train_state_from(state).best_val_loss is None
 
 
 def write_one_class(files: Path, path: Path) -> str:
