@@ -34,7 +34,7 @@ import transformers
 
 from mmbert_core import demo, distributed
 from mmbert_core.ablation import run_ablation, table
-from mmbert_core.assessment import listed_figures, verdict
+from mmbert_core.assessment import LOWER_IS_BETTER, listed_figures, verdict
 from mmbert_core.card import describe as describe_model
 from mmbert_core.command_line import parse
 from mmbert_core.config import Config
@@ -119,6 +119,16 @@ def say_error(message: str) -> None:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
+class CountingHandler(logging.StreamHandler):
+    """Knows how many warnings it has written."""
+
+    num_warnings = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.num_warnings += record.levelno == logging.WARNING
+        super().emit(record)
+
+
 def set_up_logging(context: DistContext) -> None:
     """Rank 0 tells everything, the others only errors. Lines are plain; warnings say so."""
 
@@ -127,7 +137,7 @@ def set_up_logging(context: DistContext) -> None:
             prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
             return prefix + super().format(record)
 
-    handler = logging.StreamHandler(sys.stderr)
+    handler = CountingHandler(sys.stderr)
     handler.setFormatter(Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if context.is_main else logging.ERROR)
@@ -153,7 +163,8 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     if arguments.check:
         if os.environ.get("NODE_RANK", "0") == "0":  # torchrun.sh checks on every machine; the first one alone need have the run
             read_for_all_ranks(config, data, model, context)  # a resume that must be refused
-        logger.info("the check found nothing wrong")
+        num_warnings = sum(handler.num_warnings for handler in logger.handlers if isinstance(handler, CountingHandler))
+        logger.info("the check found nothing wrong%s", f"; {num_warnings} warning{'s'[: num_warnings > 1]} above" if num_warnings else "")
         return 0
     with distributed.process_group(context, config.timeout_seconds):
         results = fit(config, data, model, pooling, context)
@@ -162,8 +173,8 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     return 0
 
 
-def print_figures(figures: dict[str, Any], config: Config) -> None:
-    """Metrics with their intervals, the baselines beside them, and what to make of it."""
+def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = True) -> None:
+    """Metrics with their intervals, the baselines beside them, and what to make of it; `advice` on training is for who trains."""
     listed, num_left_out = listed_figures(figures, "test", config)
     baselines = listed.get("baselines", {})
     if baselines:
@@ -179,7 +190,7 @@ def print_figures(figures: dict[str, Any], config: Config) -> None:
     if num_left_out:
         print(f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision")
     if baselines:
-        print(verdict(figures, "test", config))
+        print(verdict(figures, "test", config, advice=advice))
 
 
 def check_folders(config: Config) -> None:
@@ -199,7 +210,7 @@ def check_folder(key: str, folder: str) -> None:
 
 
 def describe(config: Config, data: Data) -> None:
-    """What will be learned from what, in two lines, and which of two classes is class 1."""
+    """What will be learned from what, in two lines; which of two classes is class 1; and what chooses the best step."""
     parts = {"train": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}" for name, dataset in parts.items() if dataset is not None)
     shares = [f"{label!r} {(data.train.label_index == index).mean():.1%}" for index, label in enumerate(data.labels.names[:10])]
@@ -211,6 +222,9 @@ def describe(config: Config, data: Data) -> None:
     inputs = [f"text of {lengths.mean():.0f} tokens on average, at most {lengths.max()}"] if config.text_name else []
     inputs += [f"{kind} columns: {', '.join(names)}" for kind, names in (("numeric", config.tab_field_list), ("categorical", config.cat_field_list)) if names]
     logger.info("inputs: %s", "; ".join(inputs))
+    if data.val is not None:
+        best = "lowest" if config.early_stop_metric in LOWER_IS_BETTER else "highest"
+        logger.info("best step: the %s %s (early_stop_metric), of equals the lowest val_loss", best, config.early_stop_metric)
 
 
 # ---- predict ----
@@ -264,7 +278,7 @@ def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
     with distributed.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
         figures, folder = predictor.evaluate_file([arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting)
     if context.is_main:
-        print_figures(figures, predictor.loaded.config)
+        print_figures(figures, predictor.loaded.config, advice=False)
         page = folder / PAGE
         logger.info("report: %s", page if page.exists() else f"none; the figures are in {folder}")
     return 0

@@ -31,11 +31,7 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     values = _checked(read_config_file(path), path) if path else {}
     flags = _checked(overrides or {}, COMMAND_LINE)  # apart, so that --encoder wins over the file's tokenizer too
     place = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
-    given = {**values, **flags}
-    config = _build(given, place)
-    if given.get("metric_choices") is None and given.get("early_stop_metric") is None and (config.val_path or config.val_fraction > 0):
-        logger.info("early_stop_metric is not set: %s chooses the best step, val_loss among equals", config.early_stop_metric)
-    return config
+    return _build({**values, **flags}, place)
 
 
 def config_from_dict(values: Mapping[str, Any], *, place: str = "config") -> Config:

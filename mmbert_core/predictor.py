@@ -28,7 +28,7 @@ from mmbert_core.data.dataset import Dataset, dataset_for_prediction, encode_for
 from mmbert_core.data.encoding import encode_windows, longest_texts
 from mmbert_core.data.features import Outside, Unseen, add_by_column, outside_lines, unseen_lines
 from mmbert_core.data.prepare import cut_texts
-from mmbert_core.data.readers import rows_about
+from mmbert_core.data.readers import lengths_of
 from mmbert_core.data.store import open_or_build
 from mmbert_core.data.table import Chunk, Roles, check_path, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
 from mmbert_core.data.tokens import join_texts, keeps_end
@@ -164,7 +164,7 @@ class Predictor:
         names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
         unseen: Unseen = {}
         outside: Outside = {}
-        num_cut, progress = 0, Progress(rows_about(inputs))
+        num_cut, progress = 0, Progress(lengths_of(inputs))
         with written_whole(output, inputs, self.context) as stream:
             stream.write(table_line(names, delimiter=delimiter, sheet_safe=sheet_safe))
             for dataset in self._windows(inputs, roles, tsv_quoting):
@@ -174,7 +174,7 @@ class Predictor:
                 unseen = add_by_column(unseen, dataset.unseen())
                 outside = add_by_column(outside, dataset.outside())
                 num_cut += dataset.encoded.num_cut
-                progress.advance(len(dataset))
+                progress.advance(window)
         self._warn("input", num_cut, progress.done, unseen, outside)
         return progress.done
 
@@ -248,7 +248,7 @@ class Predictor:
             fingerprints = dataset.encoded.fingerprints
             warnings = [*known_files(trained.get("files", {}), fingerprints), *unlike] or {"reason": "The training rows are not at hand: only the files were compared."}
             data = {**trained, "files": {**trained.get("files", {}), **fingerprints}, "test": rows_section(dataset, loaded.labels.names)}
-            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns)
+            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns, is_of_training=False)
 
         with self._in_use():
             write_report(scored, folder)
@@ -333,19 +333,27 @@ class Predictor:
 
 
 class Progress:
-    """Rows scored, told every few seconds, with the time that is left where the number of rows is known."""
+    """Rows scored, told every few seconds, with the time that is left where the length of the files is known."""
 
-    def __init__(self, total: int | None) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, lengths: Sequence[int] | None) -> None:
+        """`lengths`: lines, or rows, of each file; a row may have several lines, so that only lines tell how much is left."""
+        self.lengths, self.done = lengths, 0
         self._started = self._said = time.monotonic()
 
-    def advance(self, num_rows: int) -> None:
-        self.done += num_rows
+    def advance(self, window: Chunk) -> None:
+        self.done += len(window)
         now = time.monotonic()
         if now - self._said > SECONDS_BETWEEN_LINES:
-            self._said, rate = now, self.done / (now - self._started)
-            left = f", about {format_seconds(max(0, self.total - self.done) / rate)} left" if self.total else ""
-            logger.info("%d rows scored, %.0f rows/s%s", self.done, rate, left)
+            self._said, seconds = now, now - self._started
+            left = "" if self.lengths is None else f", about {format_seconds(self.seconds_left(window, seconds))} left"
+            logger.info("%d rows scored, %.0f rows/s%s", self.done, self.done / seconds, left)
+
+    def seconds_left(self, window: Chunk, seconds: float) -> float:
+        """From the share of all lines (of files without lines: rows) up to the last row of `window`, which took `seconds`."""
+        assert self.lengths is not None
+        file = int(window.file_index[-1])
+        done = sum(self.lengths[:file]) + int(window.line[-1] or window.row[-1])
+        return seconds * max(0.0, sum(self.lengths) / done - 1)
 
 
 def load_predictor(folder: str, options: Mapping[str, Any]) -> Predictor:

@@ -36,6 +36,19 @@ def test_the_model_is_compared_with_the_best_baseline(value, low, beginning):
     assert ("Try a higher lr" in line) == ("does not beat" in beginning) and "the model has no text" not in line
 
 
+def test_a_perfect_tie_is_a_tie_without_advice():
+    for value, rival in ((1.0, 1.0), (0.99999, 1.0), (1.0, 0.99996)):
+        line = said(value, {"columns only": 0.5, "text only": rival}, low=1.0)
+        assert line == "The model ties with the best of its baselines: auroc 1.0000 for both (text only), and more is not possible."
+
+
+def test_advice_on_training_is_for_who_trains():
+    settings = Config(text_name=("text",), label_name="label", model_path="run")
+    figures = {"test/auroc": 0.6, "undefined": {}, "no_baselines": {}, "intervals": {}, "baselines": {"text only": {"test/auroc": 0.7}}}
+    assert "Try a higher lr" in verdict(figures, "test", settings)
+    assert verdict(figures, "test", settings, advice=False) == "The model does not beat its baselines: auroc 0.6000 beside 0.7000 (text only)."
+
+
 def test_what_cannot_be_compared_has_its_reason():
     assert said(None, {"columns only": 0.7}) == "No comparison with baselines: only one class in the labels: '0'."
     assert said(0.9, {}) == said(0.9, {"columns only": None}) == "No comparison with baselines: there are none."

@@ -138,13 +138,11 @@ def test_a_flag_of_the_originals_says_nothing_of_the_file(tmp_path, caplog):
     assert read_config(path, {"tokenizer": "a"}).early_stop_metric == "val/auroc"
 
 
-def test_the_default_metric_is_said_in_one_line(tmp_path, caplog):
-    caplog.set_level("INFO")
-    read_config(write(tmp_path, json.dumps({**REQUIRED, "early_stop_metric": "val/auroc"}), "a.json"))
-    read_config(write(tmp_path, json.dumps({**REQUIRED, "val_fraction": 0}), "b.json"))
-    assert not caplog.messages
-    read_config(write(tmp_path, json.dumps(REQUIRED), "c.json"))
-    assert caplog.messages == ["early_stop_metric is not set: val/auroc chooses the best step, val_loss among equals"]
+@pytest.mark.parametrize(("changes", "words"), [({}, "highest val/auroc"), ({"early_stop_metric": "val_loss"}, "lowest val_loss"), ({"metric_choices": ["mcc"]}, "highest val/f1_score")])
+def test_what_chooses_the_best_step_is_said_in_one_line(tmp_path, capsys, changes, words):
+    path = write(tmp_path, json.dumps(tiny.settings(tmp_path) | changes), "run.json")
+    assert cli.main(["train", path, "--check"]) == 0
+    assert capsys.readouterr().err.count(f"best step: the {words} (early_stop_metric), of equals the lowest val_loss\n") == 1
 
 
 # ---- names ----

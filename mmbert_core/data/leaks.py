@@ -3,7 +3,7 @@
 Imports dataset, splits. N rows. Each finding is a line with a count; nothing is changed or refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ CHUNK_ROWS = 8_192
 FEWEST_TOKENS = 8  # of a text that is no coincidence
 NEARLY = 0.98  # AUROC of a column alone
 FEWEST_OF_A_CLASS = 10  # rows in each half of those looked at
+NEARLY_UNIQUE = 0.95  # different values of a category per row
 FEW_NUMBERS = 100  # different ones in a column
 FEWEST_DIFFERENT = 50  # rows from which a value of its own in each is no coincidence
 KINDS = {"train": "training", "val": "validation", "test": "test"}
@@ -90,12 +91,23 @@ def _columns(train: Dataset, labels: Labels) -> Iterator[str]:
             continue
         if len(values) == len(rows) >= FEWEST_DIFFERENT and not (is_number and (cells % 1 != 0).any()):
             yield f"column {name!r}: another value in each of {len(rows)} training rows: is it an id?"
+        elif not is_number and (line := _nearly_unique(name, cells)):
+            yield line
         ways = [(cells, True)] if is_number else [(codes, False)]
         if is_number and len(values) <= FEW_NUMBERS:  # may be codes, whose order says nothing
             ways.append((codes, False))
         index, area = max((_best_class(way, classes, len(labels.names), is_number=ordered) for way, ordered in ways), key=lambda found: found[1])
         if area >= NEARLY:
             yield f"column {name!r} alone tells class {labels.names[index]!r} from the rest with an AUROC of {area:.4f}: is it known before the label is?"
+
+
+def _nearly_unique(name: str, cells: Sequence[str]) -> str | None:
+    """A line about a category whose values nearly all differ, such as ids with a few repeats, or dates; empty cells are not looked at."""
+    values = [cell for cell in cells if cell]
+    num_values = len(set(values))
+    if len(values) < FEWEST_DIFFERENT or num_values <= NEARLY_UNIQUE * len(values):
+        return None
+    return f"column {name!r}: {num_values} different values in {len(values)} training rows, so that few can be learned: is it an id or a date?"
 
 
 def _best_class(cells: np.ndarray, classes: np.ndarray, num_classes: int, *, is_number: bool) -> tuple[int, float]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,15 @@ from mmbert_core.data.labels import Labels, other_rows, spelling_warnings
 from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
 from mmbert_core.data.readers import header_of
 from mmbert_core.data.splits import sample_rows, split_rows, taken
-from mmbert_core.data.store import check_columns, open_or_build
-from mmbert_core.data.table import Roles, columns_kept, expand_paths, shown
+from mmbert_core.data.store import check_columns, open_or_build, required_columns
+from mmbert_core.data.table import Roles, columns_kept, expand_paths, join_problems, missing_in_files, read_chunks, shown
 from mmbert_core.data.tokens import keeps_end, load_tokenizer, tokenizer_fingerprint
 from mmbert_core.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of a long build
+LABEL_CHUNKS = 16  # of training rows whose labels are looked at when columns are missing anyway
 MANY_CATEGORIES = 10_000  # of one column: more are an id or free text rather than a category
 
 
@@ -126,6 +128,7 @@ def _check_files(config: Config, train_roles: Roles) -> None:
     if not config.train_path:
         raise InputError("train_path: expected at least one file, found none")
     train_files = {os.path.realpath(path) for path in expand_paths(config.train_path)}
+    _check_all_columns(config, train_roles)
     check_columns(config.train_path, train_roles, tsv_quoting=config.tsv_quoting)
     for key in ("val_path", "test_path"):
         paths = getattr(config, key)
@@ -136,6 +139,36 @@ def _check_files(config: Config, train_roles: Roles) -> None:
             check_columns(paths, replace(train_roles, group=None), label_optional=key == "test_path", tsv_quoting=config.tsv_quoting)
     if config.test_path:
         columns_kept(config.test_path, config.slice_columns, tsv_quoting=config.tsv_quoting)
+
+
+def _check_all_columns(config: Config, train_roles: Roles) -> None:
+    """Raise one `InputError` with all columns that any file lacks and, since it ends the run anyway, what is wrong with the training labels."""
+    other_roles, problems = replace(train_roles, group=None), dict[str, list[str]]()
+    for paths, roles, label_optional in ((config.train_path, train_roles, False), (config.val_path, other_roles, False), (config.test_path, other_roles, True)):
+        found = missing_in_files(expand_paths(paths), required_columns(roles, label_optional=label_optional), tsv_quoting=config.tsv_quoting)
+        for problem, files in found.items():
+            problems.setdefault(problem, []).extend(files)
+    if problems:
+        labels = _label_problem(config)
+        raise InputError(join_problems(problems) + (f"; {labels}" if labels else ""))
+
+
+def _label_problem(config: Config) -> str | None:
+    """What `Labels.fit` says of the first training rows; None where nothing is wrong or the label column is missing."""
+    first: dict[str, str] = {}
+    try:
+        chunks = read_chunks(config.train_path, [config.label_name], tsv_quoting=config.tsv_quoting)
+        for chunk in islice(chunks, LABEL_CHUNKS):
+            for row, value in enumerate(chunk.cells[config.label_name]):
+                if value not in first:
+                    first[value] = chunk.where(row)
+        if next(chunks, None) is not None and len(first) <= config.num_classes:  # a later row may have the missing class
+            return None
+        where = list(first.values())
+        Labels.fit(list(first), num_classes=config.num_classes, positive_label=config.positive_label, column=config.label_name, where=where.__getitem__)
+    except InputError as error:
+        return None if "not found" in str(error) else str(error)
+    return None
 
 
 def _fit_labels(train: EncodedRows, config: Config) -> Labels:

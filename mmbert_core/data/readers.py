@@ -67,19 +67,18 @@ def rows_of(path: str, columns: Sequence[str], *, absent: Sequence[str] = (), ts
             yield line, [_json_cell(record, column, row_prefix(path, row, line)) for column in columns]
 
 
-def rows_about(paths: Sequence[str]) -> int | None:
-    """How many rows the files have, about: lines but the header, so that line breaks in cells count too. None where it takes reading them."""
-    total = 0
+def lengths_of(paths: Sequence[str]) -> list[int] | None:
+    """Lines of each text file, header and line breaks in cells included, and rows of each Parquet file. None where it takes reading them."""
+    lengths = []
     for path in paths:
-        kind = format_of(path)
         if is_gzip_name(path):
             return None
-        if kind == ".parquet":
-            total += open_parquet(path).metadata.num_rows
+        if format_of(path) == ".parquet":
+            lengths.append(open_parquet(path).metadata.num_rows)
             continue
         with open(path, "rb") as stream:
-            total += sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 22), b"")) - (TEXT_FORMATS[kind] is not None)
-    return total
+            lengths.append(sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 22), b"")))
+    return lengths
 
 
 def format_of(path: str) -> str:

@@ -64,9 +64,14 @@ def fingerprint_files(paths: Sequence[str]) -> dict[str, dict[str, int | str]]:
 
 def check_columns(paths: Sequence[str], roles: Roles, *, label_optional: bool = False, tsv_quoting: str = AUTO) -> list[str]:
     """The columns that a store of `paths` holds. Reads headers only; raises the `InputError`s of `columns_kept`."""
-    required = [*roles.inputs(), *([roles.group] if roles.group is not None else [])]
     label = [roles.label] if roles.label is not None else []
-    return columns_kept(paths, required if label_optional else required + label, label, tsv_quoting=tsv_quoting)
+    return columns_kept(paths, required_columns(roles, label_optional=label_optional), label, tsv_quoting=tsv_quoting)
+
+
+def required_columns(roles: Roles, *, label_optional: bool = False) -> list[str]:
+    """The columns that a store's files must have."""
+    label = [roles.label] if roles.label is not None and not label_optional else []
+    return [*roles.inputs(), *([roles.group] if roles.group is not None else []), *label]
 
 
 def open_or_build(

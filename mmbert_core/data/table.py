@@ -17,6 +17,7 @@ from mmbert_core.data.readers import check_once, header_of, rows_of
 from mmbert_core.errors import InputError
 
 CHUNK_ROWS = 8192
+MAX_NAMED = 10  # missing columns in a message
 MAX_CHUNK_CHARACTERS = 2**24  # of the cells kept: what a chunk takes in memory
 MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100  # of a header: difflib takes 6 s for 60,000 names
 SEPARATORS = {  # that are not the file's: name, advice
@@ -146,6 +147,8 @@ def columns_kept(
     """
     kept: list[str] = []
     files = expand_paths(paths)
+    if problems := missing_in_files(files, columns, tsv_quoting=tsv_quoting):
+        raise InputError(join_problems(problems))
     for path in files:
         found = _columns_of(path, header_of(path, tsv_quoting), columns, optional)
         if path != files[0] and found != kept:
@@ -232,12 +235,36 @@ def _chunk_in_memory(path: str, values: Mapping[str, Sequence[object]], num_rows
 
 
 def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    if problem := _missing_columns(header, columns):
+        raise InputError(f"{path}: {problem}")
     known = set(header)
-    for column in columns:
-        if column not in known:
-            names = ", ".join(shown(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
-            raise InputError(f"{path}: column {column!r} not found{_missing_hint(column, header)}; columns are {names}")
     return list(dict.fromkeys([*columns, *(name for name in optional if name in known)]))
+
+
+def missing_in_files(paths: Sequence[str], columns: Sequence[str], *, tsv_quoting: str = AUTO) -> dict[str, list[str]]:
+    """What is missing from the headers of `paths`, all columns at once -> the files that lack them."""
+    problems: dict[str, list[str]] = {}
+    for path in paths:
+        if problem := _missing_columns(header_of(path, tsv_quoting), columns):
+            problems.setdefault(problem, []).append(path)
+    return problems
+
+
+def join_problems(problems: Mapping[str, Sequence[str]]) -> str:
+    """The findings of `missing_in_files` on one line."""
+    return "; ".join(f"{', '.join(paths)}: {problem}" for problem, paths in problems.items())
+
+
+def _missing_columns(header: Sequence[str], columns: Sequence[str]) -> str | None:
+    """All `columns` that the header lacks, each with what it was probably meant to be; None where it has them."""
+    known = set(header)
+    missing = [column for column in columns if column not in known]
+    if not missing:
+        return None
+    names = ", ".join(shown(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
+    lines = [f"column {column!r} not found{_missing_hint(column, header)}" for column in missing[:MAX_NAMED]]
+    more = f"; {len(missing) - MAX_NAMED} more columns not found" if len(missing) > MAX_NAMED else ""
+    return f"{'; '.join(lines)}{more}; columns are {names}"
 
 
 def _missing_hint(column: str, header: Sequence[str]) -> str:

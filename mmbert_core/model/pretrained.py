@@ -246,6 +246,8 @@ def _one_line(name: str, *, not_cached: bool = False) -> Iterator[None]:
     except Exception as error:  # the hub, JSON, safetensors and transformers each raise classes of their own
         message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         wanted = _NotCached if not_cached and isinstance(error, OSError) else InputError
+        if "above report" in str(error):  # which is silenced here, and names tensors of other shapes
+            message = "weights of its model.safetensors have other shapes than its config.json says, or cannot be converted to what the model needs"
         if isinstance(error, json.JSONDecodeError):
             message = f"its config.json is not JSON ({message})"
         raise wanted(f"encoder {name!r}: cannot be loaded: {message[:300]}") from error
