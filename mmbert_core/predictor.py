@@ -174,7 +174,7 @@ class Predictor:
                 unseen = add_by_column(unseen, dataset.unseen())
                 outside = add_by_column(outside, dataset.outside())
                 num_cut += dataset.encoded.num_cut
-                progress.advance(window)
+                progress.advance(len(dataset), *dataset.encoded.last_position())
         self._warn("input", num_cut, progress.done, unseen, outside)
         return progress.done
 
@@ -340,20 +340,20 @@ class Progress:
         self.lengths, self.done = lengths, 0
         self._started = self._said = time.monotonic()
 
-    def advance(self, window: Chunk) -> None:
-        self.done += len(window)
+    def advance(self, num_rows: int, file: int, position: int) -> None:
+        """`num_rows` more are scored; the last of them stands at `position`, a line or a row, of a file."""
+        self.done += num_rows
         now = time.monotonic()
         if now - self._said > SECONDS_BETWEEN_LINES:
             self._said, seconds = now, now - self._started
-            left = "" if self.lengths is None else f", about {format_seconds(self.seconds_left(window, seconds))} left"
+            left = "" if self.lengths is None else f", about {format_seconds(self.seconds_left(file, position, seconds))} left"
             logger.info("%d rows scored, %.0f rows/s%s", self.done, self.done / seconds, left)
 
-    def seconds_left(self, window: Chunk, seconds: float) -> float:
-        """From the share of all lines (of files without lines: rows) up to the last row of `window`, which took `seconds`."""
+    def seconds_left(self, file: int, position: int, seconds: float) -> float:
+        """From the share of all lines (of files without lines: rows) up to `position`, which took `seconds`."""
         assert self.lengths is not None
-        file = int(window.file_index[-1])
-        done = sum(self.lengths[:file]) + int(window.line[-1] or window.row[-1])
-        return seconds * max(0.0, sum(self.lengths) / done - 1)
+        done = sum(self.lengths[:file]) + position
+        return seconds * max(0.0, sum(self.lengths) / max(1, done) - 1)
 
 
 def load_predictor(folder: str, options: Mapping[str, Any]) -> Predictor:

@@ -95,6 +95,12 @@ class EncodedRows:
             if (num_bytes := mapping.size()) < len(mapping):
                 raise RunError(f"{path}: this file of the cache was truncated while it was in use: expected {len(mapping)} bytes, found {num_bytes}; start again: it is built anew")
 
+    def last_position(self) -> tuple[int, int]:
+        """File (index into `paths`) and line of the last row, or its row in a file without lines; (0, 0): no rows."""
+        if self.num_rows == 0:
+            return 0, 0
+        return int(self.file_index[-1]), int(self.lines[-1] or self.file_rows[-1])
+
     def let_go_of_tokens(self) -> None:
         """Give the pages of texts back that were read: they count as this process's memory, and come again where they are needed."""
         if self.token_file is not None:
