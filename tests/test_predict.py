@@ -115,7 +115,7 @@ ROWS = {
     "special tokens": ["r", "[SEP] [PAD] [CLS] [MASK]", "30", "1.5", "a", "1"],
     "very long text": ["r", "refund " * 100_000, "30", "1.5", "a", "1"],
     "very long word": ["r", "x" * 1_000_000, "30", "1.5", "a", "1"],
-    "all missing": ["", "", "", "", "", ""],
+    "all missing": ["r", "", "", "", "", ""],
 }
 
 

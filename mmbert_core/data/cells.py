@@ -45,7 +45,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError("a NUL character")
-        return str(value)  # without the class of a numpy string
+        return value if type(value) is str else str(value)  # without the class of a numpy string
     if isinstance(value, (list, dict, tuple, set, frozenset, np.ndarray, pd.Series, pd.Index, pd.DataFrame)):
         raise ValueError(f"a {type(value).__name__}")
     if _is_missing(value):

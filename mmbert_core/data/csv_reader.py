@@ -3,6 +3,7 @@
 import csv
 import logging
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 
 from mmbert_core.data.lines import MAX_CELL_CHARACTERS, BadLine, text_lines
 from mmbert_core.errors import InputError
@@ -32,7 +33,7 @@ def csv_header(path: str, delimiter: str, tsv_quoting: str) -> list[str] | None:
     return _named(header)
 
 
-def csv_rows(path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str) -> Iterator[Record]:
+def csv_rows(path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str) -> Iterator[tuple[int, Sequence[str]]]:
     """Rows of `columns`. Raises `InputError` for a ragged row, broken quoting, a blank line or separators alone between rows."""
     records = _records(path, delimiter, tsv_quoting)
     _, header = next(records)
@@ -40,13 +41,15 @@ def csv_rows(path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str
     if num_named < len(header):
         logger.info("%s: %d columns without a name at the end are ignored", path, len(header) - num_named)
     indices = [header.index(column) for column in columns]
+    # itemgetter of one index gives the cell itself, not a row of one cell
+    pick = itemgetter(*indices) if len(indices) > 1 else lambda cells: [cells[index] for index in indices]
     for row, (line, cells) in enumerate(records, start=1):
         if len(cells) != len(header):
             raise InputError(f"{row_prefix(path, row, line)}: expected {len(header)} cells as in the header, found {len(cells)}")
         if num_named < len(header) - 1 and any(cells[num_named:]):
             cell = next(filter(None, cells[num_named:]))
             raise InputError(f"{row_prefix(path, row, line)}: expected no cell under the empty names at the end of the header, found {cell[:40]!r}")
-        yield line, [cells[index] for index in indices]
+        yield line, pick(cells)
 
 
 def _named(header: list[str]) -> list[str]:

@@ -85,7 +85,12 @@ def text_lines(path: str) -> Iterator[str]:
                     other_encoding = _other_encoding(raw) or other_encoding
                 if len(raw) > MAX_LINE_BYTES:
                     raise BadLine(f"expected lines of at most {MAX_LINE_BYTES:,} bytes, found a longer one: is one record a line?")
-                text = _decoded(raw, offset, other_encoding)
+                try:
+                    text = raw.decode("utf-8") if offset else ""
+                except UnicodeDecodeError:
+                    text = ""
+                if not text or "\0" in text:  # the first line, or one that is refused
+                    text = _decoded(raw, offset, other_encoding)
                 if text:
                     yield text
                 offset += len(raw)

@@ -1,10 +1,12 @@
-"""Rows of a Parquet file, in batches of bounded bytes. Floor 1; imports errors, lines."""
+"""Rows of a Parquet file, in batches of bounded bytes. Floor 1; imports errors, cells, lines."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from mmbert_core.data.cells import text_of
 from mmbert_core.data.lines import MAX_CELL_CHARACTERS, kind_of, short_text_of
 from mmbert_core.errors import InputError
 
@@ -97,7 +99,11 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
         raise InputError(f"{path} row {first_row} or after, column {column!r}: expected UTF-8 text ({error.reason})") from None
     except (ValueError, OverflowError, NotImplementedError) as error:  # a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
         raise InputError(f"{path} row {first_row} or after, column {column!r}: cannot be read as {values.type} ({_one_line(error)})") from None
-    cells: list[str] = []
+    with suppress(ValueError):  # nearly all batches: nothing to refuse
+        cells = list(map(text_of, found))
+        if max(map(len, cells), default=0) <= MAX_CELL_CHARACTERS:
+            return cells
+    cells = []
     for value in found:
         try:
             cells.append(short_text_of(value))
