@@ -100,6 +100,8 @@ def figures_of(
     defined = [name for name in names if metrics.values[f"{stage}/{name}"] is not None]
     with slow_step("bootstrap intervals of the metrics"):
         intervals = bootstrap_intervals(preds, labels, defined, class_names=class_names, threshold=threshold, seed=config.seed)
+    if len(class_names) > FEW_CLASSES:
+        intervals = {name: around(pair, metrics.values[f"{stage}/{name}"]) for name, pair in intervals.items()}
     figures = {
         **metrics.values, "undefined": metrics.undefined, "intervals": {f"{stage}/{name}": pair and list(pair) for name, pair in intervals.items()},
         "threshold": threshold if config.is_binary else None, "baselines": {},
@@ -113,6 +115,15 @@ def figures_of(
                 made = compute_metrics(scores, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=cut)
                 figures["baselines"][name] = made.values
     return figures
+
+
+def around(interval: tuple[float, float] | None, value: float | None) -> tuple[float, float] | None:
+    """The interval where it contains the value, else None.
+
+    The average precision of a class of few rows is higher in most resamples, which have some of these rows several
+    times: its mean over many such classes lies below its own interval.
+    """
+    return interval if interval is not None and value is not None and interval[0] <= value <= interval[1] else None
 
 
 def listed_figures(figures: Mapping[str, Any], stage: str, config: Config) -> tuple[dict[str, Any], int]:

@@ -15,6 +15,7 @@ from mmbert_core.card import describe
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.evaluation import baselines, class_ranking, metrics
+from mmbert_core.evaluation.judgement import Judgement
 from mmbert_core.evaluation.page import render
 from mmbert_core.report import render_again
 from mmbert_core.training import hooks
@@ -131,3 +132,16 @@ def test_columns_of_very_many_classes_have_no_baseline_rather_than_minutes_of_on
     assert len(assessment.sample(data.train, 0, 30)[0]) == 860 and len(assessment.sample(data.train, 0, 10_000)[0]) == 150
     monkeypatch.setitem(baselines.MOST_CLASSES, baselines.COLUMNS, 399)
     assert assessment.fit_baselines(data, run["config"]).reasons["columns only"] == "more than 399 classes"
+
+
+@pytest.mark.parametrize(("num_classes", "expected"), [(30, [0.2, 0.3]), (31, None)])
+def test_an_interval_that_lies_above_its_value_is_left_out_of_many_classes(num_classes: int, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of the mean average precision of many rare classes does: their resamples have some rows several times."""
+    monkeypatch.setattr(assessment, "bootstrap_intervals", lambda preds, labels, names, **_: {name: (0.2, 0.3) for name in names})
+    labels = np.arange(90) % num_classes
+    preds = np.full((90, num_classes), 1 / num_classes, np.float32)  # average precision 1 / K, AUROC one half
+    config = Config(text_name=("text",), label_name="label", model_path="run", is_binary=False, num_classes=num_classes)
+    names = [str(index) for index in range(num_classes)]
+    made = assessment.figures_of(preds, labels, None, stage="test", config=config, class_names=names, judgement=Judgement())
+    assert made["intervals"]["test/average_precision"] == expected and made["test/average_precision"] < 0.2
+    assert assessment.around((0.2, 0.3), 0.2) == (0.2, 0.3) and assessment.around(None, 0.2) is None
