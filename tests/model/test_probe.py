@@ -33,7 +33,7 @@ BIDIRECTIONAL = {  # -> whether positions start behind the padding's
     "Electra": ({}, False), "Albert": ({"embedding_size": 16}, False), "MPNet": ({}, True), "Esm": ({"mask_token_id": 3}, True),
     "DebertaV2": ({"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}, False),
     "ModernBert": ({**SPECIAL, "cls_token_id": 1, "sep_token_id": 2}, False), "Longformer": ({"attention_window": 8}, True),
-    "XLNet": (None, False), "BigBird": ({}, False), "RoFormer": ({"embedding_size": 32}, False),
+    "XLNet": (None, False), "BigBird": ({}, False), "MobileBert": ({"embedding_size": 16, "intra_bottleneck_size": 16}, False), "RoFormer": ({"embedding_size": 32}, False),
 }  # fmt: skip
 CAUSAL = {"GPT2": {"n_inner": 48, **SPECIAL}, "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "Llama": DECODER, "Qwen2": DECODER, "Qwen3": {**DECODER, "head_dim": 16}, "Bert": {"is_decoder": True}}
 TOKENS = ProbeTokens((5,), tuple(range(7, 59)), (6,), 1, 59)
