@@ -26,6 +26,8 @@ WINDOW = 8192  # rows in memory at a time
 MAX_ROWS, MAX_TOKENS = 256, 8192  # of a batch; tokens with their padding
 
 BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
+DIGITS = {"true": "1", "false": "0"}
+WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 MIDNIGHT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]00:00:00(?:\.0+)?")
 
@@ -65,6 +67,16 @@ def normal_form(cell: str) -> str:
     return unicodedata.normalize("NFC", cell)
 
 
+def index_by_form(index_of: dict[str, int]) -> dict[str, int]:
+    """Index by normal form; a column of true and false is read from 1 and 0 too, and the other way round."""
+    by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
+    if not by_form.keys() & DIGITS.values():
+        return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
+    if not by_form.keys() & DIGITS.keys() and not any(WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form):
+        return by_form | {word: by_form[digit] for word, digit in DIGITS.items() if digit in by_form}
+    return by_form
+
+
 def number_of(cell: str, column: str, missing_words: Sequence[str], largest: float) -> float:
     """The number in a cell; 1 and 0 for true and false; NaN for an empty cell and for words such as NA."""
     try:
@@ -93,7 +105,7 @@ def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray
     indices = []
     for column, values in zip(categories["columns"], categories["values"]):
         index_of = {value: categories["first_index"] + place for place, value in enumerate(values)}
-        index_of_form = {normal_form(value): index for value, index in reversed(index_of.items())} | {"": categories["missing_index"]}
+        index_of_form = index_by_form(index_of) | {"": categories["missing_index"]}
         cells = [row[column] for row in rows]  # as they stand first: older models hold the spelling of the training file
         indices.append([index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), categories["unseen_index"]) for cell in cells])
     return np.array(indices, dtype=np.int64).T

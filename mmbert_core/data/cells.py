@@ -6,6 +6,7 @@ Imports nothing of ours. Ids, groups and texts have no normal form: they are com
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -15,6 +16,8 @@ import pandas as pd
 
 # A boolean as JSON and Parquet, Python and pandas, or R and spreadsheets write it.
 BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
+DIGITS = {"true": "1", "false": "0"}
+WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # 1.0: what pandas makes of 1 in a column with missing values
 MIDNIGHT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]00:00:00(?:\.0+)?")  # what a date becomes as a point in time
 
@@ -34,6 +37,20 @@ def normal_form(cell: str) -> str:
             return found[1]
         return cell
     return unicodedata.normalize("NFC", cell)
+
+
+def index_by_form(index_of: Mapping[str, int]) -> dict[str, int]:
+    """Normal form -> index of the first value of `index_of` that has it.
+
+    A column of true and false is often stored as 1 and 0, and the other way round: values that a table does not have
+    itself stand for those that it has. A column with other whole numbers counts something, and true is none of them.
+    """
+    by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
+    if not by_form.keys() & DIGITS.values():
+        return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
+    if not by_form.keys() & DIGITS.keys() and not any(WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form):
+        return by_form | {word: by_form[digit] for word, digit in DIGITS.items() if digit in by_form}
+    return by_form
 
 
 def text_of(value: Any) -> str:

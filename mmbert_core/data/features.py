@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mmbert_core.data.cells import normal_form
+from mmbert_core.data.cells import index_by_form, normal_form
 from mmbert_core.data.splits import taken
 from mmbert_core.data.table import Roles, shown
 from mmbert_core.errors import InputError
@@ -150,7 +150,7 @@ class Features:
         lookups = []
         for values, vocabulary in zip(self.categories, vocabularies, strict=True):
             index_of = {value: FIRST_CATEGORY + position for position, value in enumerate(values)}
-            index_of_form = {normal_form(value): index for value, index in reversed(index_of.items())}  # the first of equal ones
+            index_of_form = index_by_form(index_of)
             indices = [index_of.get(cell) or index_of_form.get(normal_form(cell), UNSEEN) if cell else MISSING for cell in vocabulary]
             lookups.append(np.array(indices, dtype=np.int64))
         return lookups

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmbert_core.data.cells import normal_form
+from mmbert_core.data.cells import index_by_form, normal_form
 from mmbert_core.data.table import shown
 from mmbert_core.errors import InputError
 from mmbert_core.schema import array, record, text
@@ -80,8 +80,8 @@ class Labels:
 
     @cached_property
     def index_of_form(self) -> dict[str, int]:
-        """By normal form; of names with equal ones, which older folders may have, the first."""
-        return {normal_form(name): index for name, index in reversed(self.index_of.items())}
+        """By normal form; of names with equal ones, which older folders may have, the first; 1 and 0 also as true and false."""
+        return index_by_form(self.index_of)
 
     def lookup(self, values: Sequence[str]) -> np.ndarray:
         """Distinct label texts -> class indices [len(values)] int64, `UNKNOWN` where it is no class."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmbert_core import export_example
-from mmbert_core.data.cells import normal_form, text_of
+from mmbert_core.data.cells import index_by_form, normal_form, text_of
 
 MISSING = [None, float("nan"), np.float32("nan"), Decimal("NaN"), Decimal("sNaN"), pd.NA, pd.NaT, np.datetime64("NaT"), np.timedelta64("NaT")]
 STAY = ["007", "1e5", "1_0", "1.5", "01.0", "+1.0", "1.", ".0", "tRUE", " true", "1.0 ", "yes", "", "NA", "2026-01-31 00:00:01", "1.0.0", "٣.0"]
@@ -35,6 +35,18 @@ def test_other_cells_stay(cell):
 def test_a_normal_form_is_its_own_and_the_export_has_the_same(cell):
     assert normal_form(normal_form(cell)) == normal_form(cell) == export_example.normal_form(cell)
     assert unicodedata.is_normalized("NFC", normal_form(cell))
+
+
+@pytest.mark.parametrize(
+    "values, cells, indices",
+    [(["false", "true"], ["1", "0", "1.0", "True", "2"], [1, 0, 1, 1, None]), (["0", "1"], ["true", "FALSE", "1", "2"], [1, 0, 1, None]),
+     (["True", "unknown"], ["1", "0"], [0, None]), (["0", "1", "n/a"], ["true"], [1]), (["0", "1", "2"], ["true", "false"], [None, None]),
+     (["true", "1"], ["false", "0", "True", "1.0"], [None, None, 0, 1])],
+)  # fmt: skip
+def test_true_and_false_match_1_and_0_where_a_column_has_one_of_the_pairs(values, cells, indices):
+    index_of = {value: index for index, value in enumerate(values)}
+    for function in (index_by_form, export_example.index_by_form):
+        assert [function(index_of).get(normal_form(cell)) for cell in cells] == indices
 
 
 @pytest.mark.parametrize("value", MISSING, ids=repr)

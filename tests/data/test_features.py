@@ -89,6 +89,12 @@ def test_categories_of_an_older_folder_match_as_they_stand_first():
     assert lookup.tolist() == [MISSING, 2, 3, 2, 4, 6, 4, 5, 5, UNSEEN]
 
 
+def test_a_column_of_true_and_false_reads_1_and_0():
+    features = Features((), (), (), (), (), ("k", "flag"), (("false", "true"), ("0", "1")))
+    lookups = features.category_lookup([["", "1", "0", "1.0", "True"], ["", "True", "false", "1"]])
+    assert [lookup.tolist() for lookup in lookups] == [[MISSING, 3, 2, 3, 3], [MISSING, 3, 2, 3]]
+
+
 def test_unseen_cells_are_counted_with_examples():
     features = Features((), (), (), (), (), ("k", "other"), (("1", "2", "3", "4"), ()))
     vocabularies = [["", "1.50", "2", "x" * 100, "2.50", "3.50"], ["", "a"]]

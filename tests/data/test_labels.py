@@ -96,3 +96,8 @@ def test_labels_that_look_alike_are_told():
         "column 'y': the labels '\\xe9' and 'e\\u0301' are one class, written in different ways",
         "column 'y': the labels 'Yes', 'yes ' differ by spaces or case only and are 2 classes: are they meant as one?",
     ]
+
+
+def test_labels_stored_as_booleans_and_as_1_and_0_are_the_same_classes():
+    assert Labels(("False", "True")).lookup(["0", "1", "1.0", "true", "2"]).tolist() == [0, 1, 1, 1, -1]
+    assert Labels(("0", "1")).lookup(["True", "false", ""]).tolist() == [1, 0, -1]
