@@ -75,7 +75,7 @@ def test_json_round_trip():
 def test_labels_that_mean_the_same_are_one_class_with_the_first_spelling():
     labels = Labels.fit(["True", "False", "TRUE", "false"], num_classes=2)
     assert labels.names == ("False", "True")
-    assert labels.lookup(["true", "FALSE", "1", "tRUE", "True"]).tolist() == [1, 0, UNKNOWN, UNKNOWN, 1]
+    assert labels.lookup(["true", "FALSE", "2", "tRUE", "True"]).tolist() == [1, 0, UNKNOWN, UNKNOWN, 1]
     letters = Labels.fit(["b", "e\u0301", "é"], num_classes=2)
     assert letters.names == ("b", "e\u0301") and letters.lookup(["é", "e\u0301", ""]).tolist() == [1, 1, UNKNOWN]
     assert Labels.fit(["0", "1"], num_classes=2).lookup(["1.0", "0.00", "01"]).tolist() == [1, 0, UNKNOWN]
