@@ -294,6 +294,7 @@ def write_small_encoder(folder: str | Path, texts: Iterable[str], *, seed: int =
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         encoder = AutoModel.from_config(config)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with mode_of_new_files(Path(folder) / "model.safetensors"):
         encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
