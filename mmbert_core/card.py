@@ -4,6 +4,7 @@ Imports assessment, config, data, evaluation, files, model_files, model_folder.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import mmbert_core
 from mmbert_core.assessment import listed_figures
 from mmbert_core.data.class_words import format_share
 from mmbert_core.files import write_json, write_text
-from mmbert_core.model_files import CARD, SUMMARY, SUMMARY_JSON, read_part
+from mmbert_core.model_files import CARD, SUMMARY, SUMMARY_JSON, is_own_card, read_part, with_card_mark
 from mmbert_core.model_folder import LoadedModel, load_model_folder
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,10 @@ Values = dict[str, Any]
 def write_card(folder: Path, loaded: LoadedModel, *, data: Values, best: Values, test: Mapping[str, Any] | None) -> None:
     """Rank 0 only. `data` as the report has it, `best` step and metric, `test` figures as in test_metrics.json."""
     summary = {"mmbert_core": mmbert_core.__version__, "data": data, "best": best, "test": listed_figures(test, "test", loaded.config)[0] if test else None}
-    if (folder / CARD).exists():
-        logger.warning("%s is there and not ours: no model card is written", folder / CARD)
+    if os.path.lexists(folder / CARD) and not is_own_card(folder / CARD):
+        logger.warning("%s is there, and not as a run wrote it: it stays, and no model card is written", folder / CARD)
     else:
-        write_text(folder / CARD, "\n".join(card(folder.resolve().name, loaded, summary)) + "\n")
+        write_text(folder / CARD, with_card_mark("\n".join(card(folder.resolve().name, loaded, summary)) + "\n"))
     write_json(folder / SUMMARY, summary)
 
 

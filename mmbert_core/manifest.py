@@ -1,5 +1,6 @@
 """Which files a folder was written with: MANIFEST.json, the size and SHA-256 of each. Floor 0; imports schema, files."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,20 @@ def why_different(path: Path, entry: Mapping[str, Any]) -> str | None:
         if not path.is_file():
             return "missing"
         if (size := path.stat().st_size) != entry["bytes"]:
-            return f"expected {entry['bytes']} bytes, found {size}"
+            if not _differs_in_line_ends_alone(path, entry):
+                return f"expected {entry['bytes']} bytes, found {size}"
+            return None if path.suffix == ".json" else "its line ends were changed to CRLF, as git does with core.autocrlf"
         return None if sha256_of(path) == entry["sha256"] else "content differs from the manifest"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+
+
+def _differs_in_line_ends_alone(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a copy got CRLF where the file has LF. In JSON they mean the same: no text in it holds a line end."""
+    if not entry["bytes"] < path.stat().st_size <= 2 * entry["bytes"] or path.suffix == ".safetensors":
+        return False
+    content = path.read_bytes().replace(b"\r\n", b"\n")
+    return len(content) == entry["bytes"] and hashlib.sha256(content).hexdigest() == entry["sha256"]
 
 
 def first_difference(folder: Path, entries: Entries) -> tuple[str, str] | None:

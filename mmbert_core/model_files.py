@@ -3,6 +3,8 @@
 Imports errors, schema, files, manifest, config, data, evaluation.judgement, text_encoder.
 """
 
+import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,14 @@ SUMMARY, CARD = "summary.json", "README.md"  # for people, written after the tes
 WEIGHTS = "model.safetensors"  # takes its name last: a folder that has it is whole
 PREDICTION_FILES = (CONFIG, FEATURES, LABELS, THRESHOLDS, BASELINES, BASELINE_WEIGHTS, WEIGHTS)  # and those of the encoder
 ENCODER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # that transformers reads; others do not matter
+# Names under which a tokenizer of transformers looks for its files, whether they were there in training or not.
+TOKENIZER_NAMES = re.compile(
+    r"config\.json|([a-z]+_)?vocab\.(json|txt)|merges\.txt|(special_tokens_map|added_tokens|tokenizer|tokenizer_config)\.json"
+    r"|(spiece|spm|spm_char|sentencepiece|sentencepiece\.bpe|tokenizer)\.model|(tokenizer|vocab|.*)\.tiktoken"
+    r"|(dict|bpe)\.txt|(emoji|normalizer|byte_maps|word_shape|word_pronunciation)\.json"
+)
+CARD_MARK = "<!-- model card of mmbert_core, sha256 of the lines above: {} -->\n"
+MAX_CARD_BYTES = 2**24
 MAX_FEATURES_BYTES = 2**28  # categories of millions of values
 
 RESOLVED = record(
@@ -77,9 +87,15 @@ class ModelSettings:
 
 def prediction_files(folder: Path) -> list[str]:
     """Files in the folder, without the manifest, that decide a prediction, as paths below it."""
-    encoder = sorted(path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file())
     present = [name for name in PREDICTION_FILES if (folder / name).is_file()]
-    return [*present, *(path.relative_to(folder).as_posix() for path in encoder)]
+    encoder = sorted(path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in encoder]
+    return [*present, *(name for name in names if not _is_hidden(name))]
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether file managers, editors, notebooks and version control made it: no one reads `.DS_Store` or `.ipynb_checkpoints/` as a model's."""
+    return any(word.startswith(".") or word == "__MACOSX" for word in name.split("/"))
 
 
 def manifest_record(folder: Path, weights: Path) -> dict[str, Any]:
@@ -88,7 +104,7 @@ def manifest_record(folder: Path, weights: Path) -> dict[str, Any]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise `InputError` for a file that is missing, changed or new since the folder was written.
+    """Raise `InputError` for a file that is missing, changed or new since the folder was written, and that a prediction may depend on.
 
     Folders of version 0.2 and older have no manifest: theirs are taken as they are.
     """
@@ -104,7 +120,7 @@ def check_manifest(folder: Path) -> None:
     if not {CONFIG, FEATURES, LABELS, WEIGHTS} <= set(entries):
         raise InputError(f"{folder / MANIFEST}: expected {CONFIG}, {FEATURES}, {LABELS} and {WEIGHTS} in it, found {len(entries)} files")
     advice = "copy the whole folder again, or train once more"
-    if added := sorted(present - set(entries)):
+    if added := sorted(name for name in present - set(entries) if name in PREDICTION_FILES or _is_tokenizer_file(name)):
         raise InputError(f"{folder / added[0]}: is no file of this model ({MANIFEST} does not name it): remove it, or {advice}")
     if difference := first_difference(folder, entries):
         name, reason = difference
@@ -117,6 +133,31 @@ def check_manifest(folder: Path) -> None:
 def _is_encoder_file(name: str) -> bool:
     """Whether a manifest's name can be one of the encoder's files, and of nothing outside the folder."""
     return name.startswith(f"{ENCODER}/") and name.endswith(ENCODER_SUFFIXES) and ".." not in name.split("/")
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    """Whether a tokenizer would read this file of the folder if it were added; a user's notes are not."""
+    return name.startswith(f"{ENCODER}/") and TOKENIZER_NAMES.fullmatch(name.removeprefix(f"{ENCODER}/")) is not None
+
+
+# ---- the model card ----
+
+
+def with_card_mark(text: str) -> str:
+    """The card with a last line by which a later run knows that nobody has written into it."""
+    return text + CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a README.md is a card as a run wrote it: the user's own, or an edited one, is never replaced or removed."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
+            return False
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    head, found, _ = text.rpartition(CARD_MARK.split("{}")[0])
+    return bool(found) and text == with_card_mark(head)
 
 
 # ---- reading ----
@@ -181,5 +222,8 @@ def _built(path: Path, build: Callable[[], Any]) -> Any:
     """What is built from a file; what does not fit is one line that names it."""
     try:
         return build()
-    except (ValueError, OSError, SafetensorError) as error:
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)  # safetensors gives it no strerror
+        raise InputError(f"{path}: {'is missing' if missing else f'cannot be read: {error.strerror or error}'}") from None
+    except (ValueError, SafetensorError) as error:
         raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}: ').split())[:300]}") from None

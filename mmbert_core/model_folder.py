@@ -45,6 +45,7 @@ from mmbert_core.model_files import (
     WEIGHTS,
     check_complete,
     check_manifest,
+    is_own_card,
     manifest_record,
     prediction_files,
     read_judgement,
@@ -117,7 +118,7 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: Load
     Raises `RunError` when the disk does not take it.
     """
     folder = Path(folder)
-    for name in (WEIGHTS, MANIFEST, *((SUMMARY, CARD) if (folder / SUMMARY).exists() else ())):  # a README.md may be another's
+    for name in (WEIGHTS, MANIFEST, SUMMARY, *((CARD,) if is_own_card(folder / CARD) else ())):  # a README.md may be the user's
         (folder / name).unlink(missing_ok=True)  # never an old model, or its figures, next to new files
     baselines = made.judgement.baselines
     for name in (BASELINES, BASELINE_WEIGHTS) if baselines is None else ():
@@ -164,7 +165,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     """Read a model folder. Raises `InputError`, one line, when a file is missing, not as it was written, or does not fit the others."""
     folder = Path(folder)
     check_complete(folder)
-    for name in prediction_files(folder):
+    for name in (*prediction_files(folder), *((MANIFEST,) if (folder / MANIFEST).is_file() else ())):
         check_content(folder / name, may_be_empty=True)
     check_manifest(folder)
     settings = read_settings(folder)

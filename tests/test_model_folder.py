@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from mmbert_core.card import write_card
 from mmbert_core.config import Config
 from mmbert_core.errors import InputError
 from mmbert_core.manifest import MANIFEST
 from mmbert_core.model_files import prediction_files
 from mmbert_core.model_folder import load_model_folder, save_model_folder
+from mmbert_core.predictor import Predictor
 from mmbert_core.training.checkpoint import weights_of
 from tests import tiny
 
@@ -120,6 +122,62 @@ def test_weights_never_stand_without_their_manifest(model, monkeypatch):
     monkeypatch.undo()
     save_model_folder(model, weights, loaded)
     load_model_folder(model)
+
+
+def left_by_others(model: Path) -> None:
+    """What file managers, editors, notebooks, git and people leave in folders."""
+    names = (
+        ".DS_Store", "notes.txt", "notes.json", ".git/config.json", ".ipynb_checkpoints/config-checkpoint.json", "__MACOSX/._config.json", "encoder/._config.json",
+        "encoder/.ipynb_checkpoints/tokenizer-checkpoint.json", "encoder/__MACOSX/._vocab.txt", "encoder/.nfs000.json", "encoder/notes.txt", "encoder/config (1).json",
+    )  # fmt: skip
+    for name in names:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("not of the model")
+
+
+def with_crlf(model: Path) -> None:
+    for path in (*model.glob("*.json"), *model.glob("encoder/*.json")):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+@pytest.mark.parametrize("change", [left_by_others, with_crlf])
+def test_a_copy_with_other_files_or_line_ends_is_the_same_model(model, change):
+    row = {"text": "refund pay outside", "age": "40", "amount": "2.5", "kind": "a"}
+    expected = Predictor.from_folder(model).predict(row)
+    change(model)
+    assert Predictor.from_folder(model).predict(row) == expected
+
+
+def test_a_manifest_that_is_a_git_lfs_pointer_is_said_to_be_one(model):
+    (model / MANIFEST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    assert "MANIFEST.json: is a Git LFS pointer" in refusal(model)
+
+
+# ---- README.md ----
+
+
+@pytest.mark.parametrize("summary", [True, False])
+@pytest.mark.parametrize("edit", [lambda text: text + "my own line\n", lambda text: "my own words\n"])
+def test_a_readme_of_the_users_outlives_the_next_model(model, summary, edit):
+    """Whether a run has ended in the folder before or not."""
+    own = edit((model / "README.md").read_text())
+    (model / "README.md").write_text(own)
+    if not summary:
+        (model / "summary.json").unlink()
+    loaded = load_model_folder(model)
+    save_model_folder(model, weights_of(loaded.model), loaded)
+    write_card(model, loaded, data={}, best={}, test=None)
+    assert (model / "README.md").read_text() == own and (model / "summary.json").is_file()
+
+
+def test_a_card_without_its_summary_is_written_anew(model, caplog):
+    """A kill between the two files."""
+    (model / "summary.json").unlink()
+    loaded = load_model_folder(model)
+    write_card(model, loaded, data={"train": {"rows": 5}}, best={}, test=None)
+    assert not caplog.messages and "train: 5 rows" in (model / "README.md").read_text()
+    save_model_folder(model, weights_of(loaded.model), loaded)
+    assert not (model / "README.md").exists() and not (model / "summary.json").exists()
 
 
 # ---- files that do not fit each other, in a folder without a manifest ----
