@@ -29,7 +29,8 @@ BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "F
 DIGITS = {"true": "1", "false": "0"}
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
-MIDNIGHT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]00:00:00(?:\.0+)?")
+POINT_IN_TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?")
+DURATION = re.compile(r"(-?[0-9]+ days)(?: (\+?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?)?()")
 
 Row = dict[str, str]  # column -> cell
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the model: its inputs by name -> probabilities [B] or [B, K]
@@ -60,10 +61,14 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def normal_form(cell: str) -> str:
-    """The text by which a category is looked up: composed letters, true and false in lower case, 1.0 as 1, midnight as a date."""
+    """The text by which a category is looked up: composed letters, true and false in lower case, 1.0 as 1, midnight as a date, no zeros after seconds."""
     cell = BOOLEANS.get(cell, cell)
-    if found := WHOLE_FLOAT.fullmatch(cell) or MIDNIGHT.fullmatch(cell):
+    if found := WHOLE_FLOAT.fullmatch(cell):
         return "0" if found[1] == "-0" else found[1]
+    if found := POINT_IN_TIME.fullmatch(cell) or DURATION.fullmatch(cell):
+        days, time, fraction, zone = found.groups(default="")
+        time += fraction.rstrip("0").rstrip(".")
+        return days if not zone and time in ("", "00:00:00") else f"{days} {time}{'+00:00' if zone == 'Z' else zone}"
     return unicodedata.normalize("NFC", cell)
 
 

@@ -19,24 +19,40 @@ BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "F
 DIGITS = {"true": "1", "false": "0"}
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # 1.0: what pandas makes of 1 in a column with missing values
-MIDNIGHT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]00:00:00(?:\.0+)?")  # what a date becomes as a point in time
+# date, time, fraction of a second, zone: pandas writes as many digits of the fraction as the longest of a column needs
+POINT_IN_TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?")
+DURATION = re.compile(r"(-?[0-9]+ days)(?: (\+?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?)?")  # as pandas writes it
 
 
 def normal_form(cell: str) -> str:
     """The text by which a category or label cell is compared: equal for cells that mean the same in different formats.
 
     Composed letters (Unicode NFC); true and false in lower case; 1.0 and -3.00 as 1 and -3; a point in time at midnight as
-    its date. All other texts stay as they are, also 007, 1e5 and 1_0. The normal form of a normal form is itself.
+    its date, others and durations without what is 0 at their end. All other texts stay as they are, also 007, 1e5 and 1_0. The normal form of a normal form is itself.
     """
     if cell.isascii():
         if cell in BOOLEANS:
             return BOOLEANS[cell]
         if found := WHOLE_FLOAT.fullmatch(cell):
             return "0" if found[1] == "-0" else found[1]
-        if found := MIDNIGHT.fullmatch(cell):
-            return found[1]
+        if found := POINT_IN_TIME.fullmatch(cell):
+            date, time, fraction, zone = found.groups(default="")
+            return _trimmed(date, time, fraction) if not zone else f"{date} {time}{_digits(fraction)}{'+00:00' if zone == 'Z' else zone}"
+        if found := DURATION.fullmatch(cell):
+            return _trimmed(*found.groups(default=""))
         return cell
     return unicodedata.normalize("NFC", cell)
+
+
+def _trimmed(days: str, time: str, fraction: str) -> str:
+    """A point in time or a duration, without a time of 0."""
+    time += _digits(fraction)
+    return days if time in ("", "00:00:00") else f"{days} {time}"
+
+
+def _digits(fraction: str) -> str:
+    """The fraction of a second without zeros at its end."""
+    return fraction.rstrip("0").rstrip(".")
 
 
 def index_by_form(index_of: Mapping[str, int]) -> dict[str, int]:

@@ -10,6 +10,12 @@ from mmbert_core.errors import InputError
 
 AUTO, STANDARD, NONE = "auto", "standard", "none"  # values of tsv_quoting
 TAB = "\t"
+SEPARATORS = {  # that are not the file's: name, advice
+    ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
+    "\t": ("tabs", "name the file .tsv"),
+    "|": ("vertical bars", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
+    ",": ("commas", "name the file .csv"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +82,8 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
         except StopIteration:
             break
         except csv.Error as error:
-            raise InputError(f"{row_prefix(path, row, line)}: {_problem(str(error), is_auto)}") from None
+            other = _other_separator(path, delimiter) if row == 0 else None
+            raise InputError(f"{row_prefix(path, row, line)}: {other or _problem(str(error), is_auto)}") from None
         except BadLine as error:
             raise InputError(f"{row_prefix(path, row, reader.line_num + 1)}: {error}") from None
         if not cells or (num_columns > 1 and not any(cells)):
@@ -85,8 +92,8 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
             num_blank += bool(cells)
             continue
         if blank_line:
-            hint = "" if num_columns > 1 else ' (an empty cell alone is written "")'
-            raise InputError(f"{row_prefix(path, row, blank_line)}: expected a row, found {blank_kind}{hint}")
+            hint = {0: "remove it", 1: 'an empty cell alone is written ""'}.get(num_columns, "remove it, or give the row an id")
+            raise InputError(f"{row_prefix(path, row, blank_line)}: expected a row, found {blank_kind} ({hint})")
         if is_auto and len(line_cells) > 1 and num_columns:
             _check_span(line_cells, num_columns, row_prefix(path, row, line))
         yield line, cells
@@ -114,6 +121,13 @@ def _check_span(line_cells: Sequence[int], num_columns: int, prefix: str) -> Non
             f"{prefix}: a quote opens a cell that ends {len(line_cells) - 1} lines later, and lines in it have {num_columns} cells as rows do; "
             f"if the file has no quoting: tsv_quoting none (--tsv_quoting none); if cells do have line breaks: standard"
         )
+
+
+def _other_separator(path: str, delimiter: str) -> str | None:
+    """What is wrong with a header that cannot be read, where its quoted names have another separator between them."""
+    header = next(text_lines(path))
+    found = next((other for other in SEPARATORS if other != delimiter and f'"{other}"' in header and f'"{delimiter}"' not in header), None)
+    return None if found is None else f"cells seem to be separated by {SEPARATORS[found][0]}; {SEPARATORS[found][1]}"
 
 
 def _problem(message: str, is_auto: bool) -> str:

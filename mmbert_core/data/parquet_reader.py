@@ -117,7 +117,8 @@ def _python_values(values: Any) -> Sequence[Any]:
     if hasattr(values, "dictionary"):
         import pyarrow
 
-        used, index_of_row = np.unique(values.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_inverse=True)
+        indices = values.indices.cast(pyarrow.int64())  # they may be unsigned, as Polars writes categories, which have no -1
+        used, index_of_row = np.unique(indices.fill_null(-1).to_numpy(zero_copy_only=False), return_inverse=True)
         known = _python_values(values.dictionary.take(pyarrow.array(used[used >= 0])))
         distinct = [*([None] if (used < 0).any() else []), *known]
         return [distinct[index] for index in index_of_row.tolist()]

@@ -19,6 +19,7 @@ from mmbert_core.errors import InputError
 TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}  # suffix -> delimiter; all may end in .gz too
 FORMATS = [*TEXT_FORMATS, ".parquet"]
 WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods")
+JSON_LINES = "write one object a line, without an array around them, as .jsonl (pandas: orient='records', lines=True)"
 
 Row = tuple[int, Sequence[str]]  # line where the record begins (0: the format has no lines), cells
 
@@ -88,7 +89,7 @@ def format_of(path: str) -> str:
     [kind] = (suffixes[:-1] if is_packed else suffixes)[-1:] or [""]
     if kind in TEXT_FORMATS or (kind == ".parquet" and not is_packed):
         return kind
-    advice = "; of a workbook save the sheet as CSV UTF-8" if kind in WORKBOOKS else ""
+    advice = "; of a workbook save the sheet as CSV UTF-8" if kind in WORKBOOKS else f"; {JSON_LINES}" if kind == ".json" else ""
     raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)} (text formats also with .gz){advice}")
 
 
@@ -118,9 +119,11 @@ def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if "\\u" in text:
                 json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r} ({error})") from None
+            advice = f"; {JSON_LINES}" if text.strip() in ("[", "{") else ""
+            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r} ({error}){advice}") from None
         if not isinstance(record, dict):
-            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r}")
+            advice = f"; {JSON_LINES}" if isinstance(record, list) else ""
+            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r}{advice}")
         yield line, record
         row += 1
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mmbert_core.config import Config
 from mmbert_core.data.cells import text_of
-from mmbert_core.data.csv_reader import AUTO
+from mmbert_core.data.csv_reader import AUTO, SEPARATORS
 from mmbert_core.data.readers import check_once, header_of, rows_of
 from mmbert_core.errors import InputError
 
@@ -20,12 +20,7 @@ CHUNK_ROWS = 8192
 MAX_NAMED = 10  # missing columns in a message
 MAX_CHUNK_CHARACTERS = 2**24  # of the cells kept: what a chunk takes in memory
 MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100  # of a header: difflib takes 6 s for 60,000 names
-SEPARATORS = {  # that are not the file's: name, advice
-    ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
-    "\t": ("tabs", "name the file .tsv"),
-    "|": ("vertical bars", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
-    ",": ("commas", "name the file .csv"),
-}
+OTHER_SEPARATOR = ": cells seem to be separated by"
 MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # what stands for the path of rows that come from no file
 
 
@@ -208,7 +203,20 @@ def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequen
     names = [str(name) for name in frame.columns]
     check_once(MEMORY_PATH, names)
     kept = _columns_of(MEMORY_PATH, names, columns, optional)
-    return _chunk_in_memory(MEMORY_PATH, {name: frame.iloc[:, names.index(name)].astype(object).tolist() for name in kept}, len(frame))
+    return _chunk_in_memory(MEMORY_PATH, {name: _values_of(frame.iloc[:, names.index(name)]) for name in kept}, len(frame))
+
+
+def _values_of(column: pd.Series) -> list[object]:
+    """The values of a frame's column. Those of float32 and float16 stay so: as float64, 0.1 would be 0.10000000149011612."""
+    dtype = column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        dtype = dtype.categories.dtype
+    if isinstance(dtype, pd.SparseDtype):
+        dtype = dtype.subtype
+    kind = getattr(dtype, "numpy_dtype", dtype)  # of pandas' own and of pyarrow's types
+    if isinstance(kind, np.dtype) and kind.kind == "f" and kind.itemsize < 8:
+        return list(column.to_numpy(dtype=kind, na_value=np.nan))
+    return column.astype(object).tolist()
 
 
 def records_to_chunk(records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
@@ -262,7 +270,10 @@ def _missing_columns(header: Sequence[str], columns: Sequence[str]) -> str | Non
     if not missing:
         return None
     names = ", ".join(shown(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
-    lines = [f"column {column!r} not found{_missing_hint(column, header)}" for column in missing[:MAX_NAMED]]
+    hints = [_missing_hint(column, header) for column in missing[:MAX_NAMED]]
+    if hints[0].startswith(OTHER_SEPARATOR):
+        hints[1:] = [""] * (len(hints) - 1)  # all columns are missing for this one reason
+    lines = [f"column {column!r} not found{hint}" for column, hint in zip(missing, hints, strict=False)]
     more = f"; {len(missing) - MAX_NAMED} more columns not found" if len(missing) > MAX_NAMED else ""
     return f"{'; '.join(lines)}{more}; columns are {names}"
 
@@ -277,7 +288,7 @@ def _missing_hint(column: str, header: Sequence[str]) -> str:
     for separator, (kind, advice) in SEPARATORS.items():
         split = [cell.strip(' "') for cell in ",".join(header).split(separator)]
         if column in split and any(separator in name for name in header) and (separator != "," or len(header) == 1):
-            return f": cells seem to be separated by {kind}; {advice}"
+            return f"{OTHER_SEPARATOR} {kind}; {advice}"
     by_lower = {name.lower(): name for name in header[:MAX_COMPARED_NAMES] if len(name) <= MAX_COMPARED_CHARACTERS}
     if len(column) > MAX_COMPARED_CHARACTERS:
         return ""

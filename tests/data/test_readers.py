@@ -107,7 +107,9 @@ def test_empty_columns_and_rows_of_separators_at_the_end_are_ignored_and_said(tm
 def test_what_spreadsheets_leave_in_the_middle_is_refused(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("a,b\n1,2\n,\n,\n3,4\n")
-    assert error_of(path, ["a"]) == "FILE row 2 (line 3): expected a row, found separators alone"
+    assert error_of(path, ["a"]) == "FILE row 2 (line 3): expected a row, found separators alone (remove it, or give the row an id)"
+    path.write_text("\na,b\n1,2\n")
+    assert error_of(path, ["a"]) == "FILE header (line 1): expected a row, found a blank line (remove it)"
     path.write_text("a,b,,\n1,2,,\n3,4,x,\n")
     assert error_of(path, ["a"]) == "FILE row 2 (line 3): expected no cell under the empty names at the end of the header, found 'x'"
     path.write_text('a\n1\n""\n2\n')  # an empty cell of a single column is a row
@@ -232,8 +234,10 @@ def test_parquet_texts_are_the_same_in_any_encoding(tmp_path):
     columns = {
         "text": values, "kind": pd.Categorical(values), "binary": [None if value is None else value.encode() for value in values],
         "number": pd.Categorical([3, 1, None, 2, 3, 1, 1] * 300), "large": pyarrow.array(values, pyarrow.large_string()),
+        "unsigned": pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, None, 1, 0, 0, 1, None] * 300, pyarrow.uint32()), ["x", "y"]),  # Polars
     }  # fmt: skip
     for name, options in (("d", {}), ("p", {"use_dictionary": False}), ("g", {"row_group_size": 100}), ("s", {"data_page_size": 64, "dictionary_pagesize_limit": 16})):
         parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet", **options)
         rows = cells_of(tmp_path / f"{name}.parquet", list(columns))
-        assert rows == [(value or "", value or "", value or "", number, value or "") for value, number in zip(values, ["3", "1", "", "2", "3", "1", "1"] * 300)], name
+        others = list(zip(["3", "1", "", "2", "3", "1", "1"] * 300, ["x", "", "y", "x", "x", "y", ""] * 300))
+        assert rows == [(value or "", value or "", value or "", number, value or "", word) for value, (number, word) in zip(values, others)], name

@@ -204,6 +204,9 @@ def test_a_missing_column_says_what_was_probably_meant(write_table):
         path = write_table(name, ["c"], [])
         open(path, "w").write(separator.join(["id", '"text"', "label"]) + "\n")
         assert f"column 'text' not found: cells seem to be separated by {kind}; " in error_of(path, ["text"])
+        assert error_of(path, ["text", "label"]).count("separated by") == 1
+        open(path, "w").write(separator.join(['"id"', '"text"', '"label"']) + "\n")  # all names quoted: no header for another separator
+        assert f"FILE header (line 1): cells seem to be separated by {kind}; " in error_of(path, ["text"])
     assert "not found; nearest is 'a,b'" in error_of(write_table("w.csv", ["text", "a,b"], []), ["b"])
 
 
@@ -240,6 +243,12 @@ def test_globs_are_sorted_and_a_file_counts_once(tmp_path, write_table):
         expand_paths([str(tmp_path)])
 
 
+def test_a_json_array_is_told_how_to_become_lines(tmp_path):
+    for name, content in (("t.json", '{"a": 1}'), ("t.jsonl", '[{"a": 1}]'), ("t.jsonl", '[\n{"a": 1}\n]'), ("t.jsonl", '{\n"a": 1\n}')):
+        (tmp_path / name).write_text(content)
+        assert "; write one object a line" in error_of(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["t.txt", "t.xlsx", "t", "t.parquet.gz", "t.gz"])
 def test_unknown_suffix(tmp_path, name):
     (tmp_path / name).write_text("a,b\n1,2\n")
@@ -251,6 +260,10 @@ def test_a_frame_in_memory_gives_the_same_chunk():
     chunk = frame_to_chunk(frame, ["i", "s", "n"], ["t", "label"])
     assert chunk.cells == {"i": ["9007199254740993", "2"], "s": ["x", ""], "n": ["1.5", ""], "t": ["true", "false"]}
     assert chunk.where(1) == "data frame row 2"
+    narrow = pd.Series([0.1, 2, None], dtype="float32")  # as its CSV and its Parquet file have it
+    kinds = {"a": narrow, "b": narrow.astype("float16"), "c": narrow.astype("Float32"), "d": narrow.astype("category"), "e": narrow.astype(pd.SparseDtype("float32"))}
+    for cells in frame_to_chunk(pd.DataFrame(kinds), list(kinds)).cells.values():
+        assert cells == ["0.1", "2.0", ""]
     with pytest.raises(InputError, match="data frame: column 'x' not found"):
         frame_to_chunk(frame, ["x"])
     with pytest.raises(InputError, match="data frame: column 'n' stands 2 times"):
