@@ -4,7 +4,6 @@ YAML is read without code. Aliases count as often as they are used, so that a sh
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -166,7 +165,9 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            problem = f"{format_for_message(node.value)} cannot be read as {kind} ({error})" if isinstance(node, yaml.ScalarNode) else f"{kind} cannot be read ({error})"
+            what = format_for_message(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            reason = f" ({error})" if type(error) is ValueError else ""  # such as a day that no month has; others are of Python's own making
+            problem = f"{what} cannot be read as {kind}{reason}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 

@@ -172,7 +172,7 @@ def test_mutated_yaml_is_read_or_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_many_mutations_of_yaml(tmp_path, seed):
     rng = random.Random(1000 + seed)
-    assert sum(tried(tmp_path, rng, "run.yaml") for _ in range(5000)) > 2000
+    assert sum(tried(tmp_path, rng, "run.yaml") for _ in range(2500)) > 1000
 
 
 # ---- what is no config ----
