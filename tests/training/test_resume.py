@@ -241,7 +241,7 @@ def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(config_of, tmp_p
 @pytest.mark.parametrize("where", ("between steps", "before the model is written"))
 def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp_path, monkeypatch, where):
     """Also when the best step was validated in an earlier life, so that its validation rows are scored once more."""
-    val = tiny.write_table(tmp_path / "val.csv", 220, seed=5)
+    val = tiny.write_table(tmp_path / "val.csv", 220, seed=6)
     straight = config_of(save_every=3, val_check_interval=2, val_path=(str(val),), lr=2e-2, run_scheduler=False, model_path=str(tmp_path / "straight"))
     results, _, _ = train(straight)
     kept = (Path(straight.model_path) / "thresholds.json").read_bytes()
