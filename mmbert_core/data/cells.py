@@ -79,11 +79,20 @@ def text_of(value: Any) -> str:
         if "\0" in value:
             raise ValueError("a NUL character")
         return value if type(value) is str else str(value)  # without the class of a numpy string
+    if value is None:
+        return ""
+    kind = type(value)  # the exact types first: nearly all cells, and many of them
+    if kind is int:
+        return str(value)
+    if kind is float:
+        return "" if value != value else repr(value)
+    if kind is bool:
+        return "true" if value else "false"
     if isinstance(value, (list, dict, tuple, set, frozenset, np.ndarray, pd.Series, pd.Index, pd.DataFrame)):
         raise ValueError(f"a {type(value).__name__}")
     if _is_missing(value):
         return ""
-    if isinstance(value, (bool, np.bool_)):
+    if isinstance(value, np.bool_):
         return "true" if value else "false"
     if isinstance(value, (int, np.integer)) and not isinstance(value, np.timedelta64):  # numpy counts a timedelta among the integers
         return str(int(value))
