@@ -14,6 +14,8 @@ MAX_BATCH_ROWS = 4096
 MAX_BATCH_BYTES = 2**24  # of all columns of a batch, as the file's metadata has them
 MAX_DICTIONARY_BYTES = 2**16  # of a text, on average over the rows
 READ_BYTES = 2**20  # of a column at a time; without it a column of a row group is in memory as a whole
+# of pyarrow, all subclasses of these, and of text in a damaged file that is not UTF-8
+READ_ERRORS = (OSError, ValueError, OverflowError, LookupError, NotImplementedError, TypeError)
 
 
 def open_parquet(path: str, **options: Any) -> Any:
@@ -24,8 +26,17 @@ def open_parquet(path: str, **options: Any) -> Any:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install 'mmbert_core[parquet]'") from None
     try:
         return parquet.ParquetFile(path, **options)
-    except (OSError, ValueError) as error:  # pyarrow's exceptions are subclasses of these
+    except READ_ERRORS as error:
         raise InputError(f"{path}: cannot be read as Parquet ({_one_line(error)}){_other_kind(path)}") from None
+
+
+def parquet_header(path: str) -> list[str]:
+    """Names of the columns. Raises `InputError` as `open_parquet`."""
+    file = open_parquet(path)
+    try:
+        return list(file.schema_arrow.names)
+    except READ_ERRORS as error:
+        raise InputError(f"{path}: cannot be read as Parquet ({_one_line(error)})") from None
 
 
 def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
@@ -34,7 +45,10 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
     Memory: a batch, and what pyarrow itself takes to decode a page (1,024 values or more, at most 2 GiB by the format).
     """
     file = open_parquet(path)
-    sizes = [_bytes_per_row(file.metadata.row_group(group), columns) for group in range(file.metadata.num_row_groups)]
+    try:
+        sizes = [_bytes_per_row(file.metadata.row_group(group), columns) for group in range(file.metadata.num_row_groups)]
+    except READ_ERRORS as error:
+        raise InputError(f"{path}: cannot be read as Parquet ({_one_line(error)})") from None
     file = open_parquet(path, read_dictionary=_dictionary_columns(file, columns, sizes), buffer_size=READ_BYTES)
     row = 0
     for group, size_of in enumerate(sizes):
@@ -48,11 +62,13 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
                 batch = next(batches)
             except StopIteration:
                 break
-            except (OSError, ValueError) as error:
+            except READ_ERRORS as error:
                 raise InputError(f"{path} row {row + 1} or after: cannot be read as Parquet ({_one_line(error)})") from None
             cells = [_cells(batch, column, first_row=row + 1, path=path) for column in columns]
             row += batch.num_rows
             yield from map(list, zip(*cells, strict=True))
+    if row != file.metadata.num_rows:
+        raise InputError(f"{path}: expected {file.metadata.num_rows} rows, as the file's metadata says, found {row}")
 
 
 def _one_line(error: Exception) -> str:
@@ -97,7 +113,7 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
         found = _python_values(values)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} row {first_row} or after, column {column!r}: expected UTF-8 text ({error.reason})") from None
-    except (ValueError, OverflowError, NotImplementedError) as error:  # a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
+    except READ_ERRORS as error:  # a damaged page, a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
         raise InputError(f"{path} row {first_row} or after, column {column!r}: cannot be read as {values.type} ({_one_line(error)})") from None
     with suppress(ValueError):  # nearly all batches: nothing to refuse
         cells = list(map(text_of, found))

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmbert_core.data.csv_reader import AUTO, csv_header, csv_rows, row_prefix
 from mmbert_core.data.lines import BadLine, is_gzip_name, short_text_of, text_lines
-from mmbert_core.data.parquet_reader import open_parquet, parquet_rows
+from mmbert_core.data.parquet_reader import open_parquet, parquet_header, parquet_rows
 from mmbert_core.errors import InputError
 
 TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}  # suffix -> delimiter; all may end in .gz too
@@ -31,7 +31,7 @@ def header_of(path: str, tsv_quoting: str = AUTO) -> list[str]:
     """
     kind = format_of(path)
     if kind == ".parquet":
-        names = list(open_parquet(path).schema_arrow.names)
+        names = parquet_header(path)
     elif (delimiter := TEXT_FORMATS[kind]) is None:
         names = next((list(record) for _, record in _json_records(path)), None)
     else:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -83,7 +84,7 @@ def shown(cell: str) -> str:
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
-    """Files in the given order; a glob, and a folder of Parquet files, stand for theirs in sorted order.
+    """Files in the given order; a glob stands for its files in sorted order, a folder of Parquet files for its in the order of their numbers.
 
     Raises `InputError` for a missing file, another folder, a pipe, a glob without a match, a file named twice, a name that is not UTF-8.
     """
@@ -122,7 +123,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 def _parquet_parts(folder: str) -> list[str]:
     """The files of a folder as Spark, Dask and pandas write them: Parquet alone, besides marks such as _SUCCESS and hidden files."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith(("_", ".")))
+    names = sorted((name for name in os.listdir(folder) if not name.startswith(("_", "."))), key=_by_numbers)
     others = [name for name in names if not name.endswith(".parquet")]
     if len(others) == len(names):
         if (keyed := next((name for name in names if "=" in name), None)) is not None:
@@ -131,6 +132,11 @@ def _parquet_parts(folder: str) -> list[str]:
     if others:
         raise InputError(f"{folder}: expected a folder of Parquet files alone, found {shown(others[0])} in it")
     return [os.path.join(folder, name) for name in names]
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """Sort key by which part.2 comes before part.10, as Dask writes its parts."""
+    return [(int(piece), "") if piece.isdecimal() and piece.isascii() else (-1, piece) for piece in re.split("([0-9]+)", name)]
 
 
 def columns_kept(

@@ -4,8 +4,10 @@ import gzip
 import json
 import logging
 import os
+import random
 import shutil
 import zipfile
+from contextlib import suppress
 
 import pandas as pd
 import pyarrow
@@ -179,6 +181,9 @@ def test_a_folder_of_parquet_files_is_one_table(tmp_path):
     for mark in ("_SUCCESS", "._SUCCESS.crc", ".part-00000.snappy.parquet.crc", "_metadata"):
         (folder / mark).write_bytes(b"")
     assert cells_of(folder, ["a", "b"]) == [(str(a), b) for a, b in zip(frame["a"], frame["b"])]
+    for number in range(12):  # as Dask numbers them
+        frame[:0].assign(a=[]).to_parquet(folder / f"part.{number}.parquet", index=False)
+    assert [name.split(".")[-2] for name in expand_paths([str(folder)])[-12:]] == [str(number) for number in range(12)]
     (folder / "notes.csv").write_text("a,b\n")
     assert error_of(folder, ["a"]) == "FILE: expected a folder of Parquet files alone, found 'notes.csv' in it"
     shutil.rmtree(folder)
@@ -241,3 +246,16 @@ def test_parquet_texts_are_the_same_in_any_encoding(tmp_path):
         rows = cells_of(tmp_path / f"{name}.parquet", list(columns))
         others = list(zip(["3", "1", "", "2", "3", "1", "1"] * 300, ["x", "", "y", "x", "x", "y", ""] * 300))
         assert rows == [(value or "", value or "", value or "", number, value or "", word) for value, (number, word) in zip(values, others)], name
+
+
+def test_a_damaged_parquet_file_is_read_or_refused(tmp_path):
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"word {row % 7}" for row in range(60)], "number": list(range(60))}), path, compression="none")
+    content, rng = path.read_bytes(), random.Random(0)
+    for _ in range(400):
+        damaged = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.choice([0, 1, 127, 255, rng.randrange(256)])
+        path.write_bytes(damaged)
+        with suppress(InputError):
+            assert len(cells_of(path, header_of(str(path)))) == parquet.ParquetFile(path).metadata.num_rows
