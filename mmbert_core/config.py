@@ -121,7 +121,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "run", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU")
     deterministic: bool = setting(False, "run", "bit-equal reruns on CUDA too, slower")
     timeout_seconds: int = setting(600, "run", "seconds that a process waits for the others before it gives up", low=1, high=1_000_000)
-    num_threads: int | Literal["auto"] = setting("auto", "run", "CPU threads of a process; auto: cores divided by the processes of the node", low=1, high=1_024)
+    num_threads: int | Literal["auto"] = setting("auto", "run", "CPU threads of a process, at most 32 a core; auto: cores divided by the processes of the node", low=1, high=1_024)
 
     def __post_init__(self) -> None:
         self._resolve_metrics()

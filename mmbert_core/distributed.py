@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CROWDED = 16  # threads on a core, from which on a run is told that it waits for itself
+MAX_THREADS_PER_CORE = 32  # beyond it a run does little but wait, and hardly hears a signal
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_SECONDS = 600.0  # that a rank waits for the others in a collective
 PATIENCE_SECONDS = 6 * 3600.0  # and for work that is rank 0's alone, whose length depends on the data; a rank that dies is heard of at once
@@ -86,6 +87,7 @@ def set_threads(num_threads: int | str, context: DistContext) -> int:
     """Set PyTorch's CPU threads explicitly, because their number changes bits; `auto` shares the cores of the node.
 
     A forked process has one: PyTorch would wait for those of its parent, which are not there.
+    Raises InputError for so many threads a core that a run would seem to hang.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // context.local_world_size) if num_threads == "auto" else int(num_threads)
@@ -93,6 +95,10 @@ def set_threads(num_threads: int | str, context: DistContext) -> int:
         if num_threads != "auto":
             logger.warning("num_threads %d: a forked process computes with 1 thread; start it with spawn for more", threads)
         threads = 1
+    if threads > cores and threads * context.local_world_size > MAX_THREADS_PER_CORE * cores:
+        highest = max(cores, MAX_THREADS_PER_CORE * cores // context.local_world_size)
+        processes = f"{context.local_world_size} {'process shares' if context.local_world_size == 1 else 'processes share'}"
+        raise InputError(f"num_threads: expected at most {highest} ({processes} {cores} cores here), found {threads}: auto is one thread a core")
     if threads * context.local_world_size > CROWDED * cores:
         logger.warning("num_threads: %d threads in each of %d processes share %d cores, which is much slower than one thread a core", threads, context.local_world_size, cores)
     torch.set_num_threads(threads)

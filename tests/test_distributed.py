@@ -175,6 +175,20 @@ def test_variables_that_other_launchers_set_do_not_make_a_rank(environment):
     assert distributed.read_context().world_size == 1
 
 
+@pytest.mark.parametrize("threads, processes, highest", [(65, 1, 64), (1_024, 1, 64), (33, 2, 32), (3, 64, 2)])
+def test_threads_that_would_wait_for_each_other_are_refused(monkeypatch, threads, processes, highest):
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    before = torch.get_num_threads()
+    with pytest.raises(InputError, match=rf"^num_threads: expected at most {highest} \({processes} process.* 2 cores here\), found {threads}: auto is"):
+        distributed.set_threads(threads, distributed.DistContext(0, 0, processes, processes, torch.device("cpu")))
+    assert torch.get_num_threads() == before
+
+
+def test_processes_that_have_a_core_each_may_be_many(monkeypatch):
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    assert distributed.set_threads(1, distributed.DistContext(0, 0, 64, 64, torch.device("cpu"))) == 1
+
+
 def test_threads_are_set_and_shared_by_the_processes_of_a_node(monkeypatch):
     before = torch.get_num_threads()
     context = distributed.DistContext(0, 0, 3, 3, torch.device("cpu"))
