@@ -6,8 +6,8 @@ N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -79,13 +79,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def sample_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Token ids to make texts of: `prefix` and `suffix` (special tokens around a text), ordinary `words`, `pad`, and the `highest` id there is."""
-    with _truncating(tokenizer.backend_tokenizer, SAMPLE_LENGTH) as backend:
-        encoding = backend.encode("a")
+    vocabulary = tokenizer.get_vocab()
+    encoding = _encode_any(tokenizer, ["a", *vocabulary])
     is_special = np.array(encoding.special_tokens_mask, dtype=bool)
     ordinary = np.flatnonzero(~is_special)
     start, end = (ordinary[0], ordinary[-1] + 1) if len(ordinary) else (len(is_special), len(is_special))
     prefix, suffix = tuple(encoding.ids[:start]), tuple(encoding.ids[end:])
-    vocabulary = tokenizer.get_vocab()
     specials = {*tokenizer.all_special_ids, *prefix, *suffix}
     by_id = [(index, token) for token, index in sorted(vocabulary.items(), key=lambda item: item[1]) if index not in specials]
     words = [index for index, token in by_id if token.strip("▁Ġ#").isalpha()] or [index for index, _ in by_id] or [max(specials, default=0)]
@@ -93,6 +92,15 @@ def sample_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     highest = max(*vocabulary.values(), *specials, *words)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return {"prefix": prefix, "words": tuple(words), "suffix": suffix, "pad": pad, "highest": highest}
+
+
+def _encode_any(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Any:
+    """The encoding of the first text that has one: a tokenizer without an unknown token fails at words that it does not know."""
+    with _truncating(tokenizer.backend_tokenizer, SAMPLE_LENGTH) as backend:
+        for text in texts:
+            with suppress(Exception):  # the Rust tokenizer raises a bare Exception
+                return backend.encode(text)
+    raise InputError("encoder: its tokenizer cannot encode a word of its own vocabulary")
 
 
 def always_used_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -138,7 +146,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     kept_characters = _characters_kept(most_characters, is_end_kept)
     with _truncating(tokenizer.backend_tokenizer, max_length, keep_end=is_end_kept) as backend:
         parts_of_texts = [texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE)]
-        encoded = ((some, backend.encode_batch_fast([text[kept_characters] for text in some])) for some in parts_of_texts)
+        encoded = ((some, _encode(backend.encode_batch_fast, [text[kept_characters] for text in some])) for some in parts_of_texts)
         for some, encodings in one_ahead(encoded) if len(parts_of_texts) > 1 else encoded:
             chunks = [encoding.ids or empty for encoding in encodings]
             more = [encoding.overflowing if len(first) == max_length else [] for encoding, first in zip(encodings, chunks, strict=True)]
@@ -162,7 +170,7 @@ def token_spans(tokenizer: PreTrainedTokenizerFast, text: str, *, max_length: in
     is_end_kept = keeps_end(tokenizer)
     read = text[_characters_kept(characters_read(max_length, max_chunks), is_end_kept)]
     with _truncating(tokenizer.backend_tokenizer, max_length, keep_end=is_end_kept) as backend:
-        encoding = backend.encode_batch([read])[0]  # the fast one knows no places
+        encoding = _encode(backend.encode_batch, [read])[0]  # the fast one knows no places
     more = encoding.overflowing
     chunks = [encoding, *more[: max_chunks - 1]]
     spans = [span for chunk in (reversed(chunks) if is_end_kept else chunks) for span in chunk.offsets or [(0, 0)]]
@@ -172,6 +180,14 @@ def token_spans(tokenizer: PreTrainedTokenizerFast, text: str, *, max_length: in
     if len(more) > max_chunks - 1:
         read = read[: max(end for _, end in spans)]
     return spans, read
+
+
+def _encode(encode_batch: Callable[[list[str]], list[Any]], texts: list[str]) -> list[Any]:
+    """The encodings. Raises `InputError` where a tokenizer without an unknown token meets a word that it does not know."""
+    try:
+        return encode_batch(texts)
+    except Exception as error:  # the Rust tokenizer raises a bare Exception
+        raise InputError(f"encoder: its tokenizer cannot encode a text ({' '.join(str(error).split())[:200]}): choose an encoder with an unknown token") from None
 
 
 def _characters_kept(count: int, is_end_kept: bool) -> slice:

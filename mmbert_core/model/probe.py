@@ -114,28 +114,19 @@ def _largest(runs: Callable[[int], bool], low: int, high: int) -> int:
 def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], pad: int, *, name: str) -> None:
     """A text's vector is the same alone and next to a longer one, and the same packed and padded."""
     encoder = type(text.encoder).__name__
-    is_packed = text.is_packed
-    text.is_packed = False
-    try:
-        alone, again = (_vectors(text, [short], pad) for _ in range(2))  # [1, H]
-        together = _vectors(text, [short, long], pad)  # [2, H]
-        difference = _difference(alone[0], together[0])
-        if TOLERANCE < difference < CERTAIN:  # a deep encoder's rounding in float32, or not
-            text.double()
-            difference = _difference(*(_vectors(text, texts, pad)[0] for texts in ([short], [short, long])))
-    finally:
-        text.is_packed = is_packed
-        if text.linear.weight.dtype != torch.float32:
-            text.float()
+    alone, again = (_vectors(text, [short], pad, is_packed=False) for _ in range(2))  # [1, H]
     if _difference(alone, again) > TOLERANCE:
         raise InputError(f"encoder {name!r}: {encoder} gives a text another vector at every call (it draws random numbers): choose another encoder")
+    difference = _certain_difference(
+        text, lambda: (_vectors(text, [short], pad, is_packed=False)[0], _vectors(text, [short, long], pad, is_packed=False)[0])
+    )
     if difference > TOLERANCE:
         raise InputError(
             f"encoder {name!r}: {encoder} does not heed the attention mask: a text's vector differs by {difference:.1e} "
             "alone and next to a longer text, so predictions would depend on the other rows: choose another encoder"
         )
-    if is_packed:
-        difference = _difference(_vectors(text, [short, long], pad), together)
+    if text.is_packed:
+        difference = _certain_difference(text, lambda: (_vectors(text, [short, long], pad), _vectors(text, [short, long], pad, is_packed=False)))
         if difference > TOLERANCE:
             raise InputError(f"encoder {name!r}: {encoder} gives other vectors for packed than for padded texts (difference {difference:.1e}): choose another encoder")
 
@@ -155,12 +146,17 @@ def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *,
 # ---- what they share ----
 
 
-def _vectors(text: TextBertBase, texts: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-    """Token ids of N texts -> [N, H], padded on the right to the longest."""
+def _vectors(text: TextBertBase, texts: Sequence[Sequence[int]], pad: int, *, is_packed: bool | None = None) -> torch.Tensor:
+    """Token ids of N texts -> [N, H], padded on the right to the longest; packed or not as given, else as the encoder will be used."""
     longest = max(map(len, texts))
     input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts])
-    return text.pool(input_ids, mask)
+    before = text.is_packed
+    text.is_packed = before if is_packed is None else is_packed
+    try:
+        return text.pool(input_ids, mask)
+    finally:
+        text.is_packed = before
 
 
 def _failure(text: TextBertBase, ids: Sequence[int]) -> str:
@@ -177,6 +173,18 @@ def _failure(text: TextBertBase, ids: Sequence[int]) -> str:
 def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
     """The largest difference of two vectors, in units of their largest value, or of 1 where that is less."""
     return float((first - second).abs().max() / second.abs().max().clamp(min=1.0))
+
+
+def _certain_difference(text: TextBertBase, pair: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The difference of the two vectors that `pair` computes; where a deep encoder's rounding in float32 could explain it, in float64."""
+    difference = _difference(*pair())
+    if not TOLERANCE < difference < CERTAIN:
+        return difference
+    try:
+        text.double()
+        return _difference(*pair())
+    finally:
+        text.float()
 
 
 @contextmanager

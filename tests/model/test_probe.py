@@ -14,7 +14,7 @@ from transformers import AutoModel, BertModel, PreTrainedTokenizerFast
 
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
-from mmbert_core.data.tokens import load_tokenizer, sample_tokens
+from mmbert_core.data.tokens import load_tokenizer, sample_tokens, tokenise
 from mmbert_core.distributed import DistContext
 from mmbert_core.errors import InputError
 from mmbert_core.manifest import MANIFEST
@@ -157,6 +157,27 @@ def test_sample_tokens_of_a_tokenizer_with_and_without_special_tokens(settings, 
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     plain = sample_tokens(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"))
     assert plain == {"prefix": (), "words": (1, 2), "suffix": (), "pad": 0, "highest": 2}
+
+
+@pytest.mark.parametrize("model", [models.WordLevel, models.WordPiece])
+def test_a_tokenizer_without_an_unknown_token(model):
+    vocabulary = {"good": 0, "bad": 1}
+    backend = Tokenizer(model(vocabulary, unk_token="<none>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert sample_tokens(tokenizer)["words"] == (0, 1)
+    assert tokenise(tokenizer, ["good bad"], max_length=4, max_chunks=1).ids.tolist() == [0, 1]
+    with pytest.raises(InputError, match="cannot encode a text .* choose an encoder with an unknown token"):
+        tokenise(tokenizer, ["good news"], max_length=4, max_chunks=1)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean", "last"])
+def test_rounding_of_large_weights_is_no_fault_of_packing(pooling):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES | {"num_hidden_layers": 6, "initializer_range": 5.0})
+    encoder = BertModel(config).eval()
+    check(encoder, pooling)
+    assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize("added", [["<user>"], {"pad_token": "<padding>"}, {"cls_token": "<start>"}], ids=["token", "pad", "cls"])
