@@ -274,7 +274,7 @@ def spooled(arguments: argparse.Namespace) -> Iterator[str]:
 def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
     predictor = build_predictor(arguments, context)
     output = arguments.output or arguments.model_path
-    check_folder("--output" if arguments.output else "model_path", output)
+    check_folder("--output" if arguments.output else "the model folder, where no --output is given", output)
     with distributed.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
         figures, folder = predictor.evaluate_file([arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting)
     if context.is_main:

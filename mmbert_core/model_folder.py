@@ -28,7 +28,7 @@ from mmbert_core.files import TEMPORARY_PREFIX, save_tensors, space, sync_path, 
 from mmbert_core.manifest import MANIFEST
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.pretrained import sentence_pooling
-from mmbert_core.model.probe import check_token_ids
+from mmbert_core.model.probe import check_runs_once, check_token_ids
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, build_encoder, load_pretrained_encoder, reinitialise, resolve_pooling
 from mmbert_core.model_files import (
@@ -53,6 +53,7 @@ from mmbert_core.model_files import (
 )
 
 ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
+PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tried on: no chunk size but 1 and 11 divides it
 LAST_LAYER = "final_merge_network.linear_layer_final.weight"  # [classes, width of both halves]
 
 
@@ -188,6 +189,9 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:  # RuntimeError: names or shapes differ
         raise InputError(f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}") from None
+    if text is not None:
+        ids = [max(always_used_ids(tokenizer), default=0)] * min(config.max_length, PROBE_LENGTH)
+        check_runs_once(text, ids, name=str(folder / ENCODER))
     return LoadedModel(model.eval(), config, features, settings.labels, tokenizer, settings.resolved, judgement)
 
 

@@ -272,3 +272,11 @@ def test_a_file_that_may_not_be_read_is_said_to_be_that(trained):
         f"error: {model / 'encoder/tokenizer.json'}: {rights.format(6)}", "code 2",
         f"error: {model}: {rights.format(7)}", "code 2",
     ], done.stderr  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", [("chunk_size_feed_forward", 7), ("chunk_size_feed_forward", None), ("output_hidden_states", "float16")])
+def test_an_encoder_config_that_no_text_can_be_computed_with_is_refused_at_load(model, key, value):
+    tiny.without_manifest(model)
+    path = model / "encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert "encoder: the encoder cannot compute a text of 11 tokens with this config.json" in refusal(model)

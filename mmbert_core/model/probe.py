@@ -18,6 +18,7 @@ from mmbert_core.model.text_encoder import TextBertBase, is_causal
 TOLERANCE = 1e-5  # of a text vector's largest value, at least of 1
 SAME = 1e-7  # the same, for vectors that must differ: a narrow MobileBERT's pooled ones differ by 3e-7
 CERTAIN = 1e-3  # the same: beyond it a difference is no rounding, below it float64 tells
+NOT_FINITE = "its values are not finite"
 SHORT_WORDS, LONG_WORDS = (1, 3), 28  # ordinary tokens of the texts whose neighbour is tried, and of that neighbour
 
 
@@ -69,6 +70,14 @@ def check_token_ids(encoder: nn.Module, highest: int, *, name: str) -> None:
             f"encoder {name!r}: its tokenizer has token ids up to {highest}, its embedding has {rows} rows (ids up to {rows - 1}): resize and save "
             f"the encoder first, with model.resize_token_embeddings({highest + 1}), which is len(tokenizer) where ids have no gaps"
         )
+
+
+def check_runs_once(text: TextBertBase, ids: Sequence[int], *, name: str) -> None:
+    """Raise `InputError` where the encoder `name` of a model folder fails for a text of these token ids, whatever it says of it."""
+    with _unchanged(text):
+        reason = _failure(text, ids)
+    if reason and not reason.startswith(NOT_FINITE):  # such a model loads, and each of its rows is said to be so
+        raise InputError(f"{name}: the encoder cannot compute a text of {len(ids)} tokens with this config.json ({reason})")
 
 
 def num_embedding_rows(encoder: nn.Module) -> int | None:
@@ -167,7 +176,7 @@ def _failure(text: TextBertBase, ids: Sequence[int]) -> str:
         if "allocate memory" in str(error):
             raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    return "" if torch.isfinite(vectors).all() else "its values are not finite: are the weights whole?"
+    return "" if torch.isfinite(vectors).all() else f"{NOT_FINITE}: are the weights whole?"
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
