@@ -238,8 +238,15 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
     with distributed.process_group(context), phase("prediction"), spooled(arguments) as path:
         with while_it_is_read():
             num_rows = predictor.predict_file([path], arguments.output, sheet_safe=arguments.sheet_safe, tsv_quoting=arguments.tsv_quoting)
+            say_positive_class(predictor)  # once the input is known to be sound: an error stands alone
             logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
     return 0
+
+
+def say_positive_class(predictor: Predictor) -> None:
+    """Which of two classes prob, F1 and threshold are about."""
+    if predictor.positive_class_line is not None:
+        logger.info("%s", predictor.positive_class_line)
 
 
 def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Predictor:
@@ -247,8 +254,6 @@ def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Pred
     predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold)
     if arguments.threshold is not None and not predictor.loaded.config.is_binary:
         raise InputError(f"--threshold: expected a model of two classes, found {len(predictor.loaded.labels.names)} in {arguments.model_path}")
-    if predictor.positive_class_line is not None:
-        logger.info("%s", predictor.positive_class_line)
     return predictor
 
 
@@ -278,6 +283,7 @@ def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
     with distributed.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
         figures, folder = predictor.evaluate_file([arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting)
     if context.is_main:
+        say_positive_class(predictor)
         print_figures(figures, predictor.loaded.config, advice=False)
         page = folder / PAGE
         logger.info("report: %s", page if page.exists() else f"none; the figures are in {folder}")

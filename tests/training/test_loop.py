@@ -156,7 +156,7 @@ def test_metrics_file(config_of):
     lines, validations = lines_of(config), lines_of(config, "val_loss")
     assert [line["step"] for line in lines] == [3, 6, 9, 10]  # the last step has its line
     assert all(set(line) == TRAIN_KEYS for line in lines)
-    assert all(set(line) == {"step", "val_loss", "val/accuracy", "val/f1_score"} for line in validations)
+    assert all(set(line) == {"step", "val_loss", "val/auroc", "val/average_precision", "val/accuracy", "val/f1_score"} for line in validations)
     steps = [line["step"] for line in tiny.metrics_lines(config.model_path)]
     assert steps == sorted(steps) and len(steps) == 6
     assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (11 - step) / 8 for step in (3, 6, 9, 10)])
