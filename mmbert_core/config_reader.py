@@ -1,4 +1,4 @@
-"""Config files (YAML, JSON) and `--key value` flags -> `Config`. Floor 0; imports config, config_file, config_names and errors.
+"""Config files (YAML, JSON) and `--key value` flags -> `Config`. Floor 0; imports config, config_file, config_names, errors and files.
 
 A file comes first, flags go over it. Unknown keys are errors that name the nearest known key.
 """
@@ -8,12 +8,14 @@ import logging
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mmbert_core.config import ORIGINAL_CHOICE, ORIGINAL_METRICS, Config, config_fields
 from mmbert_core.config_file import read_config_file
 from mmbert_core.config_names import nearest_name
 from mmbert_core.errors import InputError, format_for_message
+from mmbert_core.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     values = _checked(read_config_file(path), path) if path else {}
     flags = _checked(overrides or {}, COMMAND_LINE)  # apart, so that --encoder wins over the file's tokenizer too
     place = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
-    return _build({**values, **flags}, place)
+    return _build(_with_metrics_of_the_run({**values, **flags}), place)
 
 
 def config_from_dict(values: Mapping[str, Any], *, place: str = "config") -> Config:
@@ -54,6 +56,22 @@ def _with_original_metrics(values: Mapping[str, Any], place: str) -> dict[str, A
         return dict(values)
     defaults = {"metric_choices": list(ORIGINAL_METRICS), "early_stop_metric": ORIGINAL_CHOICE}
     return {**values, **{key: default for key, default in defaults.items() if values.get(key) is None}}
+
+
+def _with_metrics_of_the_run(values: dict[str, Any]) -> dict[str, Any]:
+    """A config that names no metric, of a run that has checkpoints, continues with the metrics that the run began with.
+
+    The defaults of two classes were others in version 0.2.
+    """
+    keys = ("metric_choices", "early_stop_metric")
+    folder = Path(values.get("model_path") or "")
+    if any(values.get(key) is not None for key in keys) or values.get("resume") == "never" or not (folder / "checkpoints").is_dir():
+        return values
+    try:
+        began = read_json(folder / "config.json")["config"]
+        return values | _checked({key: began[key] for key in keys}, str(folder / "config.json"))
+    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the folder is said by those who read all of it
+        return values
 
 
 def _unknown_keys(unknown: list[str]) -> str:

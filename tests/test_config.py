@@ -133,6 +133,21 @@ def test_a_config_in_python_has_the_same_default():
     assert (replace(config, seed=1).early_stop_metric, replace(config, is_binary=False).early_stop_metric) == ("val/auroc", "val/auroc")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, "val/f1_score"), ({"resume": "never"}, "val/auroc"), ({"early_stop_metric": "val/mcc"}, "val/mcc"), ({"metric_choices": ["auroc"]}, "val/f1_score")],
+)  # fmt: skip
+def test_a_run_that_began_with_other_defaults_continues_with_them(tmp_path, changes, expected):
+    values = {**REQUIRED, "model_path": str(tmp_path / "run"), **changes}
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run", json.dumps({"config": {"metric_choices": ["accuracy", "f1_score"], "early_stop_metric": "val/f1_score"}}), "config.json")
+    assert read_config(None, {**values, "resume": "auto"}).early_stop_metric == (expected if "metric" in str(changes) else "val/auroc")  # no checkpoint
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert read_config(None, values).early_stop_metric == expected
+    write(tmp_path / "run", "[]", "config.json")
+    assert read_config(None, {**REQUIRED, "model_path": str(tmp_path / "run")}).early_stop_metric == "val/auroc"
+
+
 def test_a_flag_of_the_originals_says_nothing_of_the_file(tmp_path, caplog):
     path = write(tmp_path, json.dumps(REQUIRED), "run.json")
     assert read_config(path, {"tokenizer": "a"}).early_stop_metric == "val/auroc"
