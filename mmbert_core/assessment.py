@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = ("val_loss", "val/log_loss", "val/ece")
 MAX_LISTED = 10  # of more than FEW_CLASSES, those that pages and prints list
+NOT_BETTER = "The model does not beat its baselines"
 TRY = "Try a higher lr (small encoders need 2e-4 rather than 2e-5), a head_lr of 1e-3, more epochs, or more training rows."
 CHUNK_ROWS = 8_192  # whose sparse features are in memory at a time
 
@@ -168,8 +169,8 @@ def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> st
     return next((name for name in (first, "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main)
 
 
-def verdict(figures: Mapping[str, Any], stage: str, config: Config, *, advice: bool = True) -> str:
-    """Whether the model is above its baselines, and what to try where it is not; without `advice` for somebody who scores and does not train."""
+def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
+    """Whether the model is above its baselines: the same words in the test of a run and in `evaluate`. `TRY` is for who trains alone."""
     metric = defined_metric(figures, stage, config)
     key = f"{stage}/{metric}"
     missing = "".join(f" No baseline {name!r}: {reason}." for name, reason in figures["no_baselines"].items() if not reason.startswith("the model has no"))
@@ -189,4 +190,4 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config, *, advice: b
         elif interval[0] <= rivals[best]:
             doubt = ", but by less than its interval is wide"
         return f"The model is above all baselines{doubt}: {beside}." + missing
-    return f"The model does not beat its baselines: {beside}." + (f" {TRY}" if advice else "") + missing
+    return f"{NOT_BETTER}: {beside}." + missing

@@ -34,7 +34,7 @@ import transformers
 
 from mmbert_core import demo, distributed
 from mmbert_core.ablation import run_ablation, table
-from mmbert_core.assessment import LOWER_IS_BETTER, listed_figures, verdict
+from mmbert_core.assessment import LOWER_IS_BETTER, NOT_BETTER, TRY, listed_figures, verdict
 from mmbert_core.card import describe as describe_model
 from mmbert_core.command_line import parse
 from mmbert_core.config import Config
@@ -190,7 +190,9 @@ def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = Tru
     if num_left_out:
         print(f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision")
     if baselines:
-        print(verdict(figures, "test", config, advice=advice))
+        print(line := verdict(figures, "test", config))
+        if advice and line.startswith(NOT_BETTER):
+            print(TRY)
 
 
 def check_folders(config: Config) -> None:

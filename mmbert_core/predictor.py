@@ -248,7 +248,7 @@ class Predictor:
             fingerprints = dataset.encoded.fingerprints
             warnings = [*known_files(trained.get("files", {}), fingerprints), *unlike] or {"reason": "The training rows are not at hand: only the files were compared."}
             data = {**trained, "files": {**trained.get("files", {}), **fingerprints}, "test": rows_section(dataset, loaded.labels.names)}
-            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns, is_of_training=False)
+            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns)
 
         with self._in_use():
             write_report(scored, folder)

@@ -70,7 +70,6 @@ class Scored:
     data: Section = field(default_factory=lambda: {"reason": "the training data are not at hand"})
     warnings: Sequence[str] | Section = ()
     slice_columns: Sequence[str] = ()
-    is_of_training: bool = True  # scored by the run that trained the model: only then is advice on training of use
 
     @property
     def labels(self) -> np.ndarray:
@@ -224,7 +223,7 @@ def baselines_section(scored: Scored) -> Section:
     ]
     if not rows:
         return {"reason": "the model folder has none"}
-    return {"rows": rows, "verdict": verdict(scored.figures, "test", scored.loaded.config, advice=scored.is_of_training)}
+    return {"rows": rows, "verdict": verdict(scored.figures, "test", scored.loaded.config)}
 
 
 def slices_section(scored: Scored) -> Section:

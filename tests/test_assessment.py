@@ -2,7 +2,8 @@
 
 import pytest
 
-from mmbert_core.assessment import verdict
+from mmbert_core.assessment import NOT_BETTER, TRY, verdict
+from mmbert_core.cli import print_figures
 from mmbert_core.config import Config
 
 REASONS = {"text only": "the model has no text"}
@@ -33,7 +34,7 @@ def said(value: float | None, rivals: dict[str, float | None], *, low: float | N
 def test_the_model_is_compared_with_the_best_baseline(value, low, beginning):
     line = said(value, {"most frequent class": 0.0, "columns only": 0.7, "text only": None}, low=low)
     assert line.startswith(f"{beginning}auroc {value:.4f} beside 0.7000 (columns only).") and "\n" not in line
-    assert ("Try a higher lr" in line) == ("does not beat" in beginning) and "the model has no text" not in line
+    assert line.startswith(NOT_BETTER) == ("does not beat" in beginning) and "Try" not in line and "the model has no text" not in line
 
 
 def test_a_perfect_tie_is_a_tie_without_advice():
@@ -42,11 +43,12 @@ def test_a_perfect_tie_is_a_tie_without_advice():
         assert line == "The model ties with the best of its baselines: auroc 1.0000 for both (text only), and more is not possible."
 
 
-def test_advice_on_training_is_for_who_trains():
+def test_advice_on_training_is_for_who_trains(capsys):
     settings = Config(text_name=("text",), label_name="label", model_path="run")
     figures = {"test/auroc": 0.6, "undefined": {}, "no_baselines": {}, "intervals": {}, "baselines": {"text only": {"test/auroc": 0.7}}}
-    assert "Try a higher lr" in verdict(figures, "test", settings)
-    assert verdict(figures, "test", settings, advice=False) == "The model does not beat its baselines: auroc 0.6000 beside 0.7000 (text only)."
+    for advice, expected in ((True, [TRY]), (False, [])):
+        print_figures(figures, settings, advice=advice)
+        assert capsys.readouterr().out.splitlines()[-1 - len(expected) :] == ["The model does not beat its baselines: auroc 0.6000 beside 0.7000 (text only).", *expected]
 
 
 def test_what_cannot_be_compared_has_its_reason():
