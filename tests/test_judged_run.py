@@ -236,8 +236,8 @@ def test_report_is_written_anew_from_its_json(binary, tmp_path, capfd):
 
 def test_card_and_inspect(binary, several, capsys):
     for run in (binary, several):
-        card = (run / "README.md").read_text().splitlines()
-        assert describe(run) == card
+        *card, mark = (run / "README.md").read_text().splitlines()
+        assert describe(run) == card and mark.startswith("<!-- model card of mmbert_core")
         assert cli.main(["inspect", str(run)]) == 0
         assert capsys.readouterr().out.splitlines() == card
         figures = json.loads((folder_of(run) / "test_metrics.json").read_text())

@@ -229,6 +229,7 @@ def test_evaluate_of_a_model_that_overflows_names_the_row_and_leaves_nothing(mod
     weights = load_file(broken / WEIGHTS)
     weights["final_merge_network.linear_layer_final.weight"].fill_(3e38)
     save_file(weights, broken / WEIGHTS)
+    tiny.without_manifest(broken)
     before = everything(broken, tmp_path)
     with pytest.raises(RuntimeError):
         cli.main(["evaluate", str(broken), str(files / "test.csv"), "--output", str(place)])
