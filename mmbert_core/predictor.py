@@ -114,7 +114,7 @@ class Predictor:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Predictor":
         copied = copy.copy(self)
-        with self._lock:
+        with forks.exclusively(self._lock):
             copied.loaded, copied.task = copy.deepcopy((self.loaded, self.task), memo)
         copied._lock = forks.lock_of(copied.loaded.model)
         return copied
@@ -126,7 +126,7 @@ class Predictor:
             what = "on a GPU" if self.context.device.type != "cpu" else "of several processes"
             advice = "load it there, or start the process with spawn"
             raise RunError(f"a Predictor {what} cannot be used in a forked process: {advice}")
-        with self._lock:
+        with forks.exclusively(self._lock):
             yield
 
     @property

@@ -60,6 +60,13 @@ def test_twenty_forks_none_hangs(model, threads):
     assert_equal_to_parent(run_worker(model, threads, 20), count=21)
 
 
+def test_children_forked_right_after_threads_have_ended(model):
+    """The end of a thread holds a lock of the matrix library for a moment: without a wait about one in eight of them hangs."""
+    script = [str(tiny.ROOT / "tests" / "fork_after_threads.py"), str(model), "30"]
+    done = tiny.run_command(script, timeout=500, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="2")
+    assert done.returncode == 0 and done.stdout == "0 of 30 hang\n", (done.stdout, done.stderr[-2000:])
+
+
 @pytest.mark.fault
 def test_forked_children_of_an_int8_model(model):
     assert_equal_to_parent(

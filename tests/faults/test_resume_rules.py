@@ -36,7 +36,7 @@ CHANGES: dict[str, Any] = {  # one other value of every key; a file name is one 
     "max_epochs": 3, "batch_size": 4, "microbatches_per_step": 2, "lr": 2e-3, "head_lr": 2e-3, "weight_decay": 0.1, "adam_epsilon": 1e-6, "run_scheduler": False,
     "warmup_steps": 0, "gradient_clip_val": 1.0, "on_nonfinite": "skip", "memory_limit_mb": 100_000, "val_check_interval": 1, "early_stop_metric": "val_loss",
     "early_stop_patience": 3, "model_path": "moved", "resume": 3, "save_every": 2, "keep_checkpoints": 1, "log_every": 3, "seed": 1, "precision": "bf16",
-    "deterministic": True, "timeout_seconds": 60, "num_threads": 2, "threshold_rule": "half", "slice_columns": ["age"],
+    "deterministic": True, "timeout_seconds": 60, "num_threads": 2, "threshold_rule": "half", "slice_columns": ["age"], "tsv_quoting": "none",
 }  # fmt: skip
 BY_DATA = {"num_classes"}  # refused even before the checkpoint is looked at: the labels of these data are two
 
