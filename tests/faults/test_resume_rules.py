@@ -106,7 +106,7 @@ def try_key(figures: Figures, started: Started, key: str) -> None:
         if key == "resume":
             figures.count("step-00000003" in err, f"resume: 3: {err[-500:]}")
     else:
-        old, also = json.loads(json.dumps(started.values.get(key, config_fields()[key].default))), {"is_binary": False} if key == "num_classes" else {}
+        old, also = json.loads((run / "config.json").read_text())["config"][key], {"is_binary": False} if key == "num_classes" else {}
         words = [key] if key in BY_DATA else [f"{key} was {old!r} in the checkpoint at step 5 and is {new!r} now"]
         before = contents(run)
         for check in ((), ("--check",)):
