@@ -239,22 +239,27 @@ def predicted(predictor: Predictor, rows: Any) -> dict[str, Any]:
     rows = rows if isinstance(rows, list) else [rows]
     if len(rows) > MAX_ROWS:
         raise InputError(f"expected at most {MAX_ROWS} rows in a request, found {len(rows)}: send them in several")
+    max_keys = max_keys_of(predictor)
     for number, row in enumerate(rows, start=1):
-        check_row(predictor, row, f"data row {number}: ")
+        check_row(row, max_keys, f"data row {number}: ")
     return {"predictions": predictor.predict(rows)}
 
 
 def explained(predictor: Predictor, row: Any) -> dict[str, Any]:
     """`{"prediction": {...}, "tokens": [[piece, weight], ...]}` of one row."""
-    check_row(predictor, row, "", "one object")
+    check_row(row, max_keys_of(predictor), "", "one object")
     return predictor.explain(row)
 
 
-def check_row(predictor: Predictor, row: Any, prefix: str, expected: str = "an object") -> None:
+def max_keys_of(predictor: Predictor) -> int:
+    """Keys that a row may have: the model's columns, and others that it does not read."""
+    return MAX_OTHER_KEYS + len(Roles.from_config(predictor.loaded.config).inputs())
+
+
+def check_row(row: Any, max_keys: int, prefix: str, expected: str = "an object") -> None:
     """Raise `InputError` for a row that is no object, or has thousands of keys that the model does not read."""
     if not isinstance(row, dict):
         raise InputError(f"{prefix}expected {expected} of columns and cells, found {json_type(row)}")
-    max_keys = MAX_OTHER_KEYS + len(Roles.from_config(predictor.loaded.config).inputs())
     if len(row) > max_keys:
         raise InputError(f"{prefix}expected at most {max_keys} keys, found {len(row)}")
 
