@@ -42,7 +42,7 @@ from mmbert_core.config_reader import overrides_from, read_config
 from mmbert_core.data.class_words import positive_class_line
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError, PeerError, RunError, Stopped, phase
+from mmbert_core.errors import InputError, PeerError, RunError, Stopped, format_for_message, phase
 from mmbert_core.export import check_request, export_model
 from mmbert_core.model_folder import load_model_folder
 from mmbert_core.predictor import STANDARD, Predictor
@@ -204,7 +204,10 @@ def check_folders(config: Config) -> None:
 
 
 def check_folder(key: str, folder: str) -> None:
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    try:
+        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{key}: {format_for_message(folder)}: {error.strerror}") from None
     if not there.is_dir():
         raise InputError(f"{key}: {there}: expected a folder, found a file")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -65,9 +65,11 @@ def _with_metrics_of_the_run(values: dict[str, Any]) -> dict[str, Any]:
     """
     keys = ("metric_choices", "early_stop_metric")
     folder = Path(values.get("model_path") or "")
-    if any(values.get(key) is not None for key in keys) or values.get("resume") == "never" or not (folder / "checkpoints").is_dir():
+    if any(values.get(key) is not None for key in keys) or values.get("resume") == "never":
         return values
     try:
+        if not (folder / "checkpoints").is_dir():  # raises for a name that is too long or a folder that may not be read
+            return values
         began = read_json(folder / "config.json")["config"]
         return values | _checked({key: began[key] for key in keys}, str(folder / "config.json"))
     except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the folder is said by those who read all of it

@@ -175,6 +175,19 @@ def test_many_mutations_of_yaml(tmp_path, seed):
     assert sum(tried(tmp_path, rng, "run.yaml") for _ in range(2500)) > 1000
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "/".join(["y" * 200] * 30), "checkpoints/" * 400])
+@pytest.mark.parametrize("key", ["model_path", "cache_path"])
+def test_a_folder_whose_name_is_too_long_is_refused_in_one_line(tmp_path, key, name, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\na,x\nb,y\n" * 20)
+    keys = {"text_name": "text", "label_name": "label", "train_path": str(rows), "encoder": "none", "model_path": "run"} | {key: name}
+    path = write(tmp_path, json.dumps(keys), "run.json")
+    assert getattr(read_config(path), key) == name
+    assert cli.main(["train", path, "--check"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {key}: ") and line.endswith("File name too long") and len(line) < 600
+
+
 # ---- what is no config ----
 
 
