@@ -24,15 +24,16 @@ import transformers
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
+from mmbert_core.cli_arguments import add_config_arguments, overrides_from
 from mmbert_core.config import Config
-from mmbert_core.config_reader import add_config_arguments, overrides_from, read_config
+from mmbert_core.config_reader import read_config
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data, prepare
-from mmbert_core.distributed import DistContext, read_context, set_threads
+from mmbert_core.inference.model_folder import build_model
 from mmbert_core.model.dropout import Dropout
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.text_encoder import TextBertBase
-from mmbert_core.model_folder import build_model
+from mmbert_core.runtime.distributed import DistContext, read_context, set_threads
 from mmbert_core.training.memory import MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD, call_glibc, keep_freed_memory
 
 GEMM = {"cpu": (2048, 1), "cuda": (8192, 8)}  # size of the matrices, products between two looks at the clock

@@ -18,10 +18,10 @@ import torch
 from benchmarks.common import Contender, Work, alternate, opened, parser, report
 from benchmarks.inference import Bench, ours
 from mmbert_core.data.batches import evaluation_batches
-from mmbert_core.export import MODEL_FILES, export_model
-from mmbert_core.model_folder import LoadedModel
-from mmbert_core.training import hooks
-from mmbert_core.training.setup import prepare_model
+from mmbert_core.export.exporter import MODEL_FILES, export_model
+from mmbert_core.inference import scoring
+from mmbert_core.inference.model_folder import LoadedModel
+from mmbert_core.training.start import prepare_model
 
 
 def onnx(bench: Bench) -> Callable[[int], dict[str, float]]:
@@ -40,7 +40,7 @@ def onnx(bench: Bench) -> Callable[[int], dict[str, float]]:
     def round_(number: int) -> dict[str, float]:
         positions = bench.positions(number)
         started = time.perf_counter()
-        for rows in evaluation_batches(data.train.lengths[positions], token_budget=hooks.TOKEN_BUDGETS["cpu"]):
+        for rows in evaluation_batches(data.train.lengths[positions], token_budget=scoring.TOKEN_BUDGETS["cpu"]):
             batch = data.train.batch(positions[rows])
             session.run(["probabilities"], {each.name: getattr(batch, each.name).numpy() for each in session.get_inputs()})
         return bench.figures(time.perf_counter() - started, work, positions)

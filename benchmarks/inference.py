@@ -19,18 +19,19 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from benchmarks.common import Collator, Contender, PeerModel, Rows, Work, alternate, opened, parser, report
+from mmbert_core import hooks
 from mmbert_core.config import Config
 from mmbert_core.data.batches import evaluation_batches
 from mmbert_core.data.prepare import Data
-from mmbert_core.data.table import Roles
-from mmbert_core.distributed import DistContext
+from mmbert_core.inference import scoring
+from mmbert_core.inference.model_folder import LoadedModel
+from mmbert_core.inference.precision import resolve_precision
 from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
-from mmbert_core.model_folder import LoadedModel
 from mmbert_core.predictor import Predictor
-from mmbert_core.training import hooks
-from mmbert_core.training.optim import resolve_precision
-from mmbert_core.training.setup import prepare_model
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.tables.table import Roles
+from mmbert_core.training.start import prepare_model
 
 LATENCY_TOKENS, LATENCY_CALLS = 80, 105
 
@@ -55,14 +56,14 @@ def ours(bench: Bench, *, int8: bool = False) -> Callable[[int], dict[str, float
     work = Work.of(model.text_subnetwork)
     if int8:
         quantise_linears(model.text_subnetwork.encoder)
-    task = hooks.Task(bench.config.is_binary, build_loss_op(None), bench.precision, bench.context.device)
+    task = scoring.Task(bench.config.is_binary, build_loss_op(None), bench.precision, bench.context.device)
 
     def round_(number: int) -> dict[str, float]:
         positions = bench.positions(number)
         dataset = bench.data.train
         started = time.perf_counter()
         with torch.inference_mode():
-            for index, rows in enumerate(evaluation_batches(dataset.lengths[positions], token_budget=hooks.TOKEN_BUDGETS[bench.context.device.type])):
+            for index, rows in enumerate(evaluation_batches(dataset.lengths[positions], token_budget=scoring.TOKEN_BUDGETS[bench.context.device.type])):
                 preds, _ = hooks.predict_step(model, dataset.batch(positions[rows]), index, task=task)
                 preds.numpy(force=True)
         return bench.figures(time.perf_counter() - started, work, positions)

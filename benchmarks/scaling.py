@@ -30,12 +30,13 @@ from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order, step_rows
 from mmbert_core.data.prepare import prepare
 from mmbert_core.data.store import open_or_build
-from mmbert_core.data.table import Roles
 from mmbert_core.data.tokens import load_tokenizer
-from mmbert_core.distributed import read_context, set_threads
 from mmbert_core.predictor import Predictor
+from mmbert_core.runtime.distributed import read_context, set_threads
+from mmbert_core.tables.table import Roles
 from mmbert_core.training import loop
-from mmbert_core.training.setup import claimed_folder, prepare_model, start_run
+from mmbert_core.training.run_folder import claimed_folder
+from mmbert_core.training.start import prepare_model, start_run
 
 STEPS = 200
 SYLLABLES = [first + second for first in "bcdfghjklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er")]

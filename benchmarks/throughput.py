@@ -20,14 +20,27 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
 
-from benchmarks.common import Collator, Contender, PeerModel, Rows, Work, alternate, gemm_peak, opened, parser, report, wait
+from benchmarks.common import (
+    Collator,
+    Contender,
+    PeerModel,
+    Rows,
+    Work,
+    alternate,
+    gemm_peak,
+    opened,
+    parser,
+    report,
+    wait,
+)
 from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order
 from mmbert_core.data.prepare import Data
-from mmbert_core.distributed import DistContext
+from mmbert_core.inference.precision import AUTOCAST_DTYPES, resolve_precision
+from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.training import loop
-from mmbert_core.training.optim import AUTOCAST_DTYPES, resolve_precision
-from mmbert_core.training.setup import claimed_folder, prepare_model, start_run
+from mmbert_core.training.run_folder import claimed_folder
+from mmbert_core.training.start import prepare_model, start_run
 
 PEERS = ("plain", "trainer", "grouped", "lightning")
 LR = 2e-5

@@ -1,4 +1,4 @@
-"""`python -m mmbert_core COMMAND`, the same as `mmbert COMMAND`; also what torchrun starts with -m. Floor 4."""
+"""`python -m mmbert_core COMMAND`, the same as `mmbert COMMAND`; also what torchrun starts with -m."""
 
 from mmbert_core.cli import run
 

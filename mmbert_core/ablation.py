@@ -1,6 +1,4 @@
-"""What the text and the columns each bring: text only, columns only and both, under the same settings and seeds. Floor 3.
-
-Imports distributed, config, data, errors, files, training.
+"""What the text and the columns each bring: text only, columns only and both, under the same settings and seeds.
 """
 
 import logging
@@ -10,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmbert_core import distributed
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
-from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError
-from mmbert_core.files import write_json
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.files import write_json
 from mmbert_core.training.loop import fit
-from mmbert_core.training.setup import prepare_model
+from mmbert_core.training.start import prepare_model
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The command line: `train` (also `train.py`), `predict`, `evaluate`, `serve` and what looks at a model. Floor 4; imports all floors.
+"""The command line: `train` (also `train.py`), `predict`, `evaluate`, `serve` and what looks at a model.
 
     torchrun --standalone --nproc_per_node=4 train.py run.yaml --lr 3e-5
     python train.py run.yaml                                   # one process
@@ -19,39 +19,41 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from mmbert_core import signals  # first: it notes the launcher
+from mmbert_core.runtime import signals  # first: it notes the launcher
 
 gc.set_threshold(100_000, 50, 100)  # the imports below make objects that stay: looking through them again and again takes a second
 
 import torch
-import transformers
 
-from mmbert_core import demo, distributed
 from mmbert_core.ablation import run_ablation, table
-from mmbert_core.assessment import LOWER_IS_BETTER, NOT_BETTER, TRY, listed_figures, verdict
-from mmbert_core.card import describe as describe_model
-from mmbert_core.command_line import parse
+from mmbert_core.cli_arguments import overrides_from, parse
 from mmbert_core.config import Config
-from mmbert_core.config_reader import overrides_from, read_config
+from mmbert_core.config_reader import read_config
+from mmbert_core.console import CountingHandler, place, print_figures, say_error, set_up_logging, tell
 from mmbert_core.data.class_words import positive_class_line
 from mmbert_core.data.prepare import Data, prepare
-from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError, PeerError, RunError, Stopped, format_for_message, phase
-from mmbert_core.export import check_request, export_model
-from mmbert_core.model_folder import load_model_folder
-from mmbert_core.predictor import STANDARD, Predictor
-from mmbert_core.report import PAGE, render_again
-from mmbert_core.serve import run_server
-from mmbert_core.streams import open_closed_streams, protect_streams, while_it_is_read
+from mmbert_core.demo import run as demo
+from mmbert_core.export.exporter import check_request, export_model
+from mmbert_core.inference.model_folder import load_model_folder
+from mmbert_core.inference.output_file import STANDARD
+from mmbert_core.predictor import Predictor
+from mmbert_core.report.build import PAGE, render_again
+from mmbert_core.report.model_card import describe as describe_model
+from mmbert_core.report.results import LOWER_IS_BETTER
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError, PeerError, RunError, Stopped, format_for_message, phase
+from mmbert_core.runtime.streams import open_closed_streams, protect_streams, while_it_is_read
+from mmbert_core.serve.server import run_server
 from mmbert_core.training.loop import fit
-from mmbert_core.training.memory import is_out_of_memory
-from mmbert_core.training.setup import check_no_links, prepare_model, read_for_all_ranks
+from mmbert_core.training.resume import read_for_all_ranks
+from mmbert_core.training.run_folder import check_no_links
+from mmbert_core.training.start import prepare_model
 
 logger = logging.getLogger("mmbert_core")
 
@@ -96,56 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def tell(error: Exception, context: DistContext) -> None:
-    """One line, before it the traceback of what is no plain failure; once, from the rank on which it happened."""
-    if is_out_of_memory(error):
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        say_error(f"{place(error, context)}out of memory ({reason}); raise microbatches_per_step, or use a smaller max_length or encoder")
-    elif isinstance(error, (RunError, OSError)):
-        say_error(place(error, context) + str(error))
-    else:
-        traceback.print_exception(error)
-        say_error(f"{place(error, context)}{type(error).__name__}: {error}")
-
-
-def place(error: Exception, context: DistContext) -> str:
-    """Rank, where there are several, and phase."""
-    parts = [f"rank {context.rank}"] if context.world_size > 1 else []
-    parts += [error.phase] if hasattr(error, "phase") else []
-    return f"{', '.join(parts)}: " if parts else ""
-
-
-def say_error(message: str) -> None:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
-
-
-class CountingHandler(logging.StreamHandler):
-    """Knows how many warnings it has written."""
-
-    num_warnings = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.num_warnings += record.levelno == logging.WARNING
-        super().emit(record)
-
-
-def set_up_logging(context: DistContext) -> None:
-    """Rank 0 tells everything, the others only errors. Lines are plain; warnings say so."""
-
-    class Formatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-            return prefix + super().format(record)
-
-    handler = CountingHandler(sys.stderr)
-    handler.setFormatter(Formatter("%(message)s"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if context.is_main else logging.ERROR)
-    logger.propagate = False
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 # ---- train ----
 
 
@@ -171,28 +123,6 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     if context.is_main and results.get("test_metrics"):
         print_figures(results["test_metrics"], config)
     return 0
-
-
-def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = True) -> None:
-    """Metrics with their intervals, the baselines beside them, and what to make of it; `advice` on training is for who trains."""
-    listed, num_left_out = listed_figures(figures, "test", config)
-    baselines = listed.get("baselines", {})
-    if baselines:
-        print(f"{'':34} {'model':>10}  {'95 % interval':<17}" + "".join(f"{name:>21}" for name in baselines))
-    for name, value in listed.items():
-        if not name.startswith("test"):
-            continue
-        shown = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
-        low_high = figures.get("intervals", {}).get(name)
-        interval = f"{low_high[0]:.4f} - {low_high[1]:.4f}" if low_high else ""
-        rivals = "".join(f"{values[name]:>21.4f}" if values.get(name) is not None else f"{'':21}" for values in baselines.values())
-        print(f"{name:34} {shown:>10}  {interval:<17}{rivals if name in figures.get('intervals', {}) else ''}".rstrip())
-    if num_left_out:
-        print(f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision")
-    if baselines:
-        print(line := verdict(figures, "test", config))
-        if advice and line.startswith(NOT_BETTER):
-            print(TRY)
 
 
 def check_folders(config: Config) -> None:

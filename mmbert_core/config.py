@@ -1,4 +1,4 @@
-"""Every setting of a run, once: name, type, default, meaning and range. Floor 0; imports only errors.
+"""Every setting of a run, once: name, type, default, meaning and range.
 
 Names and defaults of the original module's keys are kept, but for the metric that chooses the best step of two classes. `config_reader` turns files and flags into a `Config`.
 """
@@ -6,7 +6,7 @@ Names and defaults of the original module's keys are kept, but for the metric th
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from mmbert_core.errors import InputError, format_for_message
+from mmbert_core.runtime.errors import InputError, format_for_message
 
 # Keys that may change between a checkpoint and its resume: none of them touches what is computed from sound numbers,
 # but microbatches_per_step, which a run that ran out of memory must be able to raise, and whose dropout then differs.

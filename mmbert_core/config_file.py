@@ -1,4 +1,4 @@
-"""A config file (YAML, JSON) -> keys and values, in bounded time and memory whatever the file holds. Floor 0; imports errors.
+"""A config file (YAML, JSON) -> keys and values, in bounded time and memory whatever the file holds.
 
 YAML is read without code. Aliases count as often as they are used, so that a short file cannot stand for a large one.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mmbert_core.errors import InputError, format_for_message, shorten
+from mmbert_core.runtime.errors import InputError, format_for_message, shorten
 
 MAX_BYTES = 1_000_000  # of a config file
 MAX_KEYS = 1_000  # of one mapping in YAML, whose parser takes a tenth of a millisecond for each

@@ -1,9 +1,8 @@
-"""Config files (YAML, JSON) and `--key value` flags -> `Config`. Floor 0; imports config, config_file, config_names, errors and files.
+"""Config files (YAML, JSON) and `--key value` flags -> `Config`.
 
 A file comes first, flags go over it. Unknown keys are errors that name the nearest known key.
 """
 
-import argparse
 import logging
 import types
 from collections.abc import Mapping
@@ -13,9 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mmbert_core.config import ORIGINAL_CHOICE, ORIGINAL_METRICS, Config, config_fields
 from mmbert_core.config_file import read_config_file
-from mmbert_core.config_names import nearest_name
-from mmbert_core.errors import InputError, format_for_message
-from mmbert_core.files import read_json
+from mmbert_core.config_synonyms import nearest_name
+from mmbert_core.runtime.errors import InputError, format_for_message
+from mmbert_core.storage.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -184,46 +183,3 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return {str: "one or more names", float: "numbers"}[get_args(hint)[0]]
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}[hint]
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """One `--key` per setting with its meaning and default, grouped as in config.py."""
-    hints = get_type_hints(Config)
-    groups: dict[str, Any] = {}
-    for name, item in config_fields().items():
-        title = item.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        default = "required" if item.default is MISSING else f"default: {item.metadata['default_words'] or _show(item.default)}"
-        is_list = any(get_origin(member) is tuple for member in [hints[name], *get_args(hints[name])])
-        text = f"{item.metadata['meaning']}{_range_words(item.metadata['range'])} ({default})".replace("%", "%%")
-        group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar=_placeholder(name, hints[name]), help=text)
-    groups["model"].add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder")
-    groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="true|false", help="the original's name of --precision; true is fp16, false fp32")
-
-
-def _range_words(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else f"; {bounds[0]} to {bounds[1]:,}"
-
-
-def _placeholder(name: str, hint: Any) -> str:
-    """What stands for a value in --help: N is a whole number, X a number; choices are spelled out."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return "|".join(dict.fromkeys(_placeholder(name, member) for member in get_args(hint) if member is not type(None)))
-    if get_origin(hint) is Literal:
-        return "|".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return _placeholder(name, get_args(hint)[0])
-    return {bool: "true|false", int: "N", float: "X", str: "PATH" if name.endswith("_path") else "NAME"}[hint]
-
-
-def _show(default: Any) -> str:
-    if isinstance(default, tuple):
-        return " ".join(map(str, default)) or "none"
-    return str(default).lower() if isinstance(default, bool) else "none" if default is None else str(default)
-
-
-def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line. One word of a list is a scalar (`--class_weights balanced`), the word null no value."""
-    given = {key: value for key, value in vars(arguments).items() if key in config_fields() or key in ALIASES}
-    scalars = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in given.items()}
-    return {key: None if value == "null" else value for key, value in scalars.items()}

@@ -1,58 +1,63 @@
-"""A loaded model scores new rows: a file, in windows of constant memory, on one process or several. Floor 3.
+"""A loaded model scores new rows: a file, in windows of constant memory, on one process or several.
 
 One call at a time uses the model and the tokenizer, in whichever thread; a forked process continues with one CPU thread.
-Imports distributed, forks, data, evaluation, explain, model, model_folder, report, training.hooks and run_log.
 """
 
 import copy
 import logging
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 
-from mmbert_core import distributed, forks
+from mmbert_core import hooks
 from mmbert_core.data.batches import WINDOW
 from mmbert_core.data.class_words import positive_class_line
 from mmbert_core.data.dataset import Dataset, dataset_for_prediction, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import encode_windows, longest_texts
 from mmbert_core.data.features import Outside, Unseen, add_by_column, outside_lines, unseen_lines
 from mmbert_core.data.prepare import cut_texts
-from mmbert_core.data.readers import lengths_of
 from mmbert_core.data.store import open_or_build
-from mmbert_core.data.table import Chunk, Roles, check_path, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
 from mmbert_core.data.tokens import join_texts, keeps_end
-from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError, RunError
-from mmbert_core.evaluation.predictions import Columns, header, output_delimiter, table_line, table_rows
 from mmbert_core.evaluation.thresholds import Threshold
-from mmbert_core.explain import explain_rows
-from mmbert_core.files import TEMPORARY_PREFIX, naming, read_json, sync_path
+from mmbert_core.inference import scoring
+from mmbert_core.inference.attributions import explain_rows
+from mmbert_core.inference.model_files import SUMMARY, SUMMARY_JSON
+from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
+from mmbert_core.inference.output_file import Columns, header, output_delimiter, table_line, table_rows, written_whole
+from mmbert_core.inference.precision import resolve_precision
+from mmbert_core.inference.scoring import BatchResult, EpochResult, Task
 from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model.probe import num_embedding_rows
-from mmbert_core.model_files import SUMMARY, SUMMARY_JSON
-from mmbert_core.model_folder import LoadedModel, load_model_folder
-from mmbert_core.report import Scored, rows_section, training_section, write_report
-from mmbert_core.training import hooks
-from mmbert_core.training.hooks import BatchResult, EpochResult, Task
-from mmbert_core.training.optim import resolve_precision
-from mmbert_core.training.run_log import format_seconds
+from mmbert_core.report import results
+from mmbert_core.report.build import Scored, rows_section, training_section, write_report
+from mmbert_core.runtime import distributed, forks
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.progress import Progress
+from mmbert_core.storage.files import read_json
+from mmbert_core.tables.readers import lengths_of
+from mmbert_core.tables.table import (
+    Chunk,
+    Roles,
+    check_path,
+    columns_kept,
+    expand_paths,
+    frame_to_chunk,
+    read_chunks,
+    records_to_chunk,
+)
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10.0
-STANDARD = "-"  # standard input or output
 CACHE = "cache"  # of an evaluation, while it lasts
 Rows = TypeVar("Rows", pd.DataFrame, list[Mapping[str, Any]], Mapping[str, Any])
 
@@ -239,7 +244,7 @@ class Predictor:
     ) -> dict[str, Any]:
         """Rank 0 only. `unlike`: the lines about values and numbers that no training row has."""
         loaded = self.loaded
-        figures = hooks.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
+        figures = results.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
 
         def scored() -> Scored:
             trained, best = summary_of(self.folder)
@@ -318,42 +323,18 @@ class Predictor:
             dataset.check_token_ids(num_rows)
         # a table that an encoder makes and keeps in inference mode could not be part of an explanation's gradients
         with self._in_use(), torch.inference_mode() if text is None or text.is_packed else torch.no_grad():
-            for index, batch in filter(None, hooks.own_batches(dataset, self.context)):
+            for index, batch in filter(None, scoring.own_batches(dataset, self.context)):
                 made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
                 preds = made[0] if isinstance(made, tuple) else made
                 results.append(BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0))
-        result = hooks.gather_results(results, len(dataset))
-        if len(broken := hooks.broken_rows(result.preds)):
+        result = scoring.gather_results(results, len(dataset))
+        if len(broken := scoring.broken_rows(result.preds)):
             raise RunError(f"{dataset.where(broken[0])}: its probability is no number in {self.task.precision}: choose another precision, or fp32")
         return result
 
     def _columns(self, dataset: Dataset, result: EpochResult) -> Columns:
         loaded = self.loaded
-        return hooks.columns_of(result, dataset, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
-
-
-class Progress:
-    """Rows scored, told every few seconds, with the time that is left where the length of the files is known."""
-
-    def __init__(self, lengths: Sequence[int] | None) -> None:
-        """`lengths`: lines, or rows, of each file; a row may have several lines, so that only lines tell how much is left."""
-        self.lengths, self.done = lengths, 0
-        self._started = self._said = time.monotonic()
-
-    def advance(self, num_rows: int, file: int, position: int) -> None:
-        """`num_rows` more are scored; the last of them stands at `position`, a line or a row, of a file."""
-        self.done += num_rows
-        now = time.monotonic()
-        if now - self._said > SECONDS_BETWEEN_LINES:
-            self._said, seconds = now, now - self._started
-            left = "" if self.lengths is None else f", about {format_seconds(self.seconds_left(file, position, seconds))} left"
-            logger.info("%d rows scored, %.0f rows/s%s", self.done, self.done / seconds, left)
-
-    def seconds_left(self, file: int, position: int, seconds: float) -> float:
-        """From the share of all lines (of files without lines: rows) up to `position`, which took `seconds`."""
-        assert self.lengths is not None
-        done = sum(self.lengths[:file]) + position
-        return seconds * max(0.0, sum(self.lengths) / max(1, done) - 1)
+        return results.columns_of(result, dataset, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
 
 
 def load_predictor(folder: str, options: Mapping[str, Any]) -> Predictor:
@@ -377,50 +358,3 @@ def known_files(trained: Mapping[str, Mapping[str, Any]], evaluated: Mapping[str
 
 
 # ---- the output ----
-
-
-@contextmanager
-def written_whole(output: str | Path, inputs: Sequence[str], context: DistContext) -> Iterator[TextIO]:
-    """Collective. A stream, on rank 0, to a file that takes its name when the block ends without an error; "-" is standard output."""
-    if str(output) == STANDARD:
-        with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as stream:
-            yield stream
-        return
-    output = Path(output)
-    check_output(inputs, output)
-    temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
-    try:
-        distributed.on_main(lambda: create(temporary, output))
-        with naming(output), open(temporary if context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno()) if context.is_main else None
-        distributed.on_main(lambda: publish(temporary, output))
-    finally:
-        if context.is_main:
-            temporary.unlink(missing_ok=True)
-
-
-def check_output(inputs: Sequence[str], output: Path) -> None:
-    """Refuse an output whose name is not UTF-8, that is an input, no file (a folder, a device), or in a folder that is not there."""
-    check_path(output)
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: the folder {output.parent} does not exist")
-    if output.exists() and not output.is_file():
-        raise InputError(f"{output}: expected a file to write, found a {'folder' if output.is_dir() else 'device'}")
-    if output.exists() and any(os.path.samefile(path, output) for path in inputs):
-        raise InputError(f"{output}: is the input file; choose another output")
-
-
-def create(temporary: Path, output: Path) -> None:
-    """Rank 0 only. The empty file that will become `output`, so that no row is scored in vain."""
-    try:
-        temporary.touch()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror})") from None
-
-
-def publish(temporary: Path, output: Path) -> None:
-    """Rank 0 only. The finished file takes its name."""
-    os.replace(temporary, output)
-    sync_path(output.parent)

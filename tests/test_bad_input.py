@@ -14,10 +14,10 @@ import pytest
 
 from mmbert_core import cli, predictor
 from mmbert_core.config import Config
-from mmbert_core.errors import InputError
-from mmbert_core.files import sha256_of
-from tests import tiny
-from tests.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, as_csv, read_rows
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.files import sha256_of
+from tests.support import tiny
+from tests.support.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, as_csv, read_rows
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 PEERS = [name for name, package in {"plain": "torch", "trainer": "accelerate", "grouped": "accelerate", "lightning": "lightning"}.items() if importlib.util.find_spec(package)]
 

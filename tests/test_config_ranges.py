@@ -10,8 +10,8 @@ import pytest
 from mmbert_core import cli
 from mmbert_core.config import Config, config_fields
 from mmbert_core.config_reader import read_config
-from mmbert_core.errors import InputError
-from tests import tiny
+from mmbert_core.runtime.errors import InputError
+from tests.support import tiny
 
 REQUIRED = {"text_name": ["text"], "label_name": "label", "model_path": "runs/x"}
 HINTS = get_type_hints(Config)

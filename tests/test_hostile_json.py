@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 
-from mmbert_core.card import card, read_summary
 from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.store import META, is_whole
-from mmbert_core.errors import InputError, RunError
-from mmbert_core.manifest import MANIFEST
-from mmbert_core.model_files import check_complete, check_manifest, read_judgement, read_settings
-from mmbert_core.model_folder import LoadedModel, load_model_folder
+from mmbert_core.inference.model_files import check_complete, check_manifest, read_judgement, read_settings
+from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.predictor import Predictor
-from mmbert_core.report import training_section
+from mmbert_core.report.build import training_section
+from mmbert_core.report.model_card import card, read_summary
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.versions import VERSIONS
+from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.checkpoint import check_resumable, read_checkpoint, train_state_from, why_invalid
+from mmbert_core.training.run_folder import RESULTS, already_finished
 from mmbert_core.training.saved_state import check_progress, check_run_state, check_schedule
-from mmbert_core.training.setup import RESULTS, VERSIONS, already_finished
-from tests import tiny
+from tests.support import tiny
 
 MAX_SECONDS = 20.0  # of one file
 HOSTILE: tuple[Any, ...] = (

@@ -1,4 +1,4 @@
-"""The house is built as the README draws it: floors, one user of torch.distributed, the two tables, nothing unsafe. Read with `ast`."""
+"""The layers of the package, one user of torch.distributed, the tables of docs/architecture.md, nothing unsafe. Read with `ast`."""
 
 import ast
 import re
@@ -11,23 +11,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mmbert_core"
-# Every file, by floor. A file imports the files of lower floors, and those named before it in its own group.
-# Groups of the same floor do not know each other.
-FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("errors", "streams", "signals", "progress", "schema", "files", "claims", "manifest", "hub", "encoder_files", "config", "config_file", "config_names", "config_reader", "forks", "connections", "distributed"), ("export_example",)),
-    (
-        ("data.ahead", "data.batches", "data.sample", "data.cells", "data.lines", "data.csv_reader", "data.parquet_reader", "data.readers", "data.table", "data.class_words", "data.labels", "data.splits", "data.features", "data.tokens",
-         "data.encoding", "data.store", "data.dataset", "data.leaks", "data.prepare", "data.known_ranges"),
-        ("model.fusion", "model.losses", "model.tabular_encoder", "model.pretrained", "model.dropout", "model.int8", "model.packing", "model.text_encoder", "model.probe", "model.multimodal_bert",
-         "model.padded"),
-        ("evaluation.predictions", "evaluation.class_counts", "evaluation.class_ranking", "evaluation.metrics", "evaluation.plots", "evaluation.intervals", "evaluation.slices", "evaluation.thresholds",
-         "evaluation.calibration", "evaluation.baselines", "evaluation.judgement", "evaluation.sections",
-         "evaluation.report_schema", "evaluation.markup", "evaluation.charts", "evaluation.page_style", "evaluation.page_quality", "evaluation.page_details", "evaluation.page"),
-    ),
-    (("model_files", "model_folder", "assessment", "training.saved_state", "training.checkpoint", "training.run_log", "training.optim", "training.hooks", "explain", "importance", "training.memory", "training.setup"),),
-    (("card", "report", "predictor", "serve_page", "serve", "export", "training.loop", "ablation", "demo"),),
-    (("command_line", "cli", "__main__", "train"),),  # train: train.py, beside the package
-)  # fmt: skip
+PAGE = "docs/architecture.md"
+# Packages and modules, by layer. A module imports those of lower layers, and those named before it in its own group. Groups of the
+# same layer do not know each other. The order inside a package is the list in the docstring of its __init__.
+LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("runtime",),),
+    (("storage",),),
+    (("config_synonyms", "config_file", "config", "config_reader"), ("model",), ("evaluation",)),
+    (("tables",),),
+    (("data",),),
+    (("inference",),),
+    (("report",),),
+    (("hooks",),),
+    (("training",), ("predictor",)),
+    (("export",), ("serve",), ("ablation",), ("demo",)),
+    (("cli_arguments", "console", "cli", "__main__", "train"),),  # train: train.py, next to the package
+)
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle"}
 UNSAFE_CALLS |= {"eval", "exec", "compile", "__import__"}
@@ -88,24 +87,41 @@ def dotted(node: ast.AST) -> str:
 # ---- the rules ----
 
 
+def order_in(root: Path, package: str) -> list[str]:
+    """Modules of a package in the order of its docstring, which ends with `...: a, b, c.`; [] where it names none."""
+    listed = re.search(r"only those before it: ([\w,\s]+)\.", docstring_of(root / PACKAGE / package / "__init__.py"))
+    return [f"{package}.{name.strip()}" for name in listed.group(1).split(",")] if listed else []
+
+
+def layer_positions(root: Path) -> dict[str, tuple[int, int, int]]:
+    """Module -> (layer, group, index in the group)."""
+    positions = {}
+    for layer, groups in enumerate(LAYERS):
+        for group, names in enumerate(groups):
+            is_package = [(root / PACKAGE / name).is_dir() for name in names]
+            modules = [module for name, inside in zip(names, is_package, strict=True) for module in (order_in(root, name) if inside else [name])]
+            positions |= {module: (layer, group, index) for index, module in enumerate(modules)}
+    return positions
+
+
 def import_problems(root: Path) -> list[str]:
-    """Imports that run up or sideways, are relative, or name no file; and files without a floor."""
-    place = {module: (floor, group, index) for floor, groups in enumerate(FLOORS) for group, names in enumerate(groups) for index, module in enumerate(names)}
-    found = [f"{module}: has no floor" for module in sorted(modules_on_disk(root) - set(place))]
-    found += [f"{module}: has a floor, but there is no such file" for module in sorted(set(place) - modules_on_disk(root))]
-    for module in sorted(modules_on_disk(root) & set(place)):
-        floor, group, index = place[module]
+    """Imports that run up or sideways, are relative, or name no file; and files without a layer."""
+    positions = layer_positions(root)
+    found = [f"{module}: has no layer" for module in sorted(modules_on_disk(root) - set(positions))]
+    found += [f"{module}: has a layer, but there is no such file" for module in sorted(set(positions) - modules_on_disk(root))]
+    for module in sorted(modules_on_disk(root) & set(positions)):
+        layer, group, index = positions[module]
         for line, imported in imported_modules(root, path_of(root, module)):
             if imported == "":  # the package itself holds the version, nothing else
                 continue
-            if imported not in place:
+            if imported not in positions:
                 found.append(f"{module}, line {line}: imports {imported!r}, which is no file of the package (imports are absolute and name files)")
                 continue
-            other_floor, other_group, other_index = place[imported]
-            if other_floor > floor:
-                found.append(f"{module}, line {line}: imports {imported} from floor {other_floor}, above its own {floor}")
-            elif other_floor == floor and (other_group != group or other_index >= index):
-                found.append(f"{module}, line {line}: imports {imported} sideways, on floor {floor}")
+            other_layer, other_group, other_index = positions[imported]
+            if other_layer > layer:
+                found.append(f"{module}, line {line}: imports {imported} from layer {other_layer}, above its own {layer}")
+            elif other_layer == layer and (other_group != group or other_index >= index):
+                found.append(f"{module}, line {line}: imports {imported} sideways, in layer {layer}")
     for path in sorted((root / PACKAGE).rglob("__init__.py")):
         found += [f"{path.relative_to(root)}, line {line}: imports {imported}" for line, imported in imported_modules(root, path)]
     return found
@@ -114,7 +130,7 @@ def import_problems(root: Path) -> list[str]:
 def distributed_problems(root: Path) -> list[str]:
     """Uses of torch.distributed (and DDP's class) outside distributed.py."""
     found = []
-    for module in sorted(modules_on_disk(root) - {"distributed"}):
+    for module in sorted(modules_on_disk(root) - {"runtime.distributed"}):
         for node in nodes_of(path_of(root, module)):
             names = []
             if isinstance(node, ast.Import):
@@ -160,87 +176,81 @@ def unsafe_problems(root: Path) -> list[str]:
 
 
 def docstring_problems(root: Path) -> list[str]:
-    """Files whose docstring does not say their floor; train.py's says how to start it."""
+    """Files without a docstring, or whose docstring lists imports: the layers say that; train.py's says how to start it."""
     found = []
-    for floor, groups in enumerate(FLOORS):
-        for module in (module for names in groups for module in names):
-            docstring = docstring_of(path_of(root, module))
-            if (module == "train" and "torchrun" not in docstring) or (module != "train" and re.findall(r"Floor (\d)", docstring) != [str(floor)]):
-                found.append(f"{module}: expected 'Floor {floor}' in its docstring")
+    for module in sorted(modules_on_disk(root)):
+        docstring = docstring_of(path_of(root, module))
+        if not docstring or (module == "train" and "torchrun" not in docstring):
+            found.append(f"{module}: expected a docstring" + (" with the command" if docstring else ""))
+        elif re.search(r"\b[Ii]mports [a-z]", docstring):
+            found.append(f"{module}: its docstring lists imports")
     for path in sorted((root / PACKAGE).rglob("__init__.py")):
         if not docstring_of(path):
             found.append(f"{path.relative_to(root)}: expected a docstring")
     return found
 
 
-def table_under(readme: str, heading: str) -> list[list[str]]:
+def table_under(page: str, heading: str) -> list[list[str]]:
     """Cells of the rows of the first table in a section, without its head."""
-    section = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
-    assert section, f"README.md: expected a section {heading!r}"
+    section = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert section, f"{PAGE}: expected a section {heading!r}"
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in section.group(1).splitlines() if line.startswith("|")]
     return rows[2:]
 
 
-def file_table_problems(root: Path, readme: str) -> list[str]:
-    """Files that the README's table lacks, has twice, or has for nothing; floors that differ from FLOORS."""
-    floors = {f"{PACKAGE}/{module.replace('.', '/')}.py": floor for floor, groups in enumerate(FLOORS) for names in groups for module in names if module != "train"}
-    rows = table_under(readme, "## Files of the package")
-    named = [(path, row) for row in rows for path in re.findall(rf"`({PACKAGE}/[\w/]+\.py)`", row[0]) if not path.endswith("__init__.py")]
-    paths = [path for path, _ in named]
+def file_table_problems(root: Path, page: str) -> list[str]:
+    """Files that the table of docs/architecture.md lacks, has twice, or has for nothing."""
+    paths = [path for row in table_under(page, "## Files of the package") for path in re.findall(rf"`({PACKAGE}/[\w/]+\.py)`", row[0]) if not path.endswith("__init__.py")]
     there = {str(path.relative_to(root)) for path in (root / PACKAGE).rglob("*.py") if path.name != "__init__.py"}
-    found = [f"README.md lacks {path}" for path in sorted(there - set(paths))] + [f"README.md names {path}, which is not there" for path in sorted(set(paths) - there)]
-    found += [f"README.md names {path} twice" for path in sorted(set(paths)) if paths.count(path) > 1]
-    for path, row in named:
-        if len(row) > 1 and row[1].isdigit() and path in floors and int(row[1]) != floors[path]:
-            found.append(f"README.md: {path} is on floor {floors[path]}, found {row[1]}")
-    return found
+    found = [f"{PAGE} lacks {path}" for path in sorted(there - set(paths))] + [f"{PAGE} names {path}, which is not there" for path in sorted(set(paths) - there)]
+    return found + [f"{PAGE} names {path} twice" for path in sorted(set(paths)) if paths.count(path) > 1]
 
 
-def hook_table_problems(root: Path, readme: str) -> list[str]:
-    """Rows of the README's hook table whose function is not in the file they name."""
+def hook_table_problems(root: Path, page: str) -> list[str]:
+    """Rows of the hook table whose function is not in the file they name."""
     found = []
-    rows = table_under(readme, "## Hooks of the original")
+    rows = table_under(page, "## Hooks of the original")
     for row in rows:
         hook, file, function = (cell.strip("`") for cell in row[:3])
         body = nodes_of(root / file)[0].body if (root / file).is_file() else []
         for name in function.split("."):  # Class.method
             body = next((node.body for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name), None)
             if body is None:
-                found.append(f"README.md: hook {hook}: no {function} in {file}")
+                found.append(f"{PAGE}: hook {hook}: no {function} in {file}")
                 break
-    return found if rows else ["README.md: the hook table is empty"]
+    return found if rows else [f"{PAGE}: the hook table is empty"]
 
 
 # ---- this project keeps them ----
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+def page() -> str:
+    return (ROOT / PAGE).read_text(encoding="utf-8")
 
 
-def test_imports_run_down_the_floors():
+def test_imports_run_down_the_layers():
     assert import_problems(ROOT) == []
 
 
 def test_only_one_file_uses_torch_distributed():
     assert distributed_problems(ROOT) == []
-    assert "torch.distributed" in path_of(ROOT, "distributed").read_text(encoding="utf-8")
+    assert "torch.distributed" in path_of(ROOT, "runtime.distributed").read_text(encoding="utf-8")
 
 
 def test_nothing_is_unpickled_and_no_code_comes_from_data():
     assert unsafe_problems(ROOT) == []
 
 
-def test_every_docstring_names_its_floor():
+def test_every_file_has_a_docstring_and_none_lists_imports():
     assert docstring_problems(ROOT) == []
 
 
-def test_the_readmes_file_table_is_the_folder():
-    assert file_table_problems(ROOT, readme()) == []
+def test_the_file_table_is_the_folder():
+    assert file_table_problems(ROOT, page()) == []
 
 
-def test_the_readmes_hook_table_names_functions_that_exist():
-    assert hook_table_problems(ROOT, readme()) == []
+def test_the_hook_table_names_functions_that_exist():
+    assert hook_table_problems(ROOT, page()) == []
 
 
 # ---- and would be caught breaking them ----
@@ -262,16 +272,15 @@ def plant(root: Path, module: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "problem"),
     [
-        ("config", "from mmbert_core.data.table import Roles", "above its own 0"),
-        ("data.table", "from mmbert_core.training.hooks import Task", "above its own 1"),
-        ("training.hooks", "from mmbert_core.training import loop", "above its own 2"),
-        ("training.optim", "import mmbert_core.cli", "above its own 2"),
-        ("model.losses", "def late():\n    from mmbert_core.predictor import Predictor", "above its own 1"),
-        ("model.losses", "from mmbert_core.data.batches import deal", "imports data.batches sideways, on floor 1"),
-        ("data.dataset", "from mmbert_core.evaluation import metrics", "imports evaluation.metrics sideways, on floor 1"),
-        ("data.table", "from mmbert_core.data.tokens import Tokens", "imports data.tokens sideways, on floor 1"),
-        ("training.checkpoint", "from mmbert_core.training.optim import autocast", "imports training.optim sideways, on floor 2"),
-        ("predictor", "from mmbert_core.training.loop import fit", "imports training.loop sideways, on floor 3"),
+        ("config", "from mmbert_core.data.splits import taken", "above its own 2"),
+        ("data.features", "from mmbert_core.inference.scoring import Task", "above its own 4"),
+        ("hooks", "from mmbert_core.training import loop", "above its own 7"),
+        ("training.optim", "import mmbert_core.cli", "above its own 8"),
+        ("model.losses", "def late():\n    from mmbert_core.predictor import Predictor", "above its own 2"),
+        ("model.losses", "from mmbert_core.evaluation import metrics", "imports evaluation.metrics sideways, in layer 2"),
+        ("data.splits", "from mmbert_core.data.tokens import Tokens", "imports data.tokens sideways, in layer 4"),
+        ("training.checkpoint", "from mmbert_core.training.optim import optimizer_step", "imports training.optim sideways, in layer 8"),
+        ("predictor", "from mmbert_core.training.loop import fit", "imports training.loop sideways, in layer 8"),
         ("training.loop", "from . import hooks", "imports '.'"),
         ("training.loop", "from mmbert_core.training import nothing", "imports 'training'"),
     ],
@@ -283,12 +292,13 @@ def test_an_import_up_or_sideways_is_found(copy, module, line, problem):
     assert found.startswith(f"{module}, line ") and problem in found
 
 
-def test_a_file_without_a_floor_and_a_floor_without_a_file_are_found(copy):
-    (copy / PACKAGE / "data/new.py").write_text('"""Floor 1."""\n')
-    path_of(copy, "hub").unlink()
-    assert set(import_problems(copy)) >= {"data.new: has no floor", "hub: has a floor, but there is no such file"}
-    (copy / PACKAGE / "data/__init__.py").write_text("from mmbert_core.data.table import Roles\n")
-    assert "mmbert_core/data/__init__.py, line 1: imports data.table" in import_problems(copy)
+def test_a_file_without_a_layer_and_a_layer_without_a_file_are_found(copy):
+    (copy / PACKAGE / "data/new.py").write_text('"""New."""\n')
+    path_of(copy, "runtime.hub").unlink()
+    assert set(import_problems(copy)) >= {"data.new: has no layer", "runtime.hub: has a layer, but there is no such file"}
+    init = copy / PACKAGE / "data/__init__.py"
+    init.write_text(init.read_text() + "from mmbert_core.data.splits import taken\n")
+    assert any(line.startswith("mmbert_core/data/__init__.py, line ") and line.endswith(": imports data.splits") for line in import_problems(copy))
 
 
 @pytest.mark.parametrize(
@@ -297,9 +307,9 @@ def test_a_file_without_a_floor_and_a_floor_without_a_file_are_found(copy):
      "from torch.nn.parallel import DistributedDataParallel", "nn.parallel.DistributedDataParallel(model)"],
 )  # fmt: skip
 def test_torch_distributed_elsewhere_is_found(copy, line):
-    plant(copy, "training.hooks", line)
+    plant(copy, "hooks", line)
     [found, *_] = distributed_problems(copy)
-    assert found.startswith("training.hooks, line ")
+    assert found.startswith("hooks, line ")
 
 
 @pytest.mark.parametrize(
@@ -308,33 +318,31 @@ def test_torch_distributed_elsewhere_is_found(copy, line):
      "AutoModel.from_pretrained(name, trust_remote_code=True)", "AutoModel.from_pretrained(name, trust_remote_code=asked)", "np.load(path, allow_pickle=True)"],
 )  # fmt: skip
 def test_unsafe_words_are_found(copy, line):
-    plant(copy, "files", f"def late(path, text, name, asked):\n    {line}")
+    plant(copy, "storage.files", f"def late(path, text, name, asked):\n    {line}")
     [found] = unsafe_problems(copy)
-    assert found.startswith("files, line ")
+    assert found.startswith("storage.files, line ")
 
 
-def test_a_missing_or_wrong_floor_in_a_docstring_is_found(copy):
-    path_of(copy, "files").write_text("import os\n")
-    path_of(copy, "cli").write_text('"""The command line. Floor 3."""\n')
-    assert docstring_problems(copy) == ["files: expected 'Floor 0' in its docstring", "cli: expected 'Floor 4' in its docstring"]
+def test_a_missing_docstring_and_a_list_of_imports_are_found(copy):
+    path_of(copy, "storage.files").write_text("import os\n")
+    path_of(copy, "cli").write_text('"""The command line. Imports config and data."""\n')
+    assert docstring_problems(copy) == ["cli: its docstring lists imports", "storage.files: expected a docstring"]
 
 
 def tables_of(root: Path) -> str:
-    """A README that is right."""
-    floors = {module: floor for floor, groups in enumerate(FLOORS) for names in groups for module in names if module != "train"}
-    rows = "\n".join(f"| `{PACKAGE}/{module.replace('.', '/')}.py` | {floor} | what it is |" for module, floor in floors.items())
-    hooks = f"| `training_step` | `{PACKAGE}/training/hooks.py` | `training_step` |\n| `forward` | `{PACKAGE}/model/multimodal_bert.py` | `MultimodalBert.forward` |"
-    return f"# x\n\n## Hooks of the original\n\ntext\n\n| hook | file | function |\n|---|---|---|\n{hooks}\n\n## Files of the package\n\n| file | floor | what |\n|---|---|---|\n{rows}\n\n## Limits\n"
+    """A page that is right."""
+    rows = "\n".join(f"| `{PACKAGE}/{module.replace('.', '/')}.py` | what it is |" for module in layer_positions(root) if module != "train")
+    hooks = f"| `training_step` | `{PACKAGE}/hooks.py` | `training_step` |\n| `forward` | `{PACKAGE}/model/multimodal_bert.py` | `MultimodalBert.forward` |"
+    return f"# x\n\n## Hooks of the original\n\ntext\n\n| hook | file | function |\n|---|---|---|\n{hooks}\n\n## Files of the package\n\n| file | what |\n|---|---|\n{rows}\n\n## Limits\n"
 
 
-def test_a_readme_that_drifts_is_found(copy):
+def test_a_page_that_drifts_is_found(copy):
     right = tables_of(copy)
     assert file_table_problems(copy, right) == [] and hook_table_problems(copy, right) == []
-    assert file_table_problems(copy, right.replace("mmbert_core/hub.py` | 0", "mmbert_core/hub.py` | 1")) == ["README.md: mmbert_core/hub.py is on floor 0, found 1"]
-    drifted = file_table_problems(copy, right.replace("mmbert_core/hub.py", "mmbert_core/web.py"))
-    assert drifted == ["README.md lacks mmbert_core/hub.py", "README.md names mmbert_core/web.py, which is not there"]
-    assert file_table_problems(copy, right.replace("mmbert_core/hub.py", "mmbert_core/demo.py"))[1] == "README.md names mmbert_core/demo.py twice"
-    for old, new in (("`training_step` |\n", "`train_step` |\n"), ("MultimodalBert.forward", "MultimodalBert.backward"), ("training/hooks.py", "training/hook.py")):
+    drifted = file_table_problems(copy, right.replace("mmbert_core/runtime/hub.py", "mmbert_core/runtime/web.py"))
+    assert drifted == [f"{PAGE} lacks mmbert_core/runtime/hub.py", f"{PAGE} names mmbert_core/runtime/web.py, which is not there"]
+    assert file_table_problems(copy, right.replace("mmbert_core/runtime/hub.py", "mmbert_core/demo/run.py"))[1] == f"{PAGE} names mmbert_core/demo/run.py twice"
+    for old, new in (("`training_step` |\n", "`train_step` |\n"), ("MultimodalBert.forward", "MultimodalBert.backward"), ("mmbert_core/hooks.py", "mmbert_core/hook.py")):
         assert len(hook_table_problems(copy, right.replace(old, new))) == 1
     with pytest.raises(AssertionError, match="expected a section"):
         file_table_problems(copy, right.replace("## Files of the package", "## Files"))

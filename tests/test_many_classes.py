@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmbert_core import assessment, cli
-from mmbert_core.assessment import listed_figures
-from mmbert_core.card import describe
+from mmbert_core import cli, console
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.evaluation import baselines, class_ranking, metrics
-from mmbert_core.evaluation.judgement import Judgement
-from mmbert_core.evaluation.page import render
-from mmbert_core.report import render_again
-from mmbert_core.training import hooks
-from tests import tiny
-from tests.evaluation.page_tree import Element, tree_of
+from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.report import results as report_results
+from mmbert_core.report.build import render_again
+from mmbert_core.report.model_card import describe
+from mmbert_core.report.page import render
+from mmbert_core.report.results import listed_figures
+from mmbert_core.training import decision_fit
+from tests.support import tiny
+from tests.support.page_tree import Element, tree_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_CLASSES, MANY = 400, [f"product/{index:04d}" for index in range(400)]
@@ -55,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "functional", None)
-        patch.setattr(hooks, "write_plots", lambda *_, **__: [])
+        patch.setattr(report_results, "write_plots", lambda *_, **__: [])
         patch.setattr(class_ranking, "_rare_rankings", counted)
         results, _ = tiny.train(config)
     [test] = (folder / "run").glob("multimodal_bert-*")
@@ -101,7 +102,7 @@ def test_the_page_lists_some_classes_and_says_where_the_others_are(run: dict[str
 
 
 def test_the_print_fits_a_screen(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    cli.print_figures(run["figures"], run["config"])
+    console.print_figures(run["figures"], run["config"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30 and "... 389 more classes in test_metrics.json" in lines[-3] and "average_precision_class_product/0007" in "".join(lines)
 
@@ -117,7 +118,7 @@ def test_up_to_thirty_classes_nothing_is_left_out() -> None:
 
 
 def test_a_model_folder_of_many_classes_is_evaluated_like_its_run(run: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "write_plots", lambda *_, **__: [])
+    monkeypatch.setattr(report_results, "write_plots", lambda *_, **__: [])
     caplog.set_level(logging.WARNING)
     assert cli.main(["evaluate", str(run["folder"]), str(run["folder"].parent / "test.csv"), "--output", str(tmp_path), "--num_threads", "1"]) == 0
     [test] = tmp_path.glob("multimodal_bert-*")
@@ -129,19 +130,19 @@ def test_columns_of_very_many_classes_have_no_baseline_rather_than_minutes_of_on
     """Rows x classes of the fit are bounded; with 400 classes there are 3,750 rows, with more than 500 the reason stands instead."""
     assert "columns only" in run["figures"]["baselines"] and run["figures"]["no_baselines"] == {"text only": "more than 50 classes"}
     data = prepare(run["config"])
-    assert len(assessment.sample(data.train, 0, 30)[0]) == 860 and len(assessment.sample(data.train, 0, 10_000)[0]) == 150
+    assert len(decision_fit.sample(data.train, 0, 30)[0]) == 860 and len(decision_fit.sample(data.train, 0, 10_000)[0]) == 150
     monkeypatch.setitem(baselines.MOST_CLASSES, baselines.COLUMNS, 399)
-    assert assessment.fit_baselines(data, run["config"]).reasons["columns only"] == "more than 399 classes"
+    assert decision_fit.fit_baselines(data, run["config"]).reasons["columns only"] == "more than 399 classes"
 
 
 @pytest.mark.parametrize(("num_classes", "expected"), [(30, [0.2, 0.3]), (31, None)])
 def test_an_interval_that_lies_above_its_value_is_left_out_of_many_classes(num_classes: int, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of the mean average precision of many rare classes does: their resamples have some rows several times."""
-    monkeypatch.setattr(assessment, "bootstrap_intervals", lambda preds, labels, names, **_: {name: (0.2, 0.3) for name in names})
+    monkeypatch.setattr(report_results, "bootstrap_intervals", lambda preds, labels, names, **_: {name: (0.2, 0.3) for name in names})
     labels = np.arange(90) % num_classes
     preds = np.full((90, num_classes), 1 / num_classes, np.float32)  # average precision 1 / K, AUROC one half
     config = Config(text_name=("text",), label_name="label", model_path="run", is_binary=False, num_classes=num_classes)
     names = [str(index) for index in range(num_classes)]
-    made = assessment.figures_of(preds, labels, None, stage="test", config=config, class_names=names, judgement=Judgement())
+    made = report_results.figures_of(preds, labels, None, stage="test", config=config, class_names=names, judgement=Judgement())
     assert made["intervals"]["test/average_precision"] == expected and made["test/average_precision"] < 0.2
-    assert assessment.around((0.2, 0.3), 0.2) == (0.2, 0.3) and assessment.around(None, 0.2) is None
+    assert report_results.around((0.2, 0.3), 0.2) == (0.2, 0.3) and report_results.around(None, 0.2) is None

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mmbert_core import cli
-from mmbert_core.data.readers import lengths_of
-from mmbert_core.data.table import read_chunks
-from mmbert_core.predictor import Progress
-from tests import tiny
+from mmbert_core.runtime.progress import Progress
+from mmbert_core.tables.readers import lengths_of
+from mmbert_core.tables.table import read_chunks
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

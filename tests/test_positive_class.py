@@ -11,8 +11,8 @@ import pytest
 
 from mmbert_core import cli
 from mmbert_core.predictor import Predictor
-from mmbert_core.serve import Server
-from tests import tiny
+from mmbert_core.serve.server import Server
+from tests.support import tiny
 
 LINE = "class 1 (prob, F1, threshold): '{}', {} % of the training rows"
 

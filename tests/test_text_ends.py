@@ -7,15 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tests import tiny
 
-from mmbert_core import export, export_example
 from mmbert_core.config import Config
-from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError
-from mmbert_core.manifest import MANIFEST
-from mmbert_core.model_folder import load_model_folder
+from mmbert_core.export import example as export_example
+from mmbert_core.export import exporter
+from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.predictor import Predictor
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.manifest import MANIFEST
+from tests.support import tiny
 
 CPU = DistContext(0, 0, 1, 1, torch.device("cpu"))
 FILLER = "ship item " * 30
@@ -93,11 +94,11 @@ def test_folders_of_before_cut_at_the_end_as_they_were_trained(trained, tmp_path
 
 
 def test_the_export_reads_the_end_too(trained, tmp_path):
-    for package in export.ONNX_PACKAGES:
+    for package in exporter.ONNX_PACKAGES:
         pytest.importorskip(package)
     folder, _ = trained
     loaded = load_model_folder(folder / "run")
-    export.export_model(loaded, tmp_path / "exported", format="onnx")  # which compares generated texts, most of them longer than is read
+    exporter.export_model(loaded, tmp_path / "exported", format="onnx")  # which compares generated texts, most of them longer than is read
     settings, tokenizer = export_example.load_preprocessing(tmp_path / "exported")
     run = export_example.load_model(tmp_path / "exported")
     rows = [{"row_id": "0", "text": FILLER + word, "age": "1", "kind": "a"} for word in ("refund", "thanks")]

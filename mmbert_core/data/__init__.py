@@ -1,1 +1,5 @@
-"""Rows to tensors: table, labels, splits, features, tokens, store, dataset, prepare, batches. Floor 1; knows no model."""
+"""Rows to tensors: labels, splits, features, tokens, batches. Knows no model.
+
+Modules, each importing only those before it: prefetch, batches, class_words, labels, splits, features, tokens,
+encoding, store, dataset, leaks, prepare, known_ranges.
+"""

@@ -1,4 +1,4 @@
-"""Which rows are learned from or scored together, as pure functions of lengths, seed and step. Floor 1; imports nothing of ours.
+"""Which rows are learned from or scored together, as pure functions of lengths, seed and step.
 
 N rows, B rows of a step, M micro-batches of a step, R ranks. Nothing here knows which rank asks, so that the same
 steps come out for any number of ranks.

@@ -1,4 +1,4 @@
-"""Which class is class 1, and which classes have few rows, in words. Floor 1; imports table.
+"""Which class is class 1, and which classes have few rows, in words.
 
 Class 1 is what `prob`, F1, precision, recall, the threshold and the alerts are about: the second label in order, or `positive_label`.
 """
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from mmbert_core.data.table import shown
+from mmbert_core.tables.table import shown
 
 FEW_ROWS = 50  # of a class in training, below which figures and the best step are chance
 # Label pairs whose order says which one is looked for, in lower case and in the order of their code points.

@@ -1,4 +1,4 @@
-"""Rows of a table as batches of tensors. Floor 1; imports errors, cells, table, features, labels, tokens, encoding, splits.
+"""Rows of a table as batches of tensors.
 
 N rows of a dataset, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categories.
 """
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mmbert_core.data.cells import normal_form
 from mmbert_core.data.encoding import EncodedRows, encode_chunk
 from mmbert_core.data.features import Features, Outside, Unseen, outside_cells, unseen_cells
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import taken
-from mmbert_core.data.table import Chunk, Roles
 from mmbert_core.data.tokens import Tokens
-from mmbert_core.errors import InputError
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.cells import normal_form
+from mmbert_core.tables.table import Chunk, Roles
 
 ROWS_HELD = 8192  # texts of a table on disk, with the pages around them
 

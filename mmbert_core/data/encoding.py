@@ -1,4 +1,4 @@
-"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes. Floor 1; imports errors, cells, csv_reader, table, tokens.
+"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes.
 
 N rows, F numeric columns, K categorical columns. Codes count distinct texts in order of first appearance; code 0 is ""
 (missing). What a code means to the model is decided later, by what was fitted on the training rows.
@@ -14,11 +14,11 @@ from mmap import MADV_DONTNEED, mmap
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from mmbert_core.data.cells import BOOLEANS
-from mmbert_core.data.csv_reader import AUTO
-from mmbert_core.data.table import Chunk, Roles, place_of, shown
 from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
-from mmbert_core.errors import InputError, RunError
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.tables.cells import BOOLEANS
+from mmbert_core.tables.csv_reader import AUTO
+from mmbert_core.tables.table import Chunk, Roles, place_of, shown
 
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
 LARGEST_NUMBER = float(np.finfo(np.float32).max)  # the model computes in float32

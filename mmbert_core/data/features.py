@@ -1,4 +1,4 @@
-"""Statistics and vocabularies of the tabular columns, fitted on training rows alone. Floor 1; imports errors, schema, cells, splits, table.
+"""Statistics and vocabularies of the tabular columns, fitted on training rows alone.
 
 N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K categorical columns.
 """
@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mmbert_core.data.cells import index_by_form, normal_form
 from mmbert_core.data.splits import taken
-from mmbert_core.data.table import Roles, shown
-from mmbert_core.errors import InputError
-from mmbert_core.schema import array, boolean, nullable, number, record, text
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.schema import array, boolean, nullable, number, record, text
+from mmbert_core.tables.cells import index_by_form, normal_form
+from mmbert_core.tables.table import Roles, shown
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
 MAX_UNSEEN_SHARE = 0.2  # of a column's cells, above which they are probably written in another way than in training

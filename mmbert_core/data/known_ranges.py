@@ -1,6 +1,6 @@
-"""The training range of the numbers for model folders that lack it, from the run's own cache. Floor 1.
+"""The training range of the numbers for model folders that lack it, from the run's own cache.
 
-Imports files, config and data/. Older folders hold medians, means and deviations, but not the range. The cache that the
+Older folders hold medians, means and deviations, but not the range. The cache that the
 run left next to them still has the training rows. It is believed when its rows, chosen as the run chose them, have the
 statistics of the folder.
 N rows of a table, F numeric columns.
@@ -20,7 +20,7 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.prepare import choose_rows
 from mmbert_core.data.store import META, is_whole, read_meta
-from mmbert_core.data.table import Roles
+from mmbert_core.tables.table import Roles
 
 logger = logging.getLogger(__name__)
 

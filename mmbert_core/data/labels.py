@@ -1,4 +1,4 @@
-"""Class names in their order, and label cells as class indices. Floor 1; imports errors, schema, cells, table."""
+"""Class names in their order, and label cells as class indices."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mmbert_core.data.cells import index_by_form, normal_form
-from mmbert_core.data.table import shown
-from mmbert_core.errors import InputError
-from mmbert_core.schema import array, record, text
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.schema import array, record, text
+from mmbert_core.tables.cells import index_by_form, normal_form
+from mmbert_core.tables.table import shown
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 LABELS_JSON = record({"names": array(text(non_empty=True), min_length=2, distinct=True)})

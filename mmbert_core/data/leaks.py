@@ -1,6 +1,6 @@
-"""Signs that figures will be too good: rows on both sides of a split, columns that know the label, columns that are ids. Floor 1.
+"""Signs that figures will be too good: rows on both sides of a split, columns that know the label, columns that are ids.
 
-Imports dataset, splits. N rows. Each finding is a line with a count; nothing is changed or refused.
+N rows. Each finding is a line with a count; nothing is changed or refused.
 """
 
 from collections.abc import Iterator, Sequence

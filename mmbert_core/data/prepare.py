@@ -1,4 +1,4 @@
-"""A config as prepared datasets: files read, labels and features fitted, rows split. Floor 1; imports errors, config and data/."""
+"""A config as prepared datasets: files read, labels and features fitted, rows split."""
 
 import logging
 import os
@@ -19,12 +19,20 @@ from mmbert_core.data.encoding import EncodedRows
 from mmbert_core.data.features import Features, outside_lines, unseen_lines
 from mmbert_core.data.labels import Labels, other_rows, spelling_warnings
 from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
-from mmbert_core.data.readers import header_of
 from mmbert_core.data.splits import sample_rows, split_rows, taken
 from mmbert_core.data.store import check_columns, open_or_build, required_columns
-from mmbert_core.data.table import Roles, columns_kept, expand_paths, join_problems, missing_in_files, read_chunks, shown
 from mmbert_core.data.tokens import keeps_end, load_tokenizer, tokenizer_fingerprint
-from mmbert_core.errors import InputError
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.readers import header_of
+from mmbert_core.tables.table import (
+    Roles,
+    columns_kept,
+    expand_paths,
+    join_problems,
+    missing_in_files,
+    read_chunks,
+    shown,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Which rows train and which validate: seeded samples and stratified splits. Floor 1; imports nothing of ours.
+"""Which rows train and which validate: seeded samples and stratified splits.
 
 N rows, C classes. Results depend on the arguments alone: every process computes the same.
 """

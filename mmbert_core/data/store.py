@@ -1,4 +1,4 @@
-"""A table's arrays on disk, built once per node and memory-mapped by every process. Floor 1; imports errors, schema, files, ahead, csv_reader, readers, table, tokens, encoding.
+"""A table's arrays on disk, built once per node and memory-mapped by every process.
 
 A store is a folder named by a hash of all that decides its content, so it is never out of date: another file, column,
 tokenizer or length is another folder. It is raw arrays and a meta.json; it appears by a rename, whole or not at all.
@@ -25,15 +25,23 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
-from mmbert_core import schema
-from mmbert_core.data.ahead import one_ahead
-from mmbert_core.data.csv_reader import AUTO
-from mmbert_core.data.encoding import RUNNING_ENDS, Arrays, CodeBook, EncodedRows, assemble, encode_arrays, longest_texts
-from mmbert_core.data.readers import format_of
-from mmbert_core.data.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
+from mmbert_core.data.encoding import (
+    RUNNING_ENDS,
+    Arrays,
+    CodeBook,
+    EncodedRows,
+    assemble,
+    encode_arrays,
+    longest_texts,
+)
+from mmbert_core.data.prefetch import one_ahead
 from mmbert_core.data.tokens import keeps_end, tokenizer_fingerprint
-from mmbert_core.errors import InputError
-from mmbert_core.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_of, write_json
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage import schema
+from mmbert_core.storage.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_of, write_json
+from mmbert_core.tables.csv_reader import AUTO
+from mmbert_core.tables.readers import format_of
+from mmbert_core.tables.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
 
 STORE_FORMAT = 2  # counts up when the arrays or what decides their content change
 META = "meta.json"

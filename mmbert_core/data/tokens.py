@@ -1,4 +1,4 @@
-"""Texts to token ids, flat, in chunks of a bounded length. Floor 1; imports errors, hub, encoder_files, ahead.
+"""Texts to token ids, flat, in chunks of a bounded length.
 
 N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
 """
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mmbert_core.data.ahead import one_ahead
-from mmbert_core.encoder_files import check_encoder_files
-from mmbert_core.errors import InputError
-from mmbert_core.hub import check_hub_answers, check_hub_name
+from mmbert_core.data.prefetch import one_ahead
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.hub import check_hub_answers, check_hub_name
+from mmbert_core.storage.encoder_files import check_encoder_files
 
 # Cutting before tokenising bounds the time of a text of any size; English has 4 to 5 characters a token.
 CHARACTERS_PER_TOKEN = 20

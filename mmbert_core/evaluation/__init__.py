@@ -1,1 +1,5 @@
-"""Predictions and labels to numbers and pictures. Floor 1; knows no model."""
+"""Predictions and labels (arrays) to numbers: metrics, intervals, thresholds, calibration, baselines. Knows no model.
+
+Modules, each importing only those before it: predictions, class_counts, class_ranking, metrics, intervals, slices,
+thresholds, calibration, baselines, decision.
+"""

@@ -1,4 +1,4 @@
-"""What simple models make of the same rows: the most frequent class, columns alone, words alone. Floor 1; imports errors, schema.
+"""What simple models make of the same rows: the most frequent class, columns alone, words alone.
 
 N rows, K classes, F features, L tokens over all rows. A result says little without them beside it.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmbert_core.errors import InputError
-from mmbert_core.schema import array, mapping, number, record, text, whole
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.schema import array, mapping, number, record, text, whole
 
 HASHED = 2**18  # features of tokens and pairs of neighbours
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3)  # of the L2 penalty, of which the validation rows choose

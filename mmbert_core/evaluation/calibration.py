@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017). Floor 1; imports schema, class_ranking and metrics.
+"""Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017).
 
 With hard labels, rows that the model tells apart without an error drive the temperature to 0. So 1 / (N + 1) of each
 label is spread evenly over all classes: the weight of the Laplace smoothing of Berta et al. (2025, arXiv 2501.19195), on
@@ -16,7 +16,7 @@ import numpy as np
 
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import compute_metrics
-from mmbert_core.schema import nullable, number, record, text, whole
+from mmbert_core.storage.schema import nullable, number, record, text, whole
 
 FEWEST_ROWS, FEWEST_OF_A_CLASS = 200, 10
 MAX_CELLS = 4_000_000  # rows x classes that a temperature of more than FEW_CLASSES is fitted on: seconds, not minutes

@@ -1,6 +1,6 @@
-"""AUROC and average precision of classes against the rest: one class of weighted rows, or thousands at once. Floor 1.
+"""AUROC and average precision of classes against the rest: one class of weighted rows, or thousands at once.
 
-Imports nothing of ours. N rows, K classes, C of them asked for, R rows of these, D draws of weights. A class without
+N rows, K classes, C of them asked for, R rows of these, D draws of weights. A class without
 rows, or with all of them, has nan.
 """
 

@@ -1,6 +1,4 @@
-"""How sure a metric is: bootstrap intervals from weights of rows, so that a thousand draws take seconds. Floor 1.
-
-Imports class_counts, class_ranking, metrics and predictions.
+"""How sure a metric is: bootstrap intervals from weights of rows, so that a thousand draws take seconds.
 """
 
 # N rows, K classes, D draws
@@ -12,7 +10,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmbert_core.evaluation.class_counts import COUNT_METRICS, class_counts, value_of
-from mmbert_core.evaluation.class_ranking import FEW_CLASSES, Curve, auroc, average_precision, cost_per_draw, ranking_of, weighted_rankings
+from mmbert_core.evaluation.class_ranking import (
+    FEW_CLASSES,
+    Curve,
+    auroc,
+    average_precision,
+    cost_per_draw,
+    ranking_of,
+    weighted_rankings,
+)
 from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS, within_range
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 

@@ -1,4 +1,4 @@
-"""Metrics over all rows, each a number or "undefined" with its reason. Floor 1; imports errors, class_counts, class_ranking and predictions."""
+"""Metrics over all rows, each a number or "undefined" with its reason."""
 
 # N rows, K classes
 
@@ -14,10 +14,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from mmbert_core.errors import InputError
 from mmbert_core.evaluation.class_counts import COUNT_METRICS, ClassCounts, class_counts, value_of
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES, ClassRankings, class_rankings
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.runtime.errors import InputError
 
 CLASS_PREFIX = "average_precision_class_"
 NUM_BINS = 15  # of the expected calibration error: equal width, [a, b), the last one closed

@@ -1,4 +1,4 @@
-"""How good the model is on parts of the rows, the worst parts first. Floor 1; imports class_ranking, metrics and intervals.
+"""How good the model is on parts of the rows, the worst parts first.
 
 N rows, K classes.
 """

@@ -1,4 +1,4 @@
-"""Above which probability a row counts as class 1, chosen on validation rows by a stated rule. Floor 1; imports errors, schema.
+"""Above which probability a row counts as class 1, chosen on validation rows by a stated rule.
 
 N rows, D distinct probabilities.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mmbert_core.errors import InputError
-from mmbert_core.schema import nullable, number, record, text, whole
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.schema import nullable, number, record, text, whole
 
 HALF = "half"
 EVERY_ROW = -1.0  # the threshold below a probability of exactly 0, which no threshold of 0 to 1 is

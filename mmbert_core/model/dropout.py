@@ -1,4 +1,4 @@
-"""Dropout whose masks are cheap to draw on the CPU. Floor 1; imports nothing of ours."""
+"""Dropout whose masks are cheap to draw on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head over both halves. Floor 1; imports nothing of ours."""
+"""The head over both halves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An encoder's linear layers in 8-bit integers, for prediction on the CPU. Floor 1; imports nothing of ours."""
+"""An encoder's linear layers in 8-bit integers, for prediction on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss per row and weight per row, so that means are taken once, over whole steps. Floor 1; imports nothing of ours."""
+"""Loss per row and weight per row, so that means are taken once, over whole steps."""
 
 # B rows, K classes
 

@@ -1,4 +1,4 @@
-"""Text and columns to logits. Floor 1; imports model.text_encoder, model.tabular_encoder and model.fusion."""
+"""Text and columns to logits.text_encoder, model.tabular_encoder and model.fusion."""
 
 # B rows, C chunks, T tokens, F numeric inputs, K categorical columns
 

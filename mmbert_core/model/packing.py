@@ -1,4 +1,4 @@
-"""Texts end to end instead of padded: the encoder's linear layers see real tokens only. Floor 1; imports model.dropout.
+"""Texts end to end instead of padded: the encoder's linear layers see real tokens only.dropout.
 
 N texts, T tokens of the longest, S tokens of all, h heads, d size of a head, P = sum of squared lengths.
 

@@ -1,4 +1,4 @@
-"""The model as a graph can hold it: padded batches to probabilities. Floor 1; imports model.multimodal_bert."""
+"""The model as a graph can hold it: padded batches to probabilities.multimodal_bert."""
 
 # B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim
 

@@ -1,4 +1,4 @@
-"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own. Floor 1; imports errors, schema, files, hub and encoder_files."""
+"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from mmbert_core.encoder_files import (
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.hub import check_hub_answers, check_hub_name
+from mmbert_core.storage.encoder_files import (
     CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -28,10 +30,8 @@ from mmbert_core.encoder_files import (
     encoder_shapes,
     settings_in,
 )
-from mmbert_core.errors import InputError
-from mmbert_core.files import read_json
-from mmbert_core.hub import check_hub_answers, check_hub_name
-from mmbert_core.schema import record, shortened
+from mmbert_core.storage.files import read_json
+from mmbert_core.storage.schema import record, shortened
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Texts made of token ids that show, before a run, whether an encoder fits its tokenizer and settings. Floor 1; imports errors and text_encoder.
+"""Texts made of token ids that show, before a run, whether an encoder fits its tokenizer and settings.
 
 N texts, T tokens, H hidden size. Tensors on the CPU only; a probe draws from no generator and leaves the model as it was.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmbert_core.errors import InputError
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
+from mmbert_core.runtime.errors import InputError
 
 TOLERANCE = 1e-5  # of a text vector's largest value, at least of 1
 SAME = 1e-7  # the same, for vectors that must differ: a narrow MobileBERT's pooled ones differ by 3e-7

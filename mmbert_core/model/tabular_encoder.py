@@ -1,4 +1,4 @@
-"""The tabular half: numbers standardised, categories embedded, one linear layer. Floor 1; imports nothing of ours."""
+"""The tabular half: numbers standardised, categories embedded, one linear layer."""
 
 # B rows, F numeric inputs (imputed columns, then missing indicators), K categorical columns, D hidden_common_dim
 

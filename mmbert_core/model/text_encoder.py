@@ -1,4 +1,4 @@
-"""The text half: a pretrained encoder, its pooling and its projection. Floor 1; imports errors, model.pretrained, model.dropout and model.packing."""
+"""The text half: a pretrained encoder, its pooling and its projection.pretrained, model.dropout and model.packing."""
 
 # B rows, C chunks of a row, N real chunks of the batch, T tokens, H hidden size of the encoder, D hidden_common_dim
 
@@ -10,10 +10,10 @@ import logging
 import torch
 from torch import nn
 
-from mmbert_core.errors import InputError
 from mmbert_core.model import packing
 from mmbert_core.model.dropout import Dropout, replace_dropouts
 from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder
+from mmbert_core.runtime.errors import InputError
 
 __all__ = ["TextBertBase", "build_encoder", "load_pretrained_encoder", "reinitialise", "resolve_pooling"]
 

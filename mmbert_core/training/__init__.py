@@ -1,1 +1,5 @@
-"""The training loop and its parts: checkpoint, run_log, optim, hooks, setup (floor 2), loop (floor 3)."""
+"""The training loop and its parts, from an empty folder or a checkpoint to a tested model folder.
+
+Modules, each importing only those before it: saved_state, checkpoint, run_log, optim, decision_fit, memory, run,
+run_folder, resume, start, validation, finish, loop.
+"""

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, synced, manifest last, renamed. Floor 2; imports errors, files, manifest and saved_state.
+"""Checkpoints that are whole or not there: written aside, synced, manifest last, renamed.
 
     checkpoints/step-00000400/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
 
@@ -19,9 +19,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmbert_core.config import config_fields
-from mmbert_core.errors import InputError, RunError
-from mmbert_core.files import MEGABYTE, TEMPORARY_PREFIX, atomic_folder, free_bytes, read_json, remove_path, remove_stale_temporaries, save_tensors, space, sync_path, write_json
-from mmbert_core.manifest import MANIFEST, manifest_of, read_manifest, why_different
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.storage.files import (
+    MEGABYTE,
+    TEMPORARY_PREFIX,
+    atomic_folder,
+    free_bytes,
+    read_json,
+    remove_path,
+    remove_stale_temporaries,
+    save_tensors,
+    space,
+    sync_path,
+    write_json,
+)
+from mmbert_core.storage.manifest import MANIFEST, manifest_of, read_manifest, why_different
 from mmbert_core.training.saved_state import FORMAT_VERSION, READABLE_STATE, SINCE, STATE, check_steps
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,4 @@
-"""Whether a step fits into memory, tried before the first one. Floor 2.
-
-Imports distributed, config, errors, data and the files of this folder named before it (hooks).
+"""Whether a step fits into memory, tried before the first one.
 """
 
 import ctypes
@@ -17,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmbert_core import distributed
 from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order, micro_batches
 from mmbert_core.data.dataset import Dataset
-from mmbert_core.errors import RunError, phase
-from mmbert_core.training.hooks import Task, run_epoch
+from mmbert_core.hooks import run_epoch
+from mmbert_core.inference.scoring import Task
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.errors import RunError, phase
 
 logger = logging.getLogger(__name__)
 

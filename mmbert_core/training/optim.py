@@ -1,4 +1,4 @@
-"""Optimizer, schedule, precision, and the one order of an optimizer step. Floor 2; imports config and errors."""
+"""Optimizer, schedule, precision, and the one order of an optimizer step."""
 
 import logging
 from collections.abc import Iterable
@@ -10,40 +10,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mmbert_core.config import Config
-from mmbert_core.errors import RunError
+from mmbert_core.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below its start: gradients that still overflow are broken
-AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---- precision: no-op objects instead of branches ----
-
-
-def resolve_precision(asked: str, device: torch.device) -> str:
-    """'fp32', 'bf16' or 'fp16': what is used for what was asked, with a warning where they differ."""
-    if device.type != "cuda":
-        if asked in ("bf16", "fp16"):
-            logger.warning("precision %s asked for, but there is no GPU: fp32 is used", asked)
-        return "fp32"
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "auto":
-        return "bf16" if has_bf16 else "fp16"
-    if asked == "bf16" and not has_bf16:
-        logger.warning("precision bf16 asked for, but this GPU has none: fp16 is used")
-        return "fp16"
-    return asked
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Mixed precision of one forward; does nothing for fp32."""
-    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[precision], enabled=precision != "fp32")
-
-
-def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for fp16; does nothing else."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 # ---- optimizer and schedule ----

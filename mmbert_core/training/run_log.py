@@ -1,4 +1,4 @@
-"""What a run tells while it works: metrics.jsonl, TensorBoard when installed, a bar in a terminal, else lines. Floor 2; imports schema, files.
+"""What a run tells while it works: metrics.jsonl, TensorBoard when installed, a bar in a terminal, else lines.
 
 Only rank 0 writes; on the other ranks every method does nothing.
 """
@@ -17,13 +17,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mmbert_core.files import naming, write_text
-from mmbert_core.schema import check_structure, mapping, nullable, number, parse_json, record, text, whole
+from mmbert_core.storage.files import naming, write_text
+from mmbert_core.storage.metrics_log import kept_lines
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 5.0
-LINE = record({"step": whole(0)}, {"undefined": mapping(text())}, others=nullable(number()))
 
 
 class RunLog:
@@ -92,29 +91,6 @@ class RunLog:
             with suppress(OSError):  # never instead of an error that ends the run
                 if self._tensorboard is not None:
                     self._tensorboard.close()
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
-def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bool = False) -> list[str]:
-    """Whole lines of an earlier life of the run up to `last_step`, of what is done; a torn last line is dropped."""
-    if last_step == 0 or not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = parse_json(line)
-            check_structure(values, LINE, "line")
-            step = values["step"]
-        except ValueError:
-            continue
-        is_pending = ("val_loss" in values and step == last_step and not validated) or ("test/num_rows" in values and not tested)
-        if step <= last_step and not is_pending:
-            kept.append(line)
-    return kept
 
 
 def _open_tensorboard(folder: Path, first_step: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a checkpoint's state.json and tensors may hold, checked before a run takes any of it. Floor 2; imports errors, schema, text_encoder.
+"""What a checkpoint's state.json and tensors may hold, checked before a run takes any of it.
 
 N training rows. Every value decides rows, folders or sizes, so a value that no run writes is refused, never repaired.
 """
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mmbert_core.errors import InputError
 from mmbert_core.model.text_encoder import POOLINGS
-from mmbert_core.schema import (
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.schema import (
     Check,
     anything,
     array,

@@ -10,11 +10,11 @@ import torch
 
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import encode_for_prediction
-from mmbert_core.data.prepare import prepare
 from mmbert_core.data.features import UNSEEN, UnseenCells
+from mmbert_core.data.prepare import prepare
 from mmbert_core.data.splits import sample_rows
-from mmbert_core.data.table import Roles, frame_to_chunk
-from mmbert_core.errors import InputError
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.table import Roles, frame_to_chunk
 
 HEADER = ["id", "text", "price", "kind", "y", "g"]
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from mmbert_core.data.encoding import CodeBook, StringColumn, encode_chunk
-from mmbert_core.data.table import Roles, frame_to_chunk, read_chunks
-from mmbert_core.errors import InputError
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.table import Roles, frame_to_chunk, read_chunks
 
 ROLES = Roles(text=(), numbers=("n",), categories=("k",), label="y", id="i", group="g")
 

@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmbert_core.data.features import MISSING, UNSEEN, Features, add_by_column, outside_cells, outside_lines, unseen_cells, unseen_lines
-from mmbert_core.data.table import Roles
-from mmbert_core.errors import InputError
+from mmbert_core.data.features import (
+    MISSING,
+    UNSEEN,
+    Features,
+    add_by_column,
+    outside_cells,
+    outside_lines,
+    unseen_cells,
+    unseen_lines,
+)
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.table import Roles
 
 nan = np.nan
 NO_CODES = np.zeros((0, 0), dtype=np.int32)

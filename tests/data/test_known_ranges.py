@@ -13,8 +13,8 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.known_ranges import with_known_ranges
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.prepare import prepare
-from mmbert_core.model_folder import load_model_folder
-from tests import tiny
+from mmbert_core.inference.model_folder import load_model_folder
+from tests.support import tiny
 
 CASES: dict[str, dict[str, Any]] = {
     "val_path": {},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmbert_core.data.labels import UNKNOWN, Labels, spelling_warnings
-from mmbert_core.errors import InputError
+from mmbert_core.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from mmbert_core.config import Config
 from mmbert_core.data import leaks
 from mmbert_core.data.prepare import prepare
-from tests import tiny
+from tests.support import tiny
 
 WORDS = tiny.WORDS
 OTHER_WARNINGS = ("that no training row has", "fewer than 50", "outside the training range")  # not about leaks

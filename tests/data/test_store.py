@@ -16,9 +16,9 @@ from mmbert_core.data.encoding import encode_chunk
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.store import META, open_or_build
-from mmbert_core.data.table import Roles, read_chunks
 from mmbert_core.data.tokens import characters_read
-from mmbert_core.errors import InputError, RunError
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.tables.table import Roles, read_chunks
 
 HEADER = ["id", "text", "more", "price", "kind", "y", "g"]
 ROLES = Roles(text=("text", "more"), numbers=("price",), categories=("kind",), label="y", id="id", group="g")
@@ -213,7 +213,7 @@ def test_a_file_that_changes_while_it_is_read(build, write_table, tmp_path):
 BUILDER = """
 import os, sys, time
 from mmbert_core.data.store import open_or_build
-from mmbert_core.data.table import Roles
+from mmbert_core.tables.table import Roles
 from mmbert_core.data.tokens import load_tokenizer
 path, cache, encoder, mode = sys.argv[1:]
 roles = Roles(("text", "more"), ("price",), ("kind",), "y", "id", "g")

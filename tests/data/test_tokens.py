@@ -5,11 +5,19 @@ import time
 
 import numpy as np
 import pytest
-from tests.data.conftest import WORDS
 from transformers import BertConfig
 
-from mmbert_core.data.tokens import characters_read, join_texts, keeps_end, load_tokenizer, token_spans, tokenise, tokenizer_fingerprint
-from mmbert_core.errors import InputError
+from mmbert_core.data.tokens import (
+    characters_read,
+    join_texts,
+    keeps_end,
+    load_tokenizer,
+    token_spans,
+    tokenise,
+    tokenizer_fingerprint,
+)
+from mmbert_core.runtime.errors import InputError
+from tests.data.conftest import WORDS
 
 
 def chunks_of(tokens, row):

@@ -20,15 +20,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmbert_core import predictor
+from mmbert_core import hooks, predictor
 from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order, evaluation_batches, micro_batches, step_rows, steps_per_epoch
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.data.prepare import Data, prepare
-from mmbert_core.distributed import DistContext
-from mmbert_core.training import hooks, loop, setup
+from mmbert_core.inference import scoring
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.training import loop, start
 from tests.equality.original_module import OriginalMultimodalBert
-from tests.tiny import metrics_lines, settings
+from tests.support.tiny import metrics_lines, settings
 
 TOLERANCE = 1e-6
 NUM_STEPS = 20
@@ -97,14 +98,14 @@ def without_dropout(network: nn.Module) -> nn.Module:
 def run_ours(config: Config, data: Data, network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Record, int]:
     """Fit, test and predict with this project; also the step whose weights it kept as the best."""
     record = Record()
-    configure = setup.configure_optimizers
+    configure = start.configure_optimizers
 
     def configure_and_follow(model: nn.Module, *arguments: Any) -> Any:
         optimizer, scheduler = configure(model, *arguments)
         record.follow(optimizer, model, data.val.batch(range(len(data.val))))
         return optimizer, scheduler
 
-    monkeypatch.setattr(setup, "configure_optimizers", configure_and_follow)
+    monkeypatch.setattr(start, "configure_optimizers", configure_and_follow)
     results = loop.fit(config, data, network, "pooler", CONTEXT)
     lines = metrics_lines(Path(config.model_path))
     record.losses = [line["train_loss"] for line in lines if "train_loss" in line]
@@ -200,11 +201,11 @@ def run_original(config: Config, data: Data, network: nn.Module, folder: Path, b
 def run_both(folder: Path, monkeypatch: pytest.MonkeyPatch, *, evaluation_rows: int, **changes: Any) -> tuple[Record, Record, Config]:
     """The same run on both sides from the same weights, with evaluation batches of `evaluation_rows` rows."""
     plan = partial(evaluation_batches, max_rows=evaluation_rows)
-    monkeypatch.setattr(hooks, "evaluation_batches", plan)
+    monkeypatch.setattr(scoring, "evaluation_batches", plan)
     shared = {"cat_field_list": (), "microbatches_per_step": 1, "warmup_steps": 4, "weight_decay": 0.05, "early_stop_metric": "val_loss"}
     config = Config(**settings(folder, num_rows=77, **shared, **changes))  # 77: each epoch of ten steps ends with a short one
     data = prepare(config)
-    network, pooling = setup.prepare_model(config, data)
+    network, pooling = start.prepare_model(config, data)
     assert pooling == "pooler"
     twin = copy.deepcopy(without_dropout(network))
     ours, best_step = run_ours(config, data, network, monkeypatch)
@@ -293,7 +294,7 @@ def test_hooks_run_in_the_original_order(tmp_path, monkeypatch):
     ours: list[str] = []
     original: list[str] = []
     record_calls(monkeypatch, hooks, HOOKS, ours)
-    record_calls(monkeypatch, setup, ("configure_optimizers",), ours)
+    record_calls(monkeypatch, start, ("configure_optimizers",), ours)
     record_calls(monkeypatch, OriginalMultimodalBert, ("configure_optimizers", *HOOKS), original)
     run_both(tmp_path, monkeypatch, evaluation_rows=8)
     assert ours == original

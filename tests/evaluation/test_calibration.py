@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmbert_core import export_example
 from mmbert_core.evaluation import calibration
 from mmbert_core.evaluation.calibration import HIGHEST, LOWEST, Calibration, fit_temperature
+from mmbert_core.export import example as export_example
 
 
 def sharpened(num_classes: int, temperature: float, seed: int = 0, num_rows: int = 20_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

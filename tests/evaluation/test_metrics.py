@@ -7,10 +7,10 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 from mmbert_core.data import leaks
-from mmbert_core.errors import InputError
 from mmbert_core.evaluation import metrics
 from mmbert_core.evaluation.intervals import weighted_metric
 from mmbert_core.evaluation.metrics import EPS, METRICS, compute_metrics, within_range
+from mmbert_core.runtime.errors import InputError
 
 BINARY = (*METRICS, "average_precision_class_no", "average_precision_class_yes")
 SEVERAL = (*METRICS, *(f"average_precision_class_{name}" for name in "abcd"))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
-from mmbert_core.errors import InputError
 from mmbert_core.evaluation.predictions import predicted_classes
 from mmbert_core.evaluation.thresholds import EVERY_ROW, Threshold, choose_threshold, cuts_of, parse_rule
+from mmbert_core.runtime.errors import InputError
 
 
 def scored(seed: int, num_rows: int = 200, *, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:

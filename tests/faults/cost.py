@@ -14,8 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from mmbert_core import cli, distributed
-from mmbert_core.training import loop, setup
+from mmbert_core import cli
+from mmbert_core.runtime import distributed
+from mmbert_core.training import loop, start, validation
 
 seconds: dict[str, float] = defaultdict(float)
 calls: dict[str, int] = defaultdict(int)
@@ -37,12 +38,12 @@ def clocked(owner: Any, name: str, label: str) -> None:
 
 def main() -> None:
     clocked(loop, "train_one_step", "steps")
-    clocked(loop, "validate", "validations")
+    clocked(validation, "validate", "validations")
     clocked(loop, "save", "checkpoints")
     clocked(loop, "agree", "agreement")
     clocked(distributed.Poll, "ask", "polls")
-    clocked(setup, "settle_by_trial", "trial before step 1")
-    clocked(setup, "warm_up", "warm-up of DDP")
+    clocked(start, "settle_by_trial", "trial before step 1")
+    clocked(start, "warm_up", "warm-up of DDP")
     code = cli.main(["train", *sys.argv[1:]])
     if distributed.read_context().is_main:
         training = seconds["steps"] + seconds["validations"] + seconds["checkpoints"]

@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from mmbert_core import hooks
 from mmbert_core.config import Config
-from mmbert_core.distributed import read_context
-from mmbert_core.files import sha256_of
-from mmbert_core.training import hooks
-from tests import tiny
+from mmbert_core.runtime.distributed import read_context
+from mmbert_core.storage.files import sha256_of
+from tests.support import tiny
 
 KILLED = 137
 CHANGES = frozenset(

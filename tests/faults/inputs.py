@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mmbert_core import cli
-from mmbert_core.files import sha256_of
-from tests import tiny
-from tests.bad_tables import Rows, read_rows
+from mmbert_core.storage.files import sha256_of
 from tests.faults.matrix import Figures
+from tests.support import tiny
+from tests.support.bad_tables import Rows, read_rows
 
 
 @dataclass(frozen=True)

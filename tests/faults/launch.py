@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmbert_core.files import sha256_of
+from mmbert_core.storage.files import sha256_of
 from mmbert_core.training.checkpoint import list_steps
-from tests import tiny
+from tests.support import tiny
 
 WORKER = str(tiny.ROOT / "tests/faults/worker.py")
 LAUNCHER = str(tiny.ROOT / "tests/faults/launcher.py")

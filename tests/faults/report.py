@@ -28,8 +28,8 @@ import pytest
 import torch
 import transformers
 
-from tests import tiny
 from tests.faults.matrix import LONGEST_SECONDS, ROWS, Figures, Row
+from tests.support import tiny
 
 DOCUMENT = tiny.ROOT / "docs/reliability.md"
 MODULES = sorted(path for folder in ("faults", "gpu") for path in (tiny.ROOT / "tests" / folder).glob("test_*.py"))

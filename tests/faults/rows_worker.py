@@ -8,12 +8,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from mmbert_core import distributed
+from mmbert_core import hooks
 from mmbert_core.data import batches
-from mmbert_core.data.table import Roles, read_chunks
-from mmbert_core.files import write_json
+from mmbert_core.inference import scoring
 from mmbert_core.predictor import Predictor
-from mmbert_core.training import hooks
+from mmbert_core.runtime import distributed
+from mmbert_core.storage.files import write_json
+from mmbert_core.tables.table import Roles, read_chunks
 
 
 def evaluate(scorer: Predictor, table: Path, folder: Path) -> None:
@@ -25,7 +26,7 @@ def evaluate(scorer: Predictor, table: Path, folder: Path) -> None:
     dataset = scorer._encode(chunks[0])
     validated, tested = hooks.on_validation_epoch_start(), []
     scorer.loaded.model.eval()
-    for item in hooks.own_batches(dataset, scorer.context):
+    for item in scoring.own_batches(dataset, scorer.context):
         if item is not None:
             hooks.validation_step(scorer.loaded.model, item[1], item[0], validated, task=scorer.task)
             hooks.test_step(scorer.loaded.model, item[1], item[0], tested, task=scorer.task, has_labels=True)

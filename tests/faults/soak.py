@@ -22,8 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tests import tiny
 from tests.faults.launch import Job, digest, rows_of_steps, run_job
+from tests.support import tiny
 
 NUM_ROWS, BATCH_SIZE, EPOCHS = 45, 8, 4  # 6 steps an epoch, the last of 5 rows
 STEPS = 24

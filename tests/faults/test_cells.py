@@ -14,13 +14,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmbert_core.files import read_json
 from mmbert_core.predictor import Predictor
-from tests.bad_tables import Rows, cell, column_of
+from mmbert_core.storage.files import read_json
 from tests.faults.inputs import (
-    command, count_prediction, prediction_refuses, predictions_of, read_tsv, rows_of, train_run, trained, training_refuses, write_config, write_rows,
+    command,
+    count_prediction,
+    prediction_refuses,
+    predictions_of,
+    read_tsv,
+    rows_of,
+    train_run,
+    trained,
+    training_refuses,
+    write_config,
+    write_rows,
 )  # fmt: skip
 from tests.faults.matrix import Figures, row
+from tests.support.bad_tables import Rows, cell, column_of
 
 pytestmark = pytest.mark.fault
 

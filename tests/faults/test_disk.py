@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests import tiny
 from tests.faults.disks import Disk, small_disk
 from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 KILOBYTES = 8000  # room for several checkpoints of a third of a megabyte, and for the megabyte beside that is asked for

@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests import tiny
 from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 STEPS = 16  # 2 epochs

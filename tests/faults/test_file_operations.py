@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
 from tests.faults.matrix import Figures, row
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 

@@ -12,15 +12,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmbert_core.errors import InputError
-from mmbert_core.training.checkpoint import clean_up, find_checkpoint, read_checkpoint, step_folder, step_of, why_invalid
-from tests import tiny
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.training.checkpoint import (
+    clean_up,
+    find_checkpoint,
+    read_checkpoint,
+    step_folder,
+    step_of,
+    why_invalid,
+)
 from tests.faults.launch import Job, logged, run_job, steps_saved
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.faults.soak import (
-    ENVIRONMENT, SLOW, STEPS, Outcome, Strike, count_rows, differences, kill, notes_of, plants_of, problems_of, ranks_of, soak, straight, strike, struck_run, until, write_run,
+    ENVIRONMENT,
+    SLOW,
+    STEPS,
+    Outcome,
+    Strike,
+    count_rows,
+    differences,
+    kill,
+    notes_of,
+    plants_of,
+    problems_of,
+    ranks_of,
+    soak,
+    straight,
+    strike,
+    struck_run,
+    until,
+    write_run,
 )  # fmt: skip
 from tests.faults.writer import BEST_EVERY, best_of, tensors_of
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 SHORT = {"num_rows": 27, "max_epochs": 2}  # 2 epochs of 4 steps, the last of 3 rows

@@ -6,11 +6,21 @@ from pathlib import Path
 import pytest
 
 from mmbert_core.data.splits import sample_rows
-from mmbert_core.files import read_json
-from tests import tiny
-from tests.bad_tables import TRAINING_TABLES, Rows, cell, column_of
-from tests.faults.inputs import Done, predictions_of, read_tsv, rows_of, train_run, trained, training_refuses, write_config, write_rows
+from mmbert_core.storage.files import read_json
+from tests.faults.inputs import (
+    Done,
+    predictions_of,
+    read_tsv,
+    rows_of,
+    train_run,
+    trained,
+    training_refuses,
+    write_config,
+    write_rows,
+)
 from tests.faults.matrix import Figures, row
+from tests.support import tiny
+from tests.support.bad_tables import TRAINING_TABLES, Rows, cell, column_of
 
 pytestmark = pytest.mark.fault
 

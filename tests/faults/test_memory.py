@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
 from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 WARNING = "warning: microbatches_per_step {} does not fit into memory: {} are used for this run"

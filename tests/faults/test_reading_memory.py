@@ -9,8 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tests import tiny
 from tests.faults.inputs import trained
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 TEXT = ("refund pay outside the shop thanks " * 30_000)[:1_000_000]

@@ -14,13 +14,25 @@ import pytest
 import torch
 
 from mmbert_core.config import FREE_ON_RESUME, config_fields
-from mmbert_core.files import sha256_of
-from mmbert_core.training.checkpoint import MANIFEST, list_steps, step_folder
-from tests import tiny
+from mmbert_core.storage.files import sha256_of
+from mmbert_core.storage.manifest import MANIFEST
+from mmbert_core.training.checkpoint import list_steps, step_folder
 from tests.faults.inputs import command, contents, count_refusal
 from tests.faults.launch import Job, digest, error_lines, rows_of_steps, run_job, steps_saved
 from tests.faults.matrix import Figures, row
-from tests.faults.soak import ENVIRONMENT, STEPS, count_rows, differences, inputs, notes_of, plants_of, predictions, straight, write_run
+from tests.faults.soak import (
+    ENVIRONMENT,
+    STEPS,
+    count_rows,
+    differences,
+    inputs,
+    notes_of,
+    plants_of,
+    predictions,
+    straight,
+    write_run,
+)
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 

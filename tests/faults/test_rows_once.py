@@ -11,11 +11,11 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from mmbert_core.files import read_json
-from tests import tiny
-from tests.bad_tables import read_rows
+from mmbert_core.storage.files import read_json
 from tests.faults.inputs import command, predictions_of, read_tsv, rows_of, trained, write_config, write_rows
 from tests.faults.matrix import Figures, row
+from tests.support import tiny
+from tests.support.bad_tables import read_rows
 
 pytestmark = pytest.mark.fault
 

@@ -22,10 +22,11 @@ import pytest
 import torch
 
 from mmbert_core.cli import main
-from mmbert_core.files import sha256_of
-from mmbert_core.training.checkpoint import MANIFEST, PARTS
-from tests import tiny
+from mmbert_core.storage.files import sha256_of
+from mmbert_core.storage.manifest import MANIFEST
+from mmbert_core.training.checkpoint import PARTS
 from tests.faults.matrix import Figures, row
+from tests.support import tiny
 from tests.test_layout import unsafe_problems
 
 pytestmark = pytest.mark.fault

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from mmbert_core.files import sha256_of
-from mmbert_core.signals import EXIT_STOPPED
+from mmbert_core.runtime.signals import EXIT_STOPPED
+from mmbert_core.storage.files import sha256_of
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests import tiny
 from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 STEPS_PER_EPOCH = 8  # of 2 epochs; every epoch ends with a validation and, where it was the best so far, a checkpoint

@@ -10,13 +10,33 @@ from pathlib import Path
 
 import pytest
 
-from mmbert_core.files import read_json, write_json
-from tests import tiny
-from tests.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, Rows, as_csv, header, spoil, without
+from mmbert_core.storage.files import read_json, write_json
 from tests.faults.inputs import (
-    command, contents, count_prediction, count_refusal, prediction_refuses, predictions_of, rows_of, train_run, trained, training_refuses, write_config, write_rows,
+    command,
+    contents,
+    count_prediction,
+    count_refusal,
+    prediction_refuses,
+    predictions_of,
+    rows_of,
+    train_run,
+    trained,
+    training_refuses,
+    write_config,
+    write_rows,
 )  # fmt: skip
 from tests.faults.matrix import Figures, row
+from tests.support import tiny
+from tests.support.bad_tables import (
+    PREDICT_TABLES,
+    TRAINING_FILES,
+    TRAINING_TABLES,
+    Rows,
+    as_csv,
+    header,
+    spoil,
+    without,
+)
 
 pytestmark = pytest.mark.fault
 

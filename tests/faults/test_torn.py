@@ -11,8 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from mmbert_core.errors import InputError
-from mmbert_core.training.checkpoint import MANIFEST, PARTS, find_checkpoint, list_steps, rotate, save_checkpoint, step_folder, why_invalid
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.manifest import MANIFEST
+from mmbert_core.training.checkpoint import (
+    PARTS,
+    find_checkpoint,
+    list_steps,
+    rotate,
+    save_checkpoint,
+    step_folder,
+    why_invalid,
+)
 from tests.faults.inputs import contents
 from tests.faults.launch import Job, error_lines, logged, run_job, steps_saved
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row

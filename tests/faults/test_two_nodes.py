@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from mmbert_core.files import sha256_of
-from tests import tiny
+from mmbert_core.storage.files import sha256_of
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 ADDRESSES = ("10.231.7.9", "10.231.7.10")  # the second sorts first: ranks must follow NODE_RANK, not names

@@ -42,8 +42,9 @@ from typing import Any
 
 import torch
 
-from mmbert_core import cli, distributed, predictor
-from mmbert_core.training import checkpoint, hooks, loop, memory, setup
+from mmbert_core import cli, hooks, predictor
+from mmbert_core.runtime import distributed
+from mmbert_core.training import checkpoint, finish, loop, memory, resume, start
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -120,7 +121,7 @@ def plant_fail(rank: int, phase: str, step: int = 1) -> None:
     else:
         places = {
             "data": (cli, "prepare", fail), "forward": (hooks, "training_step", fail_at_step), "eval": (hooks, "validation_step", fail),
-            "save": (checkpoint, "save_checkpoint", fail), "load": (setup, "restore", fail), "predict": (hooks, "run_epoch", fail),
+            "save": (checkpoint, "save_checkpoint", fail), "load": (resume, "restore", fail), "predict": (hooks, "run_epoch", fail),
             "manifest": (checkpoint, "write_json", lambda path, _: fail() if path.name == checkpoint.MANIFEST else None),
             "read": (checkpoint, "read_checkpoint", fail),
         }  # fmt: skip
@@ -299,8 +300,8 @@ def plant_full(folder: str, place: str) -> None:
             fill_disk(folder)
 
     places = {
-        "cache": (cli, "prepare"), "metrics": (loop, "log_step"), "model": (loop, "save_model_folder"), "test": (hooks, "on_test_epoch_end"),
-        "results": (loop, "write_json"),
+        "cache": (cli, "prepare"), "metrics": (loop, "log_step"), "model": (finish, "save_model_folder"), "test": (hooks, "on_test_epoch_end"),
+        "results": (finish, "write_json"),
     }  # fmt: skip
     before(*places[place], fill)
 
@@ -324,7 +325,7 @@ def plant_memory(rank: int, step: int, megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     if step == 0:
-        before(setup, "settle_by_trial", limit)
+        before(start, "settle_by_trial", limit)
     else:
         before(loop, "train_one_step", lambda run, order: limit() if run.state.step + 1 == step else None)
 
@@ -343,14 +344,14 @@ def plant_gpu_memory(rank: int, step: int, megabytes: int) -> None:
         return micro_batches
 
     if step == 0:
-        before(setup, "settle_by_trial", limit)
-        after(setup, "settle_by_trial", lift)
+        before(start, "settle_by_trial", limit)
+        after(start, "settle_by_trial", lift)
     else:
         before(loop, "train_one_step", lambda run, order: limit() if run.state.step + 1 == step else None)
 
 
 def plant_loss_scale(first: float, factor: float) -> None:
-    setup.build_scaler = lambda precision, device: torch.amp.GradScaler(device.type, init_scale=first, backoff_factor=factor)
+    start.build_scaler = lambda precision, device: torch.amp.GradScaler(device.type, init_scale=first, backoff_factor=factor)
 
 
 PLANTS: dict[str, Callable[..., None]] = {name.removeprefix("plant_"): value for name, value in list(globals().items()) if name.startswith("plant_")}

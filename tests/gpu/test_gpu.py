@@ -14,12 +14,12 @@ import torch
 
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
-from mmbert_core.distributed import DistContext, read_context
+from mmbert_core.inference.precision import resolve_precision
 from mmbert_core.predictor import Predictor
-from mmbert_core.training import setup
+from mmbert_core.runtime.distributed import DistContext, read_context
+from mmbert_core.training import start
 from mmbert_core.training.checkpoint import list_steps, step_folder
-from mmbert_core.training.optim import resolve_precision
-from tests import tiny
+from tests.support import tiny
 from tests.training.conftest import CONTEXT as CPU
 from tests.training.conftest import train
 
@@ -158,7 +158,7 @@ def test_every_gpu_of_the_machine_trains(gpu, config_of, tmp_path):
 def test_overflow_skips_optimizer_and_schedule_and_the_scale_survives_a_resume(gpu, config_of, tmp_path, monkeypatch):
     """A loss scale of 2**40 overflows in fp16 until it has come down by steps of 2**12."""
     monkeypatch.setattr(
-        setup, "build_scaler", lambda precision, device: torch.amp.GradScaler(device.type, init_scale=2.0**40, backoff_factor=2.0**-12)
+        start, "build_scaler", lambda precision, device: torch.amp.GradScaler(device.type, init_scale=2.0**40, backoff_factor=2.0**-12)
     )  # fmt: skip
     config = config_of(precision="fp16", save_every=1, keep_checkpoints=100, warmup_steps=0, lr=1e-3, test_path=())
     results, _, _ = train(config, context=gpu)

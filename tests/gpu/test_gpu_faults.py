@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests import tiny
 from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
 from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.support import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.fault]
 STEPS = 16  # 2 epochs

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from mmbert_core.config import Config
-from mmbert_core.distributed import read_context
-from mmbert_core.errors import InputError
 from mmbert_core.model.int8 import Int8Linear
 from mmbert_core.predictor import Predictor
-from tests import tiny
+from mmbert_core.runtime.distributed import read_context
+from mmbert_core.runtime.errors import InputError
+from tests.support import tiny
+
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_close_to_the_full_layer_whatever_the_size_of_weights_and_inputs(bias: bool) -> None:

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, T5Config, T5Model
 from transformers.utils import logging as transformers_logging
 
-from mmbert_core import hub
-from mmbert_core.errors import InputError
-from mmbert_core.model.pretrained import sentence_pooling
-from mmbert_core.model.text_encoder import build_encoder, load_pretrained_encoder
+from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder, sentence_pooling
+from mmbert_core.runtime import hub
+from mmbert_core.runtime.errors import InputError
 
 
 def change_config(folder: str, **changes) -> None:

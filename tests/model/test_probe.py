@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertModel, PreTrainedTokenizerFast
 
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.data.tokens import load_tokenizer, sample_tokens, tokenise
-from mmbert_core.distributed import DistContext
-from mmbert_core.errors import InputError
-from mmbert_core.manifest import MANIFEST
+from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.model import probe
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
-from mmbert_core.model_folder import load_model_folder
 from mmbert_core.predictor import Predictor
-from mmbert_core.training.setup import prepare_model
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.manifest import MANIFEST
+from mmbert_core.training.start import prepare_model
+from tests.support import tiny
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 66, "pad_token_id": 1}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}

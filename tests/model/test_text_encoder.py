@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2Model
 
-from mmbert_core.errors import InputError
-from mmbert_core.model.text_encoder import TextBertBase, load_pretrained_encoder, reinitialise, resolve_pooling
+from mmbert_core.model.pretrained import load_pretrained_encoder
+from mmbert_core.model.text_encoder import TextBertBase, reinitialise, resolve_pooling
+from mmbert_core.runtime.errors import InputError
 
 WITH_POOLER = ["Bert", "Roberta", "Albert", "MPNet", "Longformer"]
 WITHOUT_POOLER = ["Electra", "DistilBert", "ModernBert", "DebertaV2"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
 from tests.promises.worker import KILLED_STEPS
+from tests.support import tiny
 
 WORKER = str(tiny.ROOT / "tests/promises/worker.py")
 PROCESSES = (1, 2, 3, 4)

@@ -5,14 +5,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from mmbert_core import distributed
+from mmbert_core import hooks
 from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict
-from mmbert_core.distributed import DistContext
-from mmbert_core.files import sha256_of
 from mmbert_core.predictor import Predictor
-from mmbert_core.training import hooks, loop
-from tests import tiny
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.storage.files import sha256_of
+from mmbert_core.training import loop
+from tests.support import tiny
 
 KILLED_STEPS = 7  # of the resume task: 2 epochs of 4 steps, short last ones
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.mark.slow

@@ -13,12 +13,13 @@ from transformers import AutoModel, LukeConfig
 
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import Data, prepare
-from mmbert_core.distributed import DistContext
-from mmbert_core.training import checkpoint, hooks, loop
+from mmbert_core.report import results
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.training import checkpoint, loop
 from mmbert_core.training.loop import fit
-from mmbert_core.training.setup import prepare_model
-from tests import tiny
+from mmbert_core.training.start import prepare_model
 from tests.model.conftest import build
+from tests.support import tiny
 
 CONTEXT = DistContext(0, 0, 1, 1, torch.device("cpu"))
 NUM_ROWS = 40
@@ -36,7 +37,7 @@ def library_logging(monkeypatch, caplog):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take longer than the tiny runs, and have tests of their own."""
-    monkeypatch.setattr(hooks, "write_plots", lambda *_, **__: [])
+    monkeypatch.setattr(results, "write_plots", lambda *_, **__: [])
 
 
 @pytest.fixture(scope="package", autouse=True)

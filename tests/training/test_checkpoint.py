@@ -11,14 +11,30 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from mmbert_core import files as project_files
-from mmbert_core.errors import InputError, RunError
-from mmbert_core.files import sha256_of
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.storage import files as project_files
+from mmbert_core.storage.files import sha256_of
+from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import (
-    FORMAT_VERSION, MANIFEST, PARTS, TrainState, clean_up, find_checkpoint, list_steps, moments_of, read_checkpoint, read_weights,
-    restore_moments, rotate, save_checkpoint, set_aside, step_folder, train_state_from, weights_of, why_invalid,
-)  # fmt: skip
+    PARTS,
+    TrainState,
+    clean_up,
+    find_checkpoint,
+    list_steps,
+    moments_of,
+    read_checkpoint,
+    read_weights,
+    restore_moments,
+    rotate,
+    save_checkpoint,
+    set_aside,
+    step_folder,
+    train_state_from,
+    weights_of,
+    why_invalid,
+)
+from mmbert_core.training.saved_state import FORMAT_VERSION  # fmt: skip
 from tests.training.conftest import warnings_in
 
 

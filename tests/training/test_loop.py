@@ -13,16 +13,26 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
 
+from mmbert_core import hooks
 from mmbert_core.config import Config
 from mmbert_core.data.batches import step_rows
 from mmbert_core.data.prepare import prepare
-from mmbert_core.errors import RunError
 from mmbert_core.model import packing
 from mmbert_core.predictor import Predictor
-from mmbert_core.training import checkpoint, hooks, loop, setup
-from tests import tiny
-from tests.training.conftest import CONTEXT, NO_VALIDATION, NUM_ROWS, STEPS, before_each_step, lines_of, save_encoder, train, warnings_in
-
+from mmbert_core.runtime.errors import RunError
+from mmbert_core.training import checkpoint, loop, start
+from tests.support import tiny
+from tests.training.conftest import (
+    CONTEXT,
+    NO_VALIDATION,
+    NUM_ROWS,
+    STEPS,
+    before_each_step,
+    lines_of,
+    save_encoder,
+    train,
+    warnings_in,
+)
 
 TRAIN_KEYS = {"step", "epoch", "train_loss", "lr", "grad_norm", "rows_per_second", "tokens_per_second", "padding_share"}
 
@@ -219,7 +229,7 @@ def test_checkpoints_every_so_many_steps_and_at_the_best(config_of):
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer_step(config_of, monkeypatch, poison):
     """At step 4, with its number; the checkpoint of step 3 is finite, and the next start goes on from it."""
     config = config_of(save_every=1, keep_checkpoints=100, **NO_VALIDATION)
-    moved, plain = [], setup.configure_optimizers
+    moved, plain = [], start.configure_optimizers
 
     def configure_optimizers(*arguments):
         optimizer, scheduler = plain(*arguments)
@@ -235,7 +245,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer_step(c
             run.model.final_merge_network.linear_layer_final.bias.register_hook(lambda gradient: gradient * math.inf)
 
     with monkeypatch.context() as patches:
-        patches.setattr(setup, "configure_optimizers", configure_optimizers)
+        patches.setattr(start, "configure_optimizers", configure_optimizers)
         before_each_step(patches, act)
         with pytest.raises(RunError, match="(step 4 is (nan|inf), .*|gradient norm is inf at step 4); stopped before the optimizer step"):
             train(config)
@@ -314,7 +324,7 @@ def test_a_loss_of_the_users_replaces_cross_entropy(config_of, tmp_path):
     def train_with(name, loss_op):
         config = config_of(model_path=str(tmp_path / name), max_epochs=1)
         data = prepare(config)
-        loop.fit(config, data, *setup.prepare_model(config, data), CONTEXT, loss_op=loss_op)
+        loop.fit(config, data, *start.prepare_model(config, data), CONTEXT, loss_op=loss_op)
         return [line["train_loss"] for line in lines_of(config, "train_loss")]
 
     plain, same = train_with("plain", None), train_with("same", nn.CrossEntropyLoss())

@@ -12,14 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmbert_core import model_folder, signals
+from mmbert_core import hooks
 from mmbert_core.config import FREE_ON_RESUME, Config, config_fields
-from mmbert_core.errors import InputError, Stopped
-from mmbert_core.training import checkpoint, hooks, loop, setup
+from mmbert_core.inference import model_folder
+from mmbert_core.runtime import signals
+from mmbert_core.runtime.errors import InputError, Stopped
+from mmbert_core.training import checkpoint, finish, loop, run, start
 from mmbert_core.training.checkpoint import check_resumable
 from mmbert_core.training.run_log import RunLog
-from tests import tiny
-from tests.training.conftest import NO_VALIDATION, STEPS, Interrupted, before_each_step, die_before, lines_of, train, weights_in
+from tests.support import tiny
+from tests.training.conftest import (
+    NO_VALIDATION,
+    STEPS,
+    Interrupted,
+    before_each_step,
+    die_before,
+    lines_of,
+    train,
+    weights_in,
+)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -118,8 +129,8 @@ def test_auto_pooling_stays_what_it_was_when_the_run_began(finished, monkeypatch
     assert (finished.pooling, settled) == ("auto", "pooler") and train(finished) and train(replace(finished, pooling="pooler"))
     with pytest.raises(InputError, match="pooling was 'auto' in the checkpoint"):
         train(replace(finished, pooling="mean"))
-    monkeypatch.setattr(setup, "settled_pooling", lambda config: "cls")  # of as many parameters
-    monkeypatch.setattr(setup, "parameter_shapes", lambda model: json.loads((next((Path(finished.model_path) / "checkpoints").glob("step-*")) / "state.json").read_text())["parameters"])
+    monkeypatch.setattr(start, "settled_pooling", lambda config: "cls")  # of as many parameters
+    monkeypatch.setattr(run, "parameter_shapes", lambda model: json.loads((next((Path(finished.model_path) / "checkpoints").glob("step-*")) / "state.json").read_text())["parameters"])
     with pytest.raises(InputError, match="pooling was pooler in the checkpoint at step .* and is cls now"):
         train(finished)
     assert content(Path(finished.model_path)) == before
@@ -132,7 +143,7 @@ def test_auto_pooling_of_a_run_that_had_none_is_decided_anew(finished):
     record = json.loads(before)
     path.write_text(json.dumps({**record, "config": {**record["config"], "pooling": "cls"}, "resolved": {**record["resolved"], "pooling": "cls"}}))
     try:
-        assert setup.settled_pooling(finished) == "auto"
+        assert start.settled_pooling(finished) == "auto"
     finally:
         path.write_text(before)
 
@@ -253,7 +264,7 @@ def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp
         raise Interrupted
 
     with monkeypatch.context() as patches, pytest.raises(Interrupted):
-        die_before(patches, step=8) if where == "between steps" else patches.setattr(loop, "save_model_folder", die)
+        die_before(patches, step=8) if where == "between steps" else patches.setattr(finish, "save_model_folder", die)
         train(config)
     assert not (Path(config.model_path) / "thresholds.json").exists()
     assert train(config)[0]["best_step"] == results["best_step"]
@@ -306,7 +317,7 @@ def test_ranks_that_read_other_data_are_refused(config_of, monkeypatch):
     def items_key(here):
         return next(key for key in here if key.endswith("train.csv"))
 
-    monkeypatch.setattr(setup.distributed, "all_gather_objects", gather)
+    monkeypatch.setattr(start.distributed, "all_gather_objects", gather)
     with pytest.raises(InputError, match=r"train.csv: expected the same on all ranks, found '[0-9a-f]{64}' on rank 0 and '0{64}' on rank 1"):
         train(config_of())
 
@@ -372,7 +383,7 @@ def test_a_run_has_one_test_folder_wherever_its_end_was_killed(config_of, files,
         raise Interrupted
 
     with monkeypatch.context() as patches, pytest.raises(Interrupted):
-        patches.setattr({"on_test_epoch_end": hooks, "write_json": loop, "close": RunLog}[where], where, die)
+        patches.setattr({"on_test_epoch_end": hooks, "write_json": finish, "close": RunLog}[where], where, die)
         train(config)
     results, _, _ = train(config)
     [own] = set(Path(config.model_path).glob("multimodal_bert-*")) - {evaluated}
@@ -432,9 +443,9 @@ def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of,
         model.final_merge_network.linear_layer_final.bias.register_hook(lambda gradient: gradient * math.inf if now[0] in (2, 3) else gradient)
         return plain(model, *arguments)
 
-    plain = setup.configure_optimizers
-    monkeypatch.setattr(setup, "configure_optimizers", configure_optimizers)
-    monkeypatch.setattr(setup, "build_scaler", lambda precision, device: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3))
+    plain = start.configure_optimizers
+    monkeypatch.setattr(start, "configure_optimizers", configure_optimizers)
+    monkeypatch.setattr(start, "build_scaler", lambda precision, device: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3))
     before_each_step(monkeypatch, lambda run, order: now.__setitem__(0, run.state.step + 1))
     straight = config_of(model_path=str(tmp_path / "straight"), save_every=1, keep_checkpoints=100, warmup_steps=0, **NO_VALIDATION)
     results, _, _ = train(straight)

@@ -8,8 +8,9 @@ import threading
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmbert_core.storage.metrics_log import kept_lines
 from mmbert_core.training import run_log
-from mmbert_core.training.run_log import RunLog, kept_lines
+from mmbert_core.training.run_log import RunLog
 
 
 def test_lines_after_the_loaded_step_and_torn_ones_are_dropped(tmp_path):

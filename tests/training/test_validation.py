@@ -8,9 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmbert_core.files import read_json
-from mmbert_core.training import checkpoint, hooks
-from tests.training.conftest import NO_VALIDATION, STEPS, Interrupted, die_before, lines_of, train, warnings_in, weights_in
+from mmbert_core import hooks
+from mmbert_core.inference import scoring
+from mmbert_core.storage.files import read_json
+from mmbert_core.training import checkpoint
+from tests.training.conftest import (
+    NO_VALIDATION,
+    STEPS,
+    Interrupted,
+    die_before,
+    lines_of,
+    train,
+    warnings_in,
+    weights_in,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +70,7 @@ def test_best_and_stop_follow_from_the_validations(config_of, monkeypatch, metri
 
     def on_validation_epoch_end(outputs, num_rows, **_):
         value = next(left)
-        return {"val_loss": 1.0 if value is None else value, metric: value}, hooks.gather_results(outputs, num_rows)
+        return {"val_loss": 1.0 if value is None else value, metric: value}, scoring.gather_results(outputs, num_rows)
 
     monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
     config = config_of(early_stop_metric=metric, early_stop_patience=2, val_check_interval=1)
@@ -84,7 +95,7 @@ def test_of_equal_values_the_step_with_the_lower_loss_is_the_best(config_of, mon
 
     def on_validation_epoch_end(outputs, num_rows, **_):
         value, loss = next(left)
-        return {"val_loss": loss, metric: value}, hooks.gather_results(outputs, num_rows)
+        return {"val_loss": loss, metric: value}, scoring.gather_results(outputs, num_rows)
 
     monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
     config = config_of(early_stop_metric=metric, max_epochs=1, val_check_interval=1, batch_size=10)

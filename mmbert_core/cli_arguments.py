@@ -1,0 +1,243 @@
+"""The words of the command line: commands, options and their help, and one line for what is none of them."""
+
+import argparse
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from mmbert_core.config import Config, config_fields
+from mmbert_core.config_file import MAX_DIGITS, MAX_MESSAGE
+from mmbert_core.config_reader import ALIASES
+from mmbert_core.config_synonyms import nearest_name
+from mmbert_core.export.exporter import CHECKED_ROWS, MODEL_FILES
+from mmbert_core.runtime.errors import InputError, format_for_message, shorten
+from mmbert_core.tables.csv_reader import AUTO, NONE, STANDARD
+from mmbert_core.tables.table import check_path
+
+TRAIN_DESCRIPTION = """\
+Train from a config file, from flags, or from both: flags win. Without any: a built-in sample, no download, about a
+minute. torchrun starts several processes; the steps are the same for any number of them.
+
+  python train.py run.yaml --check
+  python train.py run.yaml --lr 2e-4
+  torchrun --standalone --nproc_per_node=4 train.py run.yaml
+
+Below, N is a whole number, X a number, [...] any number of words. `--KEY null` takes a file's value back.
+"""
+PREDICT_DESCRIPTION = """\
+Score every row of INPUT once, in its order. Needs the columns that the model was trained on, in any order; other columns
+are ignored, labels are not needed. Of two classes, prob is the probability of class 1: the label that `mmbert inspect`
+names, the second in order unless positive_label was set. The same under torchrun, for several processes:
+
+  mmbert predict runs/reviews new.csv predictions.tsv
+  torchrun --standalone --nproc_per_node=4 -m mmbert_core predict runs/reviews new.csv predictions.tsv
+
+In one process - stands for standard input and output:
+
+  zcat new.csv.gz | mmbert predict runs/reviews - - | cut -f 1,2
+"""
+EVALUATE_DESCRIPTION = """\
+Score labelled rows and judge the result: predictions, metrics with intervals beside the baselines, and report.html, in a new
+folder multimodal_bert-<time> in MODEL_PATH or --output. The same under torchrun.
+
+  mmbert evaluate runs/reviews newer_labelled.csv --slices country
+"""
+ABLATE_DESCRIPTION = """\
+Train on text only, on columns only and on both, with the same settings and seeds, and print mean and spread of the test figures.
+Takes what `mmbert train` takes. Stopped, it goes on with the same command.
+
+  mmbert ablate run.yaml --seeds 0 1 2
+"""
+SERVE_DESCRIPTION = """\
+Score rows over HTTP, from programs or by hand on a page that shows the probabilities and which words spoke for them.
+There is no authentication: by default only this machine can connect. SIGTERM or Ctrl-C ends it.
+
+  mmbert serve runs/reviews
+  curl -H 'Content-Type: application/json' -d '{"message": "...", "order_value": 12.5}' http://127.0.0.1:8000/predict
+"""
+EXPORT_DESCRIPTION = """\
+Write a model folder as ONNX (extra `onnx`), with a script that scores a CSV without PyTorch, or as PyTorch's own .pt2.
+The probabilities of the exported model are compared with PyTorch's; where they differ by more than 1e-4 nothing is written.
+
+  mmbert export runs/reviews exported --format onnx
+  python exported/example.py new.csv predictions.tsv
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are `InputError`s like all others: one line, and once per node."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {shorten(message, MAX_MESSAGE)}; `{self.prog} --help` explains")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mmbert", description="Fine-tune a pretrained BERT together with tabular columns into a classifier.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    add_training_commands(commands)
+    add_scoring_commands(commands)
+    add_other_commands(commands)
+    return parser
+
+
+def add_model_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, **texts)
+    parser.add_argument("model_path", metavar="MODEL_PATH", help="folder that train has written")
+    return parser
+
+
+def add_training_commands(commands: Any) -> None:
+    usage = "mmbert train [CONFIG] [--check] [--KEY VALUE ...]      or: python train.py ..."
+    train_parser = commands.add_parser("train", help="train a model folder from labelled rows", usage=usage, description=TRAIN_DESCRIPTION)
+    train_parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML or JSON file with any of the keys below")
+    train_parser.add_argument("--check", action="store_true", help="read config, data and encoder, say what was found, and stop")
+    add_config_arguments(train_parser)
+
+    ablate_parser = commands.add_parser("ablate", help="what text and columns each bring", usage="mmbert ablate CONFIG [--seeds N ...] [--KEY VALUE ...]", description=ABLATE_DESCRIPTION)
+    ablate_parser.add_argument("config", metavar="CONFIG", help="YAML or JSON file with any of the keys below")
+    ablate_parser.add_argument("--seeds", nargs="+", type=number_within("seed"), default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    add_config_arguments(ablate_parser)
+
+
+def add_scoring_commands(commands: Any) -> None:
+    predict_parser = add_model_command(commands, "predict", help="score new rows with a model folder", description=PREDICT_DESCRIPTION)
+    predict_parser.add_argument("input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz; or -")
+    predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write (CSV where its name ends in .csv), or -: id, probabilities, label if the input has it, predicted label, calibrated probability")
+    add_scoring_options(predict_parser)
+    predict_parser.add_argument("--sheet_safe", action="store_true", help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte")
+    predict_parser.add_argument("--input_format", choices=["csv", "tsv", "jsonl"], default="csv", help="of standard input (default: csv)")
+    add_tsv_quoting(predict_parser)
+    add_threshold(predict_parser)
+
+    evaluate_parser = add_model_command(commands, "evaluate", help="score labelled rows and write a report", description=EVALUATE_DESCRIPTION)
+    evaluate_parser.add_argument("input", metavar="INPUT", help="file or quoted glob with the label column: .csv .tsv .jsonl .parquet, .gz")
+    evaluate_parser.add_argument("--output", metavar="FOLDER", help="where the new folder goes (default: MODEL_PATH)")
+    evaluate_parser.add_argument("--slices", nargs="*", default=(), metavar="COLUMN", help="columns to look at value by value, also such as the model does not read (default: its own)")
+    add_scoring_options(evaluate_parser)
+    add_tsv_quoting(evaluate_parser)
+    add_threshold(evaluate_parser)
+
+
+def add_other_commands(commands: Any) -> None:
+    add_model_command(commands, "inspect", help="what a model needs, was trained on, and is worth")
+
+    report_parser = commands.add_parser("report", help="write report.html anew from the report.json beside it")
+    report_parser.add_argument("folder", metavar="FOLDER", help="multimodal_bert-<time> of a test or of evaluate")
+
+    serve_parser = add_model_command(commands, "serve", help="score rows over HTTP, and a page to try them by hand", description=SERVE_DESCRIPTION)
+    serve_parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which no other machine can reach)")
+    serve_parser.add_argument("--port", type=port, default=8000, metavar="N", help="port to listen on; 0: any that is free (default: 8000)")
+    serve_parser.add_argument("--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads (default: all cores)")
+
+    export_parser = add_model_command(commands, "export", help="write a model folder as ONNX or .pt2", description=EXPORT_DESCRIPTION)
+    export_parser.add_argument("output", metavar="OUTPUT_FOLDER", help="folder to make, new or empty")
+    export_parser.add_argument("--format", choices=list(MODEL_FILES), required=True, help="onnx: for onnxruntime and others; torch_export: for torch.export.load")
+    export_parser.add_argument("--check", metavar="FILE", help=f"compare on the first {CHECKED_ROWS} rows of FILE (default: on rows made up for the model)")
+
+
+def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)")
+
+
+def add_tsv_quoting(parser: argparse.ArgumentParser) -> None:
+    choices = [AUTO, STANDARD, NONE]
+    parser.add_argument("--tsv_quoting", choices=choices, help="quotes in .tsv input, as the key of that name (default: as the model was trained)")
+
+
+def add_threshold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threshold", type=share, metavar="X", help="probability above which a row is class 1 (default: as chosen on the validation rows)")
+
+
+def number_within(key: str) -> Callable[[str], int]:
+    """The type of an option: a whole number in the range of the setting `key`."""
+    low, high = config_fields()[key].metadata["range"]
+
+    def whole_number(word: str) -> int:
+        digits = word.removeprefix("-")
+        value = int(word) if digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS else None
+        if value is None or value < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {format_for_message(word)}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {high:,}, found {format_for_message(word)}")
+        return value
+
+    return whole_number
+
+
+def share(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a probability from 0 to 1, found {format_for_message(word)}")
+    return value
+
+
+def port(word: str) -> int:
+    if not (word.isascii() and word.isdecimal() and len(word) <= MAX_DIGITS and int(word) <= 65535):
+        raise argparse.ArgumentTypeError(f"expected a port of 0 to 65535, found {format_for_message(word)}")
+    return int(word)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command. Raises `InputError` for words it does not know, with the nearest flag, and for names that are not UTF-8."""
+    for word in sys.argv[1:] if argv is None else argv:
+        check_path(word)
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
+        flags = [*config_fields(), *ALIASES, "check", "seeds"] if arguments.command in ("train", "ablate") else [name for name in vars(arguments) if name != "command"]
+        nearest = nearest_name(word.lstrip("-"), flags)
+        hint = f"did you mean '--{nearest}'?" if nearest and word.startswith("-") else "--help lists all"
+        raise InputError(f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {format_for_message(word)}; {hint}")
+    return arguments
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """One `--key` per setting with its meaning and default, grouped as in config.py."""
+    hints = get_type_hints(Config)
+    groups: dict[str, Any] = {}
+    for name, item in config_fields().items():
+        title = item.metadata["group"]
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        default = "required" if item.default is MISSING else f"default: {item.metadata['default_words'] or _show(item.default)}"
+        is_list = any(get_origin(member) is tuple for member in [hints[name], *get_args(hints[name])])
+        text = f"{item.metadata['meaning']}{_range_words(item.metadata['range'])} ({default})".replace("%", "%%")
+        group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar=_placeholder(name, hints[name]), help=text)
+    groups["model"].add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder")
+    groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="true|false", help="the original's name of --precision; true is fp16, false fp32")
+
+
+def _range_words(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f"; {bounds[0]} to {bounds[1]:,}"
+
+
+def _placeholder(name: str, hint: Any) -> str:
+    """What stands for a value in --help: N is a whole number, X a number; choices are spelled out."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return "|".join(dict.fromkeys(_placeholder(name, member) for member in get_args(hint) if member is not type(None)))
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return _placeholder(name, get_args(hint)[0])
+    return {bool: "true|false", int: "N", float: "X", str: "PATH" if name.endswith("_path") else "NAME"}[hint]
+
+
+def _show(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "none"
+    return str(default).lower() if isinstance(default, bool) else "none" if default is None else str(default)
+
+
+def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings given on the command line. One word of a list is a scalar (`--class_weights balanced`), the word null no value."""
+    given = {key: value for key, value in vars(arguments).items() if key in config_fields() or key in ALIASES}
+    scalars = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in given.items()}
+    return {key: None if value == "null" else value for key, value in scalars.items()}

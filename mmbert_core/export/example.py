@@ -1,0 +1,246 @@
+"""Score the rows of a CSV file with the exported model: python example.py new.csv predictions.tsv
+
+Needs numpy, tokenizers, onnxruntime and the files beside it: model.onnx, preprocessing.json and, for texts, tokenizer.json.
+Reads CSV in UTF-8, nothing else: convert TSV, JSONL, Parquet and gzipped files first.
+"""
+
+# N rows of a window, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categorical columns
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+WINDOW = 8192  # rows in memory at a time
+MAX_ROWS, MAX_TOKENS = 256, 8192  # of a batch; tokens with their padding
+
+BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
+DIGITS = {"true": "1", "false": "0"}
+WHOLE_NUMBER = re.compile(r"-?[0-9]+")
+WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
+POINT_IN_TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?")
+DURATION = re.compile(r"(-?[0-9]+ days)(?: (\+?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?)?()")
+
+Row = dict[str, str]  # column -> cell
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the model: its inputs by name -> probabilities [B] or [B, K]
+
+
+def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of a CSV file with a header. Raises ValueError for a missing column and a row of another length."""
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="\n") as stream:  # a cell's own line breaks stay as they are
+        reader = csv.reader(stream, strict=True)
+        header = next(reader, [])
+        for column in columns:
+            if header.count(column) != 1:
+                raise ValueError(f"{path}: expected the column {column!r} once, found it {header.count(column)} times")
+        blank = False
+        for cells in reader:
+            if not cells:
+                blank = True  # which only the end of a file may have
+                continue
+            if blank or len(cells) != len(header):
+                raise ValueError(f"{path}, before line {reader.line_num + 1}: expected rows of {len(header)} cells, found {'a blank line' if blank else len(cells)}")
+            if any("\0" in cell for cell in cells):
+                raise ValueError(f"{path}, before line {reader.line_num + 1}: expected text, found a NUL byte")
+            yield dict(zip(header, cells))
+
+
+# ---- cells to arrays ----
+
+
+def normal_form(cell: str) -> str:
+    """The text by which a category is looked up: composed letters, true and false in lower case, 1.0 as 1, midnight as a date, no zeros after seconds."""
+    cell = BOOLEANS.get(cell, cell)
+    if found := WHOLE_FLOAT.fullmatch(cell):
+        return "0" if found[1] == "-0" else found[1]
+    if found := POINT_IN_TIME.fullmatch(cell) or DURATION.fullmatch(cell):
+        days, time, fraction, zone = found.groups(default="")
+        time += fraction.rstrip("0").rstrip(".")
+        return days if not zone and time in ("", "00:00:00") else f"{days} {time}{'+00:00' if zone == 'Z' else zone}"
+    return unicodedata.normalize("NFC", cell)
+
+
+def index_by_form(index_of: dict[str, int]) -> dict[str, int]:
+    """Index by normal form; a column of true and false is read from 1 and 0 too, and the other way round."""
+    by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
+    if not by_form.keys() & DIGITS.values():
+        return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
+    if not by_form.keys() & DIGITS.keys() and not any(WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form):
+        return by_form | {word: by_form[digit] for word, digit in DIGITS.items() if digit in by_form}
+    return by_form
+
+
+def number_of(cell: str, column: str, missing_words: Sequence[str], largest: float) -> float:
+    """The number in a cell; 1 and 0 for true and false; NaN for an empty cell and for words such as NA."""
+    try:
+        number = float(cell)
+    except ValueError:
+        if cell in BOOLEANS:
+            return float(BOOLEANS[cell] == "true")
+        if cell.strip().lower() in missing_words:
+            return math.nan
+        raise ValueError(f"column {column!r}: expected a number, found {cell!r:.60}") from None
+    if "_" in cell or abs(number) > largest:
+        raise ValueError(f"column {column!r}: expected a finite number, found {cell!r:.60}")
+    return number
+
+
+def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
+    """float32 [N, F]: the columns with medians for what is missing, then a 0 or 1 for each column that has an indicator."""
+    raw = np.array([[number_of(row[column], column, numbers["missing_words"], numbers["largest"]) for column in numbers["columns"]] for row in rows])
+    missing = np.isnan(raw)
+    indicators = missing[:, np.array(numbers["has_indicator"])]
+    return np.concatenate([np.where(missing, numbers["medians"], raw), indicators], axis=1).astype(np.float32)
+
+
+def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray:
+    """int64 [N, K]: an index of its own for each value of the training rows, one for missing and one for unseen cells."""
+    indices = []
+    for column, values in zip(categories["columns"], categories["values"]):
+        index_of = {value: categories["first_index"] + place for place, value in enumerate(values)}
+        index_of_form = index_by_form(index_of) | {"": categories["missing_index"]}
+        cells = [row[column] for row in rows]  # as they stand first: older models hold the spelling of the training file
+        indices.append([index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), categories["unseen_index"]) for cell in cells])
+    return np.array(indices, dtype=np.int64).T
+
+
+def chunks_of(rows: Sequence[Row], text: dict[str, Any], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Token ids of each row's text, in one or more chunks; tokenizer.json itself cuts at `max_length`."""
+    texts = [text["separator"].join(filter(None, (row[column] for column in text["columns"]))) for row in rows]
+    kept = slice(-text["max_characters"], None) if text.get("keep_end") else slice(text["max_characters"])
+    encodings = tokenizer.encode_batch_fast([joined[kept] for joined in texts])
+    chunks = [[each.ids or text["ids_of_nothing"], *(part.ids for part in each.overflowing[: text["max_chunks"] - 1])] for each in encodings]
+    return [row[::-1] for row in chunks] if text.get("keep_end") else chunks  # counted from the end, in the text's order
+
+
+def padded(texts: Sequence[list[list[int]]], text: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask, int64 [B, T], or [B, C, T] where a text may have several chunks."""
+    input_ids = np.full((len(texts), max(map(len, texts)), max(len(ids) for chunks in texts for ids in chunks)), text["pad_token_id"], dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, chunks in enumerate(texts):
+        for chunk, ids in enumerate(chunks):
+            input_ids[row, chunk, : len(ids)] = ids
+            attention_mask[row, chunk, : len(ids)] = 1
+    return (input_ids, attention_mask) if text["max_chunks"] > 1 else (input_ids[:, 0], attention_mask[:, 0])
+
+
+# ---- scoring ----
+
+
+def score(rows: Sequence[Row], settings: dict[str, Any], tokenizer: Tokenizer | None, run: Run, *, max_rows: int = MAX_ROWS) -> np.ndarray:
+    """Probabilities float32 in the order of the rows: of class 1 [N], or of all classes [N, number of classes]."""
+    text, columns = settings["text"], {}
+    chunks = chunks_of(rows, text, tokenizer) if text else []
+    if settings["numbers"]["columns"]:
+        columns["numbers"] = numbers_of(rows, settings["numbers"])
+    if settings["categories"]["columns"]:
+        columns["categories"] = categories_of(rows, settings["categories"])
+    sizes = [len(parts) * max(map(len, parts)) for parts in chunks] or [1] * len(rows)
+    order = sorted(range(len(rows)), key=lambda row: -sizes[row])  # texts of one length together: little padding
+    probabilities = np.empty(len(rows) if settings["is_binary"] else (len(rows), len(settings["classes"])), dtype=np.float32)
+    while order:
+        count = max(1, min(max_rows, MAX_TOKENS // sizes[order[0]]))
+        batch, order = order[:count], order[count:]
+        inputs = {name: values[batch] for name, values in columns.items()}
+        if text:
+            inputs["input_ids"], inputs["attention_mask"] = padded([chunks[row] for row in batch], text)
+        probabilities[batch] = run(inputs)
+    return probabilities
+
+
+def calibrated(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities of all classes [N, K] whose logits are divided by the temperature; [N] are those of class 1 of two.
+
+    With temperature 1 as they are, else never exactly 0 or 1: those are taken for float32 numbers that were rounded.
+    """
+    p = probabilities.astype(np.float64)
+    if temperature == 1:
+        return (p if p.ndim == 2 else np.stack([1 - p, p], axis=1)).astype(np.float32)
+    if p.ndim == 1:
+        logits = np.log(np.maximum(p, 2.0**-150)) - np.log(np.maximum(1 - p, 2.0**-25))
+        power = np.exp(-1 / temperature * np.abs(logits))  # of the less likely class over the other
+        by_class = np.stack([np.where(logits < 0, 1, power), np.where(logits < 0, power, 1)], axis=1) / (1 + power)[:, None]
+    else:
+        logits = np.log(np.maximum(p, 2.0**-150))
+        powers = np.exp(1 / temperature * (logits - logits.max(axis=1, keepdims=True)))
+        by_class = powers / powers.sum(axis=1, keepdims=True)
+    return np.clip(by_class.astype(np.float32), np.float32(2.0**-149), np.float32(1 - 2.0**-24))
+
+
+def load_preprocessing(folder: Path) -> tuple[dict[str, Any], Tokenizer | None]:
+    settings = json.loads((folder / "preprocessing.json").read_text(encoding="utf-8"))
+    if not settings["text"]:
+        return settings, None
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = settings["text"]["encode_special_tokens"]  # which tokenizer.json has no place for
+    return settings, tokenizer
+
+
+def load_model(folder: Path) -> Run:
+    import onnxruntime  # not at the top: the functions above serve other runtimes too
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(["probabilities"], inputs)[0]
+
+
+# ---- the prediction file ----
+
+
+def output_delimiter(output: str) -> str:
+    """Comma for an output named .csv, else a tab. Raises ValueError for a name of another format."""
+    suffix = Path(output).suffix.lower()
+    if suffix in (".parquet", ".jsonl", ".ndjson", ".json", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".gz", ".zip", ".bz2", ".xz", ".zst"):
+        raise ValueError(f"{output}: expected an output that ends in .tsv or .csv, found {suffix}")
+    return "," if suffix == ".csv" else "\t"
+
+
+def table_line(cells: Sequence[object], delimiter: str) -> str:
+    """Cells with the delimiter, tabs, line breaks or quotes are quoted, as the csv module reads them."""
+    texts = [str(cell) for cell in cells]
+    return delimiter.join('"' + text.replace('"', '""') + '"' if set(text) & {*'\t\n\r"', delimiter} else text for text in texts) + "\n"
+
+
+def main(source: str, output: str) -> None:
+    folder, delimiter = Path(__file__).parent, output_delimiter(output)
+    settings, tokenizer = load_preprocessing(folder)
+    run = load_model(folder)
+    classes, ids = settings["classes"], [settings["id"]] if settings["id"] else []
+    columns = [*ids, *(settings["text"] or {"columns": []})["columns"], *settings["numbers"]["columns"], *settings["categories"]["columns"]]
+    rows = read_rows(source, columns)
+    if Path(output).exists() and Path(output).samefile(source):
+        raise ValueError(f"{output}: is the input file; choose another output")
+    partial = Path(f"{output}.part")  # an earlier output stays until this one is whole
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as stream:
+            names = ["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]
+            stream.write(table_line([*ids, *names, "pred", "prob_calibrated"], delimiter))
+            while window := list(islice(rows, WINDOW)):
+                scores = score(window, settings, tokenizer, run)
+                chosen = (scores > np.float64(settings["threshold"])).astype(int) if settings["is_binary"] else scores.argmax(axis=1)
+                shown = calibrated(scores, settings["temperature"])[np.arange(len(window)), 1 if settings["is_binary"] else chosen]
+                for row, probability, index, likely in zip(window, scores, chosen, shown):
+                    stream.write(table_line([*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely], delimiter))
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python example.py INPUT.csv OUTPUT.tsv")
+    try:
+        main(*sys.argv[1:])
+    except (OSError, ValueError, csv.Error) as error:
+        sys.exit(f"error: {error}")

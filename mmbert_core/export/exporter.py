@@ -1,0 +1,289 @@
+"""A model folder as a file that runs without this package: ONNX, or PyTorch's own .pt2.
+
+    model.onnx or model.pt2   preprocessing.json   tokenizer.json (with texts)   example.py (onnx)
+
+B rows, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categorical columns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+
+import mmbert_core
+from mmbert_core.data.dataset import encode_for_prediction, pad_token_id_of
+from mmbert_core.data.encoding import LARGEST_NUMBER, MISSING_NUMBERS
+from mmbert_core.data.features import FIRST_CATEGORY, MISSING, UNSEEN
+from mmbert_core.data.tokens import characters_read, keeps_end
+from mmbert_core.export import example as export_example
+from mmbert_core.inference.model_folder import LoadedModel
+from mmbert_core.model.padded import PaddedModel
+from mmbert_core.predictor import Predictor
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.storage.files import MEGABYTE, atomic_folder, write_json, write_text
+from mmbert_core.tables.table import Roles, read_chunks, records_to_chunk
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}  # format -> its file
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LARGEST_PROTOBUF = 2**31 - 2**24  # bytes of weights that a single .onnx file can hold; those of larger models lie beside it
+FORMAT_VERSION = 1  # of preprocessing.json
+TOLERANCE = 1e-4  # of a probability
+CHECKED_ROWS, GENERATED_ROWS = 128, 28
+CHECKED_BATCHES = (1, 7)  # rows
+
+Rows = list[dict[str, str]]
+
+
+def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check: str | None = None) -> float:
+    """Write the folder `output`, whole or not at all; returns by how much its probabilities differ from PyTorch's at most.
+
+    Compared are the first rows of the file `check`, or rows made up of the model's own words and categories; the
+    exported model reads them through preprocessing.json and tokenizer.json, as a user of the folder would.
+    Raises `InputError` for a format, a package or a folder that cannot be, `RunError` for an encoder that cannot be
+    exported and for probabilities that differ by more than 1e-4.
+    """
+    output = Path(output)
+    check_request(output, format)
+    rows = generated_rows(loaded) if check is None else rows_of_file(loaded, check)
+    expected = probabilities_of(loaded, rows)
+    with atomic_folder(output) as folder:
+        write_preprocessing(folder, loaded)
+        with _one_line(loaded, format):
+            program = trace(loaded)
+            if format == "onnx":
+                write_onnx(folder, program, example_inputs(loaded)[1])
+                write_example(folder)
+                run = export_example.load_model(folder)
+            else:
+                run = in_memory(program)
+                program.example_inputs = None  # the one thing in the file that would be pickled
+                torch.export.save(program, folder / MODEL_FILES[format])
+        settings, tokenizer = export_example.load_preprocessing(folder)
+        found = [export_example.score(rows, settings, tokenizer, run, max_rows=size) for size in CHECKED_BATCHES]
+        difference = float(np.abs(np.stack(found) - expected).max())
+        if not difference <= TOLERANCE:  # nor NaN
+            raise RunError(f"{output}: not written: expected PyTorch's probabilities to {TOLERANCE:g}, found a difference of {difference:.1e}")
+        names, num_bytes = sorted(path.name for path in folder.iterdir()), sum(path.stat().st_size for path in folder.iterdir())
+    logger.info("%s: %s; %.1f MB", output, ", ".join(names), num_bytes / MEGABYTE)
+    kind = "made-up rows" if check is None else f"rows of {check}"
+    logger.info("%d %s in batches of 1 and 7: probabilities differ from PyTorch's by at most %.1e", len(rows), kind, difference)
+    return difference
+
+
+def check_request(output: Path, format: str) -> None:
+    """Refuse, before anything is loaded, what cannot be written."""
+    if format not in MODEL_FILES:
+        raise InputError(f"format: expected one of {', '.join(MODEL_FILES)}, found {format!r}")
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None] if format == "onnx" else []
+    if missing:
+        raise InputError(f"ONNX export needs {', '.join(missing)}: pip install 'mmbert_core[onnx]'")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: expected a folder to make, found a file")
+    if output.is_dir() and output.samefile("."):
+        raise InputError(f"{output}: expected a folder to make, found the one that this command runs in")
+    if output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output}: expected a new or empty folder, found files in it")
+
+
+# ---- what comes before the model ----
+
+
+def write_preprocessing(folder: Path, loaded: LoadedModel) -> None:
+    """preprocessing.json and tokenizer.json: how cells become the model's inputs."""
+    write_json(folder / "preprocessing.json", preprocessing(loaded))
+    if loaded.tokenizer is not None:
+        tokenizer = tokenizers.Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length=loaded.config.max_length, stride=0, strategy="longest_first", direction="left" if keeps_end(loaded.tokenizer) else "right")
+        write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+
+
+def write_example(folder: Path) -> None:
+    source = Path(export_example.__file__).read_text(encoding="utf-8")
+    write_text(folder / "example.py", source.replace(" Floor 0; imports nothing of ours.", "", 1))
+
+
+def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
+    """What preprocessing.json holds. The pooling, the means and the deviations of the columns are in the model itself."""
+    config, features, tokenizer = loaded.config, loaded.features, loaded.tokenizer
+    text = None
+    if config.text_name:
+        text = {
+            "columns": list(config.text_name),
+            "separator": " ",  # between cells that are not empty
+            "max_length": config.max_length,  # tokens of a chunk; tokenizer.json cuts there
+            "max_chunks": config.max_chunks,
+            "max_characters": characters_read(config.max_length, config.max_chunks),  # of a text; the rest is not tokenised
+            "keep_end": keeps_end(tokenizer),  # of a text that is too long, instead of its beginning
+            "pad_token_id": pad_token_id_of(tokenizer),
+            "ids_of_nothing": [pad_token_id_of(tokenizer)],  # of a text without a token
+            "encode_special_tokens": tokenizer.backend_tokenizer.encode_special_tokens,
+        }
+    return {
+        "format_version": FORMAT_VERSION,
+        "mmbert_core": mmbert_core.__version__,
+        "id": config.id_name,
+        "label": config.label_name,
+        "classes": list(loaded.labels.names),
+        "is_binary": config.is_binary,
+        "threshold": loaded.judgement.threshold.value,
+        "temperature": loaded.judgement.calibration.temperature,
+        "text": text,
+        "numbers": {
+            "columns": list(features.number_names),
+            "medians": list(features.medians),
+            "has_indicator": list(features.has_indicator),
+            "missing_words": sorted(MISSING_NUMBERS),
+            "largest": LARGEST_NUMBER,
+            # for the reader: the graph itself limits numbers to these; null: the training range is not known
+            "limits": None if features.limits is None else np.stack(features.limits, axis=1).tolist(),
+        },
+        "categories": {
+            "columns": list(features.category_names),
+            "values": [list(values) for values in features.categories],
+            "missing_index": MISSING,
+            "unseen_index": UNSEEN,
+            "first_index": FIRST_CATEGORY,
+        },
+    }
+
+
+# ---- the model ----
+
+
+def example_inputs(loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, str]]]:
+    """Inputs to trace with, and the names of their dynamic axes. 2 or more of everything: a 1 would be taken for a constant."""
+    config, features = loaded.config, loaded.features
+    inputs: dict[str, torch.Tensor] = {}
+    axes: dict[str, dict[int, str]] = {}
+    shape, names = ((3, 2), ("batch", "chunks", "tokens")) if config.max_chunks > 1 else ((3,), ("batch", "tokens"))
+    for name in ("input_ids", "attention_mask") if config.text_name else ():
+        inputs[name], axes[name] = torch.ones(*shape, min(5, config.max_length), dtype=torch.int64), dict(enumerate(names))
+    if features.num_numbers:
+        inputs["numbers"], axes["numbers"] = torch.zeros(3, features.num_numbers), {0: "batch"}
+    if features.cardinalities:
+        inputs["categories"], axes["categories"] = torch.zeros(3, len(features.cardinalities), dtype=torch.int64), {0: "batch"}
+    return inputs, axes
+
+
+def trace(loaded: LoadedModel) -> torch.export.ExportedProgram:
+    """The graph of the padded model, for any number of rows, chunks and tokens that the model reads."""
+    config = loaded.config
+    dims = {"batch": torch.export.Dim("batch"), "tokens": torch.export.Dim("tokens", max=config.max_length)}
+    if config.max_chunks > 1:
+        dims["chunks"] = torch.export.Dim("chunks", max=config.max_chunks)
+    inputs, axes = example_inputs(loaded)
+    shapes = {name: {axis: dims[dim] for axis, dim in named.items()} for name, named in axes.items()}
+    padded = PaddedModel(loaded.model, is_binary=config.is_binary, max_chunks=config.max_chunks, limits=input_limits(loaded)).eval()
+    program = torch.export.export(padded, (), inputs, dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths and source lines of this machine
+    return program
+
+
+def input_limits(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Lowest and highest number [F] float32 of the graph's input, indicators included; rounding first or limiting first is the same."""
+    features = loaded.features
+    if features.limits is None or not features.num_numbers:
+        return None
+    indicators = np.zeros(features.num_numbers - len(features.number_names))
+    low, high = (np.concatenate([limit, indicators + end]) for limit, end in zip(features.limits, (0, 1), strict=True))
+    return torch.from_numpy(low).float(), torch.from_numpy(high).float()
+
+
+def write_onnx(folder: Path, program: torch.export.ExportedProgram, axes: dict[str, dict[int, str]]) -> None:
+    """model.onnx, through the exporter that reads torch.export's graphs: the older one traces, and takes shapes for constants."""
+    num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
+    made = torch.onnx.export(program, dynamo=True, output_names=["probabilities"], dynamic_shapes=axes, verbose=False)
+    made.save(folder / MODEL_FILES["onnx"], external_data=num_bytes > LARGEST_PROTOBUF)
+
+
+def in_memory(program: torch.export.ExportedProgram) -> export_example.Run:
+    """The exported program on arrays."""
+    module = program.module()
+
+    def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            return module(**{name: torch.from_numpy(values) for name, values in inputs.items()}).numpy()
+
+    return run
+
+
+@contextmanager
+def _one_line(loaded: LoadedModel, format: str) -> Iterator[None]:
+    """PyTorch's exporter without its asides, whole graphs among them; what it cannot do becomes one line."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    except OSError:  # a full disk, said as such
+        raise
+    except Exception as error:  # the exporters raise classes of their own
+        text = loaded.model.text_subnetwork
+        encoder = f"the encoder ({text.encoder.config.model_type}) of this model" if text is not None else "this model"
+        message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise RunError(f"{encoder} cannot be exported as {format}: {type(error).__name__}: {message[:300]}") from error
+    finally:
+        logging.disable(disabled)
+
+
+# ---- the comparison ----
+
+
+def rows_of_file(loaded: LoadedModel, path: str) -> Rows:
+    """The first rows of a file. Raises `InputError` when it has none, or lacks a column."""
+    columns = Roles.from_config(loaded.config).features()
+    chunk = next(read_chunks([path], columns, chunk_rows=CHECKED_ROWS, tsv_quoting=loaded.config.tsv_quoting), None)
+    if chunk is None:
+        raise InputError(f"{path}: expected at least one row to compare, found none")
+    return [dict(zip(chunk.cells, cells, strict=True)) for cells in zip(*chunk.cells.values(), strict=True)]
+
+
+def generated_rows(loaded: LoadedModel) -> Rows:
+    """Texts from no word to more than the model reads, numbers and categories with and without values; always the same."""
+    config, features, rng = loaded.config, loaded.features, np.random.default_rng(0)
+    limit = config.max_length * config.max_chunks
+    lengths = (0, 1, 3, limit // 4, limit // 2, limit, 2 * limit)  # words
+    words = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha()) or ["text"] if loaded.tokenizer is not None else []
+    choices: dict[str, Sequence[str]] = {}
+    far = [] if features.limits is None else ["1e30", "-1e30"]  # limited, as in the package
+    for column, median, mean, std in zip(features.number_names, features.medians, features.means, features.stds):  # means: of indicators too
+        choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std), *far]
+    for column, values in zip(features.category_names, features.categories, strict=True):
+        choices[column] = ["", "a value that no training row has", *values]
+    rows: Rows = []
+    for number in range(GENERATED_ROWS):
+        row = {column: cells[rng.integers(len(cells))] for column, cells in choices.items()}
+        for place, column in enumerate(config.text_name):
+            picked = rng.integers(len(words), size=lengths[(number + place) % len(lengths)])
+            row[column] = " ".join(words[index] for index in picked)
+        rows.append(row)
+    if config.text_name:
+        rows[-1][config.text_name[0]] = "".join(loaded.tokenizer.all_special_tokens) + ' "x"\n\té ́ 日本 😀'
+    return rows
+
+
+def probabilities_of(loaded: LoadedModel, rows: Rows) -> np.ndarray:
+    """PyTorch's own, float32 on the CPU. Raises `InputError` for a cell that cannot be."""
+    config = loaded.config
+    predictor = Predictor(loaded, DistContext(0, 0, 1, 1, torch.device("cpu")), precision="fp32")
+    roles = Roles.from_config(config)
+    dataset = encode_for_prediction(
+        records_to_chunk(rows, roles.features()), roles, loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
+    )
+    return predictor.score(dataset).preds

@@ -1,0 +1,5 @@
+"""A model folder, and what is computed with it: scores, attributions, importance, the prediction file.
+
+Modules, each importing only those before it: precision, model_files, model_folder, scoring, attributions,
+permutation_importance, output_file.
+"""

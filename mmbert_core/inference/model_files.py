@@ -1,0 +1,227 @@
+"""The JSON of a model folder, read and checked file against file before anything is built from it.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mmbert_core.config import Config
+from mmbert_core.config_reader import config_from_dict
+from mmbert_core.data.features import FEATURES_JSON, Features
+from mmbert_core.data.labels import LABELS_JSON, Labels
+from mmbert_core.evaluation.baselines import BASELINES_JSON, Baselines
+from mmbert_core.evaluation.calibration import CALIBRATION_JSON, Calibration
+from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.thresholds import THRESHOLD_JSON, Threshold
+from mmbert_core.model.text_encoder import POOLINGS
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.files import check_readable, read_json
+from mmbert_core.storage.manifest import MANIFEST, first_difference, manifest_of, read_manifest
+from mmbert_core.storage.schema import Check, anything, array, constant, mapping, nullable, number, record, text, whole
+
+FORMAT_VERSION = 1
+CONFIG, FEATURES, LABELS, ENCODER = "config.json", "features.json", "labels.json", "encoder"
+THRESHOLDS, BASELINES, BASELINE_WEIGHTS = "thresholds.json", "baselines.json", "baselines.safetensors"
+SUMMARY, CARD = "summary.json", "README.md"  # for people, written after the test
+WEIGHTS = "model.safetensors"  # takes its name last: a folder that has it is whole
+PREDICTION_FILES = (CONFIG, FEATURES, LABELS, THRESHOLDS, BASELINES, BASELINE_WEIGHTS, WEIGHTS)  # and those of the encoder
+ENCODER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # that transformers reads; others do not matter
+# Names under which a tokenizer of transformers looks for its files, whether they were there in training or not.
+TOKENIZER_NAMES = re.compile(
+    r"config\.json|([a-z]+_)?vocab\.(json|txt)|merges\.txt|(special_tokens_map|added_tokens|tokenizer|tokenizer_config)\.json"
+    r"|(spiece|spm|spm_char|sentencepiece|sentencepiece\.bpe|tokenizer)\.model|(tokenizer|vocab|.*)\.tiktoken"
+    r"|(dict|bpe)\.txt|(emoji|normalizer|byte_maps|word_shape|word_pronunciation)\.json"
+)
+CARD_MARK = "<!-- model card of mmbert_core, sha256 of the lines above: {} -->\n"
+MAX_CARD_BYTES = 2**24
+MAX_FEATURES_BYTES = 2**28  # categories of millions of values
+
+RESOLVED = record(
+    {"pooling": nullable(text(choices=POOLINGS[1:])), "precision": text(choices=("fp32", "bf16", "fp16"))},
+    {"microbatches_asked": whole(1), "microbatches_per_step": whole(1), "truncation_side": text(choices=("left", "right"))},
+    others=True,  # versions differ in what they resolve
+)
+CONFIG_JSON = record({"format_version": constant(FORMAT_VERSION), "config": mapping(anything), "resolved": RESOLVED}, {"mmbert_core": text()})
+THRESHOLDS_JSON = record({"threshold": THRESHOLD_JSON, "calibration": CALIBRATION_JSON})
+# Figures of evaluated rows: metrics by name, and what is said of them.
+FIGURES_JSON = record(
+    {},
+    {
+        "undefined": mapping(text()), "intervals": mapping(nullable(array(number(), length=2))), "threshold": nullable(number(-1, 1)),
+        "baselines": mapping(mapping(nullable(number()))), "no_baselines": mapping(text()),
+    },
+    others=nullable(number()),
+)  # fmt: skip
+# Of the rows of a split; versions differ in what they say of them.
+SPLIT_JSON = record({"rows": whole(0)}, {"classes": nullable(mapping(whole(0))), "mean_tokens": nullable(number(0))}, others=True)
+SUMMARY_JSON = record(
+    {
+        "data": record({}, {"files": mapping(record({"sha256": text()}, {"bytes": whole(0)}))}, others=SPLIT_JSON),
+        "best": record({}, {"step": nullable(whole(0)), "metric": nullable(text()), "value": nullable(number())}, others=True),
+        "test": nullable(FIGURES_JSON),
+    },
+    {"mmbert_core": text()},
+)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the JSON files of a model folder say, each fitting the others."""
+
+    config: Config
+    resolved: dict[str, Any]  # settings that were `auto`, as used
+    features: Features
+    labels: Labels
+
+
+# ---- the manifest ----
+
+
+def prediction_files(folder: Path) -> list[str]:
+    """Files in the folder, without the manifest, that decide a prediction, as paths below it."""
+    present = [name for name in PREDICTION_FILES if (folder / name).is_file()]
+    encoder = sorted(path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in encoder]
+    return [*present, *(name for name in names if not _is_hidden(name))]
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether file managers, editors, notebooks and version control made it: no one reads `.DS_Store` or `.ipynb_checkpoints/` as a model's."""
+    return any(word.startswith(".") or word == "__MACOSX" for word in name.split("/"))
+
+
+def manifest_record(folder: Path, weights: Path) -> dict[str, Any]:
+    """What MANIFEST.json holds of a folder whose `weights` have not got their name yet."""
+    return manifest_of(folder, [*prediction_files(folder), WEIGHTS], version=FORMAT_VERSION, paths={WEIGHTS: weights})
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise `InputError` for a file that is missing, changed or new since the folder was written, and that a prediction may depend on.
+
+    Folders of version 0.2 and older have no manifest: theirs are taken as they are.
+    """
+    try:
+        entries = read_manifest(folder, version=FORMAT_VERSION)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from None
+    present = set(prediction_files(folder))
+    if unknown := sorted(set(entries) - {*present, *PREDICTION_FILES} - {name for name in entries if _is_encoder_file(name)}):
+        raise InputError(f"{folder / MANIFEST}: expected files of a model folder, found {unknown[0]!r:.100}")
+    if not {CONFIG, FEATURES, LABELS, WEIGHTS} <= set(entries):
+        raise InputError(f"{folder / MANIFEST}: expected {CONFIG}, {FEATURES}, {LABELS} and {WEIGHTS} in it, found {len(entries)} files")
+    advice = "copy the whole folder again, or train once more"
+    if added := sorted(name for name in present - set(entries) if name in PREDICTION_FILES or _is_tokenizer_file(name)):
+        raise InputError(f"{folder / added[0]}: is no file of this model ({MANIFEST} does not name it): remove it, or {advice}")
+    if difference := first_difference(folder, entries):
+        name, reason = difference
+        if reason == "missing":
+            raise InputError(f"{folder}: not a whole model folder: {name} is missing, which {MANIFEST} names: {advice}")
+        option = "; for another threshold use --threshold" if name == THRESHOLDS else ""
+        raise InputError(f"{folder / name}: is not as it was written with the model ({reason}): {advice}{option}")
+
+
+def _is_encoder_file(name: str) -> bool:
+    """Whether a manifest's name can be one of the encoder's files, and of nothing outside the folder."""
+    return name.startswith(f"{ENCODER}/") and name.endswith(ENCODER_SUFFIXES) and ".." not in name.split("/")
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    """Whether a tokenizer would read this file of the folder if it were added; a user's notes are not."""
+    return name.startswith(f"{ENCODER}/") and TOKENIZER_NAMES.fullmatch(name.removeprefix(f"{ENCODER}/")) is not None
+
+
+# ---- the model card ----
+
+
+def with_card_mark(text: str) -> str:
+    """The card with a last line by which a later run knows that nobody has written into it."""
+    return text + CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a README.md is a card as a run wrote it: the user's own, or an edited one, is never replaced or removed."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
+            return False
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    head, found, _ = text.rpartition(CARD_MARK.split("{}")[0])
+    return bool(found) and text == with_card_mark(head)
+
+
+# ---- reading ----
+
+
+def check_complete(folder: Path) -> None:
+    """Raise `InputError` when a file that every model folder has is missing, or may not be read."""
+    check_readable(folder)
+    for name in (CONFIG, FEATURES, LABELS, WEIGHTS):
+        check_readable(folder / name)
+        if not (folder / name).is_file():
+            unfinished = " (the run has not ended)" if name == WEIGHTS and folder.is_dir() else ""
+            raise InputError(f"{folder}: not a model folder: {name} is missing{unfinished}")
+    check_readable(folder / ENCODER, *(folder / name for name in (THRESHOLDS, BASELINES, BASELINE_WEIGHTS, MANIFEST)))
+    if (folder / ENCODER).is_dir():
+        check_readable(*sorted((folder / ENCODER).iterdir()))
+
+
+def read_settings(folder: Path) -> ModelSettings:
+    """Config, features and labels. Raises `InputError`, one line, for what does not fit: nothing has been built by then."""
+    values = read_part(folder / CONFIG, CONFIG_JSON)
+    config, resolved = config_from_dict(values["config"], place=f"{folder / CONFIG}: config"), values["resolved"]
+    if config.text_name and resolved["pooling"] is None:
+        raise InputError(f"{folder / CONFIG}: resolved.pooling: expected {', '.join(POOLINGS[1:])}, found null")
+    features_json = read_part(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)
+    if (features_json["number_names"], features_json["category_names"]) != (list(config.tab_field_list), list(config.cat_field_list)):
+        raise InputError(f"{folder / FEATURES}: its columns are not those of {CONFIG}")
+    features = _built(folder / FEATURES, lambda: Features.from_json(features_json))
+    labels = Labels.from_json(read_part(folder / LABELS, LABELS_JSON))
+    if len(labels.names) != config.num_classes:
+        raise InputError(f"{folder / LABELS}: expected {config.num_classes} labels as in {CONFIG}, found {len(labels.names)}")
+    if config.text_name and not (folder / ENCODER).is_dir():
+        raise InputError(f"{folder}: not a model folder: {ENCODER}/ is missing")
+    return ModelSettings(config, resolved, features, labels)
+
+
+def read_judgement(folder: Path, settings: ModelSettings) -> Judgement:
+    """Threshold, calibration and baselines; a folder of version 0.2 or older has none, and counts rows above one half."""
+    if not (folder / THRESHOLDS).is_file():
+        return Judgement()
+    values = read_part(folder / THRESHOLDS, THRESHOLDS_JSON)
+    threshold = _built(folder / THRESHOLDS, lambda: Threshold.from_json(values["threshold"]))
+    calibration = _built(folder / THRESHOLDS, lambda: Calibration.from_json(values["calibration"]))
+    if not (folder / BASELINES).is_file():
+        return Judgement(threshold, calibration)
+    baselines_json = read_part(folder / BASELINES, BASELINES_JSON)
+    tensors = _built(folder / BASELINE_WEIGHTS, lambda: load_file(folder / BASELINE_WEIGHTS))
+    sizes = {"num_classes": settings.config.num_classes, "num_columns": settings.features.num_numbers + sum(settings.features.cardinalities)}
+    baselines = _built(folder / BASELINES, lambda: Baselines.from_json(baselines_json, tensors, **sizes))
+    return Judgement(threshold, calibration, baselines)
+
+
+def read_part(path: Path, check: Check, **bounds: int) -> Any:
+    """The value of a JSON file of the folder. Raises `InputError` where it cannot be read, too."""
+    try:
+        return read_json(path, check, **bounds)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _built(path: Path, build: Callable[[], Any]) -> Any:
+    """What is built from a file; what does not fit is one line that names it."""
+    try:
+        return build()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)  # safetensors gives it no strerror
+        raise InputError(f"{path}: {'is missing' if missing else f'cannot be read: {error.strerror or error}'}") from None
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}: ').split())[:300]}") from None

@@ -1,0 +1,209 @@
+"""A whole model in a folder: it scores new files without training data, network or pickle.
+
+    config.json  model.safetensors  encoder/ (config and tokenizer)  features.json  labels.json
+    thresholds.json  baselines.json  baselines.safetensors  MANIFEST.json (older folders have none of the last four)
+
+Texts, columns and classes are those of the training run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+import mmbert_core
+from mmbert_core.config import Config
+from mmbert_core.data.features import Features
+from mmbert_core.data.known_ranges import with_known_ranges
+from mmbert_core.data.labels import Labels
+from mmbert_core.data.tokens import always_used_ids, load_tokenizer
+from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.inference.model_files import (
+    BASELINE_WEIGHTS,
+    BASELINES,
+    CARD,
+    CONFIG,
+    ENCODER,
+    FEATURES,
+    FORMAT_VERSION,
+    LABELS,
+    SUMMARY,
+    THRESHOLDS,
+    WEIGHTS,
+    check_complete,
+    check_manifest,
+    is_own_card,
+    manifest_record,
+    prediction_files,
+    read_judgement,
+    read_settings,
+)
+from mmbert_core.model.multimodal_bert import MultimodalBert
+from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder, sentence_pooling
+from mmbert_core.model.probe import check_runs_once, check_token_ids
+from mmbert_core.model.tabular_encoder import TabAE
+from mmbert_core.model.text_encoder import TextBertBase, reinitialise, resolve_pooling
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.storage.encoder_files import Shapes, check_content, read_shapes
+from mmbert_core.storage.files import TEMPORARY_PREFIX, save_tensors, space, sync_path, write_json
+from mmbert_core.storage.manifest import MANIFEST
+
+ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
+PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tried on: no chunk size but 1 and 11 divides it
+LAST_LAYER = "final_merge_network.linear_layer_final.weight"  # [classes, width of both halves]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model folder holds, ready to score: the model is in eval mode, on the CPU, in float32."""
+
+    model: MultimodalBert
+    config: Config
+    features: Features
+    labels: Labels
+    tokenizer: Any  # None for a columns-only model
+    resolved: dict[str, Any]  # settings that were `auto`, as used
+    judgement: Judgement = Judgement()
+
+
+def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str | None]:
+    """The model of a new run with pretrained encoder weights, and the pooling in use. Random parts come from `config.seed`.
+
+    Raises `InputError` when the encoder cannot be loaded.
+    """
+    torch.manual_seed(config.seed)
+    text, pooling = None, None
+    if config.text_name:
+        encoder, has_stored_pooler = load_pretrained_encoder(config.encoder)
+        check_length(config, encoder)
+        trained = sentence_pooling(config.encoder) if config.pooling == "auto" else None
+        pooling = resolve_pooling(config.pooling, encoder, has_stored_pooler, trained)
+        text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
+        if config.reinit_pooler or config.reinit_layers:
+            reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
+    return MultimodalBert(text, _tabular_part(config, features), config.num_classes), pooling
+
+
+def check_length(config: Config, encoder: nn.Module) -> None:
+    """Refuse chunks longer than the encoder's positions, which would fail deep inside it."""
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if positions is None or positions < 1:  # XLNet has relative positions and says -1
+        return
+    offset = 0
+    for name, module in encoder.named_modules():
+        if name.split(".")[-1] == "position_embeddings" and isinstance(module, nn.Embedding):
+            positions = min(positions, module.num_embeddings)
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's way: they start behind the padding's
+    if config.max_length > positions - offset:
+        raise InputError(f"max_length: expected at most {positions - offset} tokens, as encoder {config.encoder!r} has positions, found {config.max_length}")
+
+
+def _tabular_part(config: Config, features: Features) -> TabAE | None:
+    if not features.num_numbers and not features.cardinalities:
+        return None
+    return TabAE(
+        features.num_numbers, features.cardinalities, hidden_common_dim=config.hidden_common_dim, means=features.means, stds=features.stds
+    )
+
+
+# ---- save and load ----
+
+
+def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: LoadedModel) -> None:
+    """Rank 0 only. Write all parts, the weights last. The same weights always give the same file, byte for byte.
+
+    Raises `RunError` when the disk does not take it.
+    """
+    folder = Path(folder)
+    for name in (WEIGHTS, MANIFEST, SUMMARY, *((CARD,) if is_own_card(folder / CARD) else ())):  # a README.md may be the user's
+        (folder / name).unlink(missing_ok=True)  # never an old model, or its figures, next to new files
+    baselines = made.judgement.baselines
+    for name in (BASELINES, BASELINE_WEIGHTS) if baselines is None else ():
+        (folder / name).unlink(missing_ok=True)
+    temporaries = {name: folder / f"{TEMPORARY_PREFIX}{name}" for name in (BASELINE_WEIGHTS, WEIGHTS)}
+    try:
+        if made.model.text_subnetwork is not None:
+            made.model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
+            made.tokenizer.save_pretrained(folder / ENCODER)
+            for path in (*(folder / ENCODER).iterdir(), folder / ENCODER):
+                sync_path(path)
+        write_json(folder / FEATURES, made.features.to_json())
+        write_json(folder / LABELS, made.labels.to_json())
+        write_json(folder / CONFIG, config_record(made.config, made.resolved))
+        write_json(folder / THRESHOLDS, made.judgement.to_json())
+        if baselines is not None:
+            write_json(folder / BASELINES, baselines.to_json())
+            _replace_tensors(baselines.tensors(), temporaries[BASELINE_WEIGHTS], folder / BASELINE_WEIGHTS)
+        _replace_tensors(weights, temporaries[WEIGHTS], folder / WEIGHTS, manifest_of=folder)
+    except OSError as error:
+        num_bytes = sum(tensor.nbytes for tensor in weights.values())
+        raise RunError(f"the model could not be written: {space(folder, num_bytes)} ({error})") from error
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _replace_tensors(tensors: dict[str, torch.Tensor], temporary: Path, final: Path, *, manifest_of: Path | None = None) -> None:
+    """The tensors in a file that takes its name whole; `manifest_of`: after the manifest of that folder, which names it, is written."""
+    save_tensors(tensors, temporary)
+    sync_path(temporary)
+    if manifest_of is not None:
+        write_json(manifest_of / MANIFEST, manifest_record(manifest_of, temporary))
+    temporary.replace(final)
+    sync_path(final.parent)
+
+
+def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds: every setting as asked, and those that were settled by the run."""
+    return {"format_version": FORMAT_VERSION, "mmbert_core": mmbert_core.__version__, "config": config.to_dict(), "resolved": resolved}
+
+
+def load_model_folder(folder: str | Path) -> LoadedModel:
+    """Read a model folder. Raises `InputError`, one line, when a file is missing, not as it was written, or does not fit the others."""
+    folder = Path(folder)
+    check_complete(folder)
+    for name in (*prediction_files(folder), *((MANIFEST,) if (folder / MANIFEST).is_file() else ())):
+        check_content(folder / name, may_be_empty=True)
+    check_manifest(folder)
+    settings = read_settings(folder)
+    config = settings.config
+    features = with_known_ranges(settings.features, settings.labels, config, folder)
+    judgement = read_judgement(folder, settings)
+    shapes = read_shapes(folder / WEIGHTS)
+    _check_head(folder / WEIGHTS, config, shapes)
+    text, tokenizer = None, None
+    if config.text_name:
+        tokenizer = load_tokenizer(str(folder / ENCODER))
+        tokenizer.truncation_side = settings.resolved.get("truncation_side", "right")  # as in training; before it was kept, always right
+        encoder = build_encoder(str(folder / ENCODER), _encoder_shapes(shapes))
+        check_length(config, encoder)
+        check_token_ids(encoder, max(always_used_ids(tokenizer), default=0), name=str(folder / ENCODER))
+    try:
+        if config.text_name:
+            text = TextBertBase(encoder, pooling=settings.resolved["pooling"], hidden_common_dim=config.hidden_common_dim)
+        model = MultimodalBert(text, _tabular_part(config, features), config.num_classes)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:  # RuntimeError: names or shapes differ
+        raise InputError(f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}") from None
+    if text is not None:
+        ids = [max(always_used_ids(tokenizer), default=0)] * min(config.max_length, PROBE_LENGTH)
+        check_runs_once(text, ids, name=str(folder / ENCODER))
+    return LoadedModel(model.eval(), config, features, settings.labels, tokenizer, settings.resolved, judgement)
+
+
+def _encoder_shapes(shapes: Shapes) -> Shapes:
+    """Shapes of the encoder's tensors among the model's, under the encoder's own names."""
+    return {name.removeprefix(ENCODER_PREFIX): shape for name, shape in shapes.items() if name.startswith(ENCODER_PREFIX)}
+
+
+def _check_head(path: Path, config: Config, shapes: Shapes) -> None:
+    """Refuse widths that the weights do not have, before memory for them is taken."""
+    num_halves = bool(config.text_name) + bool(config.tab_field_list or config.cat_field_list)
+    expected = (config.num_classes, config.hidden_common_dim * num_halves)
+    if (found := shapes.get(LAST_LAYER)) != expected:
+        found_words = "none" if found is None else f"shape {list(found)}"
+        raise InputError(f"{path}: does not fit the other files of the folder: expected {LAST_LAYER} of shape {list(expected)}, found {found_words}")

@@ -1,0 +1,146 @@
+"""The prediction file: columns, format, decimals, quoting, cells that a spreadsheet would compute; it appears whole or not at all.
+
+`<id_name>` (if set), `prob` (several classes: `prob_<class>` each), `label` (if the input has it), `pred`, `prob_calibrated`
+(of class 1; several classes: of the predicted one).
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.files import TEMPORARY_PREFIX, naming, sync_path
+from mmbert_core.tables.table import (
+    check_path,
+)
+
+NEEDS_QUOTES = frozenset('\t\n\r"')  # in any format
+
+
+OTHER_FORMATS = frozenset({".parquet", ".jsonl", ".ndjson", ".json", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".gz", ".zip", ".bz2", ".xz", ".zst"})
+
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # a spreadsheet computes a cell that begins so
+
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # and is right to
+
+
+Columns = dict[str, Sequence[str] | np.ndarray]
+
+
+def header(class_names: Sequence[str], *, is_binary: bool, id_name: str | None, has_labels: bool) -> list[str]:
+    """Column names of a prediction file."""
+    probabilities = ["prob"] if is_binary else [f"prob_{name}" for name in class_names]
+    return [*([id_name] if id_name else []), *probabilities, *(["label"] if has_labels else []), "pred", "prob_calibrated"]
+
+
+def prediction_columns(
+    preds: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    is_binary: bool,
+    id_name: str | None,
+    ids: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    calibrated: np.ndarray,
+    threshold: float = BINARY_THRESHOLD,
+) -> Columns:
+    """The columns of a prediction file by name: ids and labels as they are, probabilities float32 [N], predicted class names.
+
+    `calibrated` are the probabilities `preds` [N] or [N, K] after calibration; which class is predicted is told by `preds`.
+    """
+    shape = (len(preds), 1 if is_binary else len(class_names))
+    preds, calibrated = (np.asarray(values, dtype=np.float32).reshape(shape) for values in (preds, calibrated))
+    chosen = predicted_classes(preds[:, 0] if is_binary else preds, threshold=threshold)
+    predicted = [class_names[index] for index in chosen]
+    of_chosen = calibrated[np.arange(len(chosen)), 0 if is_binary else chosen]
+    cells = [*([ids] if id_name else []), *preds.T, *([] if labels is None else [labels]), predicted, of_chosen]
+    return dict(zip(header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None), cells, strict=True))
+
+
+def output_delimiter(name: str) -> str:
+    """Comma for a prediction file named .csv, else a tab. Raises `InputError` for the suffix of another format of data."""
+    suffix = Path(name).suffix.lower()
+    if suffix in OTHER_FORMATS:
+        raise InputError(f"{name}: expected an output that ends in .tsv or .csv, found {suffix}: predictions are written as TSV or CSV")
+    return "," if suffix == ".csv" else "\t"
+
+
+def table_rows(columns: Columns, *, delimiter: str = "\t", sheet_safe: bool = False) -> Iterator[str]:
+    """The lines of a prediction file below its header."""
+    return (table_line(row, delimiter=delimiter, sheet_safe=sheet_safe) for row in zip(*columns.values(), strict=True))
+
+
+def table_line(cells: Iterable[str | np.float32], *, delimiter: str = "\t", sheet_safe: bool = False) -> str:
+    """One line. A probability is the shortest decimal that reads back to the same float32.
+
+    Texts with the delimiter, line breaks or quotes are quoted as the csv module and pandas read them (doubled quotes). With
+    `sheet_safe` a text that spreadsheets would take for a formula gets a ' before it; numbers never do.
+    """
+    texts, needs_quotes = [], NEEDS_QUOTES | {delimiter}
+    for cell in cells:
+        text = str(cell)
+        if sheet_safe and isinstance(cell, str) and text.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(text):
+            text = "'" + text
+        texts.append('"' + text.replace('"', '""') + '"' if needs_quotes & set(text) else text)
+    return delimiter.join(texts) + "\n"
+
+
+STANDARD = "-"  # standard input or output
+
+
+@contextmanager
+def written_whole(output: str | Path, inputs: Sequence[str], context: DistContext) -> Iterator[TextIO]:
+    """Collective. A stream, on rank 0, to a file that takes its name when the block ends without an error; "-" is standard output."""
+    if str(output) == STANDARD:
+        with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as stream:
+            yield stream
+        return
+    output = Path(output)
+    check_output(inputs, output)
+    temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
+    try:
+        distributed.on_main(lambda: create(temporary, output))
+        with naming(output), open(temporary if context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno()) if context.is_main else None
+        distributed.on_main(lambda: publish(temporary, output))
+    finally:
+        if context.is_main:
+            temporary.unlink(missing_ok=True)
+
+
+def check_output(inputs: Sequence[str], output: Path) -> None:
+    """Refuse an output whose name is not UTF-8, that is an input, no file (a folder, a device), or in a folder that is not there."""
+    check_path(output)
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: the folder {output.parent} does not exist")
+    if output.exists() and not output.is_file():
+        raise InputError(f"{output}: expected a file to write, found a {'folder' if output.is_dir() else 'device'}")
+    if output.exists() and any(os.path.samefile(path, output) for path in inputs):
+        raise InputError(f"{output}: is the input file; choose another output")
+
+
+def create(temporary: Path, output: Path) -> None:
+    """Rank 0 only. The empty file that will become `output`, so that no row is scored in vain."""
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror})") from None
+
+
+def publish(temporary: Path, output: Path) -> None:
+    """Rank 0 only. The finished file takes its name."""
+    os.replace(temporary, output)
+    sync_path(output.parent)

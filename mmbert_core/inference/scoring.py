@@ -1,0 +1,95 @@
+"""Rows of a table in batches over the ranks, and their results gathered in the table's order.
+
+B rows of a batch, N rows of the table, K classes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmbert_core.data.batches import deal, evaluation_batches
+from mmbert_core.data.dataset import Batch, Dataset
+from mmbert_core.model.losses import LossOp
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.distributed import DistContext
+
+TOKEN_BUDGETS = {"cpu": 1024, "cuda": 16384}  # of an evaluation batch: what a CPU keeps in its caches, what fills a GPU
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every step needs beside the model and the batch."""
+
+    is_binary: bool
+    loss_op: LossOp  # logits [B, K], labels [B] -> weighted losses [B]
+    precision: str
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Results of one evaluated batch, on the CPU."""
+
+    batch_idx: int
+    row_index: np.ndarray  # [B] rows of the table
+    preds: np.ndarray  # [B] probability of class 1, or [B, K]
+    labels: np.ndarray | None  # [B]
+    ids: list[str] | None
+    loss_sum: float  # weighted losses of the batch's rows
+    weight_sum: float
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Results of all ranks, every row once, in the table's order."""
+
+    preds: np.ndarray  # [N] or [N, K]
+    labels: np.ndarray | None  # [N]
+    ids: list[str] | None
+    loss: float | None  # weighted losses over their weight sum, over all rows; None where that is no finite number
+
+
+def broken_rows(preds: np.ndarray) -> np.ndarray:
+    """Positions of the rows, of [N] or [N, K] probabilities, with one that is no finite number."""
+    return np.unique(np.argwhere(~np.isfinite(preds))[:, 0])
+
+
+def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch] | None]:
+    """This rank's share of the evaluation batches, with their numbers: whole batches, so that no shape depends on the ranks.
+
+    As many items on every rank, so that the ranks can ask each other something at each; None: nothing more to do here.
+    """
+    plan = evaluation_batches(dataset.lengths, token_budget=TOKEN_BUDGETS[context.device.type])
+    hands = deal([dataset.cost(rows) for rows in plan], context.world_size)
+    hand = hands[context.rank]
+    for index in hand:
+        yield index, dataset.batch(plan[index])
+    for _ in range(max(map(len, hands)) - len(hand)):
+        yield None
+
+
+def gather_results(outputs: list[BatchResult], num_rows: int) -> EpochResult:
+    """Collective. The results of all ranks through `all_gather_object`, put in the table's order.
+
+    Raises `RuntimeError` unless every row is there exactly once. Sums run in batch order, so that the figures do not
+    depend on the number of ranks.
+    """
+    results = sorted((item for part in distributed.all_gather_objects(outputs) for item in part), key=lambda item: item.batch_idx)
+    rows = np.concatenate([item.row_index for item in results]) if results else np.zeros(0, np.int64)
+    if len(rows) != num_rows or not np.array_equal(np.bincount(rows, minlength=num_rows), np.ones(num_rows)):
+        raise RuntimeError(f"expected each of {num_rows} rows once, found {len(rows)} results for {len(np.unique(rows))} rows")
+    if not results:
+        return EpochResult(np.zeros(0, np.float32), np.zeros(0, np.int64), [], None)
+    order = np.argsort(rows)
+    ids = None if results[0].ids is None else [cell for item in results for cell in item.ids or []]
+    weight_sum = sum(item.weight_sum for item in results)
+    loss = sum(item.loss_sum for item in results) / weight_sum if weight_sum > 0 else math.nan
+    return EpochResult(
+        preds=np.concatenate([item.preds for item in results])[order],
+        labels=None if results[0].labels is None else np.concatenate([item.labels for item in results])[order],
+        ids=None if ids is None else [ids[position] for position in order],
+        loss=loss if math.isfinite(loss) else None,
+    )

@@ -1,0 +1,128 @@
+"""Signals that ask a run to stop: a flag for the loop, an exception where nothing is at stake, an end for the impatient.
+
+SIGTERM (torchrun, SLURM), SIGINT (Ctrl-C), SIGHUP (a lost terminal), SIGQUIT and SIGUSR1 (SLURM's --signal, where the
+launcher forwards it) mean the same; torchrun forwards the first four by itself.
+The handler itself does nothing that could break what it interrupts: Python runs it between two instructions of the main
+thread, and not at all while that waits in a collective. So a thread hears every signal through a pipe.
+"""
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mmbert_core.runtime.errors import Stopped
+
+logger = logging.getLogger(__name__)
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # noted before the long imports: it may be gone after them
+SAME_REQUEST_SECONDS = 1.0  # one request may come twice: from SLURM to all processes, and once more through torchrun
+GRACE_SECONDS = 5.0  # for the main thread to leave by itself where nothing is at stake
+PARENT_CHECK_SECONDS = 1.0
+
+
+class _State:
+    """What this process has heard; signals belong to a process, so there is one."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None  # signal number of the first request
+        self.deferred = False
+        self.leaving = False
+
+
+_state = _State()
+
+
+def requested() -> str | None:
+    """The name of the signal that asked this process to stop, or None."""
+    return signal.Signals(_state.first).name if _state.first else None
+
+
+@contextmanager
+def caught() -> Iterator[None]:
+    """Hear the stop signals, of a process that torchrun started also its launcher's death. For the main thread of a command."""
+    global _state
+    _state = _State()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, _handle) for number in heard}
+    before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    listener = threading.Thread(target=_listen, args=(reader, _state), name="signals", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before_fd)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if _state.leaving else handler)
+        os.close(writer)
+        listener.join()
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a first signal is only a flag for `requested`: there is work to save. Outside it raises `Stopped` at once."""
+    before, _state.deferred = _state.deferred, True
+    try:
+        yield
+    finally:
+        _state.deferred = before
+
+
+def ignore() -> None:
+    """The work is saved and this process leaves: a launcher that hurries it must not change its exit code."""
+    _state.leaving = True
+
+
+def restore_defaults() -> None:
+    """This process only waits to be ended: let a signal do that. Main thread only."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    """In the main thread."""
+    _state.first = _state.first or number
+    if not _state.deferred and not _state.leaving:
+        raise Stopped(f"stopped by {signal.Signals(number).name}; nothing was at stake")
+
+
+def _listen(reader: int, state: _State) -> None:
+    """In a thread: what the main thread cannot do while it waits in native code."""
+    launcher = LAUNCHER
+    first_seconds = None  # when this thread, not the handler, heard the first request: a busy main thread may be long between the two
+    last_seconds = None  # when the patience with a main thread that should have left ends
+    while True:
+        ready, _, _ = select.select([reader], [], [], PARENT_CHECK_SECONDS)
+        now = time.monotonic()
+        if ready:
+            numbers = os.read(reader, 64)
+            if not numbers:
+                os.close(reader)
+                return
+            for number in filter(lambda number: number in STOP_SIGNALS, numbers):
+                state.first, first_seconds = state.first or number, first_seconds or now
+                if state.leaving:
+                    continue
+                if now - first_seconds > SAME_REQUEST_SECONDS:
+                    os._exit(128 + number)
+                if state.deferred:
+                    logger.info("%s: stopping after what is under way; a second signal leaves at once", signal.Signals(number).name)
+                else:
+                    last_seconds = last_seconds or now + GRACE_SECONDS
+        if last_seconds is not None and now > last_seconds:
+            os._exit(EXIT_STOPPED)
+        if launcher is not None and os.getppid() != launcher:
+            launcher = None
+            logger.warning("torchrun is gone")
+            if state.first is None:  # else the request is known, and this would be a second one
+                os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,88 @@
+"""Standard streams that lose their reader or lack a character: neither ends a command.
+
+A command is done when its files are written. `| head` that has read enough, a terminal that is gone and a closed
+descriptor only mean that nobody reads what is printed; a full disk behind standard output is still an error.
+"""
+
+import errno
+import faulthandler
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET})  # a pipe's, a terminal's, a socket's
+
+
+class _StandardFile(io.FileIO):
+    """The descriptor of a standard stream. Once its reader is gone, what is written to it is dropped."""
+
+    def __init__(self, descriptor: int, *, is_required: bool) -> None:
+        """`is_required`: a write that fails for another reason than a reader that is gone raises its `OSError`."""
+        super().__init__(descriptor, "w", closefd=False)
+        self._is_required = is_required
+
+    def write(self, data: Any) -> int:
+        """Number of bytes written; waits where a descriptor that does not block by itself is full."""
+        size = memoryview(data).nbytes
+        try:
+            while (written := super().write(data)) is None:
+                select.select([], [self.fileno()], [])
+            return written
+        except OSError as error:
+            if error.errno in READER_GONE:
+                discard(self.fileno())
+            elif self._is_required:
+                raise OSError(error.errno, error.strerror, "standard output") from None
+            return size
+
+
+def protect_streams() -> None:
+    """For a process that is a command: replace its standard streams by ones that outlive their readers.
+
+    Characters that a stream's encoding lacks are written as escapes (`\\xe9`). A crash in native code, such as a bus
+    error, prints where it happened to standard error.
+    """
+    open_closed_streams()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with suppress(OSError, ValueError):  # without a descriptor: a stream of whoever embeds this
+            file = _StandardFile(stream.fileno(), is_required=name == "stdout")
+            stream.flush()
+            buffered = io.BufferedWriter(file)
+            at_once = name == "stderr"
+            options = {"line_buffering": at_once or stream.isatty(), "write_through": at_once}
+            wrapped = io.TextIOWrapper(buffered, encoding=stream.encoding, errors="backslashreplace", **options)
+            setattr(sys, name, wrapped)
+    with suppress(OSError, ValueError, RuntimeError):
+        faulthandler.enable()
+
+
+def open_closed_streams() -> None:
+    """Replace streams that the caller has closed (`>&-`): nothing is read from those, what is written there is lost."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - until the process ends
+            setattr(sys, name, stream)
+
+
+@contextmanager
+def while_it_is_read() -> Iterator[None]:
+    """Work whose only result is standard output ends without a failure when the reader (`| head`) has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout.fileno())
+
+
+def discard(descriptor: int) -> None:
+    """From now on, what is written to `descriptor` is lost."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)

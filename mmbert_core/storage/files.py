@@ -1,0 +1,234 @@
+"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.schema import Check, check_structure, parse_json
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY_PREFIX = ".tmp-"
+TIME_FORMAT = "%Y-%m-%d-%H-%M-%S"
+LOCK = "run.lock"
+MEGABYTE = 2**20
+MAX_JSON_BYTES = 64 * MEGABYTE  # of a JSON file that is read whole; values take several times that in memory
+
+
+def sync_path(path: Path) -> None:
+    """Force a file or folder to disk, so that a later rename cannot be seen before the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` from inside that names no file, as of a write to a full disk, gets `path` and the space that is left."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror} ({free_bytes(Path(path).parent) / MEGABYTE:.1f} MB free)", str(path)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
+    try:
+        with naming(path), open(temporary, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        sync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file, whose structure is as `check` declares. The one place where files of JSON are read.
+
+    Raises `InputError`, one line that names the file (and the key), for what is not JSON, what `schema.parse_json` refuses,
+    a file of more than `max_bytes`, no plain file, and another structure. Raises `OSError` for a file that cannot be read.
+    """
+    path = Path(path)
+    if stat.S_ISREG(path.stat().st_mode) or path.is_dir():  # opening a pipe would wait for its writer
+        with open(path, "rb") as stream:
+            content = stream.read(max_bytes + 1)
+    else:
+        raise InputError(f"{path}: expected a file, found a device or a pipe")
+    if len(content) > max_bytes:
+        raise InputError(f"{path}: expected at most {max_bytes / MEGABYTE:g} MB of JSON, found more")
+    try:
+        value = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file ({' '.join(str(error).split())[:200]})") from None
+    if check is not None:
+        check_structure(value, check, str(path))
+    return value
+
+
+@contextmanager
+def mode_of_new_files(path: Path) -> Iterator[None]:
+    """The file that the block writes gets the mode of any new file (the umask's): safetensors makes it its owner's alone."""
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file or folder that may be there cannot be read, in words; None for one that can, and for one that is missing."""
+    try:
+        status = os.stat(path)
+    except PermissionError:
+        return "permission denied (in one of the folders above it)"
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    wanted = os.R_OK | os.X_OK if stat.S_ISDIR(status.st_mode) else os.R_OK
+    if os.access(path, wanted):
+        return None
+    return f"permission denied (its mode is {stat.S_IMODE(status.st_mode):04o}, its owner user {status.st_uid})"
+
+
+def check_readable(*paths: Path) -> None:
+    """Raise `InputError` for the first of the files and folders that is there and may not be read."""
+    for path in paths:
+        if reason := why_unreadable(path):
+            raise InputError(f"{path}: cannot be read: {reason}")
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, not atomic, whose bytes depend on the tensors alone: more metadata keys would come in random order."""
+    try:
+        with mode_of_new_files(path):
+            save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(*([int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"])) from None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `final`; rename it to `final` when the block ends without an error.
+
+    Every file in it and both folders are synced before the rename. On an error the temporary folder is removed, and a
+    `final` that was there is as it was.
+    """
+    final = Path(final)
+    if not final.parent.is_dir():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        sync_path(final.parent.parent)
+    temporary = final.parent / f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
+    old = final.parent / f"{TEMPORARY_PREFIX}old-{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with naming(final):
+            yield temporary
+        for path in sorted(temporary.rglob("*")):
+            sync_path(path)
+        sync_path(temporary)
+        if has_old := os.path.lexists(final):
+            os.rename(final, old)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if has_old:
+                os.rename(old, final)
+            raise
+        sync_path(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # what is left of it goes at the next start
+            remove_path(old)
+
+
+def names_by_time(parent: Path, prefix: str) -> Iterator[Path]:
+    """`<prefix>-<local time to the second>` in `parent`, then the names of the seconds after it: what is there already is left out."""
+    now = time.time()
+    for seconds in count():
+        path = Path(parent) / f"{prefix}-{time.strftime(TIME_FORMAT, time.localtime(now + seconds))}"
+        if not os.path.lexists(path):
+            yield path
+
+
+def make_folder_by_time(parent: Path, prefix: str) -> Path:
+    """Make and return a new folder of `names_by_time`, also where other processes make theirs in the same second."""
+    for path in names_by_time(parent, prefix):
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("the names never end")
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a whole folder; nothing there is fine."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_stale_temporaries(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Remove what an interrupted write left in `folder`, and say so; with `names`, only what was to become one of these."""
+    ours = ".*" if names is None else f"(old-)?({'|'.join(map(re.escape, names))})(-[0-9]+)?"
+    for path in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
+        if re.fullmatch(re.escape(TEMPORARY_PREFIX) + ours, path.name, re.DOTALL):
+            try:
+                remove_path(path)
+                logger.info("removed %s, left by an interrupted write", path)
+            except OSError as error:  # it harms nobody, and the next start tries again
+                logger.warning("%s, left by an interrupted write, could not be removed: %s", path, error.strerror)
+
+
+# ---- the folder of a run ----
+
+
+def space(folder: Path, num_bytes: int) -> str:
+    """The words of an error for `num_bytes` that find no place."""
+    return f"need {num_bytes / MEGABYTE:.1f} MB, have {free_bytes(folder) / MEGABYTE:.1f} MB at {folder}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written in `folder`, or where it will be made."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -1,0 +1,174 @@
+"""One run per folder: a lock or, on a file system without, a file with signs of life.
+
+Without locks (some network and user-space file systems) the claim is the file `run.claim`: its first line names
+process, machine and a random token, and a counter behind it grows every few seconds. Clocks of machines are never
+compared: whoever finds a claim watches whether its counter grows.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.storage.files import LOCK, TEMPORARY_PREFIX
+
+logger = logging.getLogger(__name__)
+
+CLAIM = "run.claim"
+SECONDS_BETWEEN_SIGNS = 2.0
+SECONDS_WITHOUT_A_SIGN = 12.0  # after which the process of a claim counts as dead
+HOLDER = re.compile(r"process ([0-9]{1,9}) on ([^\s]{1,255}) ([0-9a-f]{32})\n")
+
+
+class Claim:
+    """A folder that belongs to this process until `release`. Made by `claim_folder`."""
+
+    def __init__(self, folder: Path, lock: TextIO | None) -> None:
+        self._folder, self._lock = Path(folder), lock
+        self._path = self._folder / CLAIM
+        self._line = f"process {os.getpid()} on {socket.gethostname() or '-'} {uuid.uuid4().hex}\n"
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take_without_locks(self) -> None:
+        """Make the claim file and begin to give signs of life. Raises `InputError` when another process does so."""
+        while not self._create():
+            found = _read(self._path)
+            if not found and not self._path.exists():
+                continue  # released in this moment
+            if not _is_dead(self._path, found):
+                raise in_use(self._folder, _holder(_read(self._path) or found))
+            self._remove_stale(found)
+        self._thread = threading.Thread(target=self._give_signs, name="claim", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise `RunError` when another process has taken the folder, as after a while without a sign of life."""
+        if self._lock is not None or not self._folder.is_dir():
+            return
+        found = _read(self._path)
+        if not found:
+            self._create()  # somebody has removed the claim alone
+        elif not found.startswith(self._line):
+            holder = _holder(found)
+            raise RunError(
+                f"{self._folder}: another run writes to this folder now ({holder}): choose another model_path for one of them"
+            )
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self._released.set()
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+        if self._thread is not None:
+            self._thread.join()
+            if _read(self._path).startswith(self._line):
+                self._path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """Whether the claim file was not there and is this process's now."""
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(self._line + "0\n")
+        return True
+
+    def _remove_stale(self, found: str) -> None:
+        """Of several processes that take over a dead one's claim, one moves it away; a fresh claim is put back."""
+        aside = self._path.with_name(f"{TEMPORARY_PREFIX}{CLAIM}-{os.getpid()}")
+        with suppress(FileNotFoundError):  # another process was faster
+            os.rename(self._path, aside)
+            if _read(aside) != found:
+                with suppress(FileExistsError):
+                    os.link(aside, self._path)
+            aside.unlink(missing_ok=True)
+
+    def _give_signs(self) -> None:
+        """In a thread. Count on in the claim file, for as long as it is this process's."""
+        number = 0
+        while not self._released.wait(SECONDS_BETWEEN_SIGNS):
+            number += 1
+            with suppress(OSError):  # a disk that is full or away for a moment; the folder itself may be gone
+                if not _read(self._path).startswith(self._line):
+                    continue
+                with open(self._path, "r+", encoding="utf-8") as stream:
+                    stream.write(f"{self._line}{number}\n")
+                    stream.flush()
+                    os.fsync(stream.fileno())
+
+
+def claim_folder(folder: Path) -> Claim:
+    """Claim `folder`, which is made if need be, for this process until `Claim.release` or the end of the process.
+
+    Raises `InputError` that names the holder when another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    stream = open(Path(folder) / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        stream.close()
+        raise in_use(folder, holder) from None
+    except OSError as error:
+        stream.close()
+        claim = Claim(folder, None)
+        claim.take_without_locks()
+        text = "%s: this file system has no locks (%s); the file %s keeps other runs away"
+        logger.warning(text, folder, error.strerror, CLAIM)
+        return claim
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    return Claim(folder, stream)
+
+
+def in_use(folder: Path, holder: str) -> InputError:
+    return InputError(f"{folder}: expected a folder that no other run writes to, found it in use by {holder}")
+
+
+def _read(path: Path) -> str:
+    """The claim file opened anew, as a network file system shows other machines' writes; "" where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read(1000)
+    except OSError:
+        return ""
+
+
+def _holder(found: str) -> str:
+    match = HOLDER.match(found)
+    return f"process {match[1]} on {match[2]}" if match else "another process"
+
+
+def _is_dead(path: Path, found: str) -> bool:
+    """Whether the process of a claim has ended: on this machine by its number, else by its counter, which is watched."""
+    match = HOLDER.match(found)
+    if match and match[2] == socket.gethostname():
+        if int(match[1]) == os.getpid():  # its number is this process's now
+            return True
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass  # another user's: it is there
+    logger.info("%s: waiting whether %s, which claims this folder, is alive", path, _holder(found))
+    deadline = time.monotonic() + SECONDS_WITHOUT_A_SIGN
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if _read(path) != found:
+            return not _read(path)  # released
+    return True

@@ -1,0 +1,142 @@
+"""Records of a CSV or TSV file, what spreadsheets leave behind in it, and quotes that are none."""
+
+import csv
+import logging
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, BadLine, text_lines
+
+AUTO, STANDARD, NONE = "auto", "standard", "none"  # values of tsv_quoting
+TAB = "\t"
+SEPARATORS = {  # that are not the file's: name, advice
+    ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
+    "\t": ("tabs", "name the file .tsv"),
+    "|": ("vertical bars", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
+    ",": ("commas", "name the file .csv"),
+}
+
+logger = logging.getLogger(__name__)
+
+Record = tuple[int, list[str]]  # line where it begins, cells
+
+
+def row_prefix(path: str, row: int, line: int) -> str:
+    """File and row at the beginning of a message; row 0 is the header."""
+    return f"{path} header (line {line})" if row == 0 else f"{path} row {row} (line {line})"
+
+
+def csv_header(path: str, delimiter: str, tsv_quoting: str) -> list[str] | None:
+    """Column names, without empty ones at the end; None for an empty file. Raises `InputError`, also for a line `sep=;`."""
+    first = next(_records(path, delimiter, tsv_quoting), None)
+    if first is None:
+        return None
+    header = first[1]
+    if header[0].lower().startswith("sep=") and not any(header[1:]):
+        advice = f"remove it, and separate cells by {'tabs' if delimiter == TAB else 'commas'}"
+        raise InputError(f"{path} header (line {first[0]}): expected column names, found {header[0]!r}, a line for spreadsheets: {advice}")
+    return _named(header)
+
+
+def csv_rows(path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str) -> Iterator[tuple[int, Sequence[str]]]:
+    """Rows of `columns`. Raises `InputError` for a ragged row, broken quoting, a blank line or separators alone between rows."""
+    records = _records(path, delimiter, tsv_quoting)
+    _, header = next(records)
+    num_named = len(_named(header))
+    if num_named < len(header):
+        logger.info("%s: %d columns without a name at the end are ignored", path, len(header) - num_named)
+    indices = [header.index(column) for column in columns]
+    # itemgetter of one index gives the cell itself, not a row of one cell
+    pick = itemgetter(*indices) if len(indices) > 1 else lambda cells: [cells[index] for index in indices]
+    for row, (line, cells) in enumerate(records, start=1):
+        if len(cells) != len(header):
+            raise InputError(f"{row_prefix(path, row, line)}: expected {len(header)} cells as in the header, found {len(cells)}")
+        if num_named < len(header) - 1 and any(cells[num_named:]):
+            cell = next(filter(None, cells[num_named:]))
+            raise InputError(f"{row_prefix(path, row, line)}: expected no cell under the empty names at the end of the header, found {cell[:40]!r}")
+        yield line, pick(cells)
+
+
+def _named(header: list[str]) -> list[str]:
+    count = len(header)
+    while count > 1 and not header[count - 1]:
+        count -= 1
+    return header[:count]
+
+
+def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
+    """The header, then the rows. Blank lines and, with several columns, separators alone are allowed at the end of a file only."""
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    is_auto = delimiter == TAB and tsv_quoting == AUTO
+    quoting = csv.QUOTE_NONE if delimiter == TAB and tsv_quoting == NONE else csv.QUOTE_MINIMAL
+    line_cells: list[int] = []  # of each line of the record, if the line were a record of its own
+    lines = _counted(text_lines(path), line_cells) if is_auto else text_lines(path)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
+    row, num_columns, num_blank, blank_line, blank_kind = 0, 0, 0, 0, ""
+    while True:
+        line = reader.line_num + 1
+        line_cells.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            other = _other_separator(path, delimiter) if row == 0 else None
+            raise InputError(f"{row_prefix(path, row, line)}: {other or _problem(str(error), is_auto)}") from None
+        except BadLine as error:
+            raise InputError(f"{row_prefix(path, row, reader.line_num + 1)}: {error}") from None
+        if not cells or (num_columns > 1 and not any(cells)):
+            if not blank_line:
+                blank_line, blank_kind = line, "separators alone" if cells else "a blank line"
+            num_blank += bool(cells)
+            continue
+        if blank_line:
+            hint = {0: "remove it", 1: 'an empty cell alone is written ""'}.get(num_columns, "remove it, or give the row an id")
+            raise InputError(f"{row_prefix(path, row, blank_line)}: expected a row, found {blank_kind} ({hint})")
+        if is_auto and len(line_cells) > 1 and num_columns:
+            _check_span(line_cells, num_columns, row_prefix(path, row, line))
+        yield line, cells
+        num_columns = num_columns or len(cells)
+        row += 1
+    if num_blank:
+        logger.info("%s: %d rows of separators alone at the end are ignored", path, num_blank)
+
+
+def _counted(lines: Iterator[str], line_cells: list[int]) -> Iterator[str]:
+    """The same lines; appends the number of cells that each has without quoting, 0 for a blank line."""
+    for text in lines:
+        line_cells.append(0 if text[0] in "\r\n" else text.count(TAB) + 1)
+        yield text
+
+
+def _check_span(line_cells: Sequence[int], num_columns: int, prefix: str) -> None:
+    """Raise `InputError` for a quoted cell of several lines which may be rows of their own, swallowed by a quote that is only a quote."""
+    if num_columns == 1:
+        is_ambiguous = 0 not in line_cells  # a blank line is no row of a column
+    else:
+        is_ambiguous = line_cells[0] == num_columns and num_columns in line_cells[1:]
+    if is_ambiguous:
+        raise InputError(
+            f"{prefix}: a quote opens a cell that ends {len(line_cells) - 1} lines later, and lines in it have {num_columns} cells as rows do; "
+            f"if the file has no quoting: tsv_quoting none (--tsv_quoting none); if cells do have line breaks: standard"
+        )
+
+
+def _other_separator(path: str, delimiter: str) -> str | None:
+    """What is wrong with a header that cannot be read, where its quoted names have another separator between them."""
+    header = next(text_lines(path))
+    found = next((other for other in SEPARATORS if other != delimiter and f'"{other}"' in header and f'"{delimiter}"' not in header), None)
+    return None if found is None else f"cells seem to be separated by {SEPARATORS[found][0]}; {SEPARATORS[found][1]}"
+
+
+def _problem(message: str, is_auto: bool) -> str:
+    """What the csv module means."""
+    advice = "; if the file has no quoting: tsv_quoting none (--tsv_quoting none)" if is_auto else ""
+    if "end of data" in message:
+        return f"the quoted cell that begins here is never closed{advice}"
+    if "field limit" in message:
+        return f"expected cells of at most {MAX_CELL_CHARACTERS:,} characters, found a longer one (a quote that is never closed?){advice}"
+    if "new-line character" in message:
+        return r"broken quoting (a carriage return outside quotes; lines end with \n or \r\n)"
+    return f"broken quoting ({message}){advice}"

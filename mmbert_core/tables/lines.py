@@ -1,0 +1,138 @@
+"""The lines of a text file, decoded, none longer than memory allows; what a file is that is no text."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, BinaryIO
+
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.cells import text_of
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LATIN = "Windows-1252"  # Latin-1 with curly quotes: what a file that is neither UTF-8 nor wider is most often
+MAX_LINE_BYTES = 2**27  # of one line: a file without line breaks would fill the memory before it is refused
+MAX_CELL_CHARACTERS = 2**26  # of one cell; a book has a few millions
+
+EXCEL = "the file is an Excel workbook: save the sheet as CSV UTF-8"
+OPEN_DOCUMENT = "the file is an OpenDocument spreadsheet: save the sheet as CSV UTF-8"
+ZIP = "the file is a ZIP archive: unpack it"
+SIGNATURES = {  # first bytes of a file that is no text -> what it is and what to do; none of them can begin a header
+    b"\x1f\x8b": "the file is packed by gzip: its name should end in .gz",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": EXCEL,  # .xls
+    b"PK\x05\x06": ZIP,
+    b"BZh91AY&SY": "the file is packed by bzip2: unpack it",
+    b"\xfd7zXZ\x00": "the file is packed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "the file is packed by zstd: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "the file is a 7z archive: unpack it",
+    b"Rar!\x1a\x07": "the file is a RAR archive: unpack it",
+    b"PAR1\x15": "the file is Parquet: its name should end in .parquet",
+    b"ARROW1\x00\x00": "the file is Arrow or Feather: save it as Parquet or CSV",
+    b"Obj\x01": "the file is Avro: save it as Parquet or CSV",
+    b"SQLite format 3\x00": "the file is an SQLite database: save the table as CSV",
+    b"\x89HDF\r\n\x1a\n": "the file is HDF5: save the table as Parquet or CSV",
+    b"\x93NUMPY": "the file is a NumPy array: save the table as CSV",
+    b"\x80\x04\x95": "the file is a Python pickle: save the table as Parquet or CSV",
+    b"\x80\x05\x95": "the file is a Python pickle: save the table as Parquet or CSV",
+    b"%PDF-": "the file is a PDF document: save the table as CSV",
+    b"{\\rtf": "the file is an RTF document: save the table as CSV UTF-8",
+    b"\x89PNG\r\n": "the file is a picture (PNG)",
+    b"\xff\xd8\xff": "the file is a picture (JPEG)",
+    b"<!doctype": "the file is an HTML page, not the table that it may show: save the table as CSV UTF-8",
+    b"<html": "the file is an HTML page, not the table that it may show: save the table as CSV UTF-8",
+    b"<?xml": "the file is XML: save the table as CSV UTF-8",
+}
+
+
+class BadLine(Exception):
+    """A line that is no text. Its number and row are added by the reader that asked for it."""
+
+
+def short_text_of(value: Any) -> str:
+    """`text_of` for a value from a file. Raises `ValueError` for more than MAX_CELL_CHARACTERS, too."""
+    text = text_of(value)
+    if len(text) > MAX_CELL_CHARACTERS:
+        raise ValueError(f"{len(text):,} characters, more than {MAX_CELL_CHARACTERS:,}")
+    return text
+
+
+def is_gzip_name(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """The bytes of a file, unpacked where its name ends in .gz. Raises `InputError` when it cannot be opened."""
+    try:
+        return gzip.open(path, "rb") if is_gzip_name(path) else open(path, "rb", buffering=1 << 20)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def text_lines(path: str) -> Iterator[str]:
+    """Lines with their line breaks, decoded one by one so that an undecodable byte has a position.
+
+    Raises `BadLine` for a file that is no text, bytes that are not UTF-8, a NUL byte, and a line of more than
+    MAX_LINE_BYTES, of which no more is read.
+    """
+    offset = 0  # bytes of the (unpacked) file before this line
+    other_encoding = LATIN  # of bytes that are not UTF-8, unless the file begins as UTF-16 or UTF-32
+    with open_bytes(path) as stream:
+        try:
+            for raw in iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""):
+                if offset == 0:
+                    if kind := kind_of(raw):
+                        raise BadLine(f"expected text; {kind}")
+                    other_encoding = _other_encoding(raw) or other_encoding
+                if len(raw) > MAX_LINE_BYTES:
+                    raise BadLine(f"expected lines of at most {MAX_LINE_BYTES:,} bytes, found a longer one: is one record a line?")
+                try:
+                    text = raw.decode("utf-8") if offset else ""
+                except UnicodeDecodeError:
+                    text = ""
+                if not text or "\0" in text:  # the first line, or one that is refused
+                    text = _decoded(raw, offset, other_encoding)
+                if text:
+                    yield text
+                offset += len(raw)
+        except (EOFError, zlib.error, OSError) as error:
+            raise BadLine(f"the file cannot be read to its end ({error})") from None
+
+
+def kind_of(start: bytes) -> str:
+    """What a file is by its first bytes, and what to do; "" for text."""
+    if start.startswith(b"PK\x03\x04"):
+        name = start[30:]  # of the first file in the archive
+        if name.startswith((b"[Content_Types].xml", b"xl/", b"docProps/", b"_rels/")):
+            return EXCEL
+        return OPEN_DOCUMENT if name.startswith(b"mimetypeapplication/vnd.oasis") else ZIP
+    lower = start[:64].lstrip(BYTE_ORDER_MARK + b" \t\r\n").lower()
+    found = next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), "")
+    return found or next((kind for signature, kind in SIGNATURES.items() if signature[:1] == b"<" and lower.startswith(signature)), "")
+
+
+def _decoded(raw: bytes, offset: int, other_encoding: str) -> str:
+    """The text of a line that begins `offset` bytes into the file."""
+    skipped = len(BYTE_ORDER_MARK) if offset == 0 and raw.startswith(BYTE_ORDER_MARK) else 0
+    try:
+        text = raw[skipped:].decode("utf-8") if skipped else raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start + skipped
+        raise BadLine(f"expected UTF-8, found byte 0x{raw[at]:02x} at byte {offset + at} of the file; {_advice(other_encoding)}") from None
+    if "\0" in text:
+        advice = f"; {_advice(other_encoding)}" if other_encoding != LATIN else ""
+        raise BadLine(f"expected text, found a NUL byte at byte {offset + skipped + raw[skipped:].index(0)} of the file{advice}")
+    return text
+
+
+def _other_encoding(start: bytes) -> str:
+    """The encoding of a file of two or four bytes a character, by its mark or by the NUL bytes of its first letter; "" for others."""
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    return {(False, True): "UTF-16LE", (True, False): "UTF-16BE"}.get(tuple(byte == 0 for byte in start[:2]), "")
+
+
+def _advice(encoding: str) -> str:
+    name = f"Latin-1 or {encoding}" if encoding == LATIN else encoding
+    return f"if the file is {name}, convert it: iconv -f {encoding} -t UTF-8 OLD > NEW"

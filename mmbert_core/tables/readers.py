@@ -1,0 +1,145 @@
+"""The cells of one file as text, row by row: CSV, TSV, JSONL, Parquet.
+
+A row is one record of data, counted from 1; a line is a line of the file (a quoted cell may hold line breaks).
+Nothing is guessed and no row is skipped: what cannot be read is an `InputError` that says where.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.csv_reader import AUTO, csv_header, csv_rows, row_prefix
+from mmbert_core.tables.lines import BadLine, is_gzip_name, short_text_of, text_lines
+from mmbert_core.tables.parquet_reader import open_parquet, parquet_header, parquet_rows
+
+TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}  # suffix -> delimiter; all may end in .gz too
+FORMATS = [*TEXT_FORMATS, ".parquet"]
+WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods")
+JSON_LINES = "write one object a line, without an array around them, as .jsonl (pandas: orient='records', lines=True)"
+
+Row = tuple[int, Sequence[str]]  # line where the record begins (0: the format has no lines), cells
+
+
+def header_of(path: str, tsv_quoting: str = AUTO) -> list[str]:
+    """Names of the columns; for JSONL the keys of the first object, which all others must have.
+
+    Raises `InputError`: unknown suffix, unreadable file, nothing in it, a name twice.
+    """
+    kind = format_of(path)
+    if kind == ".parquet":
+        names = parquet_header(path)
+    elif (delimiter := TEXT_FORMATS[kind]) is None:
+        names = next((list(record) for _, record in _json_records(path)), None)
+    else:
+        names = csv_header(path, delimiter, tsv_quoting)
+    if names is None:
+        raise InputError(f"{path}: the file is empty, expected a {'JSON object' if TEXT_FORMATS[kind] is None else 'header'} in line 1")
+    check_once(path, names)
+    return names
+
+
+def check_once(path: str, names: Sequence[str]) -> None:
+    """Raise `InputError` when a column name stands twice: either column could be meant."""
+    name, count = max(Counter(names).items(), key=itemgetter(1), default=("", 0))
+    if count > 1:
+        raise InputError(f"{path}: column {name!r} stands {count} times in the header, expected once")
+
+
+def rows_of(path: str, columns: Sequence[str], *, absent: Sequence[str] = (), tsv_quoting: str = AUTO) -> Iterator[Row]:
+    """Rows of `columns`, in that order; the caller has checked with `header_of` that the file has them, and not those of `absent`.
+
+    Raises `InputError` with path, row and line for a ragged row, broken quoting, a NUL byte, bytes that are not UTF-8,
+    a line that is no JSON object or has a key of `absent`, a blank line between rows, broken compression.
+    """
+    kind = format_of(path)
+    if kind == ".parquet":
+        yield from ((0, cells) for cells in parquet_rows(path, columns))
+    elif (delimiter := TEXT_FORMATS[kind]) is not None:
+        yield from csv_rows(path, delimiter, columns, tsv_quoting)
+    else:
+        for row, (line, record) in enumerate(_json_records(path), start=1):
+            for column in absent:
+                if column in record:
+                    raise InputError(f"{row_prefix(path, row, line)}: key {column!r} is there, but row 1 has none; a missing value is written null")
+            yield line, [_json_cell(record, column, row_prefix(path, row, line)) for column in columns]
+
+
+def lengths_of(paths: Sequence[str]) -> list[int] | None:
+    """Lines of each text file, header and line breaks in cells included, and rows of each Parquet file. None where it takes reading them."""
+    lengths = []
+    for path in paths:
+        if is_gzip_name(path):
+            return None
+        if format_of(path) == ".parquet":
+            lengths.append(open_parquet(path).metadata.num_rows)
+            continue
+        with open(path, "rb") as stream:
+            lengths.append(sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 22), b"")))
+    return lengths
+
+
+def format_of(path: str) -> str:
+    """The suffix that decides how a file is read, without .gz. Raises `InputError` for one that is not read."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    is_packed = suffixes[-1:] == [".gz"]
+    [kind] = (suffixes[:-1] if is_packed else suffixes)[-1:] or [""]
+    if kind in TEXT_FORMATS or (kind == ".parquet" and not is_packed):
+        return kind
+    advice = "; of a workbook save the sheet as CSV UTF-8" if kind in WORKBOOKS else f"; {JSON_LINES}" if kind == ".json" else ""
+    raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)} (text formats also with .gz){advice}")
+
+
+# ---- JSON lines ----
+
+
+def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One object a line, with its line. Blank lines are allowed at the end of a file only."""
+    lines = text_lines(path)
+    row, line, blank_line = 1, 0, 0
+    while True:
+        line += 1
+        try:
+            text = next(lines)
+        except StopIteration:
+            return
+        except BadLine as error:
+            raise InputError(f"{row_prefix(path, row, line)}: {error}") from None
+        if not text.strip():
+            blank_line = blank_line or line
+            continue
+        if blank_line:
+            raise InputError(f"{row_prefix(path, row, blank_line)}: expected a JSON object, found a blank line")
+        try:
+            # whole numbers stay the text they are: no limit of digits, nothing rounded
+            record = json.loads(text, parse_int=str, object_pairs_hook=object_of)
+            if "\\u" in text:
+                json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
+            advice = f"; {JSON_LINES}" if text.strip() in ("[", "{") else ""
+            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r} ({error}){advice}") from None
+        if not isinstance(record, dict):
+            advice = f"; {JSON_LINES}" if isinstance(record, list) else ""
+            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r}{advice}")
+        yield line, record
+        row += 1
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (`object_pairs_hook` of `json.loads`). Raises `ValueError` for a key that stands in it twice."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return record
+
+
+def _json_cell(record: dict[str, Any], column: str, error_prefix: str) -> str:
+    if column not in record:
+        raise InputError(f"{error_prefix}: key {column!r} is not there; a missing value is written null")
+    try:
+        return short_text_of(record[column])
+    except ValueError as error:
+        raise InputError(f"{error_prefix}, column {column!r}: expected text, a number, true, false or null, found {error}") from None

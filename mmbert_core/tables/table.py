@@ -1,0 +1,330 @@
+"""Chunks of rows of one or several files, columns by role, every row with its place."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from unicodedata import is_normalized, normalize
+
+import numpy as np
+import pandas as pd
+
+from mmbert_core.config import Config
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.tables.cells import text_of
+from mmbert_core.tables.csv_reader import AUTO, SEPARATORS
+from mmbert_core.tables.readers import check_once, header_of, rows_of
+
+CHUNK_ROWS = 8192
+MAX_NAMED = 10  # missing columns in a message
+MAX_CHUNK_CHARACTERS = 2**24  # of the cells kept: what a chunk takes in memory
+MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100  # of a header: difflib takes 6 s for 60,000 names
+OTHER_SEPARATOR = ": cells seem to be separated by"
+MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # what stands for the path of rows that come from no file
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which column is what. Types come from here, never from looking at the cells."""
+
+    text: tuple[str, ...]
+    numbers: tuple[str, ...]
+    categories: tuple[str, ...]
+    label: str | None
+    id: str | None
+    group: str | None
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Roles":
+        return cls(
+            text=config.text_name,
+            numbers=config.tab_field_list,
+            categories=config.cat_field_list,
+            label=config.label_name,
+            id=config.id_name,
+            group=config.group_name,
+        )
+
+    def features(self) -> list[str]:
+        """Columns that the model reads: text, numbers, categories. Each once."""
+        return list(dict.fromkeys([*self.text, *self.numbers, *self.categories]))
+
+    def inputs(self) -> list[str]:
+        """Columns that scoring a file needs: features and id. Each once."""
+        return list(dict.fromkeys([*self.features(), *([self.id] if self.id is not None else [])]))
+
+
+@dataclass
+class Chunk:
+    """Consecutive rows. N rows; `cells` holds N texts for every column, a missing cell is ""."""
+
+    cells: dict[str, list[str]]
+    paths: list[str]  # all files of the table, as the user gave them
+    file_index: np.ndarray  # [N] int64 into paths
+    row: np.ndarray  # [N] int64, counted from 1 in the row's file
+    line: np.ndarray  # [N] int64, 0 where the format has no lines
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def where(self, index: int) -> str:
+        """Place of a row for messages: `reviews.csv row 17 (line 23)`."""
+        return place_of(self.paths[self.file_index[index]], int(self.row[index]), int(self.line[index]))
+
+
+def place_of(path: str, row: int, line: int) -> str:
+    return f"{path} row {row} (line {line})" if line else f"{path} row {row}"
+
+
+def shown(cell: str) -> str:
+    """A cell in a message: quoted, on one line, not longer than a line should be."""
+    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+
+
+def expand_paths(paths: Sequence[str]) -> list[str]:
+    """Files in the given order; a glob stands for its files in sorted order, a folder of Parquet files for its in the order of their numbers.
+
+    Raises `InputError` for a missing file, another folder, a pipe, a glob without a match, a file named twice, a name that is not UTF-8.
+    """
+    files: list[str] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        check_path(path)
+        if os.path.isdir(path):
+            matches = _parquet_parts(path)
+        elif os.path.exists(path):  # first, because a real name may hold [ or ?
+            matches = [path]
+        else:
+            matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+        if not matches:
+            raise InputError(f"{path}: {'no file matches this pattern' if glob.has_magic(path) else 'there is no such file'}")
+        files += matches
+    seen: dict[str, str] = {}
+    for path in files:
+        check_path(path)
+        if not os.path.isfile(path):  # files are read more than once
+            raise InputError(f"{path}: expected a file, found a pipe or a device; `mmbert predict` reads standard input as -")
+        real = os.path.realpath(path)
+        if real in seen:
+            raise InputError(f"{path}: the same file is given twice (also as {seen[real]})")
+        seen[real] = path
+    return files
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` for a name that is not UTF-8, which no JSON file and no report could hold."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        written = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise InputError(f"{written}: expected a name in UTF-8, found other bytes in it (here as \\x..): rename it") from None
+
+
+def _parquet_parts(folder: str) -> list[str]:
+    """The files of a folder as Spark, Dask and pandas write them: Parquet alone, besides marks such as _SUCCESS and hidden files."""
+    names = sorted((name for name in os.listdir(folder) if not name.startswith(("_", "."))), key=_by_numbers)
+    others = [name for name in names if not name.endswith(".parquet")]
+    if len(others) == len(names):
+        if (keyed := next((name for name in names if "=" in name), None)) is not None:
+            raise InputError(f"{folder}: expected Parquet files, found folders such as {shown(keyed)}, whose names hold a column: write files with all columns")
+        raise InputError(f"{folder}: expected a file, found a folder (all its files: {os.path.join(folder, '*.csv')})")
+    if others:
+        raise InputError(f"{folder}: expected a folder of Parquet files alone, found {shown(others[0])} in it")
+    return [os.path.join(folder, name) for name in names]
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """Sort key by which part.2 comes before part.10, as Dask writes its parts."""
+    return [(int(piece), "") if piece.isdecimal() and piece.isascii() else (-1, piece) for piece in re.split("([0-9]+)", name)]
+
+
+def columns_kept(
+    paths: Sequence[str], columns: Sequence[str], optional: Sequence[str] = (), *, tsv_quoting: str = AUTO
+) -> list[str]:
+    """The `columns`, then those of `optional` that the files have. Reads headers only.
+
+    Raises `InputError` for a missing column (with the nearest name) and for an optional one that only some files have.
+    """
+    kept: list[str] = []
+    files = expand_paths(paths)
+    if problems := missing_in_files(files, columns, tsv_quoting=tsv_quoting):
+        raise InputError(join_problems(problems))
+    for path in files:
+        found = _columns_of(path, header_of(path, tsv_quoting), columns, optional)
+        if path != files[0] and found != kept:
+            [name, *_] = set(found) ^ set(kept)
+            with_it, without = (path, files[0]) if name in found else (files[0], path)
+            raise InputError(f"{without}: column {name!r} not found, but {with_it} has it: expected the same columns in all files")
+        kept = found
+    return kept
+
+
+def read_chunks(
+    paths: Sequence[str],
+    columns: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    longest: Mapping[str, int] | None = None,
+    keep_end: bool = False,
+    chunk_rows: int = CHUNK_ROWS,
+    tsv_quoting: str = AUTO,
+) -> Iterator[Chunk]:
+    """Rows of all files in order, in chunks that end after every `chunk_rows` rows of the table, and before it after MAX_CHUNK_CHARACTERS.
+
+    Only the asked columns are kept, and of the columns in `longest` only so many characters of a cell (with
+    `keep_end` its last ones): a chunk of thousand-page texts would fill the memory. The headers of all files are checked
+    before the first row is read.
+    Raises the `InputError`s of `expand_paths`, `columns_kept` and `readers.rows_of`.
+    """
+    files = expand_paths(paths)
+    kept = columns_kept(files, columns, optional, tsv_quoting=tsv_quoting)
+    absent = [name for name in optional if name not in kept]
+    limits = [(kept.index(name), slice(-count, None) if keep_end else slice(count)) for name, count in (longest or {}).items()]
+    rows: list[Sequence[str]] = []
+    lines: list[int] = []
+    starts: list[tuple[int, int, int]] = []  # where rows of another file begin: index in `rows`, file, row
+    num_rows = num_characters = 0  # of the table so far, of the chunk
+    for file_index, path in enumerate(files):
+        starts.append((len(rows), file_index, 1))
+        for row, (line, cells) in enumerate(rows_of(path, kept, absent=absent, tsv_quoting=tsv_quoting), start=1):
+            cells = _shortened(cells, limits) if limits else cells
+            rows.append(cells)
+            lines.append(line)
+            num_rows += 1
+            num_characters += sum(map(len, cells))
+            if num_rows % chunk_rows == 0 or num_characters >= MAX_CHUNK_CHARACTERS:
+                yield _chunk_of(rows, kept, files, lines, starts)
+                rows, lines, starts, num_characters = [], [], [(0, file_index, row + 1)], 0
+    if rows:
+        yield _chunk_of(rows, kept, files, lines, starts)
+
+
+def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
+    """The same from a frame in memory: cells become the text that `cells.text_of` gives them.
+
+    pandas turns whole numbers beside a missing one into floats: an id 7 then reads "7.0". Read files with `dtype=str` to keep them.
+    Raises `InputError` for a missing or repeated column and for a cell that is no single value.
+    """
+    names = [str(name) for name in frame.columns]
+    check_once(MEMORY_PATH, names)
+    kept = _columns_of(MEMORY_PATH, names, columns, optional)
+    return _chunk_in_memory(MEMORY_PATH, {name: _values_of(frame.iloc[:, names.index(name)]) for name in kept}, len(frame))
+
+
+def _values_of(column: pd.Series) -> list[object]:
+    """The values of a frame's column. Those of float32 and float16 stay so: as float64, 0.1 would be 0.10000000149011612."""
+    dtype = column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        dtype = dtype.categories.dtype
+    if isinstance(dtype, pd.SparseDtype):
+        dtype = dtype.subtype
+    kind = getattr(dtype, "numpy_dtype", dtype)  # of pandas' own and of pyarrow's types
+    if isinstance(kind, np.dtype) and kind.kind == "f" and kind.itemsize < 8:
+        return list(column.to_numpy(dtype=kind, na_value=np.nan))
+    return column.astype(object).tolist()
+
+
+def records_to_chunk(records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
+    """The same from rows as dicts; an optional column that one row has must be in all.
+
+    Raises `InputError` for a row without a column, and for a cell that is no single value.
+    """
+    rows = [{str(name): value for name, value in record.items()} for record in records]
+    kept = _columns_of(RECORDS_PATH, list(rows[0]), columns, ()) if rows else list(columns)
+    kept += [name for name in optional if name not in kept and any(name in row for row in rows)]
+    for number, row in enumerate(rows, start=1):
+        _columns_of(f"{RECORDS_PATH} row {number}", list(row), kept, ())
+    return _chunk_in_memory(RECORDS_PATH, {name: [row[name] for row in rows] for name in kept}, len(rows))
+
+
+def _chunk_in_memory(path: str, values: Mapping[str, Sequence[object]], num_rows: int) -> Chunk:
+    return Chunk(
+        cells={name: [_memory_cell(value, path, name, row) for row, value in enumerate(column, start=1)] for name, column in values.items()},
+        paths=[path],
+        file_index=np.zeros(num_rows, dtype=np.int64),
+        row=np.arange(1, num_rows + 1, dtype=np.int64),
+        line=np.zeros(num_rows, dtype=np.int64),
+    )
+
+
+def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    if problem := _missing_columns(header, columns):
+        raise InputError(f"{path}: {problem}")
+    known = set(header)
+    return list(dict.fromkeys([*columns, *(name for name in optional if name in known)]))
+
+
+def missing_in_files(paths: Sequence[str], columns: Sequence[str], *, tsv_quoting: str = AUTO) -> dict[str, list[str]]:
+    """What is missing from the headers of `paths`, all columns at once -> the files that lack them."""
+    problems: dict[str, list[str]] = {}
+    for path in paths:
+        if problem := _missing_columns(header_of(path, tsv_quoting), columns):
+            problems.setdefault(problem, []).append(path)
+    return problems
+
+
+def join_problems(problems: Mapping[str, Sequence[str]]) -> str:
+    """The findings of `missing_in_files` on one line."""
+    return "; ".join(f"{', '.join(paths)}: {problem}" for problem, paths in problems.items())
+
+
+def _missing_columns(header: Sequence[str], columns: Sequence[str]) -> str | None:
+    """All `columns` that the header lacks, each with what it was probably meant to be; None where it has them."""
+    known = set(header)
+    missing = [column for column in columns if column not in known]
+    if not missing:
+        return None
+    names = ", ".join(shown(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
+    hints = [_missing_hint(column, header) for column in missing[:MAX_NAMED]]
+    if hints[0].startswith(OTHER_SEPARATOR):
+        hints[1:] = [""] * (len(hints) - 1)  # all columns are missing for this one reason
+    lines = [f"column {column!r} not found{hint}" for column, hint in zip(missing, hints, strict=False)]
+    more = f"; {len(missing) - MAX_NAMED} more columns not found" if len(missing) > MAX_NAMED else ""
+    return f"{'; '.join(lines)}{more}; columns are {names}"
+
+
+def _missing_hint(column: str, header: Sequence[str]) -> str:
+    """What the user probably meant, or what is wrong with the file: composed letters, another separator, the nearest name."""
+    same = next((name for name in header if normalize("NFC", name) == normalize("NFC", column)), None)
+    if same is not None:
+        kinds = ("composed", "decomposed") if is_normalized("NFC", column) else ("decomposed", "composed")
+        written = f"is written here in {kinds[0]} letters and in the header in {kinds[1]} ones ({ascii(column)} and {ascii(same)})"
+        return f": it {written}; write both in composed letters (Unicode NFC)"
+    for separator, (kind, advice) in SEPARATORS.items():
+        split = [cell.strip(' "') for cell in ",".join(header).split(separator)]
+        if column in split and any(separator in name for name in header) and (separator != "," or len(header) == 1):
+            return f"{OTHER_SEPARATOR} {kind}; {advice}"
+    by_lower = {name.lower(): name for name in header[:MAX_COMPARED_NAMES] if len(name) <= MAX_COMPARED_CHARACTERS}
+    if len(column) > MAX_COMPARED_CHARACTERS:
+        return ""
+    near = get_close_matches(column.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; nearest is {by_lower[near[0]]!r}" if near else ""
+
+
+def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, slice]]) -> Sequence[str]:
+    """The cells, at each index of `limits` these characters alone; the same object where no cell is longer."""
+    for index, kept in limits:
+        shorter = cells[index][kept]
+        if len(shorter) < len(cells[index]):
+            cells = [*cells[:index], shorter, *cells[index + 1 :]]
+    return cells
+
+
+def _chunk_of(rows: list[Sequence[str]], columns: list[str], files: list[str], lines: list[int], starts: list[tuple[int, int, int]]) -> Chunk:
+    line = np.array(lines, dtype=np.int64)
+    first, file, first_row = np.array(starts, dtype=np.int64).T
+    counts = np.diff(first, append=len(rows))
+    file_index = np.repeat(file, counts)
+    row = np.arange(len(rows)) + np.repeat(first_row - first, counts)
+    cells = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+    return Chunk(cells=cells, paths=files, file_index=file_index, row=row, line=line)
+
+
+def _memory_cell(value: object, path: str, column: str, row: int) -> str:
+    try:
+        text = text_of(value)
+        text.encode("utf-8")  # half a surrogate pair is no text
+        return text
+    except ValueError as error:
+        raise InputError(f"{path} row {row}, column {column!r}: expected a single value, found {error}") from None

@@ -1,0 +1,71 @@
+"""What a result is worth: metrics with intervals, beside those of simple models on the same rows.
+
+N rows, K classes.
+"""
+
+import logging
+
+import numpy as np
+
+from mmbert_core.config import Config
+from mmbert_core.data.dataset import Dataset
+from mmbert_core.data.prepare import Data
+from mmbert_core.evaluation import baselines
+from mmbert_core.evaluation.baselines import COLUMNS, MOST_CELLS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
+from mmbert_core.evaluation.decision import Judgement, fit_judgement, fit_threshold
+from mmbert_core.report.results import baseline_features
+from mmbert_core.runtime.progress import slow_step
+
+logger = logging.getLogger(__name__)
+
+
+# ---- what is kept with the model ----
+
+
+def make_judgement(data: Data, config: Config, val_preds: np.ndarray | None) -> Judgement:
+    """Rank 0 only, for it takes seconds. Threshold and calibration from the validation rows, baselines from the training rows."""
+    val_labels = None if val_preds is None or data.val is None else data.val.label_index
+    try:
+        with slow_step("baselines"):
+            fitted = fit_baselines(data, config)
+    except Exception as error:  # noqa: BLE001 - memory, say: the model is worth more than what stands beside it
+        logger.warning("no baselines: %s: %s", type(error).__name__, error)
+        fitted = None
+    with slow_step("threshold and calibration"):
+        made = fit_judgement(val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted)
+    if config.is_binary and made.threshold.reason:
+        logger.warning("threshold_rule %s could not be followed, the threshold is 0.5: %s", config.threshold_rule, made.threshold.reason)
+    return made
+
+
+def fit_baselines(data: Data, config: Config) -> Baselines:
+    """On a seeded sample of the training rows; the validation rows choose the penalty, and the threshold as they choose the model's."""
+    rows, labels = sample(data.train, config.seed, config.num_classes)
+    val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed, config.num_classes)
+    models, thresholds, reasons = {}, {}, {}
+    for name, is_there in {COLUMNS: bool(config.tab_field_list or config.cat_field_list), WORDS: bool(config.text_name)}.items():
+        if not is_there:
+            reasons[name] = f"the model has no {'columns' if name == COLUMNS else 'text'}"
+        elif config.num_classes > MOST_CLASSES[name]:
+            reasons[name] = f"more than {MOST_CLASSES[name]} classes"
+        else:
+            val = None if data.val is None else (baseline_features(name, data.val, val_rows), val_labels)
+            fitted = baselines.fit_best((baseline_features(name, data.train, rows), labels), val, config.num_classes)
+            if not fitted.is_finite:
+                reasons[name] = "its fit did not converge: the weights are not finite"
+                continue
+            models[name] = fitted
+            scores = None if val is None else fitted.probabilities(val[0])
+            thresholds[name] = fit_threshold(scores[:, 1] if scores is not None and config.is_binary else scores, val_labels, config.threshold_rule).value
+    shares = baselines.majority(data.train.label_index, config.num_classes)
+    return Baselines(shares, models, thresholds, len(rows), reasons)
+
+
+def sample(dataset: Dataset, seed: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of all rows, or of as many as MOST_ROWS, MOST_CELLS and MOST_TOKENS allow, ascending, and their labels."""
+    rows = np.random.default_rng(seed).permutation(len(dataset))
+    rows = np.sort(rows[: min(MOST_ROWS, MOST_CELLS // num_classes, int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MOST_TOKENS, side="right")) + 1)])
+    return rows, dataset.label_index[rows]
+
+
+# ---- figures of evaluated rows ----

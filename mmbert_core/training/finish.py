@@ -1,0 +1,167 @@
+"""The end of a run: the best step's model folder, the test rows, the report."""
+
+import logging
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmbert_core import hooks
+from mmbert_core.inference import scoring
+from mmbert_core.inference.model_folder import LoadedModel, save_model_folder
+from mmbert_core.report.build import PAGE, Scored, data_section, training_section, write_report
+from mmbert_core.report.model_card import write_card
+from mmbert_core.report.results import listed_figures
+from mmbert_core.runtime import distributed, signals
+from mmbert_core.runtime.errors import RunError, Stopped, phase
+from mmbert_core.storage.files import remove_stale_temporaries, write_json
+from mmbert_core.training import checkpoint
+from mmbert_core.training.checkpoint import TrainState
+from mmbert_core.training.decision_fit import make_judgement
+from mmbert_core.training.run import Run, rotate_checkpoints
+from mmbert_core.training.run_folder import RESULTS
+from mmbert_core.training.validation import evaluate
+
+logger = logging.getLogger(__name__)
+
+
+ROWS_TO_CHECK = 32  # training rows that stand in for validation rows where there are none
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Collective. The best step's weights -> model folder -> test rows -> train_results.json.
+
+    Raises `RunError`, before anything of the model is written, for one that no step has moved or whose probabilities are not finite.
+    """
+    distributed.on_main(lambda: check_some_steps_counted(run.state))
+    best = run.state.best_step or run.state.step
+    if best != run.state.step:
+        run.model.load_state_dict(weights_for_all(run, best))
+    val_preds = validation_of_best(run)
+    distributed.on_main(lambda: check_finite_predictions(run, best, val_preds))
+    with phase("threshold, calibration and baselines"):
+        made: list[LoadedModel] = []  # rank 0's: the others need none
+        distributed.on_main(lambda: made.append(assessed_model(run, val_preds)), patient=True)
+    with phase("writing the model folder"):
+        distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), made[0]))
+    run.log.say(f"model of step {best} written to {run.folder}")
+    test_figures, test_folder = test(run, made[0] if made else None) if run.data.test is not None else (None, None)
+    best_figures = {"step": best, "metric": run.state.best_metric, "value": run.state.best_value}
+    distributed.on_main(lambda: write_card(run.folder, made[0], data=data_section(run.data), best=best_figures, test=test_figures))
+    state = run.state
+    results = {
+        "steps": state.step, "epochs": state.rows_trained / len(run.data.train), "best_step": best, "best_metric": state.best_metric,
+        "best_value": state.best_value, "rows": state.rows_trained, "train_rows": len(run.data.train), "skipped_steps": state.skipped_steps,
+        "train_seconds": state.train_seconds, "train_rows_per_second": state.rows_trained / state.train_seconds,
+        "peak_memory_mb": peak_memory_mb(run.context.device), "world_size": run.context.world_size, **run.resolved,
+        "test_folder": str(test_folder) if test_folder else None, "test_metrics": test_figures,
+    }  # fmt: skip
+    distributed.on_main(lambda: remove_old_checkpoints(run))
+    distributed.on_main(lambda: write_json(run.folder / RESULTS, results))
+    return results
+
+
+def validation_of_best(run: Run) -> np.ndarray | None:
+    """Collective. The best step's predictions of the validation rows: as it was validated, or, in a later life of the run, once more."""
+    if run.data.val is None or run.best_validation is not None:
+        return run.best_validation
+    outputs = hooks.on_validation_epoch_start()
+    if not evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)):
+        signals.ignore()
+        raise Stopped("stopped by a signal while the validation rows were scored; the same command (resume: auto) goes on with that")
+    return scoring.gather_results(outputs, len(run.data.val)).preds
+
+
+def remove_old_checkpoints(run: Run) -> None:
+    """Rank 0 only. Once more, for what could not be removed after the last save."""
+    rotate_checkpoints(run)
+    remove_stale_temporaries(run.checkpoints)
+
+
+def check_some_steps_counted(state: TrainState) -> None:
+    """Rank 0 only. Raise `RunError` when every step was left out; warn when some were."""
+    what = "because their loss or gradient was not finite"
+    if state.skipped_steps >= state.step:
+        raise RunError(f"all {state.step} steps were left out {what}: nothing was trained, and no model is written; see the first of these errors")
+    if state.skipped_steps:
+        logger.warning("%d of %d steps were left out %s", state.skipped_steps, state.step, what)
+
+
+def check_finite_predictions(run: Run, step: int, val_preds: np.ndarray | None) -> None:
+    """Rank 0 only. Raise `RunError` unless the model of `step` gives every validation row, `val_preds` [N] or [N, K], finite probabilities.
+
+    Without validation rows the first training rows are scored instead.
+    """
+    dataset, preds = (run.data.train, first_predictions(run)) if val_preds is None else (run.data.val, val_preds)
+    non_finite_rows = scoring.broken_rows(preds)
+    if len(non_finite_rows):
+        raise RunError(
+            f"the model of step {step} gives probabilities that are not finite: {len(non_finite_rows)} of {len(preds)} {dataset.name} rows, first "
+            f"{dataset.where(int(non_finite_rows[0]))}; no model is written: choose another model_path with a lower lr, or gradient_clip_val: 1.0"
+        )
+
+
+def first_predictions(run: Run) -> np.ndarray:
+    """Probabilities [N] or [N, K] of the first `ROWS_TO_CHECK` training rows, by the weights as they are now."""
+    run.model.eval()
+    with torch.no_grad():
+        _, preds, _ = hooks.run_epoch(run.model, run.data.train.batch(np.arange(min(ROWS_TO_CHECK, len(run.data.train)))), "pred", task=run.task)
+    run.model.train()
+    return preds.numpy(force=True)
+
+
+def assessed_model(run: Run, val_preds: np.ndarray | None) -> LoadedModel:
+    """Rank 0 only."""
+    judgement = make_judgement(run.data, run.config, val_preds)
+    data = run.data
+    return LoadedModel(run.model, run.config, data.features, data.labels, data.tokenizer, run.resolved, judgement)
+
+
+def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
+    """Collective. Rank 0 reads a step's weights, the others receive them."""
+    kept: dict[str, torch.Tensor] = {}
+    distributed.on_main(lambda: kept.update(checkpoint.read_weights(run.checkpoints, step)))
+    return distributed.broadcast_tensors(kept)
+
+
+def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
+    """Collective. Score the test rows with the model as it is; returns the figures and the folder they are in. `made` is rank 0's."""
+    dataset = run.data.test
+    outputs, folder = hooks.on_test_epoch_start(run.folder, run.state.test_folder)
+    has_labels = dataset.has_labels
+    if not evaluate(run, dataset, lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels)):
+        distributed.on_main(folder.rmdir)
+        signals.ignore()
+        raise Stopped("stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test")
+    judgement = made.judgement if made else None
+    figures, result = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, judgement=judgement)
+    distributed.on_main(lambda: report(run, made, result, figures, folder), patient=True)
+    run.log.record({"step": run.state.step, **{name: value for name, value in listed_figures(figures, "test", run.config)[0].items() if name.startswith("test")}})
+    run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")
+    return figures, folder
+
+
+def report(run: Run, made: LoadedModel, result: scoring.EpochResult, figures: dict[str, Any], folder: Path) -> None:
+    """Rank 0 only. The page about the test."""
+
+    def scored() -> Scored:
+        training = training_section(run.folder, run.state.best_step, run.state.best_metric)
+        return Scored(
+            made, run.task, run.data.test, result.preds, result.ids, figures, str(run.folder), training, data_section(run.data),
+            warnings=run.data.warnings, slice_columns=run.config.slice_columns,
+        )  # fmt: skip
+
+    run.model.eval()
+    if write_report(scored, folder):
+        run.log.say(f"report: {folder / PAGE}")
+    run.model.train()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory this process has held: of the GPU where there is one, else resident memory (bytes on macOS, else KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,102 @@
+"""The folder of a run: one run at a time, nothing in it that the run did not write."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmbert_core.config import Config
+from mmbert_core.hooks import MODEL_CLASS
+from mmbert_core.inference.model_files import (
+    BASELINE_WEIGHTS,
+    BASELINES,
+    CARD,
+    ENCODER,
+    FIGURES_JSON,
+    SUMMARY,
+    THRESHOLDS,
+    WEIGHTS,
+)
+from mmbert_core.inference.model_folder import config_record
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.files import LOCK, TEMPORARY_PREFIX, read_json, remove_stale_temporaries, write_json
+from mmbert_core.storage.folder_lock import CLAIM, Claim, claim_folder
+from mmbert_core.storage.manifest import MANIFEST
+from mmbert_core.storage.schema import nullable, record, whole
+from mmbert_core.training import checkpoint
+
+RESULTS = "train_results.json"
+
+
+RESULTS_JSON = record({"steps": whole(0), "test_metrics": nullable(FIGURES_JSON)}, others=True)  # what is told of a finished run
+
+
+WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, MANIFEST, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK, CLAIM)
+
+
+def already_finished(config: Config) -> dict[str, Any] | None:
+    """Collective. The results of the run in `model_path`, once all of it is written; else None."""
+
+    def read() -> dict[str, Any] | None:
+        try:
+            return read_json(Path(config.model_path) / RESULTS, RESULTS_JSON)
+        except (OSError, ValueError):  # not there, or torn: the end of the run is done once more
+            return None
+
+    return distributed.on_main(read)
+
+
+def check_no_links(folder: Path) -> None:
+    """Raise `InputError` when a link would lead what a run writes out of its folder; the folder itself may be one. Makes nothing."""
+    for part in (*map(folder.joinpath, WRITTEN), *sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))):
+        # os.walk: what another process removes meanwhile is no error
+        inside = (Path(root) / name for root, folders, files in os.walk(part) for name in (*folders, *files))
+        for path in (part, *(() if part.is_symlink() else inside)):
+            if path.is_symlink():
+                raise InputError(f"{path}: expected no links in the folder of a run, found one to {os.readlink(path)}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Rank 0 only, in a locked folder: the halves of files that a killed run was writing; a prediction may write beside them."""
+    checkpoint.clean_up(folder / "checkpoints")
+    remove_stale_temporaries(folder, WRITTEN)
+    for tested in folder.glob(f"{MODEL_CLASS}-*"):
+        if not tested.is_symlink():  # which may lead out of the run's folder
+            remove_stale_temporaries(tested)
+
+
+@contextmanager
+def claimed_folder(config: Config) -> Iterator[Claim | None]:
+    """Collective. Inside, `model_path` of rank 0 belongs to this run alone; what a killed write left there is cleaned up.
+
+    Yields the claim, on rank 0. Raises `InputError` when another run has the folder, and `RunError`, instead of the error of a
+    file that is suddenly gone, when another run has taken it meanwhile.
+    """
+    claim: Claim | None = None
+
+    def take() -> None:
+        nonlocal claim
+        check_no_links(Path(config.model_path))
+        claim = claim_folder(Path(config.model_path))
+        remove_leftovers(Path(config.model_path))
+
+    try:
+        distributed.on_main(take)
+        yield claim
+    except OSError:
+        if claim is not None:
+            claim.check()
+        raise
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh: bool, finished: bool) -> None:
+    """Rank 0 only, after every check: the first thing a run writes."""
+    if not finished:  # results of an earlier life, which would pass for this one's
+        (folder / RESULTS).unlink(missing_ok=True)
+    if fresh or not (folder / "config.json").exists():  # which another node may have had
+        write_json(folder / "config.json", config_record(config, resolved))

@@ -1,0 +1,98 @@
+"""Validation: the best step and the early stop, decided from figures that are the same on all ranks."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mmbert_core import hooks
+from mmbert_core.data.dataset import Batch, Dataset
+from mmbert_core.inference import scoring
+from mmbert_core.report.results import LOWER_IS_BETTER
+from mmbert_core.runtime import distributed, signals
+from mmbert_core.runtime.errors import phase
+from mmbert_core.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def is_validation_due(run: Run) -> bool:
+    """After this many steps, counted from the epoch's start for shares of an epoch, and after the last step of all."""
+    if run.data.val is None:
+        return False
+    step, plan = run.state.step, run.plan
+    in_epoch = (step - 1) % plan.steps_per_epoch + 1
+    due = in_epoch % plan.validate_every == 0 if plan.validate_by_epoch else step % plan.validate_every == 0
+    return due or step == plan.total_steps
+
+
+def validate(run: Run) -> bool:
+    """Collective. Score the validation rows; True when this step is the best so far. May end the run early, or be stopped by a signal."""
+    outputs = hooks.on_validation_epoch_start()
+    if not evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)):
+        return False
+    run.state.validation_pending = False
+    values, result = hooks.on_validation_epoch_end(outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names)
+    run.log.record({"step": run.state.step, **values})
+    improved = judge(run, values)
+    if improved:
+        run.best_validation = result.preds
+    shown = "  ".join(f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in values.items() if name != "undefined")
+    run.log.say(f"step {run.state.step}/{run.plan.total_steps}  {shown}{'  (best so far)' if improved else ''}")
+    return improved
+
+
+def judge(run: Run, values: dict[str, Any]) -> bool:
+    """Compare with the best validation so far; count the ones in a row that were not better."""
+    state, name = run.state, run.config.early_stop_metric
+    if values[name] is None and values["val_loss"] is not None:
+        logger.warning("%s is undefined on these validation rows (%s): val_loss decides", name, values.get("undefined", {}).get(name))
+        name = "val_loss"
+    value = values[name]
+    if value is None:
+        logger.warning("there is no figure to compare step %d by: it cannot be the best", state.step)
+        better = False
+    elif state.best_value is None:
+        better = True
+    elif state.best_metric != name:  # the one that was asked for counts more
+        better = name == run.config.early_stop_metric
+    elif value == state.best_value:
+        better = has_lower_loss(values["val_loss"], state.best_val_loss)
+    else:
+        better = value < state.best_value if name in LOWER_IS_BETTER else value > state.best_value
+    if better:
+        state.best_metric, state.best_value, state.best_step, state.bad_validations = name, value, state.step, 0
+        state.best_val_loss = values["val_loss"]
+        return True
+    state.bad_validations += 1
+    if state.bad_validations >= run.config.early_stop_patience and state.step < run.plan.total_steps:
+        state.finished = True
+        than = "" if state.best_step is None else f" than {state.best_value} at step {state.best_step}"
+        run.log.say(f"early stop: {state.bad_validations} validations in a row without a better {name}{than}")
+    return False
+
+
+def has_lower_loss(val_loss: float | None, best_val_loss: float | None) -> bool:
+    """Among equal values of the metric. A best step without a loss (not finite, or of an older checkpoint) stays the best."""
+    return val_loss is not None and best_val_loss is not None and val_loss < best_val_loss
+
+
+def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> bool:
+    """Collective. Run `step(batch, index)` on this rank's share of whole batches, on the raw module, without gradients.
+
+    False, with `run.stopping` set, when a signal to any rank ended it before the last batch.
+    """
+    poll = distributed.Poll()
+    run.model.eval()
+    with torch.no_grad(), phase(f"the evaluation at step {run.state.step}"):  # not inference_mode: an encoder may keep a table it makes here for training steps
+        for item in scoring.own_batches(dataset, run.context):
+            run.stopping = poll.ask(signals.requested() is not None)
+            if run.stopping:
+                break
+            if item is not None:
+                index, batch = item
+                step(batch, index)
+    poll.close()
+    run.model.train()
+    return not run.stopping

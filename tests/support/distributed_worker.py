@@ -1,0 +1,175 @@
+"""What `test_distributed` runs on every rank under torchrun: `distributed_worker.py FOLDER`. Each rank writes FOLDER/rank<r>.json."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmbert_core import hooks
+from mmbert_core.config import Config
+from mmbert_core.config_reader import config_from_dict
+from mmbert_core.runtime import distributed
+from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.errors import InputError, PeerError
+from tests.support import tiny
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
+
+
+def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
+    values = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    kinds = {str(dtype): values.to(dtype) for dtype in DTYPES}
+    return kinds | {"no dimension": torch.tensor(2.5), "empty": torch.zeros(0, 3), "not contiguous": values.T, "step": torch.tensor(7.0)}
+
+
+def collectives(context: DistContext) -> dict[str, Any]:
+    rank = context.rank
+    sizes = []
+    plain = distributed.dist.all_gather_object
+
+    def noting(gathered, value, **options):
+        sizes.append(len(value) if isinstance(value, list) else 0)
+        plain(gathered, value, **options)
+
+    distributed.dist.all_gather_object = noting
+    own = [(rank, index, np.full(index, rank)) for index in range(8 if rank == 0 else 2)]
+    gathered = distributed.all_gather_objects(own, per_round=3)
+    distributed.dist.all_gather_object = plain
+    tensors = distributed.broadcast_tensors(tensors_of_all_kinds() if rank == 0 else None)
+    return {
+        "gathered": [[(place, index, array.tolist()) for place, index, array in part] for part in gathered],
+        "sizes": sizes,
+        "nothing": distributed.all_gather_objects([]),
+        "from 0": distributed.broadcast_object({"rank": rank}),
+        "from 1": distributed.broadcast_object({"rank": rank}, source=1),
+        "sum": distributed.all_reduce_sum([rank + 0.1, 1e300 * rank, 2**40 + rank]),
+        "tensors": {name: (str(value.dtype), value.double().tolist()) for name, value in tensors.items()},
+        "from 1 only": distributed.broadcast_tensors({"a": torch.full((2,), float(rank))} if rank == 1 else None, source=1)["a"].tolist(),
+        "is_distributed": distributed.is_distributed(),
+    }
+
+
+def errors(context: DistContext) -> dict[str, list[str]]:
+    """What each rank sees when rank 0's action fails; the group goes on working afterwards."""
+    ran: list[int] = []
+
+    def failing(error: Exception):
+        def action():
+            ran.append(context.rank)
+            raise error
+
+        return action
+
+    seen = {}
+    for name, error in (("input", InputError("train.csv row 3: no label")), ("value", ValueError("a bug")), ("disk", OSError(28, "No space left on device"))):
+        try:
+            distributed.on_main(failing(error))
+        except Exception as caught:  # noqa: BLE001 - its kind is what is asked
+            seen[name] = [type(caught).__name__, str(caught)]
+    try:
+        distributed.on_all(failing(ValueError("only here")) if context.rank == 1 else lambda: None)
+    except Exception as caught:  # noqa: BLE001
+        seen["all"] = [type(caught).__name__, str(caught)]
+    ran.pop() if context.rank == 1 else None
+    seen["all after"] = distributed.on_all(lambda: f"rank {context.rank}")
+    seen["value after"] = distributed.on_main(lambda: ran.append(context.rank) or "made on rank 0")
+    seen["ran"] = ran
+    return seen
+
+
+def poll(context: DistContext) -> list[bool]:
+    """What each rank hears until it hears yes; rank 1 raises its flag at the fourth question."""
+    questions, heard = distributed.Poll(), []
+    while not any(heard):
+        heard.append(questions.ask(context.rank == 1 and len(heard) == 3))
+    questions.close()
+    return heard
+
+
+def embedding_gradients(context: DistContext) -> dict[str, Any]:
+    """The mean gradients of an embedding and a layer behind it, with all of its rows summed and with its used rows alone."""
+    ids, found = torch.tensor([[1, 7, 7], [2, 7, 90]])[context.rank], {}
+    plain, sent = distributed.dist.all_reduce, []
+
+    def noting(tensor, *arguments, **options):
+        sent.append(tensor.numel())
+        return plain(tensor, *arguments, **options)
+
+    distributed.dist.all_reduce = noting
+    for name, rows in (("all", None), ("used", torch.tensor([1, 2, 7, 90]))):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(100, 4), torch.nn.Linear(4, 3))
+        used = distributed.UsedRows(model[0].weight, rows)
+        ddp_model = distributed.wrap_ddp(model, context, used)
+        for step in range(2):  # DDP lays out its buckets anew after the first
+            ddp_model.zero_grad(set_to_none=True)
+            with distributed.no_sync(ddp_model, enabled=True):
+                ddp_model(ids[:1]).square().sum().backward()
+            sent.clear()
+            ddp_model(ids[1:]).square().sum().backward()
+        found[name] = {"gradients": [parameter.grad.tolist() for parameter in model.parameters()], "sent": sum(sent)}
+    distributed.dist.all_reduce = plain
+    return found
+
+
+def stops_together(config: Config, context: DistContext) -> list[str]:
+    """A loss that is not a number on rank 1 alone, at its third micro-batch."""
+    plain, calls = hooks.training_step, [0]
+
+    def training_step(*arguments, **options):
+        calls[0] += 1
+        factor = math.nan if context.rank == 1 and calls[0] == 3 else 1.0
+        return {"loss": plain(*arguments, **options)["loss"] * factor}
+
+    hooks.training_step = training_step
+    try:
+        tiny.train(config, context)
+        return ["nothing", ""]
+    except RuntimeError as error:
+        return [type(error).__name__, str(error)]
+    finally:
+        hooks.training_step = plain
+
+
+def waits_for_rank_0() -> list[str]:
+    """What comes of work of rank 0 that takes longer than the group's timeout: with patience, then without."""
+
+    def work() -> str:
+        time.sleep(4)
+        return "done"
+
+    distributed._object_group = distributed.dist.new_group(backend="gloo", timeout=timedelta(seconds=2))  # the start may take longer
+    said = [distributed.on_main(work, patient=True)]
+    try:
+        return [*said, distributed.on_main(work)]
+    except PeerError as error:
+        return [*said, str(error)]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    context = distributed.read_context()
+    if sys.argv[2:] == ["patience"]:
+        with distributed.process_group(context):
+            (folder / f"patience{context.rank}.json").write_text(json.dumps(waits_for_rank_0()))
+            distributed.leave(0)  # the group is broken
+    distributed.set_threads(1, context)
+    configs = {name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()}
+    with distributed.process_group(context):
+        result = {"collectives": collectives(context), "errors": errors(context), "poll": poll(context), "embedding": embedding_gradients(context)}
+        for name, config in configs.items():
+            tiny.train(config, context)
+        poisoned = replace(configs["few parts"], model_path=str(folder / "poisoned"), microbatches_per_step=2)
+        result["poisoned"] = stops_together(poisoned, context)
+        (folder / f"rank{context.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
