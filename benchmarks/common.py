@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")  # cuDNN's attention plans anew for every shape, which would be most of a peer's time
+os.environ.setdefault(
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED", "1"
+)  # cuDNN's attention plans anew for every shape, which would be most of a peer's time
 
 import numpy as np
 import torch
@@ -46,7 +48,9 @@ GEMM_SECONDS = 1.0
 def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("config", help="a config of train.py, such as examples/womens_reviews.yaml")
-    made.add_argument("--rounds", type=int, default=5, help="times that every contender is measured, in turn (%(default)s)")
+    made.add_argument(
+        "--rounds", type=int, default=5, help="times that every contender is measured, in turn (%(default)s)"
+    )
     made.add_argument("--json", type=Path, help="write every measurement to this file")
     made.add_argument("--plot", type=Path, help="draw medians and spread into this file (.png or .svg)")
     add_config_arguments(made)
@@ -63,7 +67,9 @@ def opened(arguments: argparse.Namespace) -> Iterator[tuple[Config, Data, DistCo
         if config.max_chunks > 1 or not config.text_name:
             raise SystemExit("benchmarks: expected texts in one chunk (max_chunks 1), as the peers have them")
         if torch.cuda.device_count() > 1:
-            raise SystemExit("benchmarks: expected one GPU at most, found several, which HF Trainer would all use: set CUDA_VISIBLE_DEVICES")
+            raise SystemExit(
+                "benchmarks: expected one GPU at most, found several, which HF Trainer would all use: set CUDA_VISIBLE_DEVICES"
+            )
         yield config, prepare(config), context
 
 
@@ -72,12 +78,23 @@ def machine() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), name)
+        name = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in cpuinfo.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            name,
+        )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": name, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__,
-        "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 # ---- useful work ----
@@ -90,14 +107,21 @@ class Work:
     layers: int
     hidden: int
     intermediate: int  # columns of all feed-forward matrices over two: a gated one has three
-    ends_at_first_tokens: bool  # the last layer computes keys and values of all tokens, the rest of the texts' first ones
+    ends_at_first_tokens: (
+        bool  # the last layer computes keys and values of all tokens, the rest of the texts' first ones
+    )
 
     @classmethod
     def of(cls, text: TextBertBase) -> Work:
         config = text.encoder.config
         intermediate = getattr(config, "intermediate_size", None) or config.hidden_dim
         gated = config.model_type == "modernbert"
-        return cls(config.num_hidden_layers, config.hidden_size, intermediate * 3 // 2 if gated else intermediate, text.is_packed and text.ends_at_first_tokens)
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            intermediate * 3 // 2 if gated else intermediate,
+            text.is_packed and text.ends_at_first_tokens,
+        )
 
     def forward(self, lengths: np.ndarray) -> float:
         """Projections 8 n H^2, feed-forward 4 n H I, attention 4 n^2 H, per layer (a local one's too)."""
@@ -145,9 +169,11 @@ class Rows(TorchDataset):
     def _item(dataset: Dataset, position: int) -> dict[str, Any]:
         batch = dataset.batch([position])
         return {
-            "input_ids": batch.input_ids[0].tolist(), "numbers": batch.numbers[0], "categories": batch.categories[0],
+            "input_ids": batch.input_ids[0].tolist(),
+            "numbers": batch.numbers[0],
+            "categories": batch.categories[0],
             "labels": int(batch.labels[0]),
-        }  # fmt: skip
+        }
 
     def __len__(self) -> int:
         return len(self.items)
@@ -167,10 +193,12 @@ class Collator:
         self.lengths.append(np.array([len(item["input_ids"]) for item in items]))
         texts = self.tokenizer.pad({"input_ids": [item["input_ids"] for item in items]}, return_tensors="pt")
         return {
-            "input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"],
-            "numbers": torch.stack([item["numbers"] for item in items]), "categories": torch.stack([item["categories"] for item in items]),
+            "input_ids": texts["input_ids"],
+            "attention_mask": texts["attention_mask"],
+            "numbers": torch.stack([item["numbers"] for item in items]),
+            "categories": torch.stack([item["categories"] for item in items]),
             "labels": torch.tensor([item["labels"] for item in items]),
-        }  # fmt: skip
+        }
 
 
 class PeerModel(nn.Module):
@@ -188,9 +216,15 @@ class PeerModel(nn.Module):
                     setattr(parent, name, nn.Dropout(child.p))
         self.train()
 
-    def forward(self, input_ids: Any, attention_mask: Any, numbers: Any, categories: Any, labels: Any = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: Any, attention_mask: Any, numbers: Any, categories: Any, labels: Any = None
+    ) -> dict[str, torch.Tensor]:
         logits = self.network(input_ids, attention_mask, numbers, categories)
-        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        )
 
 
 # ---- rounds ----
@@ -239,16 +273,35 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def report(contenders: Sequence[Contender], *, figure: str, unit: str, extra: dict[str, Any], arguments: argparse.Namespace) -> None:
+def report(
+    contenders: Sequence[Contender], *, figure: str, unit: str, extra: dict[str, Any], arguments: argparse.Namespace
+) -> None:
     """Print the table; write JSON and plot where asked. The first contender is ours."""
     ours, names = contenders[0], list(contenders[0].rounds[0])
     rows = []
     for contender in contenders:
-        cells = [contender.name, *(f"{contender.median(name):,.3g}" for name in names), "{:,.3g} - {:,.3g}".format(*contender.spread(figure))]
+        cells = [
+            contender.name,
+            *(f"{contender.median(name):,.3g}" for name in names),
+            "{:,.3g} - {:,.3g}".format(*contender.spread(figure)),
+        ]
         between = sorted(ratios(ours, contender, figure))
-        rows.append([*cells, "" if contender is ours else f"{statistics.median(between):.2f} ({between[0]:.2f} - {between[-1]:.2f})"])
-    print(table(["", *names, f"spread of {figure}", f"ours is faster by ({figure}, median and spread of the rounds)"], rows))
-    record = {"machine": machine(), **extra, "contenders": {contender.name: contender.rounds for contender in contenders}}
+        rows.append(
+            [
+                *cells,
+                "" if contender is ours else f"{statistics.median(between):.2f} ({between[0]:.2f} - {between[-1]:.2f})",
+            ]
+        )
+    print(
+        table(
+            ["", *names, f"spread of {figure}", f"ours is faster by ({figure}, median and spread of the rounds)"], rows
+        )
+    )
+    record = {
+        "machine": machine(),
+        **extra,
+        "contenders": {contender.name: contender.rounds for contender in contenders},
+    }
     print(json.dumps({**record["machine"], **extra}))
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -266,7 +319,13 @@ def draw(contenders: Sequence[Contender], figure: str, unit: str, path: Path) ->
     names = [contender.name for contender in contenders][::-1]
     medians = np.array([contender.median(figure) for contender in contenders])[::-1]
     low, high = np.array([contender.spread(figure) for contender in contenders])[::-1].T
-    axes.barh(names, medians, xerr=[medians - low, high - medians], color=["#9aa5b1"] * (len(names) - 1) + ["#1f6feb"], capsize=3)
+    axes.barh(
+        names,
+        medians,
+        xerr=[medians - low, high - medians],
+        color=["#9aa5b1"] * (len(names) - 1) + ["#1f6feb"],
+        capsize=3,
+    )
     axes.set_xlabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()

@@ -29,20 +29,26 @@ def onnx(bench: Bench) -> Callable[[int], dict[str, float]]:
 
     config, data = bench.config, bench.data
     model, pooling = prepare_model(config, data)
-    loaded = LoadedModel(model.eval(), config, data.features, data.labels, data.tokenizer, {"pooling": pooling, "precision": "fp32"})
+    loaded = LoadedModel(
+        model.eval(), config, data.features, data.labels, data.tokenizer, {"pooling": pooling, "precision": "fp32"}
+    )
     work = replace(Work.of(model.text_subnetwork), ends_at_first_tokens=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         export_model(loaded, f"{folder}/exported", format="onnx")
-        session = onnxruntime.InferenceSession(f"{folder}/exported/{MODEL_FILES['onnx']}", options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            f"{folder}/exported/{MODEL_FILES['onnx']}", options, providers=["CPUExecutionProvider"]
+        )
 
     def round_(number: int) -> dict[str, float]:
         positions = bench.positions(number)
         started = time.perf_counter()
         for rows in evaluation_batches(data.train.lengths[positions], token_budget=scoring.TOKEN_BUDGETS["cpu"]):
             batch = data.train.batch(positions[rows])
-            session.run(["probabilities"], {each.name: getattr(batch, each.name).numpy() for each in session.get_inputs()})
+            session.run(
+                ["probabilities"], {each.name: getattr(batch, each.name).numpy() for each in session.get_inputs()}
+            )
         return bench.figures(time.perf_counter() - started, work, positions)
 
     return round_

@@ -44,11 +44,17 @@ class Bench:
         self.precision = resolve_precision(config.precision, context.device)
 
     def positions(self, number: int) -> np.ndarray:
-        return np.take(np.arange(len(self.data.train)), range(number * self.rows, (number + 1) * self.rows), mode="wrap")
+        return np.take(
+            np.arange(len(self.data.train)), range(number * self.rows, (number + 1) * self.rows), mode="wrap"
+        )
 
     def figures(self, seconds: float, work: Work, positions: np.ndarray) -> dict[str, float]:
         lengths = self.data.train.lengths[positions]
-        return {"rows/s": len(positions) / seconds, "tokens/s": lengths.sum() / seconds, "useful GFLOP/s": work.forward(lengths) / seconds / 1e9}
+        return {
+            "rows/s": len(positions) / seconds,
+            "tokens/s": lengths.sum() / seconds,
+            "useful GFLOP/s": work.forward(lengths) / seconds / 1e9,
+        }
 
 
 def ours(bench: Bench, *, int8: bool = False) -> Callable[[int], dict[str, float]]:
@@ -63,7 +69,11 @@ def ours(bench: Bench, *, int8: bool = False) -> Callable[[int], dict[str, float
         dataset = bench.data.train
         started = time.perf_counter()
         with torch.inference_mode():
-            for index, rows in enumerate(evaluation_batches(dataset.lengths[positions], token_budget=scoring.TOKEN_BUDGETS[bench.context.device.type])):
+            for index, rows in enumerate(
+                evaluation_batches(
+                    dataset.lengths[positions], token_budget=scoring.TOKEN_BUDGETS[bench.context.device.type]
+                )
+            ):
                 preds, _ = hooks.predict_step(model, dataset.batch(positions[rows]), index, task=task)
                 preds.numpy(force=True)
         return bench.figures(time.perf_counter() - started, work, positions)
@@ -83,9 +93,16 @@ def trainer(bench: Bench, *, batch_size: int, by_length: bool = False) -> Callab
         positions = positions[np.argsort(-bench.data.train.lengths[positions])] if by_length else positions
         with tempfile.TemporaryDirectory() as folder:
             settings = TrainingArguments(
-                folder, per_device_eval_batch_size=batch_size, use_cpu=bench.context.device.type == "cpu", report_to=[], disable_tqdm=True,
-                bf16=bench.precision == "bf16", fp16=bench.precision == "fp16", remove_unused_columns=False, label_names=["labels"],
-            )  # fmt: skip
+                folder,
+                per_device_eval_batch_size=batch_size,
+                use_cpu=bench.context.device.type == "cpu",
+                report_to=[],
+                disable_tqdm=True,
+                bf16=bench.precision == "bf16",
+                fp16=bench.precision == "fp16",
+                remove_unused_columns=False,
+                label_names=["labels"],
+            )
             made = Trainer(model, settings, data_collator=Collator(bench.data.tokenizer))
             rows = Rows(bench.data.train, positions)
             started = time.perf_counter()
@@ -101,17 +118,25 @@ def latency(bench: Bench, precision: str) -> dict[str, float]:
     """Milliseconds from a dict to its probability, for a text of LATENCY_TOKENS tokens."""
     model, pooling = prepare_model(bench.config, bench.data)
     resolved = {"pooling": pooling, "precision": bench.precision}
-    loaded = LoadedModel(model.eval(), bench.config, bench.data.features, bench.data.labels, bench.data.tokenizer, resolved)
+    loaded = LoadedModel(
+        model.eval(), bench.config, bench.data.features, bench.data.labels, bench.data.tokenizer, resolved
+    )
     predictor = Predictor(loaded, bench.context, precision=precision)
     words = bench.data.tokenizer.convert_ids_to_tokens(list(range(len(bench.data.tokenizer))))
     word = next(word for word in words if word.isalpha() and len(word) > 3)
-    row = {**dict.fromkeys(Roles.from_config(bench.config).inputs(), ""), bench.config.text_name[0]: " ".join([word] * (LATENCY_TOKENS - 2))}
+    row = {
+        **dict.fromkeys(Roles.from_config(bench.config).inputs(), ""),
+        bench.config.text_name[0]: " ".join([word] * (LATENCY_TOKENS - 2)),
+    }
     times = []
     for _ in range(LATENCY_CALLS):
         started = time.perf_counter()
         predictor.predict(row)
         times.append(1e3 * (time.perf_counter() - started))
-    return {f"one_row_ms_{precision}_median": statistics.median(times[5:]), f"one_row_ms_{precision}_p95": sorted(times[5:])[int(0.95 * len(times[5:]))]}
+    return {
+        f"one_row_ms_{precision}_median": statistics.median(times[5:]),
+        f"one_row_ms_{precision}_p95": sorted(times[5:])[int(0.95 * len(times[5:]))],
+    }
 
 
 def quality(bench: Bench, folder: str, precisions: list[str]) -> dict[str, float]:
@@ -120,24 +145,37 @@ def quality(bench: Bench, folder: str, precisions: list[str]) -> dict[str, float
     found = {}
     for precision in precisions:
         preds = Predictor.from_folder(folder, bench.context, precision=precision).score(dataset).preds
-        found[f"auroc_{precision}"] = float(binary_auroc(torch.from_numpy(preds), torch.from_numpy(dataset.label_index)))
+        found[f"auroc_{precision}"] = float(
+            binary_auroc(torch.from_numpy(preds), torch.from_numpy(dataset.label_index))
+        )
     return found
 
 
 def main() -> None:
     made = parser(__doc__.splitlines()[0])
     made.add_argument("--rows", type=int, default=512, help="rows of a round (%(default)s)")
-    made.add_argument("--trained", metavar="MODEL_PATH", help="a model folder of this config with two classes: its AUROC on the test rows in each precision")
+    made.add_argument(
+        "--trained",
+        metavar="MODEL_PATH",
+        help="a model folder of this config with two classes: its AUROC on the test rows in each precision",
+    )
     made.add_argument("--alone", action="store_true", help="without the peer, which needs accelerate")
     arguments = made.parse_args()
     with opened(arguments) as (config, data, context):
         bench = Bench(config, data, context, arguments.rows)
         precisions = [bench.precision, *(["int8"] if context.device.type == "cpu" else [])]
-        contenders = [Contender(f"mmbert_core, {precision}", ours(bench, int8=precision == "int8")) for precision in precisions]
+        contenders = [
+            Contender(f"mmbert_core, {precision}", ours(bench, int8=precision == "int8")) for precision in precisions
+        ]
         if not arguments.alone:
             size = config.batch_size
             contenders.append(Contender(f"HF Trainer.predict, batches of {size}", trainer(bench, batch_size=size)))
-            contenders.append(Contender(f"HF Trainer.predict, rows sorted by length, batches of {4 * size}", trainer(bench, batch_size=4 * size, by_length=True)))
+            contenders.append(
+                Contender(
+                    f"HF Trainer.predict, rows sorted by length, batches of {4 * size}",
+                    trainer(bench, batch_size=4 * size, by_length=True),
+                )
+            )
         for contender in contenders:  # warm-up
             contender.run(0)
         alternate(contenders, arguments.rounds)

@@ -1,6 +1,6 @@
 """What this machine can do at most: matrix products, memory bandwidth, random numbers, and the bare fast tokenizer.
 
-    python -m benchmarks.limits examples/womens_reviews.yaml
+python -m benchmarks.limits examples/womens_reviews.yaml
 """
 
 from __future__ import annotations
@@ -33,17 +33,43 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
     with opened(arguments) as (config, data, context):
         device = context.device
-        rows = [[f"matrix products {dtype}", f"{gemm_peak(device, dtype) / 1e9:,.0f} GFLOP/s"] for dtype in (torch.float32, torch.bfloat16)]
+        rows = [
+            [f"matrix products {dtype}", f"{gemm_peak(device, dtype) / 1e9:,.0f} GFLOP/s"]
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
         source = torch.ones(MEGABYTES * 2**18, device=device)
         target = torch.empty_like(source)
-        rows.append(["memory, read and written", f"{per_second(lambda: target.copy_(source), 2 * source.nbytes, device) / 1e9:,.1f} GB/s"])
+        rows.append(
+            [
+                "memory, read and written",
+                f"{per_second(lambda: target.copy_(source), 2 * source.nbytes, device) / 1e9:,.1f} GB/s",
+            ]
+        )
         draws = 2**22
         floats = torch.empty(draws)
-        rows.append(["dropout draws on the CPU, bernoulli_", f"{per_second(lambda: floats.bernoulli_(0.9), draws, torch.device('cpu')) / 1e6:,.0f} million/s"])
-        rows.append(["dropout draws on the CPU, 16 bits each", f"{per_second(lambda: draw_kept((draws,), 0.1), draws, torch.device('cpu')) / 1e6:,.0f} million/s"])
-        texts = data.tokenizer.batch_decode([data.train.batch([row]).input_ids[0] for row in range(min(TEXTS, len(data.train)))], skip_special_tokens=True)
+        rows.append(
+            [
+                "dropout draws on the CPU, bernoulli_",
+                f"{per_second(lambda: floats.bernoulli_(0.9), draws, torch.device('cpu')) / 1e6:,.0f} million/s",
+            ]
+        )
+        rows.append(
+            [
+                "dropout draws on the CPU, 16 bits each",
+                f"{per_second(lambda: draw_kept((draws,), 0.1), draws, torch.device('cpu')) / 1e6:,.0f} million/s",
+            ]
+        )
+        texts = data.tokenizer.batch_decode(
+            [data.train.batch([row]).input_ids[0] for row in range(min(TEXTS, len(data.train)))],
+            skip_special_tokens=True,
+        )
         backend = data.tokenizer.backend_tokenizer
-        rows.append(["bare fast tokenizer, texts made of the data's tokens", f"{per_second(lambda: backend.encode_batch_fast(texts), len(texts), torch.device('cpu')):,.0f} texts/s"])
+        rows.append(
+            [
+                "bare fast tokenizer, texts made of the data's tokens",
+                f"{per_second(lambda: backend.encode_batch_fast(texts), len(texts), torch.device('cpu')):,.0f} texts/s",
+            ]
+        )
     print(table(["", "at most"], rows))
     print(machine())
 

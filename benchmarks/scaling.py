@@ -53,7 +53,14 @@ def write_encoder(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
     BertModel(config).save_pretrained(folder)
 
 
@@ -67,7 +74,11 @@ def write_table(path: Path, num_rows: int, seed: int = 0) -> None:
             count = min(50_000, num_rows - start)
             lengths = rng.integers(5, 41, size=count)
             picks = iter(rng.integers(0, len(words), size=int(lengths.sum())).tolist())
-            ages, amounts, kinds = rng.integers(0, 100, count).tolist(), rng.lognormal(size=count).round(2).tolist(), rng.integers(0, 50, count).tolist()
+            ages, amounts, kinds = (
+                rng.integers(0, 100, count).tolist(),
+                rng.lognormal(size=count).round(2).tolist(),
+                rng.integers(0, 50, count).tolist(),
+            )
             stream.writelines(
                 f"{start + row},{' '.join(words[next(picks)] for _ in range(length))},{ages[row]},{amounts[row]},k{kinds[row]},{int(ages[row] > 50)}\n"
                 for row, length in enumerate(lengths.tolist())
@@ -77,10 +88,21 @@ def write_table(path: Path, num_rows: int, seed: int = 0) -> None:
 def config_for(folder: Path, name: str) -> Config:
     small = folder / "small.csv"
     return Config(
-        train_path=str(folder / f"{name}.csv"), val_path=str(small), model_path=str(folder / f"run-{name}"), cache_path=str(folder / "cache"),
-        text_name=("text",), label_name="label", id_name="row_id", tab_field_list=("age", "amount"), cat_field_list=("kind",),
-        encoder=str(folder / "encoder"), max_length=128, max_epochs=1, save_every=10**9, num_threads=1,
-    )  # fmt: skip
+        train_path=str(folder / f"{name}.csv"),
+        val_path=str(small),
+        model_path=str(folder / f"run-{name}"),
+        cache_path=str(folder / "cache"),
+        text_name=("text",),
+        label_name="label",
+        id_name="row_id",
+        tab_field_list=("age", "amount"),
+        cat_field_list=("kind",),
+        encoder=str(folder / "encoder"),
+        max_length=128,
+        max_epochs=1,
+        save_every=10**9,
+        num_threads=1,
+    )
 
 
 # ---- what runs in a process of its own ----
@@ -94,9 +116,13 @@ def stage_cache(folder: Path, num_rows: int) -> dict[str, float]:
     """Read, tokenise and store the table."""
     config = config_for(folder, str(num_rows))
     roles, tokenizer = Roles.from_config(config), load_tokenizer(config.encoder)
-    open_or_build(config.val_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path)
+    open_or_build(
+        config.val_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path
+    )
     before, started = peak_mb(), time.perf_counter()
-    rows = open_or_build(config.train_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path)
+    rows = open_or_build(
+        config.train_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path
+    )
     assert rows.num_rows == num_rows
     return {"seconds": time.perf_counter() - started, "mb_of_imports": before, "peak_mb": peak_mb()}
 
@@ -136,7 +162,12 @@ def stage_train(folder: Path, num_rows: int) -> dict[str, float]:
         for _ in range(steps):
             loop.train_one_step(run, order)
         trained = time.perf_counter() - started
-    return {"start_seconds": start_seconds, "batched_rows_per_second": batched_rate, "trained_rows_per_second": steps * config.batch_size / trained, "peak_mb": peak_mb()}
+    return {
+        "start_seconds": start_seconds,
+        "batched_rows_per_second": batched_rate,
+        "trained_rows_per_second": steps * config.batch_size / trained,
+        "peak_mb": peak_mb(),
+    }
 
 
 def stage_finish(folder: Path, num_rows: int) -> dict[str, float]:
@@ -155,7 +186,9 @@ def stage_predict(folder: Path, num_rows: int) -> dict[str, float]:
     return {"rows_per_second": count / (time.perf_counter() - started), "mb_of_imports": before, "peak_mb": peak_mb()}
 
 
-STAGES = {name.removeprefix("stage_"): function for name, function in list(globals().items()) if name.startswith("stage_")}
+STAGES = {
+    name.removeprefix("stage_"): function for name, function in list(globals().items()) if name.startswith("stage_")
+}
 
 
 def in_a_process(stage: str, folder: Path, num_rows: int) -> dict[str, float]:
@@ -163,7 +196,11 @@ def in_a_process(stage: str, folder: Path, num_rows: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.scaling", "stage", stage, str(folder), str(num_rows)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     figures = {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": time.perf_counter() - started}
-    print(f"{num_rows:>10,} rows  {stage}: " + "  ".join(f"{name} {value:,.1f}" for name, value in figures.items()), file=sys.stderr, flush=True)
+    print(
+        f"{num_rows:>10,} rows  {stage}: " + "  ".join(f"{name} {value:,.1f}" for name, value in figures.items()),
+        file=sys.stderr,
+        flush=True,
+    )
     return figures
 
 
@@ -190,14 +227,37 @@ def measure_rows(sizes: list[int], json_path: Path | None) -> None:
     rows = []
     for num_rows, made in record["sizes"].items():
         tokenised = num_rows / made["cache"]["seconds"]
-        rows.append([
-            f"{num_rows:,}", f"{made['cache']['seconds']:,.1f}", f"{tokenised / made['tokenizer']['texts_per_second']:.0%}", f"{made['cache']['peak_mb']:,.0f}",
-            f"{made['train']['start_seconds']:.2f}", f"{made['train']['batched_rows_per_second']:,.0f}", f"{made['train']['trained_rows_per_second']:,.0f}",
-            f"{made['train']['peak_mb']:,.0f}", f"{made['predict']['rows_per_second']:,.0f}" if "predict" in made else "", f"{made['predict']['peak_mb']:,.0f}" if "predict" in made else "",
-        ])  # fmt: skip
-    print(table(
-        ["rows", "token cache, s", "of the bare tokenizer's rate", "peak MB", "start from it, to step 1, s", "batches, rows/s", "training, rows/s", "peak MB", "prediction, rows/s", "peak MB"], rows
-    ))  # fmt: skip
+        rows.append(
+            [
+                f"{num_rows:,}",
+                f"{made['cache']['seconds']:,.1f}",
+                f"{tokenised / made['tokenizer']['texts_per_second']:.0%}",
+                f"{made['cache']['peak_mb']:,.0f}",
+                f"{made['train']['start_seconds']:.2f}",
+                f"{made['train']['batched_rows_per_second']:,.0f}",
+                f"{made['train']['trained_rows_per_second']:,.0f}",
+                f"{made['train']['peak_mb']:,.0f}",
+                f"{made['predict']['rows_per_second']:,.0f}" if "predict" in made else "",
+                f"{made['predict']['peak_mb']:,.0f}" if "predict" in made else "",
+            ]
+        )
+    print(
+        table(
+            [
+                "rows",
+                "token cache, s",
+                "of the bare tokenizer's rate",
+                "peak MB",
+                "start from it, to step 1, s",
+                "batches, rows/s",
+                "training, rows/s",
+                "peak MB",
+                "prediction, rows/s",
+                "peak MB",
+            ],
+            rows,
+        )
+    )
     if json_path:
         json_path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -210,21 +270,54 @@ def measure_processes(config: str, rounds: int, extra: list[str], json_path: Pat
             for count in (1, 2):
                 path = Path(folder) / f"run-{number}-{count}"
                 command = [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train.py", config, "--model_path", str(path),
-                    "--cache_path", f"{folder}/cache", "--num_threads", str(cores // count),
-                    "--val_path", "null", "--val_fraction", "0", "--test_path", "null", *extra,
-                ]  # fmt: skip
-                visible = os.environ if torch.cuda.device_count() > 1 else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # one GPU would train one process alone
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc_per_node={count}",
+                    "train.py",
+                    config,
+                    "--model_path",
+                    str(path),
+                    "--cache_path",
+                    f"{folder}/cache",
+                    "--num_threads",
+                    str(cores // count),
+                    "--val_path",
+                    "null",
+                    "--val_fraction",
+                    "0",
+                    "--test_path",
+                    "null",
+                    *extra,
+                ]
+                visible = (
+                    os.environ if torch.cuda.device_count() > 1 else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+                )  # one GPU would train one process alone
                 subprocess.run(command, check=True, stdout=sys.stderr, env=visible)
                 rate = json.loads((path / "train_results.json").read_text())["train_rows_per_second"]
                 results[f"{count} x {cores // count}"].append(rate)
-                print(f"round {number + 1}/{rounds}  {count} processes x {cores // count} threads: {rate:.2f} rows/s", file=sys.stderr, flush=True)
+                print(
+                    f"round {number + 1}/{rounds}  {count} processes x {cores // count} threads: {rate:.2f} rows/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     one, two = results.values()
     ratio = statistics.median(second / first for first, second in zip(one, two, strict=True))
-    print(table(["processes x threads", "training rows/s, median", "spread"], [[name, f"{statistics.median(rates):.2f}", f"{min(rates):.2f} - {max(rates):.2f}"] for name, rates in results.items()]))
+    print(
+        table(
+            ["processes x threads", "training rows/s, median", "spread"],
+            [
+                [name, f"{statistics.median(rates):.2f}", f"{min(rates):.2f} - {max(rates):.2f}"]
+                for name, rates in results.items()
+            ],
+        )
+    )
     print(f"2 processes beside 1: {ratio:.3f} (median of the rounds)")
     if json_path:
-        json_path.write_text(json.dumps({"machine": {**machine(), "threads": cores}, "rows_per_second": results}, indent=1) + "\n")
+        json_path.write_text(
+            json.dumps({"machine": {**machine(), "threads": cores}, "rows_per_second": results}, indent=1) + "\n"
+        )
 
 
 def main() -> None:

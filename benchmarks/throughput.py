@@ -79,7 +79,9 @@ class Bench:
         self.mean_length = data.train.lengths.mean()
         self.size = (self.warmup + self.steps) * config.batch_size  # rows of a round
         if self.size > len(data.train):
-            raise SystemExit(f"throughput: expected at least {self.size} training rows for {self.warmup} + {self.steps} steps, found {len(data.train)}")
+            raise SystemExit(
+                f"throughput: expected at least {self.size} training rows for {self.warmup} + {self.steps} steps, found {len(data.train)}"
+            )
 
     def positions(self, number: int) -> np.ndarray:
         size = self.size
@@ -112,7 +114,9 @@ def ours(bench: Bench) -> Callable[[int], dict[str, float]]:
         clock, order, lengths = Clock(bench), bench.positions(number), []
         for index in range(bench.warmup + bench.steps):
             run.state.rows_consumed = index * bench.config.batch_size
-            lengths.append(bench.data.train.lengths[order[index * bench.config.batch_size :][: bench.config.batch_size]])
+            lengths.append(
+                bench.data.train.lengths[order[index * bench.config.batch_size :][: bench.config.batch_size]]
+            )
             loop.log_step(run, loop.train_one_step(run, order))
             clock.tick()
         return bench.figures(clock, lengths, work)
@@ -129,7 +133,13 @@ def plain(bench: Bench) -> Callable[[int], dict[str, float]]:
 
     def round_(number: int) -> dict[str, float]:
         collator, clock = Collator(bench.data.tokenizer), Clock(bench)
-        for batch in DataLoader(bench.rows(number), bench.config.batch_size, shuffle=True, collate_fn=collator, pin_memory=device.type == "cuda"):
+        for batch in DataLoader(
+            bench.rows(number),
+            bench.config.batch_size,
+            shuffle=True,
+            collate_fn=collator,
+            pin_memory=device.type == "cuda",
+        ):
             with torch.autocast(device.type, AUTOCAST_DTYPES[bench.precision], enabled=bench.precision != "fp32"):
                 loss = model(**{name: value.to(device, non_blocking=True) for name, value in batch.items()})["loss"]
             scaler.scale(loss).backward()
@@ -162,11 +172,22 @@ def trainer(bench: Bench, *, grouped: bool = False) -> Callable[[int], dict[str,
 
         with tempfile.TemporaryDirectory() as folder:
             settings = TrainingArguments(
-                folder, per_device_train_batch_size=bench.config.batch_size, max_steps=bench.warmup + bench.steps, learning_rate=LR, max_grad_norm=bench.clip,
-                bf16=bench.precision == "bf16", fp16=bench.precision == "fp16", use_cpu=bench.context.device.type == "cpu", report_to=[],
-                save_strategy="no", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], seed=number,
+                folder,
+                per_device_train_batch_size=bench.config.batch_size,
+                max_steps=bench.warmup + bench.steps,
+                learning_rate=LR,
+                max_grad_norm=bench.clip,
+                bf16=bench.precision == "bf16",
+                fp16=bench.precision == "fp16",
+                use_cpu=bench.context.device.type == "cpu",
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                label_names=["labels"],
+                seed=number,
                 train_sampling_strategy="sequential" if grouped else "random",
-            )  # fmt: skip
+            )
             made = Trainer(model, settings, train_dataset=rows, data_collator=collator, callbacks=[Ticks()])
             made.train()
             made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the next round would wrap it once more
@@ -180,7 +201,9 @@ def grouped_positions(bench: Bench, number: int) -> np.ndarray:
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     size, lengths = bench.config.batch_size, bench.data.train.lengths
-    indices = np.array(get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(number)))
+    indices = np.array(
+        get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(number))
+    )
     batches = indices[: len(indices) // size * size].reshape(-1, size)
     return batches[np.random.default_rng(number).permutation(len(batches))[: bench.warmup + bench.steps]].ravel()
 
@@ -199,7 +222,13 @@ def lightning(bench: Bench) -> Callable[[int], dict[str, float]]:
 
         def configure_optimizers(self) -> dict[str, Any]:
             optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": get_linear_schedule_with_warmup(optimizer, 0, 10_000), "interval": "step"}}
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {
+                    "scheduler": get_linear_schedule_with_warmup(optimizer, 0, 10_000),
+                    "interval": "step",
+                },
+            }
 
     class Ticks(L.Callback):
         def on_train_start(self, _: Any, module: L.LightningModule) -> None:
@@ -214,12 +243,22 @@ def lightning(bench: Bench) -> Callable[[int], dict[str, float]]:
         nonlocal clock
         collator, clock = Collator(bench.data.tokenizer), Clock(bench)
         on_gpu = bench.context.device.type == "cuda"
-        loader = DataLoader(bench.rows(number), bench.config.batch_size, shuffle=True, collate_fn=collator, pin_memory=on_gpu)
+        loader = DataLoader(
+            bench.rows(number), bench.config.batch_size, shuffle=True, collate_fn=collator, pin_memory=on_gpu
+        )
         L.Trainer(
-            max_steps=bench.warmup + bench.steps, accelerator="gpu" if on_gpu else "cpu", devices=1, gradient_clip_val=bench.clip or None,
-            precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[bench.precision], logger=False, callbacks=[Ticks()],
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        ).fit(module, loader)  # fmt: skip
+            max_steps=bench.warmup + bench.steps,
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=1,
+            gradient_clip_val=bench.clip or None,
+            precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[bench.precision],
+            logger=False,
+            callbacks=[Ticks()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        ).fit(module, loader)
         return bench.figures(clock, collator.lengths, Work.of(module.model.network.text_subnetwork))
 
     return round_
@@ -240,15 +279,24 @@ def main() -> None:
     arguments = made.parse_args()
     with opened(arguments) as (config, data, context), claimed_folder(config):
         bench = Bench(config, data, context, arguments.steps)
-        contenders = [Contender("mmbert_core", ours(bench), ours=True), *(Contender(MAKERS[name][0], MAKERS[name][1](bench)) for name in arguments.peers)]
+        contenders = [
+            Contender("mmbert_core", ours(bench), ours=True),
+            *(Contender(MAKERS[name][0], MAKERS[name][1](bench)) for name in arguments.peers),
+        ]
         dtype = AUTOCAST_DTYPES[bench.precision]
         peak = Contender("GEMM peak", lambda _: {"useful GFLOP/s": gemm_peak(context.device, dtype) / 1e9})
         alternate([*contenders, peak], arguments.rounds)
-        share = sorted(one["useful GFLOP/s"] / two["useful GFLOP/s"] for one, two in zip(contenders[0].rounds, peak.rounds))
+        share = sorted(
+            one["useful GFLOP/s"] / two["useful GFLOP/s"] for one, two in zip(contenders[0].rounds, peak.rounds)
+        )
         extra = {
-            "gemm_peak_gflops": peak.median("useful GFLOP/s"), "useful_share_of_peak": share[len(share) // 2], "rows_a_step": config.batch_size,
-            "steps_a_round": bench.steps, "mean_tokens": float(bench.mean_length), "precision": bench.precision,
-        }  # fmt: skip
+            "gemm_peak_gflops": peak.median("useful GFLOP/s"),
+            "useful_share_of_peak": share[len(share) // 2],
+            "rows_a_step": config.batch_size,
+            "steps_a_round": bench.steps,
+            "mean_tokens": float(bench.mean_length),
+            "precision": bench.precision,
+        }
         report(contenders, figure="rows/s", unit="training rows per second", extra=extra, arguments=arguments)
 
 

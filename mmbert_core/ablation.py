@@ -1,5 +1,4 @@
-"""What the text and the columns each bring: text only, columns only and both, under the same settings and seeds.
-"""
+"""What the text and the columns each bring: text only, columns only and both, under the same settings and seeds."""
 
 import logging
 import statistics
@@ -40,7 +39,16 @@ def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> 
     folder = Path(config.model_path)
     cache = config.cache_path or str(folder / "cache")
     runs = [
-        (part, replace(config, **changes, seed=seed, model_path=str(folder / f"{part.replace(' ', '-')}-seed-{seed}"), cache_path=cache))
+        (
+            part,
+            replace(
+                config,
+                **changes,
+                seed=seed,
+                model_path=str(folder / f"{part.replace(' ', '-')}-seed-{seed}"),
+                cache_path=cache,
+            ),
+        )
         for part, changes in parts_of(config).items()
         for seed in dict.fromkeys(seeds)
     ]
@@ -67,7 +75,10 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | No
         if None in values:
             made[name] = {"mean": None, "spread": None}
         else:
-            made[name] = {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
+            made[name] = {
+                "mean": statistics.fmean(values),
+                "spread": statistics.stdev(values) if len(values) > 1 else None,
+            }
     return made
 
 

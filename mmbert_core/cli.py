@@ -26,7 +26,9 @@ from typing import NoReturn
 
 from mmbert_core.runtime import signals  # first: it notes the launcher
 
-gc.set_threshold(100_000, 50, 100)  # the imports below make objects that stay: looking through them again and again takes a second
+gc.set_threshold(
+    100_000, 50, 100
+)  # the imports below make objects that stay: looking through them again and again takes a second
 
 import torch
 
@@ -73,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     set_up_logging(context)
     if context.device.type == "cpu" and 0 < torch.cuda.device_count() < context.local_world_size:
-        logger.warning("%d processes for %d GPUs: all compute on the CPU; start no more processes than GPUs", context.local_world_size, torch.cuda.device_count())
+        logger.warning(
+            "%d processes for %d GPUs: all compute on the CPU; start no more processes than GPUs",
+            context.local_world_size,
+            torch.cuda.device_count(),
+        )
     gc.freeze()  # the million objects that imports made stay: collections while rows are read need not look at them
     try:
         arguments = parse(argv)
@@ -113,10 +119,15 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
         model, pooling = prepare_model(config, data)
     describe(config, data)
     if arguments.check:
-        if os.environ.get("NODE_RANK", "0") == "0":  # torchrun.sh checks on every machine; the first one alone need have the run
+        if (
+            os.environ.get("NODE_RANK", "0") == "0"
+        ):  # torchrun.sh checks on every machine; the first one alone need have the run
             read_for_all_ranks(config, data, model, context)  # a resume that must be refused
         num_warnings = sum(handler.num_warnings for handler in logger.handlers if isinstance(handler, CountingHandler))
-        logger.info("the check found nothing wrong%s", f"; {num_warnings} warning{'s'[: num_warnings > 1]} above" if num_warnings else "")
+        logger.info(
+            "the check found nothing wrong%s",
+            f"; {num_warnings} warning{'s'[: num_warnings > 1]} above" if num_warnings else "",
+        )
         return 0
     with distributed.process_group(context, config.timeout_seconds):
         results = fit(config, data, model, pooling, context)
@@ -147,19 +158,32 @@ def check_folder(key: str, folder: str) -> None:
 def describe(config: Config, data: Data) -> None:
     """What will be learned from what, in two lines; which of two classes is class 1; and what chooses the best step."""
     parts = {"train": data.train, "validation": data.val, "test": data.test}
-    counts = ", ".join(f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}" for name, dataset in parts.items() if dataset is not None)
-    shares = [f"{label!r} {(data.train.label_index == index).mean():.1%}" for index, label in enumerate(data.labels.names[:10])]
+    counts = ", ".join(
+        f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}"
+        for name, dataset in parts.items()
+        if dataset is not None
+    )
+    shares = [
+        f"{label!r} {(data.train.label_index == index).mean():.1%}"
+        for index, label in enumerate(data.labels.names[:10])
+    ]
     more = ", ..." if len(data.labels.names) > 10 else ""
     logger.info("%s; %s: %s%s; writing to %s", counts, config.label_name, ", ".join(shares), more, config.model_path)
     if config.is_binary:
         logger.info("%s", positive_class_line(data.labels.names, float((data.train.label_index == 1).mean())))
     lengths = data.train.lengths
     inputs = [f"text of {lengths.mean():.0f} tokens on average, at most {lengths.max()}"] if config.text_name else []
-    inputs += [f"{kind} columns: {', '.join(names)}" for kind, names in (("numeric", config.tab_field_list), ("categorical", config.cat_field_list)) if names]
+    inputs += [
+        f"{kind} columns: {', '.join(names)}"
+        for kind, names in (("numeric", config.tab_field_list), ("categorical", config.cat_field_list))
+        if names
+    ]
     logger.info("inputs: %s", "; ".join(inputs))
     if data.val is not None:
         best = "lowest" if config.early_stop_metric in LOWER_IS_BETTER else "highest"
-        logger.info("best step: the %s %s (early_stop_metric), of equals the lowest val_loss", best, config.early_stop_metric)
+        logger.info(
+            "best step: the %s %s (early_stop_metric), of equals the lowest val_loss", best, config.early_stop_metric
+        )
 
 
 # ---- predict ----
@@ -169,10 +193,14 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
     predictor = build_predictor(arguments, context)
     standard = [name for name in ("input", "output") if getattr(arguments, name) == STANDARD]
     if standard and context.world_size > 1:
-        raise InputError(f"command line: - as {' and '.join(standard)} is for one process, found {context.world_size}: name files")
+        raise InputError(
+            f"command line: - as {' and '.join(standard)} is for one process, found {context.world_size}: name files"
+        )
     with distributed.process_group(context), phase("prediction"), spooled(arguments) as path:
         with while_it_is_read():
-            num_rows = predictor.predict_file([path], arguments.output, sheet_safe=arguments.sheet_safe, tsv_quoting=arguments.tsv_quoting)
+            num_rows = predictor.predict_file(
+                [path], arguments.output, sheet_safe=arguments.sheet_safe, tsv_quoting=arguments.tsv_quoting
+            )
             say_positive_class(predictor)  # once the input is known to be sound: an error stands alone
             logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
     return 0
@@ -186,9 +214,13 @@ def say_positive_class(predictor: Predictor) -> None:
 
 def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Predictor:
     distributed.set_threads(arguments.num_threads or "auto", context)
-    predictor = Predictor.from_folder(arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold)
+    predictor = Predictor.from_folder(
+        arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold
+    )
     if arguments.threshold is not None and not predictor.loaded.config.is_binary:
-        raise InputError(f"--threshold: expected a model of two classes, found {len(predictor.loaded.labels.names)} in {arguments.model_path}")
+        raise InputError(
+            f"--threshold: expected a model of two classes, found {len(predictor.loaded.labels.names)} in {arguments.model_path}"
+        )
     return predictor
 
 
@@ -216,7 +248,9 @@ def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
     output = arguments.output or arguments.model_path
     check_folder("--output" if arguments.output else "the model folder, where no --output is given", output)
     with distributed.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
-        figures, folder = predictor.evaluate_file([arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting)
+        figures, folder = predictor.evaluate_file(
+            [arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting
+        )
     if context.is_main:
         say_positive_class(predictor)
         print_figures(figures, predictor.loaded.config, advice=False)
@@ -256,7 +290,12 @@ def serve(arguments: argparse.Namespace, context: DistContext) -> int:
     if context.world_size > 1:
         raise InputError(f"serve: expected one process, found {context.world_size} (start it without torchrun)")
     distributed.set_threads(arguments.num_threads or "auto", context)
-    run_server(Predictor.from_folder(arguments.model_path, context), arguments.model_path, host=arguments.host, port=arguments.port)
+    run_server(
+        Predictor.from_folder(arguments.model_path, context),
+        arguments.model_path,
+        host=arguments.host,
+        port=arguments.port,
+    )
     return 0
 
 
@@ -266,13 +305,22 @@ def export(arguments: argparse.Namespace, context: DistContext) -> int:
     distributed.set_threads("auto", context)
     check_request(Path(arguments.output), arguments.format)
     with phase("export"):
-        export_model(load_model_folder(arguments.model_path), arguments.output, format=arguments.format, check=arguments.check)
+        export_model(
+            load_model_folder(arguments.model_path), arguments.output, format=arguments.format, check=arguments.check
+        )
     return 0
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
-    "train": train, "predict": predict, "evaluate": evaluate, "ablate": ablate, "inspect": inspect, "report": report, "serve": serve, "export": export,
-}  # fmt: skip
+    "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+    "ablate": ablate,
+    "inspect": inspect,
+    "report": report,
+    "serve": serve,
+    "export": export,
+}
 
 
 def run() -> NoReturn:

@@ -77,7 +77,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mmbert", description="Fine-tune a pretrained BERT together with tabular columns into a classifier.")
+    parser = Parser(
+        prog="mmbert", description="Fine-tune a pretrained BERT together with tabular columns into a classifier."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_training_commands(commands)
     add_scoring_commands(commands)
@@ -93,31 +95,68 @@ def add_model_command(commands: Any, name: str, **texts: str) -> argparse.Argume
 
 def add_training_commands(commands: Any) -> None:
     usage = "mmbert train [CONFIG] [--check] [--KEY VALUE ...]      or: python train.py ..."
-    train_parser = commands.add_parser("train", help="train a model folder from labelled rows", usage=usage, description=TRAIN_DESCRIPTION)
-    train_parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML or JSON file with any of the keys below")
-    train_parser.add_argument("--check", action="store_true", help="read config, data and encoder, say what was found, and stop")
+    train_parser = commands.add_parser(
+        "train", help="train a model folder from labelled rows", usage=usage, description=TRAIN_DESCRIPTION
+    )
+    train_parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML or JSON file with any of the keys below"
+    )
+    train_parser.add_argument(
+        "--check", action="store_true", help="read config, data and encoder, say what was found, and stop"
+    )
     add_config_arguments(train_parser)
 
-    ablate_parser = commands.add_parser("ablate", help="what text and columns each bring", usage="mmbert ablate CONFIG [--seeds N ...] [--KEY VALUE ...]", description=ABLATE_DESCRIPTION)
+    ablate_parser = commands.add_parser(
+        "ablate",
+        help="what text and columns each bring",
+        usage="mmbert ablate CONFIG [--seeds N ...] [--KEY VALUE ...]",
+        description=ABLATE_DESCRIPTION,
+    )
     ablate_parser.add_argument("config", metavar="CONFIG", help="YAML or JSON file with any of the keys below")
-    ablate_parser.add_argument("--seeds", nargs="+", type=number_within("seed"), default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    ablate_parser.add_argument(
+        "--seeds", nargs="+", type=number_within("seed"), default=[0, 1, 2], metavar="N", help="(default: 0 1 2)"
+    )
     add_config_arguments(ablate_parser)
 
 
 def add_scoring_commands(commands: Any) -> None:
-    predict_parser = add_model_command(commands, "predict", help="score new rows with a model folder", description=PREDICT_DESCRIPTION)
-    predict_parser.add_argument("input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz; or -")
-    predict_parser.add_argument("output", metavar="OUTPUT", help="TSV file to write (CSV where its name ends in .csv), or -: id, probabilities, label if the input has it, predicted label, calibrated probability")
+    predict_parser = add_model_command(
+        commands, "predict", help="score new rows with a model folder", description=PREDICT_DESCRIPTION
+    )
+    predict_parser.add_argument(
+        "input", metavar="INPUT", help="file or quoted glob: .csv .tsv .jsonl .parquet, .gz; or -"
+    )
+    predict_parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="TSV file to write (CSV where its name ends in .csv), or -: id, probabilities, label if the input has it, predicted label, calibrated probability",
+    )
     add_scoring_options(predict_parser)
-    predict_parser.add_argument("--sheet_safe", action="store_true", help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte")
-    predict_parser.add_argument("--input_format", choices=["csv", "tsv", "jsonl"], default="csv", help="of standard input (default: csv)")
+    predict_parser.add_argument(
+        "--sheet_safe",
+        action="store_true",
+        help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte",
+    )
+    predict_parser.add_argument(
+        "--input_format", choices=["csv", "tsv", "jsonl"], default="csv", help="of standard input (default: csv)"
+    )
     add_tsv_quoting(predict_parser)
     add_threshold(predict_parser)
 
-    evaluate_parser = add_model_command(commands, "evaluate", help="score labelled rows and write a report", description=EVALUATE_DESCRIPTION)
-    evaluate_parser.add_argument("input", metavar="INPUT", help="file or quoted glob with the label column: .csv .tsv .jsonl .parquet, .gz")
+    evaluate_parser = add_model_command(
+        commands, "evaluate", help="score labelled rows and write a report", description=EVALUATE_DESCRIPTION
+    )
+    evaluate_parser.add_argument(
+        "input", metavar="INPUT", help="file or quoted glob with the label column: .csv .tsv .jsonl .parquet, .gz"
+    )
     evaluate_parser.add_argument("--output", metavar="FOLDER", help="where the new folder goes (default: MODEL_PATH)")
-    evaluate_parser.add_argument("--slices", nargs="*", default=(), metavar="COLUMN", help="columns to look at value by value, also such as the model does not read (default: its own)")
+    evaluate_parser.add_argument(
+        "--slices",
+        nargs="*",
+        default=(),
+        metavar="COLUMN",
+        help="columns to look at value by value, also such as the model does not read (default: its own)",
+    )
     add_scoring_options(evaluate_parser)
     add_tsv_quoting(evaluate_parser)
     add_threshold(evaluate_parser)
@@ -129,29 +168,69 @@ def add_other_commands(commands: Any) -> None:
     report_parser = commands.add_parser("report", help="write report.html anew from the report.json beside it")
     report_parser.add_argument("folder", metavar="FOLDER", help="multimodal_bert-<time> of a test or of evaluate")
 
-    serve_parser = add_model_command(commands, "serve", help="score rows over HTTP, and a page to try them by hand", description=SERVE_DESCRIPTION)
-    serve_parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which no other machine can reach)")
-    serve_parser.add_argument("--port", type=port, default=8000, metavar="N", help="port to listen on; 0: any that is free (default: 8000)")
-    serve_parser.add_argument("--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads (default: all cores)")
+    serve_parser = add_model_command(
+        commands, "serve", help="score rows over HTTP, and a page to try them by hand", description=SERVE_DESCRIPTION
+    )
+    serve_parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, which no other machine can reach)",
+    )
+    serve_parser.add_argument(
+        "--port", type=port, default=8000, metavar="N", help="port to listen on; 0: any that is free (default: 8000)"
+    )
+    serve_parser.add_argument(
+        "--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads (default: all cores)"
+    )
 
-    export_parser = add_model_command(commands, "export", help="write a model folder as ONNX or .pt2", description=EXPORT_DESCRIPTION)
+    export_parser = add_model_command(
+        commands, "export", help="write a model folder as ONNX or .pt2", description=EXPORT_DESCRIPTION
+    )
     export_parser.add_argument("output", metavar="OUTPUT_FOLDER", help="folder to make, new or empty")
-    export_parser.add_argument("--format", choices=list(MODEL_FILES), required=True, help="onnx: for onnxruntime and others; torch_export: for torch.export.load")
-    export_parser.add_argument("--check", metavar="FILE", help=f"compare on the first {CHECKED_ROWS} rows of FILE (default: on rows made up for the model)")
+    export_parser.add_argument(
+        "--format",
+        choices=list(MODEL_FILES),
+        required=True,
+        help="onnx: for onnxruntime and others; torch_export: for torch.export.load",
+    )
+    export_parser.add_argument(
+        "--check",
+        metavar="FILE",
+        help=f"compare on the first {CHECKED_ROWS} rows of FILE (default: on rows made up for the model)",
+    )
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_threads", type=number_within("num_threads"), metavar="N", help="CPU threads of a process (default: cores divided by the processes of the node)")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)")
+    parser.add_argument(
+        "--num_threads",
+        type=number_within("num_threads"),
+        metavar="N",
+        help="CPU threads of a process (default: cores divided by the processes of the node)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16", "int8"],
+        default="auto",
+        help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)",
+    )
 
 
 def add_tsv_quoting(parser: argparse.ArgumentParser) -> None:
     choices = [AUTO, STANDARD, NONE]
-    parser.add_argument("--tsv_quoting", choices=choices, help="quotes in .tsv input, as the key of that name (default: as the model was trained)")
+    parser.add_argument(
+        "--tsv_quoting",
+        choices=choices,
+        help="quotes in .tsv input, as the key of that name (default: as the model was trained)",
+    )
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threshold", type=share, metavar="X", help="probability above which a row is class 1 (default: as chosen on the validation rows)")
+    parser.add_argument(
+        "--threshold",
+        type=share,
+        metavar="X",
+        help="probability above which a row is class 1 (default: as chosen on the validation rows)",
+    )
 
 
 def number_within(key: str) -> Callable[[str], int]:
@@ -162,9 +241,13 @@ def number_within(key: str) -> Callable[[str], int]:
         digits = word.removeprefix("-")
         value = int(word) if digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS else None
         if value is None or value < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {format_for_message(word)}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {low}, found {format_for_message(word)}"
+            )
         if value > high:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at most {high:,}, found {format_for_message(word)}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at most {high:,}, found {format_for_message(word)}"
+            )
         return value
 
     return whole_number
@@ -193,10 +276,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, unknown = build_parser().parse_known_args(argv)
     if unknown:
         word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
-        flags = [*config_fields(), *ALIASES, "check", "seeds"] if arguments.command in ("train", "ablate") else [name for name in vars(arguments) if name != "command"]
+        flags = (
+            [*config_fields(), *ALIASES, "check", "seeds"]
+            if arguments.command in ("train", "ablate")
+            else [name for name in vars(arguments) if name != "command"]
+        )
         nearest = nearest_name(word.lstrip("-"), flags)
         hint = f"did you mean '--{nearest}'?" if nearest and word.startswith("-") else "--help lists all"
-        raise InputError(f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {format_for_message(word)}; {hint}")
+        raise InputError(
+            f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {format_for_message(word)}; {hint}"
+        )
     return arguments
 
 
@@ -207,12 +296,29 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     for name, item in config_fields().items():
         title = item.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
-        default = "required" if item.default is MISSING else f"default: {item.metadata['default_words'] or _show(item.default)}"
+        default = (
+            "required"
+            if item.default is MISSING
+            else f"default: {item.metadata['default_words'] or _show(item.default)}"
+        )
         is_list = any(get_origin(member) is tuple for member in [hints[name], *get_args(hints[name])])
         text = f"{item.metadata['meaning']}{_range_words(item.metadata['range'])} ({default})".replace("%", "%%")
-        group.add_argument(f"--{name}", nargs="*" if is_list else None, default=argparse.SUPPRESS, metavar=_placeholder(name, hints[name]), help=text)
-    groups["model"].add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder")
-    groups["run"].add_argument("--fp16", default=argparse.SUPPRESS, metavar="true|false", help="the original's name of --precision; true is fp16, false fp32")
+        group.add_argument(
+            f"--{name}",
+            nargs="*" if is_list else None,
+            default=argparse.SUPPRESS,
+            metavar=_placeholder(name, hints[name]),
+            help=text,
+        )
+    groups["model"].add_argument(
+        "--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder"
+    )
+    groups["run"].add_argument(
+        "--fp16",
+        default=argparse.SUPPRESS,
+        metavar="true|false",
+        help="the original's name of --precision; true is fp16, false fp32",
+    )
 
 
 def _range_words(bounds: tuple[float, float] | None) -> str:
@@ -222,7 +328,9 @@ def _range_words(bounds: tuple[float, float] | None) -> str:
 def _placeholder(name: str, hint: Any) -> str:
     """What stands for a value in --help: N is a whole number, X a number; choices are spelled out."""
     if get_origin(hint) in (Union, types.UnionType):
-        return "|".join(dict.fromkeys(_placeholder(name, member) for member in get_args(hint) if member is not type(None)))
+        return "|".join(
+            dict.fromkeys(_placeholder(name, member) for member in get_args(hint) if member is not type(None))
+        )
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:

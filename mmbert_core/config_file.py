@@ -65,7 +65,11 @@ def _read_text(path: str) -> str:
 
 
 def _not_valid(path: str, text: str) -> str:
-    return f"expected a config file (YAML or JSON), found what looks like a table; {ADVICE}" if _is_table(path, text) else "not a valid config file"
+    return (
+        f"expected a config file (YAML or JSON), found what looks like a table; {ADVICE}"
+        if _is_table(path, text)
+        else "not a valid config file"
+    )
 
 
 def _is_table(path: str, text: str) -> bool:
@@ -75,7 +79,11 @@ def _is_table(path: str, text: str) -> bool:
     lines = text[:100_000].splitlines()[:2]
     if path.endswith(".json") or len(lines) < 2 or lines[0].lstrip().startswith(("{", "[", "#", "-", "%")):
         return False
-    return any(lines[0].count(mark) and lines[0].count(mark) <= lines[1].count(mark) for mark in ",;\t") and ": " not in lines[0] and not lines[0].endswith(":")
+    return (
+        any(lines[0].count(mark) and lines[0].count(mark) <= lines[1].count(mark) for mark in ",;\t")
+        and ": " not in lines[0]
+        and not lines[0].endswith(":")
+    )
 
 
 def _as_key(key: Any) -> str:
@@ -147,12 +155,20 @@ class _Loader(yaml.SafeLoader):
     def _count(self, event: yaml.Event, size: int) -> None:
         self._num_values += size
         if self._num_values > MAX_VALUES:
-            raise _error(event, f"expected at most {MAX_VALUES:,} values (an alias counts as what it stands for), found more")
+            raise _error(
+                event, f"expected at most {MAX_VALUES:,} values (an alias counts as what it stands for), found more"
+            )
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         if isinstance(node, yaml.MappingNode):
             try:
-                check_repeats([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"])
+                check_repeats(
+                    [
+                        key.value
+                        for key, _ in node.value
+                        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
+                    ]
+                )
             except ValueError as error:
                 raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
         return super().construct_mapping(node, deep)
@@ -161,12 +177,19 @@ class _Loader(yaml.SafeLoader):
         """A node's value. What the base class cannot make of an explicit tag (`!!int ""`) or a date (2026-02-31) is an error with its line."""
         kind = node.tag.rpartition(":")[2]
         if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(None, None, f"expected a number of at most {MAX_DIGITS} digits, found one of {len(node.value):,}", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"expected a number of at most {MAX_DIGITS} digits, found one of {len(node.value):,}",
+                node.start_mark,
+            )
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             what = format_for_message(node.value) if isinstance(node, yaml.ScalarNode) else "this"
-            reason = f" ({error})" if type(error) is ValueError else ""  # such as a day that no month has; others are of Python's own making
+            reason = (
+                f" ({error})" if type(error) is ValueError else ""
+            )  # such as a day that no month has; others are of Python's own making
             problem = f"{what} cannot be read as {kind}{reason}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 

@@ -71,7 +71,12 @@ def _with_metrics_of_the_run(values: dict[str, Any]) -> dict[str, Any]:
             return values
         began = read_json(folder / "config.json")["config"]
         return values | _checked({key: began[key] for key in keys}, str(folder / "config.json"))
-    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the folder is said by those who read all of it
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # what is wrong with the folder is said by those who read all of it
         return values
 
 
@@ -101,17 +106,26 @@ def _translate_original_keys(values: dict[str, Any], place: str) -> dict[str, An
     """`tokenizer` -> encoder, `fp16` -> precision, and one warning for keys without use here. None means "not set"."""
     ignored = [key for key in IGNORED_KEYS if values.pop(key, None) is not None]
     if ignored:
-        logger.warning("%s: %s %s no use here and %s ignored", place, " and ".join(ignored), *(("has", "is") if len(ignored) == 1 else ("have", "are")))
+        logger.warning(
+            "%s: %s %s no use here and %s ignored",
+            place,
+            " and ".join(ignored),
+            *(("has", "is") if len(ignored) == 1 else ("have", "are")),
+        )
     if (tokenizer := values.pop("tokenizer", None)) is not None:
         encoder = values.get("encoder")
         if encoder not in (None, tokenizer):
-            raise InputError(f"{place}: encoder is {format_for_message(encoder)} and tokenizer is {format_for_message(tokenizer)}: they mean the same, keep one")
+            raise InputError(
+                f"{place}: encoder is {format_for_message(encoder)} and tokenizer is {format_for_message(tokenizer)}: they mean the same, keep one"
+            )
         values["encoder"] = tokenizer
     if (fp16 := values.pop("fp16", None)) is not None:
         fp16, precision = coerce("fp16", fp16, bool, place=place), values.get("precision")
         meant = "fp16" if fp16 else "fp32"  # the original knew no other
         if precision not in (None, meant):
-            raise InputError(f"{place}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: they contradict, keep precision")
+            raise InputError(
+                f"{place}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: they contradict, keep precision"
+            )
         values["precision"] = meant
     return values
 
@@ -122,7 +136,9 @@ def coerce_all(values: Mapping[str, Any], *, place: str = "config") -> dict[str,
     result = {}
     for key, value in values.items():
         has_default = known[key].default is not MISSING
-        result[key] = known[key].default if value is None and has_default else coerce(key, value, hints[key], place=place)
+        result[key] = (
+            known[key].default if value is None and has_default else coerce(key, value, hints[key], place=place)
+        )
     return result
 
 
@@ -133,7 +149,9 @@ def coerce(key: str, value: Any, hint: Any, *, place: str) -> Any:
             return _coerce_one(value, member)
         except (TypeError, ValueError, OverflowError):
             continue
-    is_yaml_word = any(isinstance(item, bool) for item in (value if isinstance(value, list) else [value])) and str in _members(hint)
+    is_yaml_word = any(
+        isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
+    ) and str in _members(hint)
     quotes = " (YAML reads yes, no, on, off so: write a name in quotes)" if is_yaml_word else ""
     raise InputError(f"{place}: {key}: expected {describe(hint)}, found {format_for_message(value)}{quotes}")
 

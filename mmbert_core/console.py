@@ -20,7 +20,9 @@ def tell(error: Exception, context: DistContext) -> None:
     """One line, before it the traceback of what is no plain failure; once, from the rank on which it happened."""
     if is_out_of_memory(error):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        say_error(f"{place(error, context)}out of memory ({reason}); raise microbatches_per_step, or use a smaller max_length or encoder")
+        say_error(
+            f"{place(error, context)}out of memory ({reason}); raise microbatches_per_step, or use a smaller max_length or encoder"
+        )
     elif isinstance(error, (RunError, OSError)):
         say_error(place(error, context) + str(error))
     else:
@@ -78,10 +80,14 @@ def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = Tru
         shown = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
         low_high = figures.get("intervals", {}).get(name)
         interval = f"{low_high[0]:.4f} - {low_high[1]:.4f}" if low_high else ""
-        rivals = "".join(f"{values[name]:>21.4f}" if values.get(name) is not None else f"{'':21}" for values in baselines.values())
+        rivals = "".join(
+            f"{values[name]:>21.4f}" if values.get(name) is not None else f"{'':21}" for values in baselines.values()
+        )
         print(f"{name:34} {shown:>10}  {interval:<17}{rivals if name in figures.get('intervals', {}) else ''}".rstrip())
     if num_left_out:
-        print(f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision")
+        print(
+            f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision"
+        )
     if baselines:
         print(line := verdict(figures, "test", config))
         if advice and line.startswith(NOT_BETTER):

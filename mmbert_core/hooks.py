@@ -53,7 +53,9 @@ def run_epoch(
     return row_losses(task.loss_op, logits, batch.labels).sum() / divisor, preds, batch.labels
 
 
-def training_step(model: nn.Module, batch: Batch, batch_idx: int, *, task: Task, weight_sum: float | None = None) -> dict[str, torch.Tensor]:
+def training_step(
+    model: nn.Module, batch: Batch, batch_idx: int, *, task: Task, weight_sum: float | None = None
+) -> dict[str, torch.Tensor]:
     """`{'loss': loss}` of one micro-batch as its share of the step: over the weight sum of all rows of the step.
 
     The shares of all micro-batches and ranks add up to `train_loss`. The original took the mean of rank means.
@@ -62,7 +64,9 @@ def training_step(model: nn.Module, batch: Batch, batch_idx: int, *, task: Task,
     return {"loss": loss}
 
 
-def predict_step(model: nn.Module, batch: Batch, batch_idx: int, *, task: Task) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def predict_step(
+    model: nn.Module, batch: Batch, batch_idx: int, *, task: Task
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """preds, or `(preds, labels)` where the batch has labels."""
     _, preds, _ = run_epoch(model, batch, "pred", task=task)
     return preds if batch.labels is None else (preds, batch.labels)
@@ -91,9 +95,15 @@ def on_validation_epoch_end(
     result = gather_results(outputs, num_rows)
     choices = dict.fromkeys([*config.metric_choices, config.early_stop_metric.removeprefix("val/")])
     choices.pop("val_loss", None)
-    metrics = compute_metrics(result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names)
+    metrics = compute_metrics(
+        result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names
+    )
     # rank 0's figures for all: a last bit that differs between machines must not stop some ranks and not others
-    values = {"val_loss": result.loss, **metrics.values, **({"undefined": metrics.undefined} if metrics.undefined else {})}
+    values = {
+        "val_loss": result.loss,
+        **metrics.values,
+        **({"undefined": metrics.undefined} if metrics.undefined else {}),
+    }
     return distributed.broadcast_object(values), result
 
 
@@ -122,13 +132,21 @@ def on_test_epoch_start(model_path: str | Path, name: str | None = None) -> tupl
     return [], distributed.on_main(make_folder)
 
 
-def test_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: list[BatchResult], *, task: Task, has_labels: bool) -> None:
+def test_step(
+    model: nn.Module, batch: Batch, batch_idx: int, outputs: list[BatchResult], *, task: Task, has_labels: bool
+) -> None:
     """Extend `outputs`; stage `test` with labels, else `pred`. Which one is decided once, from the table's columns."""
     outputs.append(_evaluate_batch(model, batch, batch_idx, "test" if has_labels else "pred", task))
 
 
 def on_test_epoch_end(
-    outputs: list[BatchResult], dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str], judgement: Judgement | None
+    outputs: list[BatchResult],
+    dataset: Dataset,
+    folder: Path,
+    *,
+    config: Config,
+    class_names: Sequence[str],
+    judgement: Judgement | None,
 ) -> tuple[dict[str, Any], EpochResult]:
     """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; all ranks get the figures and the rows.
 

@@ -66,7 +66,13 @@ class Predictor:
     """A model folder ready to score rows. Needs neither training data nor labels nor network."""
 
     def __init__(
-        self, loaded: LoadedModel, context: DistContext, *, precision: str = "auto", threshold: float | None = None, folder: Path | None = None
+        self,
+        loaded: LoadedModel,
+        context: DistContext,
+        *,
+        precision: str = "auto",
+        threshold: float | None = None,
+        folder: Path | None = None,
     ) -> None:
         """`threshold`: above which probability a row is class 1; none: as chosen on the validation rows. Several classes have none.
 
@@ -90,19 +96,36 @@ class Predictor:
         if precision == "int8":
             precision = "fp32"  # of all but the encoder's linear layers
             if context.device.type != "cpu":
-                raise InputError("precision int8: expected to predict on the CPU, found a GPU (use bf16, or hide the GPU with CUDA_VISIBLE_DEVICES=)")
+                raise InputError(
+                    "precision int8: expected to predict on the CPU, found a GPU (use bf16, or hide the GPU with CUDA_VISIBLE_DEVICES=)"
+                )
             if loaded.model.text_subnetwork is not None:
                 quantise_linears(loaded.model.text_subnetwork.encoder)
-        self.task = Task(config.is_binary, build_loss_op(None), resolve_precision(precision, context.device), context.device)
+        self.task = Task(
+            config.is_binary, build_loss_op(None), resolve_precision(precision, context.device), context.device
+        )
         loaded.model.to(context.device).eval()
 
     @classmethod
-    def from_folder(cls, folder: str | Path, context: DistContext | None = None, *, precision: str = "auto", threshold: float | None = None) -> "Predictor":
+    def from_folder(
+        cls,
+        folder: str | Path,
+        context: DistContext | None = None,
+        *,
+        precision: str = "auto",
+        threshold: float | None = None,
+    ) -> "Predictor":
         """Load a model folder. Raises `InputError` when it is not a whole one.
 
         `precision`: "auto" (on a GPU as the model was trained, on the CPU fp32), "fp32", "bf16", "fp16" or, on the CPU, "int8".
         """
-        return cls(load_model_folder(folder), context or distributed.read_context(), precision=precision, threshold=threshold, folder=Path(folder))
+        return cls(
+            load_model_folder(folder),
+            context or distributed.read_context(),
+            precision=precision,
+            threshold=threshold,
+            folder=Path(folder),
+        )
 
     # ---- copies, and other processes ----
 
@@ -151,9 +174,13 @@ class Predictor:
     @property
     def positive_class_line(self) -> str | None:
         """Which label is class 1, in words; None for several classes."""
-        return positive_class_line(self.loaded.labels.names, self.positive_share) if self.loaded.config.is_binary else None
+        return (
+            positive_class_line(self.loaded.labels.names, self.positive_share) if self.loaded.config.is_binary else None
+        )
 
-    def predict_file(self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False, tsv_quoting: str | None = None) -> int:
+    def predict_file(
+        self, paths: Sequence[str], output: str | Path, *, sheet_safe: bool = False, tsv_quoting: str | None = None
+    ) -> int:
         """Collective. Score every row of the input once, in its order; returns the number of rows.
 
         The output is CSV where its name ends in .csv, else TSV ("-": on standard output), and appears whole or not at all.
@@ -166,7 +193,12 @@ class Predictor:
         config, roles = self.loaded.config, Roles.from_config(self.loaded.config)
         tsv_quoting = tsv_quoting or config.tsv_quoting
         kept = columns_kept(inputs, roles.inputs(), (config.label_name,), tsv_quoting=tsv_quoting)
-        names = header(self.loaded.labels.names, is_binary=config.is_binary, id_name=config.id_name, has_labels=config.label_name in kept)
+        names = header(
+            self.loaded.labels.names,
+            is_binary=config.is_binary,
+            id_name=config.id_name,
+            has_labels=config.label_name in kept,
+        )
         unseen: Unseen = {}
         outside: Outside = {}
         num_cut, progress = 0, Progress(lengths_of(inputs))
@@ -175,7 +207,9 @@ class Predictor:
             for dataset in self._windows(inputs, roles, tsv_quoting):
                 result = self.score(dataset)
                 if self.context.is_main:
-                    stream.writelines(table_rows(self._columns(dataset, result), delimiter=delimiter, sheet_safe=sheet_safe))
+                    stream.writelines(
+                        table_rows(self._columns(dataset, result), delimiter=delimiter, sheet_safe=sheet_safe)
+                    )
                 unseen = add_by_column(unseen, dataset.unseen())
                 outside = add_by_column(outside, dataset.outside())
                 num_cut += dataset.encoded.num_cut
@@ -185,11 +219,19 @@ class Predictor:
 
     def _windows(self, inputs: Sequence[str], roles: Roles, tsv_quoting: str) -> Iterator[Dataset]:
         """The rows of files in windows of WINDOW rows; the same on every rank, for the files alone decide where a window ends."""
-        loaded, lengths = self.loaded, {"max_length": self.loaded.config.max_length, "max_chunks": self.loaded.config.max_chunks}
+        loaded, lengths = (
+            self.loaded,
+            {"max_length": self.loaded.config.max_length, "max_chunks": self.loaded.config.max_chunks},
+        )
         chunks = read_chunks(
-            inputs, roles.inputs(), optional=(loaded.config.label_name,), longest=longest_texts(roles, **lengths),
-            keep_end=keeps_end(loaded.tokenizer), chunk_rows=WINDOW, tsv_quoting=tsv_quoting,
-        )  # fmt: skip
+            inputs,
+            roles.inputs(),
+            optional=(loaded.config.label_name,),
+            longest=longest_texts(roles, **lengths),
+            keep_end=keeps_end(loaded.tokenizer),
+            chunk_rows=WINDOW,
+            tsv_quoting=tsv_quoting,
+        )
         windows = encode_windows(chunks, roles, loaded.tokenizer, window_rows=WINDOW, **lengths)
         while True:
             with self._in_use():  # while texts are tokenised
@@ -199,7 +241,12 @@ class Predictor:
             yield dataset_for_prediction(encoded, loaded.tokenizer, loaded.features, loaded.labels)
 
     def evaluate_file(
-        self, paths: Sequence[str], parent: str | Path, *, slice_columns: Sequence[str] = (), tsv_quoting: str | None = None
+        self,
+        paths: Sequence[str],
+        parent: str | Path,
+        *,
+        slice_columns: Sequence[str] = (),
+        tsv_quoting: str | None = None,
     ) -> tuple[dict[str, Any], Path]:
         """Collective. Score labelled rows into a new folder in `parent`: what the test of a run writes, the report with it.
 
@@ -208,7 +255,9 @@ class Predictor:
         config, inputs = self.loaded.config, expand_paths(paths)
         check_path(parent)
         tsv_quoting = tsv_quoting or config.tsv_quoting
-        columns_kept(inputs, [*Roles.from_config(config).inputs(), config.label_name, *slice_columns], tsv_quoting=tsv_quoting)
+        columns_kept(
+            inputs, [*Roles.from_config(config).inputs(), config.label_name, *slice_columns], tsv_quoting=tsv_quoting
+        )
         if not slice_columns:
             slice_columns = columns_kept(inputs, [], config.slice_columns, tsv_quoting=tsv_quoting)
         made = [path for path in (Path(parent), *Path(parent).parents) if not path.exists()]
@@ -219,7 +268,9 @@ class Predictor:
             for line in unlike:
                 logger.warning("%s", line)
             result = self.score(dataset)
-            figures = distributed.on_main(lambda: self._write_evaluation(dataset, result, folder, slice_columns, unlike), patient=True)
+            figures = distributed.on_main(
+                lambda: self._write_evaluation(dataset, result, folder, slice_columns, unlike), patient=True
+            )
         finally:
             if self.context.local_rank == 0:
                 shutil.rmtree(folder / CACHE, ignore_errors=True)
@@ -234,9 +285,17 @@ class Predictor:
         roles = replace(Roles.from_config(config), group=None)
         lengths = {"max_length": config.max_length, "max_chunks": config.max_chunks}
         with self._in_use():
-            encoded = open_or_build(inputs, roles, loaded.tokenizer, **lengths, cache_path=cache, tsv_quoting=tsv_quoting)
+            encoded = open_or_build(
+                inputs, roles, loaded.tokenizer, **lengths, cache_path=cache, tsv_quoting=tsv_quoting
+            )
         return Dataset(
-            encoded, None, loaded.features, loaded.labels, pad_token_id=pad_token_id_of(loaded.tokenizer), name="test", label_column=config.label_name
+            encoded,
+            None,
+            loaded.features,
+            loaded.labels,
+            pad_token_id=pad_token_id_of(loaded.tokenizer),
+            name="test",
+            label_column=config.label_name,
         )
 
     def _write_evaluation(
@@ -244,16 +303,40 @@ class Predictor:
     ) -> dict[str, Any]:
         """Rank 0 only. `unlike`: the lines about values and numbers that no training row has."""
         loaded = self.loaded
-        figures = results.write_results(result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
+        figures = results.write_results(
+            result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement
+        )
 
         def scored() -> Scored:
             trained, best = summary_of(self.folder)
-            training = {"reason": "no folder of a run"} if self.folder is None else training_section(self.folder, best.get("step"), best.get("metric"))
+            training = (
+                {"reason": "no folder of a run"}
+                if self.folder is None
+                else training_section(self.folder, best.get("step"), best.get("metric"))
+            )
             source = str(self.folder or "a model in memory")
             fingerprints = dataset.encoded.fingerprints
-            warnings = [*known_files(trained.get("files", {}), fingerprints), *unlike] or {"reason": "The training rows are not at hand: only the files were compared."}
-            data = {**trained, "files": {**trained.get("files", {}), **fingerprints}, "test": rows_section(dataset, loaded.labels.names)}
-            return Scored(loaded, self.task, dataset, result.preds, result.ids, figures, source, training, data, warnings, slice_columns)
+            warnings = [*known_files(trained.get("files", {}), fingerprints), *unlike] or {
+                "reason": "The training rows are not at hand: only the files were compared."
+            }
+            data = {
+                **trained,
+                "files": {**trained.get("files", {}), **fingerprints},
+                "test": rows_section(dataset, loaded.labels.names),
+            }
+            return Scored(
+                loaded,
+                self.task,
+                dataset,
+                result.preds,
+                result.ids,
+                figures,
+                source,
+                training,
+                data,
+                warnings,
+                slice_columns,
+            )
 
         with self._in_use():
             write_report(scored, folder)
@@ -267,7 +350,9 @@ class Predictor:
         """
         if isinstance(rows, Mapping):
             return self.predict([rows])[0]
-        if not isinstance(rows, pd.DataFrame) and not (isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)):
+        if not isinstance(rows, pd.DataFrame) and not (
+            isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)
+        ):
             raise InputError(f"rows: expected a dict, a list of dicts or a data frame, found {type(rows).__name__}")
         dataset = self._encode(self._chunk_of(rows))
         columns = self._columns(dataset, self.score(dataset))
@@ -296,7 +381,11 @@ class Predictor:
         """Rows in memory, where label and id may be left out."""
         roles = Roles.from_config(self.loaded.config)
         features, optional = roles.features(), [name for name in (roles.id, roles.label) if name is not None]
-        return frame_to_chunk(rows, features, optional) if isinstance(rows, pd.DataFrame) else records_to_chunk(rows, features, optional)
+        return (
+            frame_to_chunk(rows, features, optional)
+            if isinstance(rows, pd.DataFrame)
+            else records_to_chunk(rows, features, optional)
+        )
 
     def _encode(self, chunk: Chunk) -> Dataset:
         loaded, config = self.loaded, self.loaded.config
@@ -306,7 +395,10 @@ class Predictor:
             return encode_for_prediction(chunk, roles, loaded.tokenizer, loaded.features, loaded.labels, **lengths)
 
     def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Unseen, outside: Outside) -> None:
-        for line in (*cut_texts(num_cut, num_rows, self.loaded.config, keep_end=keeps_end(self.loaded.tokenizer)), *self._unlike_training(name, unseen, outside)):
+        for line in (
+            *cut_texts(num_cut, num_rows, self.loaded.config, keep_end=keeps_end(self.loaded.tokenizer)),
+            *self._unlike_training(name, unseen, outside),
+        ):
             logger.warning("%s", line)
 
     def _unlike_training(self, name: str, unseen: Unseen, outside: Outside) -> list[str]:
@@ -326,15 +418,21 @@ class Predictor:
             for index, batch in filter(None, scoring.own_batches(dataset, self.context)):
                 made = hooks.predict_step(self.loaded.model, batch, index, task=self.task)
                 preds = made[0] if isinstance(made, tuple) else made
-                results.append(BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0))
+                results.append(
+                    BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0)
+                )
         result = scoring.gather_results(results, len(dataset))
         if len(broken := scoring.broken_rows(result.preds)):
-            raise RunError(f"{dataset.where(broken[0])}: its probability is no number in {self.task.precision}: choose another precision, or fp32")
+            raise RunError(
+                f"{dataset.where(broken[0])}: its probability is no number in {self.task.precision}: choose another precision, or fp32"
+            )
         return result
 
     def _columns(self, dataset: Dataset, result: EpochResult) -> Columns:
         loaded = self.loaded
-        return results.columns_of(result, dataset, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement)
+        return results.columns_of(
+            result, dataset, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement
+        )
 
 
 def load_predictor(folder: str, options: Mapping[str, Any]) -> Predictor:
@@ -354,7 +452,11 @@ def summary_of(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
 def known_files(trained: Mapping[str, Mapping[str, Any]], evaluated: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lines about evaluated files that the model was trained or chosen on: path -> its sha256, of the run and of the rows at hand."""
     by_digest = {value.get("sha256"): path for path, value in trained.items()}
-    return [f"{path} is a file of the model's own run ({by_digest[value['sha256']]})" for path, value in evaluated.items() if value["sha256"] in by_digest]
+    return [
+        f"{path} is a file of the model's own run ({by_digest[value['sha256']]})"
+        for path, value in evaluated.items()
+        if value["sha256"] in by_digest
+    ]
 
 
 # ---- the output ----

@@ -108,16 +108,39 @@ def test_paths_that_cannot_be(tmp_path, capsys, earlier):
 def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path, capsys, earlier):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")  # as Python has it from the command line
     shutil.copy(earlier / "test.csv", odd)
-    config, run, rows, out = write_config(tmp_path, earlier), earlier / "run", earlier / "test.csv", tmp_path / "out.tsv"
-    commands = [("predict", run, odd, out), ("predict", run, rows, odd), ("predict", odd, rows, out), ("evaluate", run, rows, "--output", odd)]
-    commands += [("train", config, "--check", f"--{key}", odd) for key in ("train_path", "val_path", "test_path", "model_path", "encoder")]
+    config, run, rows, out = (
+        write_config(tmp_path, earlier),
+        earlier / "run",
+        earlier / "test.csv",
+        tmp_path / "out.tsv",
+    )
+    commands = [
+        ("predict", run, odd, out),
+        ("predict", run, rows, odd),
+        ("predict", odd, rows, out),
+        ("evaluate", run, rows, "--output", odd),
+    ]
+    commands += [
+        ("train", config, "--check", f"--{key}", odd)
+        for key in ("train_path", "val_path", "test_path", "model_path", "encoder")
+    ]
     for words in (*commands, ("predict", run, tmp_path / "*.csv", out)):
         assert "\\xe9.csv: expected a name in UTF-8, found other bytes in it" in error_of(capsys, *words)
     for key in ("train_path", "model_path", "encoder"):  # from Python
         with pytest.raises(InputError, match=f"^{key}: expected a path in UTF-8"):
             Config(**tiny.settings(earlier, **{key: (odd,) if key == "train_path" else odd}))
-    done = subprocess.run([sys.executable, "-m", "mmbert_core", "predict", run, odd, out], capture_output=True, cwd=tiny.ROOT, env={**os.environ, "PYTHONPATH": str(tiny.ROOT)})
-    assert done.returncode == 2 and done.stderr.count(b"error: ") == 1 and b"caf\\xe9.csv" in done.stderr and not out.exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "mmbert_core", "predict", run, odd, out],
+        capture_output=True,
+        cwd=tiny.ROOT,
+        env={**os.environ, "PYTHONPATH": str(tiny.ROOT)},
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count(b"error: ") == 1
+        and b"caf\\xe9.csv" in done.stderr
+        and not out.exists()
+    )
 
 
 # ---- settings ----
@@ -135,10 +158,16 @@ def test_settings_that_cannot_be(tmp_path, capsys, earlier, monkeypatch):
         ({"bach_size": 8}, [config, "unknown key 'bach_size'; did you mean 'batch_size'?"]),
         ({"label_name": ...}, [config, "the key 'label_name' is required"]),
         ({"class_weights": [1, 2, 3]}, [config, "class_weights: expected 2 weights (num_classes), found 3"]),
-        ({"metric_choices": ["acuracy"]}, ["metric_choices: expected names among accuracy, ", "found 'acuracy' (nearest: accuracy)"]),
+        (
+            {"metric_choices": ["acuracy"]},
+            ["metric_choices: expected names among accuracy, ", "found 'acuracy' (nearest: accuracy)"],
+        ),
         ({"early_stop_metric": "val/f1"}, ["expected names among accuracy, ", "found 'f1'"]),
         ({"positive_label": "yes"}, ["positive_label: expected one of the labels '0', '1', found 'yes'"]),
-        ({"is_binary": False, "num_classes": 3}, ["column 'label': expected 3 classes (num_classes) in the training rows, found 2"]),
+        (
+            {"is_binary": False, "num_classes": 3},
+            ["column 'label': expected 3 classes (num_classes) in the training rows, found 2"],
+        ),
         ({"max_train_rows": 2}, ["max_train_rows: expected rows of every class"]),
         ({"max_length": 65}, ["max_length: expected at most 64 tokens", "found 65"]),
         ({"encoder": tmp_path / "no_such_folder"}, ["no_such_folder", "found no such folder"]),
@@ -170,9 +199,15 @@ def test_words_of_the_command_line_that_are_none(capsys):
         (["train", "a.yaml", "b.yaml"], "unknown argument 'b.yaml'"),
         (["train", "--lr"], "argument --lr: expected one argument"),
         (["predict", "folder"], "the following arguments are required: INPUT, OUTPUT"),
-        (["predict", "folder", "a.csv", "b.tsv", "--num_threads", "0"], "argument --num_threads: expected a whole number of at least 1, found '0'"),
+        (
+            ["predict", "folder", "a.csv", "b.tsv", "--num_threads", "0"],
+            "argument --num_threads: expected a whole number of at least 1, found '0'",
+        ),
         (["predict", "folder", "a.csv", "b.tsv", "--precision", "fp8"], "invalid choice: 'fp8'"),
-        (["predict", "folder", "a.csv", "b.tsv", "--threads", "2"], "unknown flag '--threads'; did you mean '--num_threads'?"),
+        (
+            ["predict", "folder", "a.csv", "b.tsv", "--threads", "2"],
+            "unknown flag '--threads'; did you mean '--num_threads'?",
+        ),
     ):
         message = error_of(capsys, *words)
         assert message.startswith("command line: ") and expected in message
@@ -231,25 +266,49 @@ def test_folders_that_are_no_model(tmp_path, capsys, earlier):
         (tmp_path / "empty", "not a model folder: config.json is missing"),
         (earlier / "encoder", "not a model folder: features.json is missing"),
         (tmp_path / "unfinished", "not a model folder: model.safetensors is missing (the run has not ended)"),
-        (tmp_path / "no_encoder", "not a whole model folder: encoder/config.json is missing, which MANIFEST.json names"),
+        (
+            tmp_path / "no_encoder",
+            "not a whole model folder: encoder/config.json is missing, which MANIFEST.json names",
+        ),
         (tmp_path / "old_no_encoder", "not a model folder: encoder/ is missing"),
     ):
-        assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder), expected)
+        assert_predict_refuses(
+            capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder), expected
+        )
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "garbage"])
-@pytest.mark.parametrize("name", ["config.json", "features.json", "labels.json", "model.safetensors", "encoder/config.json", "encoder/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "features.json",
+        "labels.json",
+        "model.safetensors",
+        "encoder/config.json",
+        "encoder/tokenizer.json",
+    ],
+)
 def test_a_damaged_model_folder(tmp_path, capsys, earlier, name, damage):
     """Of a version without a manifest: test_model_folder.py has what the manifest finds."""
     folder = tiny.without_manifest(shutil.copytree(earlier / "run", tmp_path / "model"))
     content = (folder / name).read_bytes()
-    (folder / name).write_bytes({"empty": b"", "half": content[: len(content) // 2], "garbage": b"\x80garbage" * 20}[damage])
-    assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder / name if "/" not in name else folder))
+    (folder / name).write_bytes(
+        {"empty": b"", "half": content[: len(content) // 2], "garbage": b"\x80garbage" * 20}[damage]
+    )
+    assert_predict_refuses(
+        capsys,
+        earlier,
+        [folder, earlier / "test.csv", tmp_path / "out.tsv"],
+        str(folder / name if "/" not in name else folder),
+    )
 
 
 def test_parts_of_different_models(tmp_path, capsys, earlier):
     def edited(name: str, edit: Callable[[Any], Any]) -> Path:
-        folder = tiny.without_manifest(shutil.copytree(earlier / "run", tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"))
+        folder = tiny.without_manifest(
+            shutil.copytree(earlier / "run", tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}")
+        )
         (folder / name).write_text(json.dumps(edit(json.loads((folder / name).read_text()))))
         return folder
 
@@ -263,13 +322,27 @@ def test_parts_of_different_models(tmp_path, capsys, earlier):
         ("config.json", changed(leftover=1), "unknown key 'leftover'"),
         ("config.json", lambda record: {**record, "resolved": {}}, "expected the key 'pooling', found none"),
         ("config.json", changed(hidden_common_dim=17), "does not fit the other files of the folder"),
-        ("features.json", lambda record: {**record, "number_names": ["age"]}, "its columns are not those of config.json"),
-        ("features.json", lambda record: {**record, "means": record["means"][:1]}, "means: expected 3 entries, as the columns have, found 1"),
-        ("features.json", lambda record: {key: record[key] for key in ("means", "stds")}, "expected the key 'number_names', found none"),
+        (
+            "features.json",
+            lambda record: {**record, "number_names": ["age"]},
+            "its columns are not those of config.json",
+        ),
+        (
+            "features.json",
+            lambda record: {**record, "means": record["means"][:1]},
+            "means: expected 3 entries, as the columns have, found 1",
+        ),
+        (
+            "features.json",
+            lambda record: {key: record[key] for key in ("means", "stds")},
+            "expected the key 'number_names', found none",
+        ),
         ("labels.json", lambda record: {"names": ["0", "1", "2"]}, "expected 2 labels as in config.json, found 3"),
     ):
         folder = edited(name, edit)
-        assert_predict_refuses(capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder), expected)
+        assert_predict_refuses(
+            capsys, earlier, [folder, earlier / "test.csv", tmp_path / "out.tsv"], str(folder), expected
+        )
 
 
 # ---- real processes ----
@@ -285,7 +358,10 @@ def test_check_exits_with_2(tmp_path, earlier):
 
 @pytest.mark.parametrize(
     "change",
-    [pytest.param({"train_path": "no.csv"}, id="before the process group", marks=pytest.mark.slow), pytest.param({"lr": 0.5}, id="within it")],
+    [
+        pytest.param({"train_path": "no.csv"}, id="before the process group", marks=pytest.mark.slow),
+        pytest.param({"lr": 0.5}, id="within it"),
+    ],
 )
 def test_two_processes_say_it_once_and_end(tmp_path, earlier, change):
     before, started = hashes(earlier), time.monotonic()
@@ -294,5 +370,7 @@ def test_two_processes_say_it_once_and_end(tmp_path, earlier, change):
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
     assert ("no.csv: there is no such file" if "train_path" in change else "lr was 0.001") in done.stderr
-    assert "Traceback" not in done.stderr.split("\nerror: ")[0] and "InputError" not in done.stderr  # the one traceback is torchrun's own
+    assert (
+        "Traceback" not in done.stderr.split("\nerror: ")[0] and "InputError" not in done.stderr
+    )  # the one traceback is torchrun's own
     assert hashes(earlier) == before

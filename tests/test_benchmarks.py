@@ -8,7 +8,16 @@ import pytest
 
 from tests.support import tiny
 
-PEERS = [name for name, package in {"plain": "torch", "trainer": "accelerate", "grouped": "accelerate", "lightning": "lightning"}.items() if importlib.util.find_spec(package)]
+PEERS = [
+    name
+    for name, package in {
+        "plain": "torch",
+        "trainer": "accelerate",
+        "grouped": "accelerate",
+        "lightning": "lightning",
+    }.items()
+    if importlib.util.find_spec(package)
+]
 
 
 @pytest.fixture
@@ -29,22 +38,40 @@ def test_throughput(config: str, tmp_path: Path) -> None:
     output = run("benchmarks.throughput", config, "--rounds", "2", "--steps", "2", "--peers", *PEERS, *files)
     record = json.loads((tmp_path / "t.json").read_text())
     assert list(record["contenders"])[0] == "mmbert_core" and len(record["contenders"]) == len(PEERS) + 1
-    assert all(len(rounds) == 2 and all(figures["rows/s"] > 0 for figures in rounds) for rounds in record["contenders"].values())
+    assert all(
+        len(rounds) == 2 and all(figures["rows/s"] > 0 for figures in rounds)
+        for rounds in record["contenders"].values()
+    )
     assert all(f"| {name} |" in output for name in record["contenders"]) and record["machine"]["threads"] == 1
     assert (tmp_path / "t.svg").stat().st_size > 1000
 
 
 def test_inference(config: str, tmp_path: Path) -> None:
-    run("benchmarks.inference", config, "--rounds", "1", "--rows", "40", "--json", str(tmp_path / "i.json"), *([] if "trainer" in PEERS else ["--alone"]))
+    run(
+        "benchmarks.inference",
+        config,
+        "--rounds",
+        "1",
+        "--rows",
+        "40",
+        "--json",
+        str(tmp_path / "i.json"),
+        *([] if "trainer" in PEERS else ["--alone"]),
+    )
     record = json.loads((tmp_path / "i.json").read_text())
     assert record["contenders"]["mmbert_core, fp32"][0]["rows/s"] > 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None, reason="needs the extra onnx")
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None,
+    reason="needs the extra onnx",
+)
 def test_export(config: str, tmp_path: Path) -> None:
     run("benchmarks.export", config, "--rounds", "1", "--rows", "40", "--json", str(tmp_path / "e.json"))
     record = json.loads((tmp_path / "e.json").read_text())
-    assert record["contenders"].keys() == {"mmbert_core", "onnxruntime"} and all(rounds[0]["rows/s"] > 0 for rounds in record["contenders"].values())
+    assert record["contenders"].keys() == {"mmbert_core", "onnxruntime"} and all(
+        rounds[0]["rows/s"] > 0 for rounds in record["contenders"].values()
+    )
 
 
 def test_limits(config: str) -> None:

@@ -15,12 +15,58 @@ from tests.support import tiny
 
 REQUIRED = {"text_name": ["text"], "label_name": "label", "model_path": "runs/x"}
 HINTS = get_type_hints(Config)
-NUMERIC = [name for name, hint in HINTS.items() if {int, float} & {hint, *get_args(hint), *(inner for each in get_args(hint) for inner in get_args(each))}]
+NUMERIC = [
+    name
+    for name, hint in HINTS.items()
+    if {int, float} & {hint, *get_args(hint), *(inner for each in get_args(hint) for inner in get_args(each))}
+]
 HUGE = [
-    2**31, 2**31 - 1, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**9, 10**30, 10**99, 10**400, 1e30, 1e300, 1.7e308, float("inf"), float("-inf"), float("nan"),
-    -1, -0.5, -(2**31), -(2**63), -(10**400), 5e-324, -1e-300, 0, -0.0,
-]  # fmt: skip
-WORDS = ["inf", "-inf", "nan", "1e999", "-1e999", "9" * 400, "9" * 5000, "-" + "9" * 5000, "0x7fffffff", "1e30", "1_000_000_000_000", "٣", "½", "²", "--1", "1e", ""]
+    2**31,
+    2**31 - 1,
+    2**32,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**9,
+    10**30,
+    10**99,
+    10**400,
+    1e30,
+    1e300,
+    1.7e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    -1,
+    -0.5,
+    -(2**31),
+    -(2**63),
+    -(10**400),
+    5e-324,
+    -1e-300,
+    0,
+    -0.0,
+]
+WORDS = [
+    "inf",
+    "-inf",
+    "nan",
+    "1e999",
+    "-1e999",
+    "9" * 400,
+    "9" * 5000,
+    "-" + "9" * 5000,
+    "0x7fffffff",
+    "1e30",
+    "1_000_000_000_000",
+    "٣",
+    "½",
+    "²",
+    "--1",
+    "1e",
+    "",
+]
 
 
 def value_of(rng: random.Random) -> Any:
@@ -66,7 +112,21 @@ def test_no_number_gives_anything_but_a_config_or_one_line():
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
-@pytest.mark.parametrize("number", ["9" * 5000, "-" + "9" * 400, "1e400", "0." + "1" * 5000, "1" + ":59" * 5000, "0x" + "f" * 100_000, ".inf", ".nan", "NaN", "-Infinity"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        "9" * 5000,
+        "-" + "9" * 400,
+        "1e400",
+        "0." + "1" * 5000,
+        "1" + ":59" * 5000,
+        "0x" + "f" * 100_000,
+        ".inf",
+        ".nan",
+        "NaN",
+        "-Infinity",
+    ],
+)
 def test_numbers_as_texts_of_a_file(tmp_path, suffix, number):
     path = tmp_path / f"run.{suffix}"
     for key in ("batch_size", "lr", "seed", "label_name", "class_weights"):
@@ -117,9 +177,13 @@ def test_one_beyond_the_ends_is_refused(tables, capsys):
 @pytest.mark.parametrize("word", ["2147483648", "1e30", "-1", "9" * 5000, "nan", "inf", "0x10", "1.5", "", "٣"])
 def test_options_of_other_commands(tmp_path, capsys, word):
     for words in (
-        ["predict", "m", "a.csv", "b.tsv", "--num_threads", word], ["predict", "m", "a.csv", "b.tsv", "--threshold", word.replace("٣", "3")],
-        ["evaluate", "m", "a.csv", "--num_threads", word], ["serve", "m", "--port", word], ["serve", "m", "--num_threads", word], ["ablate", "no.yaml", "--seeds", "0", word],
-    ):  # fmt: skip
+        ["predict", "m", "a.csv", "b.tsv", "--num_threads", word],
+        ["predict", "m", "a.csv", "b.tsv", "--threshold", word.replace("٣", "3")],
+        ["evaluate", "m", "a.csv", "--num_threads", word],
+        ["serve", "m", "--port", word],
+        ["serve", "m", "--num_threads", word],
+        ["ablate", "no.yaml", "--seeds", "0", word],
+    ):
         assert cli.main(words) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and len(line) <= 400
@@ -132,7 +196,13 @@ def test_real_processes_refuse_numbers_beyond_a_machine(tmp_path):
     for name in rng.sample(NUMERIC, 12):
         for value in rng.sample(HUGE, 2):
             path = tmp_path / "run.json"
-            path.write_text(json.dumps(tiny.settings(tmp_path) | {name: [value, value] if name == "class_weights" else value}))
+            path.write_text(
+                json.dumps(tiny.settings(tmp_path) | {name: [value, value] if name == "class_weights" else value})
+            )
             done = tiny.run_command(["train.py", str(path), "--check"], timeout=60)
-            assert done.returncode in (0, 2) and "Traceback" not in done.stderr and done.stdout == "", (name, value, done.stderr)
+            assert done.returncode in (0, 2) and "Traceback" not in done.stderr and done.stdout == "", (
+                name,
+                value,
+                done.stderr,
+            )
             assert done.returncode == 0 or done.stderr.splitlines()[-1].startswith("error: ")

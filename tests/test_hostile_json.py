@@ -30,9 +30,39 @@ from tests.support import tiny
 
 MAX_SECONDS = 20.0  # of one file
 HOSTILE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.5, -0.5, 1e300, float("inf"), float("nan"), "", "a", "\0", "é\u0301", "\ud800",
-    "../../x", "x" * 5000, [], {}, [[]], [None], ["0", "0"], {"a": None}, {"": {"": []}}, "1", "null", [0.1] * 3,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    -(10**30),
+    0.5,
+    -0.5,
+    1e300,
+    float("inf"),
+    float("nan"),
+    "",
+    "a",
+    "\0",
+    "é\u0301",
+    "\ud800",
+    "../../x",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    ["0", "0"],
+    {"a": None},
+    {"": {"": []}},
+    "1",
+    "null",
+    [0.1] * 3,
+)
 Loader = Callable[[], Any]  # raises InputError or RunError, or gives what was read
 
 
@@ -81,10 +111,15 @@ def with_bytes_changed(content: bytes, generator: random.Random) -> bytes:
         return bytes(changed)
     nested = generator.choice((b"[" * 100_000, b'{"a":' * 5000, b"[" * 60 + b"]" * 60))
     return {
-        1: content[:start], 2: content[:end] + content[start:], 3: content[:start] + nested + content[end:],
-        4: content.replace(b"{", b'{"step": 1, "step": 2, ', 1), 5: content[:start] + b"9" * generator.choice((20, 400, 10_000)) + content[start:],
-        6: content[:start] + generator.choice((b"\xff", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"1e999")) + content[start:],
-    }[how]  # fmt: skip
+        1: content[:start],
+        2: content[:end] + content[start:],
+        3: content[:start] + nested + content[end:],
+        4: content.replace(b"{", b'{"step": 1, "step": 2, ', 1),
+        5: content[:start] + b"9" * generator.choice((20, 400, 10_000)) + content[start:],
+        6: content[:start]
+        + generator.choice((b"\xff", b"\xef\xbb\xbf", b"\\ud800", b"NaN", b"1e999"))
+        + content[start:],
+    }[how]
 
 
 def changed(content: bytes, generator: random.Random) -> bytes:
@@ -95,7 +130,9 @@ def changed(content: bytes, generator: random.Random) -> bytes:
         index = generator.randrange(len(lines))
         lines[index] = changed(lines[index].strip(), generator) + b"\n"
         return b"".join(lines)
-    return json.dumps(with_value_changed(json.loads(content), generator), ensure_ascii=generator.random() < 0.5).encode("utf-8", "surrogatepass")
+    return json.dumps(with_value_changed(json.loads(content), generator), ensure_ascii=generator.random() < 0.5).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 # ---- a run, and what reads its files ----
@@ -108,12 +145,19 @@ class HostileRun:
         self.config = Config(**tiny.settings(folder, num_rows=32, max_epochs=1, cache_path=None))
         tiny.train(self.config)
         self.run = Path(self.config.model_path)
-        self.model = shutil.copytree(self.run, folder / "model", ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard", "multimodal_bert-*"))
+        self.model = shutil.copytree(
+            self.run,
+            folder / "model",
+            ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard", "multimodal_bert-*"),
+        )
         self.loaded: LoadedModel = load_model_folder(self.model)
         self.checkpoint = next((self.run / "checkpoints").glob("step-*"))
         self.state = json.loads((self.checkpoint / "state.json").read_text())
         self.store = next(path.parent for path in (self.run / "cache").glob(f"*/{META}"))
-        self.rows = [{"text": "refund pay outside", "age": "40", "amount": "2.5", "kind": "a"}, {"text": "", "age": "", "amount": "", "kind": "?"}]
+        self.rows = [
+            {"text": "refund pay outside", "age": "40", "amount": "2.5", "kind": "a"},
+            {"text": "", "age": "", "amount": "", "kind": "?"},
+        ]
         self.expected = Predictor.from_folder(self.model).predict(self.rows)
         self.old = (self.model / MANIFEST).read_bytes()
 
@@ -144,9 +188,13 @@ class HostileRun:
         found = read_checkpoint(self.checkpoint).state
         check_run_state(found)
         check_resumable(
-            found, config=self.config.to_dict(), fingerprints=self.state["fingerprints"], parameters=self.state["parameters"], versions=VERSIONS,
+            found,
+            config=self.config.to_dict(),
+            fingerprints=self.state["fingerprints"],
+            parameters=self.state["parameters"],
+            versions=VERSIONS,
             free_keys=FREE_ON_RESUME,
-        )  # fmt: skip
+        )
         check_progress(found, num_rows=32, batch_size=self.config.batch_size)
         check_schedule(found["scheduler"], num_groups=len(self.state["scheduler"]["base_lrs"]))
         return asdict(train_state_from(found))
@@ -158,7 +206,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> HostileRun:
 
 
 def outcome(load: Loader, place: str, problems: list[str]) -> tuple[str, Any]:
-    """"refused" or "accepted", and what was read; anything else than one line in time is a problem."""
+    """ "refused" or "accepted", and what was read; anything else than one line in time is a problem."""
     started = time.perf_counter()
     try:
         found: tuple[str, Any] = ("accepted", load())
@@ -221,7 +269,11 @@ def test_ten_thousand_changed_files(hostile):
 def count_whole_loads(run: HostileRun, seeds: range) -> Counter[str]:
     """The whole Predictor: with the manifest no prediction changes; without it a change is refused, or predicts numbers."""
     encoder = [run.model / "encoder" / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    paths, problems, counts = [*encoder, *(path for path in run.files() if path.parent == run.model), run.model / "model.safetensors"], [], Counter()
+    paths, problems, counts = (
+        [*encoder, *(path for path in run.files() if path.parent == run.model), run.model / "model.safetensors"],
+        [],
+        Counter(),
+    )
     for seed in seeds:
         generator = random.Random(seed)
         path = generator.choice(sorted(paths))

@@ -28,7 +28,15 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("cli_arguments", "console", "cli", "__main__", "train"),),  # train: train.py, next to the package
 )
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle"}
+UNSAFE_CALLS = {
+    "torch.load",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "pd.read_pickle",
+    "pandas.read_pickle",
+}
 UNSAFE_CALLS |= {"eval", "exec", "compile", "__import__"}
 SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
 
@@ -41,7 +49,11 @@ def path_of(root: Path, module: str) -> Path:
 
 
 def modules_on_disk(root: Path) -> set[str]:
-    files = [path.relative_to(root / PACKAGE).with_suffix("").parts for path in (root / PACKAGE).rglob("*.py") if path.name != "__init__.py"]
+    files = [
+        path.relative_to(root / PACKAGE).with_suffix("").parts
+        for path in (root / PACKAGE).rglob("*.py")
+        if path.name != "__init__.py"
+    ]
     return {".".join(parts) for parts in files} | ({"train"} if (root / "train.py").exists() else set())
 
 
@@ -99,7 +111,11 @@ def layer_positions(root: Path) -> dict[str, tuple[int, int, int]]:
     for layer, groups in enumerate(LAYERS):
         for group, names in enumerate(groups):
             is_package = [(root / PACKAGE / name).is_dir() for name in names]
-            modules = [module for name, inside in zip(names, is_package, strict=True) for module in (order_in(root, name) if inside else [name])]
+            modules = [
+                module
+                for name, inside in zip(names, is_package, strict=True)
+                for module in (order_in(root, name) if inside else [name])
+            ]
             positions |= {module: (layer, group, index) for index, module in enumerate(modules)}
     return positions
 
@@ -108,22 +124,31 @@ def import_problems(root: Path) -> list[str]:
     """Imports that run up or sideways, are relative, or name no file; and files without a layer."""
     positions = layer_positions(root)
     found = [f"{module}: has no layer" for module in sorted(modules_on_disk(root) - set(positions))]
-    found += [f"{module}: has a layer, but there is no such file" for module in sorted(set(positions) - modules_on_disk(root))]
+    found += [
+        f"{module}: has a layer, but there is no such file" for module in sorted(set(positions) - modules_on_disk(root))
+    ]
     for module in sorted(modules_on_disk(root) & set(positions)):
         layer, group, index = positions[module]
         for line, imported in imported_modules(root, path_of(root, module)):
             if imported == "":  # the package itself holds the version, nothing else
                 continue
             if imported not in positions:
-                found.append(f"{module}, line {line}: imports {imported!r}, which is no file of the package (imports are absolute and name files)")
+                found.append(
+                    f"{module}, line {line}: imports {imported!r}, which is no file of the package (imports are absolute and name files)"
+                )
                 continue
             other_layer, other_group, other_index = positions[imported]
             if other_layer > layer:
-                found.append(f"{module}, line {line}: imports {imported} from layer {other_layer}, above its own {layer}")
+                found.append(
+                    f"{module}, line {line}: imports {imported} from layer {other_layer}, above its own {layer}"
+                )
             elif other_layer == layer and (other_group != group or other_index >= index):
                 found.append(f"{module}, line {line}: imports {imported} sideways, in layer {layer}")
     for path in sorted((root / PACKAGE).rglob("__init__.py")):
-        found += [f"{path.relative_to(root)}, line {line}: imports {imported}" for line, imported in imported_modules(root, path)]
+        found += [
+            f"{path.relative_to(root)}, line {line}: imports {imported}"
+            for line, imported in imported_modules(root, path)
+        ]
     return found
 
 
@@ -139,14 +164,20 @@ def distributed_problems(root: Path) -> list[str]:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Attribute):
                 names = [dotted(node)]
-            if any(name.startswith(("torch.distributed", "dist.")) or name.endswith("DistributedDataParallel") for name in names):
+            if any(
+                name.startswith(("torch.distributed", "dist.")) or name.endswith("DistributedDataParallel")
+                for name in names
+            ):
                 found.append(f"{module}, line {node.lineno}: {names[0]}")
     return found
 
 
 def is_safe_yaml(call: ast.Call, nodes: list[ast.AST]) -> bool:
     """`yaml.load(text, Loader)` with a safe loader, or with a class of the same file that is one."""
-    loaders = [dotted(argument) for argument in (*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "Loader"))]
+    loaders = [
+        dotted(argument)
+        for argument in (*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "Loader"))
+    ]
     bases = {node.name: {dotted(base) for base in node.bases} for node in nodes if isinstance(node, ast.ClassDef)}
     return len(loaders) == 1 and bool(SAFE_LOADERS & {loaders[0], *bases.get(loaders[0], ())})
 
@@ -162,10 +193,21 @@ def unsafe_problems(root: Path) -> list[str]:
                 bad = next((alias.name for alias in node.names if alias.name.split(".")[0] in PICKLES), "")
             elif isinstance(node, ast.ImportFrom) and node.module:
                 bad = node.module if node.module.split(".")[0] in PICKLES else ""
-                bad = bad or next((f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in UNSAFE_CALLS), "")
+                bad = bad or next(
+                    (
+                        f"{node.module}.{alias.name}"
+                        for alias in node.names
+                        if f"{node.module}.{alias.name}" in UNSAFE_CALLS
+                    ),
+                    "",
+                )
             elif isinstance(node, ast.Call):
                 name = dotted(node.func)
-                bad = f"{name}(" if name in UNSAFE_CALLS and not (name == "yaml.load" and is_safe_yaml(node, nodes)) else ""
+                bad = (
+                    f"{name}("
+                    if name in UNSAFE_CALLS and not (name == "yaml.load" and is_safe_yaml(node, nodes))
+                    else ""
+                )
                 for keyword in node.keywords:
                     value = keyword.value.value if isinstance(keyword.value, ast.Constant) else "something"
                     if keyword.arg in ("trust_remote_code", "allow_pickle") and value is not False:
@@ -194,15 +236,26 @@ def table_under(page: str, heading: str) -> list[list[str]]:
     """Cells of the rows of the first table in a section, without its head."""
     section = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     assert section, f"{PAGE}: expected a section {heading!r}"
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in section.group(1).splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in section.group(1).splitlines()
+        if line.startswith("|")
+    ]
     return rows[2:]
 
 
 def file_table_problems(root: Path, page: str) -> list[str]:
     """Files that the table of docs/architecture.md lacks, has twice, or has for nothing."""
-    paths = [path for row in table_under(page, "## Files of the package") for path in re.findall(rf"`({PACKAGE}/[\w/]+\.py)`", row[0]) if not path.endswith("__init__.py")]
+    paths = [
+        path
+        for row in table_under(page, "## Files of the package")
+        for path in re.findall(rf"`({PACKAGE}/[\w/]+\.py)`", row[0])
+        if not path.endswith("__init__.py")
+    ]
     there = {str(path.relative_to(root)) for path in (root / PACKAGE).rglob("*.py") if path.name != "__init__.py"}
-    found = [f"{PAGE} lacks {path}" for path in sorted(there - set(paths))] + [f"{PAGE} names {path}, which is not there" for path in sorted(set(paths) - there)]
+    found = [f"{PAGE} lacks {path}" for path in sorted(there - set(paths))] + [
+        f"{PAGE} names {path}, which is not there" for path in sorted(set(paths) - there)
+    ]
     return found + [f"{PAGE} names {path} twice" for path in sorted(set(paths)) if paths.count(path) > 1]
 
 
@@ -214,7 +267,10 @@ def hook_table_problems(root: Path, page: str) -> list[str]:
         hook, file, function = (cell.strip("`") for cell in row[:3])
         body = nodes_of(root / file)[0].body if (root / file).is_file() else []
         for name in function.split("."):  # Class.method
-            body = next((node.body for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name), None)
+            body = next(
+                (node.body for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name),
+                None,
+            )
             if body is None:
                 found.append(f"{PAGE}: hook {hook}: no {function} in {file}")
                 break
@@ -277,14 +333,22 @@ def plant(root: Path, module: str, line: str) -> None:
         ("hooks", "from mmbert_core.training import loop", "above its own 7"),
         ("training.optim", "import mmbert_core.cli", "above its own 8"),
         ("model.losses", "def late():\n    from mmbert_core.predictor import Predictor", "above its own 2"),
-        ("model.losses", "from mmbert_core.evaluation import metrics", "imports evaluation.metrics sideways, in layer 2"),
+        (
+            "model.losses",
+            "from mmbert_core.evaluation import metrics",
+            "imports evaluation.metrics sideways, in layer 2",
+        ),
         ("data.splits", "from mmbert_core.data.tokens import Tokens", "imports data.tokens sideways, in layer 4"),
-        ("training.checkpoint", "from mmbert_core.training.optim import optimizer_step", "imports training.optim sideways, in layer 8"),
+        (
+            "training.checkpoint",
+            "from mmbert_core.training.optim import optimizer_step",
+            "imports training.optim sideways, in layer 8",
+        ),
         ("predictor", "from mmbert_core.training.loop import fit", "imports training.loop sideways, in layer 8"),
         ("training.loop", "from . import hooks", "imports '.'"),
         ("training.loop", "from mmbert_core.training import nothing", "imports 'training'"),
     ],
-)  # fmt: skip
+)
 def test_an_import_up_or_sideways_is_found(copy, module, line, problem):
     assert import_problems(copy) == []
     plant(copy, module, line)
@@ -295,17 +359,30 @@ def test_an_import_up_or_sideways_is_found(copy, module, line, problem):
 def test_a_file_without_a_layer_and_a_layer_without_a_file_are_found(copy):
     (copy / PACKAGE / "data/new.py").write_text('"""New."""\n')
     path_of(copy, "runtime.hub").unlink()
-    assert set(import_problems(copy)) >= {"data.new: has no layer", "runtime.hub: has a layer, but there is no such file"}
+    assert set(import_problems(copy)) >= {
+        "data.new: has no layer",
+        "runtime.hub: has a layer, but there is no such file",
+    }
     init = copy / PACKAGE / "data/__init__.py"
     init.write_text(init.read_text() + "from mmbert_core.data.splits import taken\n")
-    assert any(line.startswith("mmbert_core/data/__init__.py, line ") and line.endswith(": imports data.splits") for line in import_problems(copy))
+    assert any(
+        line.startswith("mmbert_core/data/__init__.py, line ") and line.endswith(": imports data.splits")
+        for line in import_problems(copy)
+    )
 
 
 @pytest.mark.parametrize(
     "line",
-    ["import torch.distributed as d", "from torch import distributed as d", "from torch.distributed import barrier", "torch.distributed.barrier()", "dist.barrier()",
-     "from torch.nn.parallel import DistributedDataParallel", "nn.parallel.DistributedDataParallel(model)"],
-)  # fmt: skip
+    [
+        "import torch.distributed as d",
+        "from torch import distributed as d",
+        "from torch.distributed import barrier",
+        "torch.distributed.barrier()",
+        "dist.barrier()",
+        "from torch.nn.parallel import DistributedDataParallel",
+        "nn.parallel.DistributedDataParallel(model)",
+    ],
+)
 def test_torch_distributed_elsewhere_is_found(copy, line):
     plant(copy, "hooks", line)
     [found, *_] = distributed_problems(copy)
@@ -314,9 +391,20 @@ def test_torch_distributed_elsewhere_is_found(copy, line):
 
 @pytest.mark.parametrize(
     "line",
-    ["import pickle", "from joblib import load", "torch.load(path)", "from torch import load", "yaml.load(text)", "yaml.load(text, Loader=yaml.Loader)", "eval(text)", "exec(text)",
-     "AutoModel.from_pretrained(name, trust_remote_code=True)", "AutoModel.from_pretrained(name, trust_remote_code=asked)", "np.load(path, allow_pickle=True)"],
-)  # fmt: skip
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(path)",
+        "from torch import load",
+        "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "eval(text)",
+        "exec(text)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=asked)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
 def test_unsafe_words_are_found(copy, line):
     plant(copy, "storage.files", f"def late(path, text, name, asked):\n    {line}")
     [found] = unsafe_problems(copy)
@@ -331,7 +419,11 @@ def test_a_missing_docstring_and_a_list_of_imports_are_found(copy):
 
 def tables_of(root: Path) -> str:
     """A page that is right."""
-    rows = "\n".join(f"| `{PACKAGE}/{module.replace('.', '/')}.py` | what it is |" for module in layer_positions(root) if module != "train")
+    rows = "\n".join(
+        f"| `{PACKAGE}/{module.replace('.', '/')}.py` | what it is |"
+        for module in layer_positions(root)
+        if module != "train"
+    )
     hooks = f"| `training_step` | `{PACKAGE}/hooks.py` | `training_step` |\n| `forward` | `{PACKAGE}/model/multimodal_bert.py` | `MultimodalBert.forward` |"
     return f"# x\n\n## Hooks of the original\n\ntext\n\n| hook | file | function |\n|---|---|---|\n{hooks}\n\n## Files of the package\n\n| file | what |\n|---|---|\n{rows}\n\n## Limits\n"
 
@@ -340,9 +432,19 @@ def test_a_page_that_drifts_is_found(copy):
     right = tables_of(copy)
     assert file_table_problems(copy, right) == [] and hook_table_problems(copy, right) == []
     drifted = file_table_problems(copy, right.replace("mmbert_core/runtime/hub.py", "mmbert_core/runtime/web.py"))
-    assert drifted == [f"{PAGE} lacks mmbert_core/runtime/hub.py", f"{PAGE} names mmbert_core/runtime/web.py, which is not there"]
-    assert file_table_problems(copy, right.replace("mmbert_core/runtime/hub.py", "mmbert_core/demo/run.py"))[1] == f"{PAGE} names mmbert_core/demo/run.py twice"
-    for old, new in (("`training_step` |\n", "`train_step` |\n"), ("MultimodalBert.forward", "MultimodalBert.backward"), ("mmbert_core/hooks.py", "mmbert_core/hook.py")):
+    assert drifted == [
+        f"{PAGE} lacks mmbert_core/runtime/hub.py",
+        f"{PAGE} names mmbert_core/runtime/web.py, which is not there",
+    ]
+    assert (
+        file_table_problems(copy, right.replace("mmbert_core/runtime/hub.py", "mmbert_core/demo/run.py"))[1]
+        == f"{PAGE} names mmbert_core/demo/run.py twice"
+    )
+    for old, new in (
+        ("`training_step` |\n", "`train_step` |\n"),
+        ("MultimodalBert.forward", "MultimodalBert.backward"),
+        ("mmbert_core/hooks.py", "mmbert_core/hook.py"),
+    ):
         assert len(hook_table_problems(copy, right.replace(old, new))) == 1
     with pytest.raises(AssertionError, match="expected a section"):
         file_table_problems(copy, right.replace("## Files of the package", "## Files"))

@@ -35,7 +35,16 @@ def write_rows(path: Path, num_rows: int) -> None:
         writer.writerow(["row_id", "text", "age", "amount", "kind", "label"])
         for row in range(num_rows + 60):
             words = " ".join(rng.choice(tiny.WORDS, size=3))
-            writer.writerow([f"{path.stem} {row}", words, rng.integers(100), 1.5, rng.choice(["a", "b"]), MANY[row % NUM_CLASSES if row < num_rows else 0]])
+            writer.writerow(
+                [
+                    f"{path.stem} {row}",
+                    words,
+                    rng.integers(100),
+                    1.5,
+                    rng.choice(["a", "b"]),
+                    MANY[row % NUM_CLASSES if row < num_rows else 0],
+                ]
+            )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     settings = tiny.settings(folder, num_rows=8)
     for name, num_rows in (("train", 800), ("val", 400), ("test", 400)):
         write_rows(folder / f"{name}.csv", num_rows)
-    settings |= {"is_binary": False, "num_classes": NUM_CLASSES, "max_epochs": 1, "batch_size": 32, "lr": 1e-2, "early_stop_metric": "val/f1_macro"}
+    settings |= {
+        "is_binary": False,
+        "num_classes": NUM_CLASSES,
+        "max_epochs": 1,
+        "batch_size": 32,
+        "lr": 1e-2,
+        "early_stop_metric": "val/f1_macro",
+    }
     config = Config(**settings, metric_choices=("accuracy", "auroc", "average_precision_class_product/0007"))
     rows_sorted: list[int] = []
     plain = class_ranking._rare_rankings
@@ -60,20 +76,35 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(class_ranking, "_rare_rankings", counted)
         results, _ = tiny.train(config)
     [test] = (folder / "run").glob("multimodal_bert-*")
-    return {"config": config, "figures": results["test_metrics"], "folder": folder / "run", "test": test, "ranked": sum(rows_sorted),
-            "report": json.loads((test / "report.json").read_text()), "page": tree_of((test / "report.html").read_text())}  # fmt: skip
+    return {
+        "config": config,
+        "figures": results["test_metrics"],
+        "folder": folder / "run",
+        "test": test,
+        "ranked": sum(rows_sorted),
+        "report": json.loads((test / "report.json").read_text()),
+        "page": tree_of((test / "report.html").read_text()),
+    }
 
 
 def sections_of(page: Element) -> dict[str, Element]:
     return {section.attributes["id"]: section for section in page.all("section")}
 
 
-def test_every_class_has_its_figure_and_only_those_with_rows_enough_are_ranked_again_and_again(run: dict[str, Any]) -> None:
+def test_every_class_has_its_figure_and_only_those_with_rows_enough_are_ranked_again_and_again(
+    run: dict[str, Any],
+) -> None:
     written = json.loads((run["test"] / "test_metrics.json").read_text())
     keys = [f"test/average_precision_class_{name}" for name in MANY]
     assert all(0 < written[key] <= 1 for key in keys) and len(written["baselines"]["most frequent class"]) >= 412
-    assert written["test/accuracy"] > 0.1 and written["intervals"]["test/accuracy"] and written["intervals"]["test/log_loss"]
-    assert written["intervals"][keys[0]] and not any(written["intervals"][key] for key in keys[1:])  # one row: missing in 37 % of the draws
+    assert (
+        written["test/accuracy"] > 0.1
+        and written["intervals"]["test/accuracy"]
+        and written["intervals"]["test/log_loss"]
+    )
+    assert written["intervals"][keys[0]] and not any(
+        written["intervals"][key] for key in keys[1:]
+    )  # one row: missing in 37 % of the draws
     assert run["ranked"] == 1
 
 
@@ -82,20 +113,39 @@ def test_files_of_a_run_do_not_grow_with_the_square_of_its_classes(run: dict[str
     assert sizes["report.json"] < 200_000 and sizes["report.html"] < 300_000
     assert sizes["summary.json"] < 20_000 and sizes["README.md"] < 6_000 and sizes["metrics.jsonl"] < 20_000
     data = run["report"]["data"]["train"]
-    assert len(data["classes"]) == 30 and data["classes_left_out"] == 370 and sum(data["classes"].values()) + data["rows_left_out"] == 860
+    assert (
+        len(data["classes"]) == 30
+        and data["classes_left_out"] == 370
+        and sum(data["classes"].values()) + data["rows_left_out"] == 860
+    )
     assert "and 370 more classes" in "\n".join(describe(run["folder"]))
 
 
 def test_the_page_lists_some_classes_and_says_where_the_others_are(run: dict[str, Any]) -> None:
     made = sections_of(run["page"])
-    assert "Of the 400 classes those with the lowest average precision are listed; 389 more are in test_metrics.json." in made["headline"].text
+    assert (
+        "Of the 400 classes those with the lowest average precision are listed; 389 more are in test_metrics.json."
+        in made["headline"].text
+    )
     assert "product/0007" in made["headline"].text  # the config names it
-    assert "The 10 most frequent of 400 classes." in made["roc"].text and "The 10 most frequent of 400 classes." in made["precision-and-recall"].text
-    assert "400 classes are too many for a grid" in made["confusion"].text and "The counts of all 400 classes are in report.json." in made["confusion"].text
+    assert (
+        "The 10 most frequent of 400 classes." in made["roc"].text
+        and "The 10 most frequent of 400 classes." in made["precision-and-recall"].text
+    )
+    assert (
+        "400 classes are too many for a grid" in made["confusion"].text
+        and "The counts of all 400 classes are in report.json." in made["confusion"].text
+    )
     assert "all other classes" in made["data"].text and "all others" in made["slices"].text
-    assert max(len(list(table.all("tr"))) for table in run["page"].all("table")) <= 80  # the longest is that of the config
+    assert (
+        max(len(list(table.all("tr"))) for table in run["page"].all("table")) <= 80
+    )  # the longest is that of the config
     counts = run["report"]["confusion"]
-    assert "counts" not in counts and sum(counts["labelled"]) == sum(counts["predicted"]) == 460 and len(counts["mistakes"]) == 15
+    assert (
+        "counts" not in counts
+        and sum(counts["labelled"]) == sum(counts["predicted"]) == 460
+        and len(counts["mistakes"]) == 15
+    )
     label, chosen, rows = counts["mistakes"][0]
     assert rows == max(mistake[2] for mistake in counts["mistakes"]) and label != chosen
     assert render_again(run["test"]).read_text() == render(run["report"])
@@ -104,45 +154,85 @@ def test_the_page_lists_some_classes_and_says_where_the_others_are(run: dict[str
 def test_the_print_fits_a_screen(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     console.print_figures(run["figures"], run["config"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 30 and "... 389 more classes in test_metrics.json" in lines[-3] and "average_precision_class_product/0007" in "".join(lines)
+    assert (
+        len(lines) <= 30
+        and "... 389 more classes in test_metrics.json" in lines[-3]
+        and "average_precision_class_product/0007" in "".join(lines)
+    )
 
 
 def test_up_to_thirty_classes_nothing_is_left_out() -> None:
-    figures = {f"test/average_precision_class_{index}": index / 31 for index in range(30)} | {"undefined": {}, "intervals": {}, "baselines": {}}
+    figures = {f"test/average_precision_class_{index}": index / 31 for index in range(30)} | {
+        "undefined": {},
+        "intervals": {},
+        "baselines": {},
+    }
     config = Config(text_name=("text",), label_name="label", model_path="run", is_binary=False, num_classes=31)
     assert listed_figures(figures, "test", config) == (figures, 0)
     more = {**figures, "test/average_precision_class_30": None}
     listed, num_left_out = listed_figures(more, "test", config)
-    assert num_left_out == 21 and sum(key.startswith("test/") for key in listed) == 10 and "test/average_precision_class_9" in listed
+    assert (
+        num_left_out == 21
+        and sum(key.startswith("test/") for key in listed) == 10
+        and "test/average_precision_class_9" in listed
+    )
     assert listed_figures({"test/num_rows": 3}, "test", config)[0]["test/num_rows"] == 3
 
 
-def test_a_model_folder_of_many_classes_is_evaluated_like_its_run(run: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_folder_of_many_classes_is_evaluated_like_its_run(
+    run: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(report_results, "write_plots", lambda *_, **__: [])
     caplog.set_level(logging.WARNING)
-    assert cli.main(["evaluate", str(run["folder"]), str(run["folder"].parent / "test.csv"), "--output", str(tmp_path), "--num_threads", "1"]) == 0
+    assert (
+        cli.main(
+            [
+                "evaluate",
+                str(run["folder"]),
+                str(run["folder"].parent / "test.csv"),
+                "--output",
+                str(tmp_path),
+                "--num_threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     [test] = tmp_path.glob("multimodal_bert-*")
     assert json.loads((test / "report.json").read_text())["confusion"] == run["report"]["confusion"]
     assert not [record for record in caplog.records if "section of the report" in record.message]
 
 
-def test_columns_of_very_many_classes_have_no_baseline_rather_than_minutes_of_one(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_of_very_many_classes_have_no_baseline_rather_than_minutes_of_one(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows x classes of the fit are bounded; with 400 classes there are 3,750 rows, with more than 500 the reason stands instead."""
-    assert "columns only" in run["figures"]["baselines"] and run["figures"]["no_baselines"] == {"text only": "more than 50 classes"}
+    assert "columns only" in run["figures"]["baselines"] and run["figures"]["no_baselines"] == {
+        "text only": "more than 50 classes"
+    }
     data = prepare(run["config"])
-    assert len(decision_fit.sample(data.train, 0, 30)[0]) == 860 and len(decision_fit.sample(data.train, 0, 10_000)[0]) == 150
+    assert (
+        len(decision_fit.sample(data.train, 0, 30)[0]) == 860
+        and len(decision_fit.sample(data.train, 0, 10_000)[0]) == 150
+    )
     monkeypatch.setitem(baselines.MOST_CLASSES, baselines.COLUMNS, 399)
     assert decision_fit.fit_baselines(data, run["config"]).reasons["columns only"] == "more than 399 classes"
 
 
 @pytest.mark.parametrize(("num_classes", "expected"), [(30, [0.2, 0.3]), (31, None)])
-def test_an_interval_that_lies_above_its_value_is_left_out_of_many_classes(num_classes: int, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interval_that_lies_above_its_value_is_left_out_of_many_classes(
+    num_classes: int, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As that of the mean average precision of many rare classes does: their resamples have some rows several times."""
-    monkeypatch.setattr(report_results, "bootstrap_intervals", lambda preds, labels, names, **_: {name: (0.2, 0.3) for name in names})
+    monkeypatch.setattr(
+        report_results, "bootstrap_intervals", lambda preds, labels, names, **_: {name: (0.2, 0.3) for name in names}
+    )
     labels = np.arange(90) % num_classes
     preds = np.full((90, num_classes), 1 / num_classes, np.float32)  # average precision 1 / K, AUROC one half
     config = Config(text_name=("text",), label_name="label", model_path="run", is_binary=False, num_classes=num_classes)
     names = [str(index) for index in range(num_classes)]
-    made = report_results.figures_of(preds, labels, None, stage="test", config=config, class_names=names, judgement=Judgement())
+    made = report_results.figures_of(
+        preds, labels, None, stage="test", config=config, class_names=names, judgement=Judgement()
+    )
     assert made["intervals"]["test/average_precision"] == expected and made["test/average_precision"] < 0.2
     assert report_results.around((0.2, 0.3), 0.2) == (0.2, 0.3) and report_results.around(None, 0.2) is None

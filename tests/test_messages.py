@@ -41,14 +41,27 @@ def without(path: Path, target: Path, *columns: str) -> str:
 
 
 def test_all_missing_columns_of_all_files_and_wrong_classes_are_one_line(files, tmp_path, capsys):
-    val, test = without(files / "val.csv", tmp_path / "val.csv", "kind"), without(files / "test.csv", tmp_path / "test.csv", "age", "kind")
-    code, said = check(files, capsys, val_path=[val], test_path=[test], tab_field_list=["age", "amounts"], is_binary=False, num_classes=3)
+    val, test = (
+        without(files / "val.csv", tmp_path / "val.csv", "kind"),
+        without(files / "test.csv", tmp_path / "test.csv", "age", "kind"),
+    )
+    code, said = check(
+        files,
+        capsys,
+        val_path=[val],
+        test_path=[test],
+        tab_field_list=["age", "amounts"],
+        is_binary=False,
+        num_classes=3,
+    )
     [line] = said.splitlines()
     assert code == 2
     for words in (
-        f"{files / 'train.csv'}: column 'amounts' not found; nearest is 'amount'", f"{val}: column 'amounts' not found; nearest is 'amount'; column 'kind' not found",
-        f"{test}: column 'age' not found", "column 'label': expected 3 classes (num_classes) in the training rows, found 2",
-    ):  # fmt: skip
+        f"{files / 'train.csv'}: column 'amounts' not found; nearest is 'amount'",
+        f"{val}: column 'amounts' not found; nearest is 'amount'; column 'kind' not found",
+        f"{test}: column 'age' not found",
+        "column 'label': expected 3 classes (num_classes) in the training rows, found 2",
+    ):
         assert words in line, words
 
 
@@ -70,11 +83,25 @@ def test_nearly_unique_categories_are_a_warning(files, tmp_path, capsys):
     with open(tmp_path / "train.csv", "w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["text", "date", "town", "label"])
-        dates = [f"2026-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d} {row}" for row in range(196)] + ["2026-01-01"] * 4 + [""] * 40
+        dates = (
+            [f"2026-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d} {row}" for row in range(196)]
+            + ["2026-01-01"] * 4
+            + [""] * 40
+        )
         writer.writerows(["pay now", date, rng.choice("abcd"), row % 2] for row, date in enumerate(dates))
-    changes = {"train_path": [str(tmp_path / "train.csv")], "val_path": [], "val_fraction": 0, "test_path": [], "id_name": None, "tab_field_list": [], "cat_field_list": ["date", "town"]}
+    changes = {
+        "train_path": [str(tmp_path / "train.csv")],
+        "val_path": [],
+        "val_fraction": 0,
+        "test_path": [],
+        "id_name": None,
+        "tab_field_list": [],
+        "cat_field_list": ["date", "town"],
+    }
     code, said = check(files, capsys, **changes)
-    assert code == 0 and "column 'date': 197 different values in 200 training rows" in said and "column 'town'" not in said
+    assert (
+        code == 0 and "column 'date': 197 different values in 200 training rows" in said and "column 'town'" not in said
+    )
 
 
 def test_an_encoder_that_cannot_be_fetched_gets_a_way_without_network(files, capsys, monkeypatch):
@@ -91,7 +118,9 @@ def test_the_time_left_does_not_count_line_breaks_in_cells_as_rows(tmp_path):
     paths = [str(tmp_path / "b.csv"), str(tmp_path / "a.csv")]
     progress = Progress(lengths_of(paths[:1]))
     for number, window in enumerate(read_chunks(paths[:1], ["text"], chunk_rows=250), start=1):
-        assert progress.seconds_left(int(window.file_index[-1]), int(window.line[-1]), 10.0 * number) == pytest.approx(10.0 * (4 - number), abs=0.5)
+        assert progress.seconds_left(int(window.file_index[-1]), int(window.line[-1]), 10.0 * number) == pytest.approx(
+            10.0 * (4 - number), abs=0.5
+        )
     progress = Progress(lengths_of(paths))
     *_, last = read_chunks(paths, ["text"], chunk_rows=250)
     assert progress.seconds_left(int(last.file_index[-1]), int(last.line[-1]), 60.0) == pytest.approx(0, abs=0.5)

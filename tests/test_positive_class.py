@@ -26,7 +26,12 @@ def write_rows(path: Path, num_rows: int, num_fraud: int, seed: int) -> str:
         writer = csv.writer(stream)
         writer.writerow(["text", "verdict"])
         for verdict in verdicts:
-            writer.writerow([" ".join(rng.choices(["refund", "shop", "item", "order"], k=5)) + " bank" * (verdict == "fraud"), verdict])
+            writer.writerow(
+                [
+                    " ".join(rng.choices(["refund", "shop", "item", "order"], k=5)) + " bank" * (verdict == "fraud"),
+                    verdict,
+                ]
+            )
     return str(path)
 
 
@@ -42,9 +47,30 @@ def rows(tmp_path_factory) -> Path:
 def words(rows: Path, model: Path, *more: str) -> list[str]:
     paths = [word for name in ("train", "val", "test") for word in (f"--{name}_path", str(rows / f"{name}.csv"))]
     return [
-        "train", *paths, "--text_name", "text", "--label_name", "verdict", "--encoder", str(rows / "encoder"), "--model_path", str(model), "--max_length", "16", "--max_epochs", "2",
-        "--lr", "3e-3", "--num_threads", "1", "--hidden_common_dim", "16", "--threshold_rule", "alerts_per_1000=100", *more,
-    ]  # fmt: skip
+        "train",
+        *paths,
+        "--text_name",
+        "text",
+        "--label_name",
+        "verdict",
+        "--encoder",
+        str(rows / "encoder"),
+        "--model_path",
+        str(model),
+        "--max_length",
+        "16",
+        "--max_epochs",
+        "2",
+        "--lr",
+        "3e-3",
+        "--num_threads",
+        "1",
+        "--hidden_common_dim",
+        "16",
+        "--threshold_rule",
+        "alerts_per_1000=100",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +85,9 @@ def models(rows) -> dict[str, Path]:
 def test_the_check_warns_and_names_the_line_to_add(rows, tmp_path, capsys):
     assert cli.main(words(rows, tmp_path / "run", "--check")) == 0
     said = capsys.readouterr().err
-    assert "warning: class 1 is 'legit' (91.0 % of the training rows)" in said and "add: positive_label: fraud\n" in said
+    assert (
+        "warning: class 1 is 'legit' (91.0 % of the training rows)" in said and "add: positive_label: fraud\n" in said
+    )
     assert LINE.format("legit", "91.0") in said
     assert cli.main(words(rows, tmp_path / "run", "--check", "--positive_label", "fraud")) == 0
     said = capsys.readouterr().err
@@ -71,9 +99,27 @@ def test_card_inspect_predict_and_evaluate_say_it(models, rows, tmp_path, capsys
     card = f"Class 1 is `{label}`, {share} % of the training rows: `prob` is its probability"
     assert card in (models[label] / "README.md").read_text()
     assert cli.main(["inspect", str(models[label])]) == 0 and card in capsys.readouterr().out
-    assert cli.main(["predict", str(models[label]), str(rows / "test.csv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]) == 0
+    assert (
+        cli.main(
+            ["predict", str(models[label]), str(rows / "test.csv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]
+        )
+        == 0
+    )
     assert LINE.format(label, share) in capsys.readouterr().err
-    assert cli.main(["evaluate", str(models[label]), str(rows / "test.csv"), "--output", str(tmp_path / "e"), "--num_threads", "1"]) == 0
+    assert (
+        cli.main(
+            [
+                "evaluate",
+                str(models[label]),
+                str(rows / "test.csv"),
+                "--output",
+                str(tmp_path / "e"),
+                "--num_threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert LINE.format(label, share) in capsys.readouterr().err
     [report] = (tmp_path / "e").glob("*/report.json")
     assert json.loads(report.read_text())["class_names"][1] == label
@@ -93,7 +139,11 @@ def test_predictor_and_server_say_it(models):
         threading.Thread(target=lambda: [server.handle_request() for _ in range(2)], daemon=True).start()
         health = json.load(urllib.request.urlopen(f"{server.url}health", timeout=20))
         page = urllib.request.urlopen(server.url, timeout=20).read().decode()
-    assert health["positive_label"] == "fraud" and health["positive_share"] == pytest.approx(0.09) and health["labels"] == ["legit", "fraud"]
+    assert (
+        health["positive_label"] == "fraud"
+        and health["positive_share"] == pytest.approx(0.09)
+        and health["labels"] == ["legit", "fraud"]
+    )
     assert "class 1 (prob, F1, threshold): &#x27;fraud&#x27;, 9.0 % of the training rows" in page
 
 
@@ -114,7 +164,12 @@ def test_an_older_folder_without_a_summary_says_the_name_alone(models, rows, tmp
 
 def test_alerts_are_of_the_positive_label(models, rows, tmp_path):
     """100 alerts of 1,000: of the surest 'legit' rows without positive_label, of the fraud with it."""
-    assert cli.main(["predict", str(models["fraud"]), str(rows / "test.csv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]) == 0
+    assert (
+        cli.main(
+            ["predict", str(models["fraud"]), str(rows / "test.csv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]
+        )
+        == 0
+    )
     with open(tmp_path / "out.tsv", newline="") as stream:
         found = [row["pred"] for row in csv.DictReader(stream, delimiter="\t")]
     assert 0 < found.count("fraud") <= 20

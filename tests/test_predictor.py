@@ -26,9 +26,34 @@ from tests.support import tiny
 
 COLUMNS = ["row_id", "text", "age", "amount", "kind", "label"]
 ODD_IDS = [
-    "007", "NA", "=1+1", "1e5", "a\tb", "two\nlines", "two\r\nlines", "\r", '"quoted"', 'a"b', '"', "'", " spaces ", "", "-", "+1", "null",
-    "ünïcödé", "日本", "x" * 300, "00001", "00001", "True", "1.0", "\\N", "#", ",",
-]  # fmt: skip
+    "007",
+    "NA",
+    "=1+1",
+    "1e5",
+    "a\tb",
+    "two\nlines",
+    "two\r\nlines",
+    "\r",
+    '"quoted"',
+    'a"b',
+    '"',
+    "'",
+    " spaces ",
+    "",
+    "-",
+    "+1",
+    "null",
+    "ünïcödé",
+    "日本",
+    "x" * 300,
+    "00001",
+    "00001",
+    "True",
+    "1.0",
+    "\\N",
+    "#",
+    ",",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +124,9 @@ def test_a_stream_of_windows_keeps_order_ids_and_labels(tables, tmp_path, monkey
     windows = predict(tables / "run", tables / "test.csv", tmp_path / "windows.tsv")
     assert [row["row_id"] for row in windows] == [f"{row:05d}" for row in range(37)]
     assert [row["label"] for row in windows] == read_csv(tables / "test.csv")["label"].tolist()
-    np.testing.assert_allclose([float(row["prob"]) for row in windows], [float(row["prob"]) for row in whole], atol=1e-6)
+    np.testing.assert_allclose(
+        [float(row["prob"]) for row in windows], [float(row["prob"]) for row in whole], atol=1e-6
+    )
 
 
 ROWS = {
@@ -182,7 +209,13 @@ def test_probabilities_read_back_to_the_models_float32(tables, several, tmp_path
         config, roles = scorer.loaded.config, Roles.from_config(scorer.loaded.config)
         [chunk] = read_chunks([str(folder / "test.csv")], roles.inputs())
         dataset = predictor.encode_for_prediction(
-            chunk, roles, scorer.loaded.tokenizer, scorer.loaded.features, scorer.loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
+            chunk,
+            roles,
+            scorer.loaded.tokenizer,
+            scorer.loaded.features,
+            scorer.loaded.labels,
+            max_length=config.max_length,
+            max_chunks=config.max_chunks,
         )
         computed = scorer.score(dataset).preds
         columns = [name for name in rows[0] if name.startswith("prob") and name != "prob_calibrated"]
@@ -246,24 +279,48 @@ def test_an_output_named_csv_is_csv_and_other_formats_are_refused(tables, tmp_pa
     assert (tmp_path / "out.txt").read_bytes() == (tmp_path / "out.tsv").read_bytes()
     for suffix in (".parquet", ".jsonl", ".json", ".xlsx", ".tsv.gz"):
         assert cli.main(["predict", str(tables / "run"), str(source), str(tmp_path / f"new{suffix}")]) == 2
-        assert "expected an output that ends in .tsv or .csv" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
+        assert "expected an output that ends in .tsv or .csv" in capsys.readouterr().err and not list(
+            tmp_path.glob("new*")
+        )
 
 
 def test_an_unquoted_tsv_is_scored_row_by_row(tables, tmp_path, capsys):
-    cells = [[f"r{row}", text, "1", "2", "a"] for row, text in enumerate(["thanks ship", '"refund now', "late", 'pay outside"', "money"])]
-    (tmp_path / "new.tsv").write_text("\n".join("\t".join(row[:1] + row[2:] + row[1:2]) for row in [COLUMNS[:5], *cells]) + "\n")
+    cells = [
+        [f"r{row}", text, "1", "2", "a"]
+        for row, text in enumerate(["thanks ship", '"refund now', "late", 'pay outside"', "money"])
+    ]
+    (tmp_path / "new.tsv").write_text(
+        "\n".join("\t".join(row[:1] + row[2:] + row[1:2]) for row in [COLUMNS[:5], *cells]) + "\n"
+    )
     words = ["predict", str(tables / "run"), str(tmp_path / "new.tsv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]
-    assert cli.main(words) == 2 and "row 2 (line 3): a quote opens a cell" in capsys.readouterr().err and not (tmp_path / "out.tsv").exists()
+    assert (
+        cli.main(words) == 2
+        and "row 2 (line 3): a quote opens a cell" in capsys.readouterr().err
+        and not (tmp_path / "out.tsv").exists()
+    )
     assert cli.main([*words, "--tsv_quoting", "none"]) == 0
     expected = predict(tables / "run", write_csv(tmp_path / "new.csv", cells, COLUMNS[:5]), tmp_path / "same.tsv")
     assert read_tsv(tmp_path / "out.tsv") == expected and len(expected) == 5
-    folder, _, data = train_in(tables, tmp_path, train_path=(str(unquoted(tmp_path / "train.tsv")),), val_path=(), test_path=(), val_fraction=0.0, tsv_quoting="none")
-    assert len(data.train) == 24 and cli.main(["predict", str(folder), *words[2:]]) == 0  # the model reads as it was trained
+    folder, _, data = train_in(
+        tables,
+        tmp_path,
+        train_path=(str(unquoted(tmp_path / "train.tsv")),),
+        val_path=(),
+        test_path=(),
+        val_fraction=0.0,
+        tsv_quoting="none",
+    )
+    assert (
+        len(data.train) == 24 and cli.main(["predict", str(folder), *words[2:]]) == 0
+    )  # the model reads as it was trained
     assert len(read_tsv(tmp_path / "out.tsv")) == 5
 
 
 def unquoted(path: Path) -> Path:
-    rows = [COLUMNS, *([f"r{row}", ['"broken', "fine", 'item"'][row % 3], str(row), "2", "a", str(row % 2)] for row in range(24))]
+    rows = [
+        COLUMNS,
+        *([f"r{row}", ['"broken', "fine", 'item"'][row % 3], str(row), "2", "a", str(row % 2)] for row in range(24)),
+    ]
     path.write_text("".join("\t".join(row) + "\n" for row in rows))
     return path
 
@@ -281,7 +338,9 @@ def test_a_folder_of_parquet_files_is_scored_as_one_file(tables, tmp_path):
 def test_windows_of_long_texts_score_what_whole_windows_do(tables, tmp_path, monkeypatch):
     """Memory bounds where reading pauses, not which rows are scored together."""
     frame = read_csv(tables / "test.csv")
-    frame.assign(text=frame["text"] + " refund" * 900, row_id=frame["row_id"] + "x" * 50).to_csv(tmp_path / "long.csv", index=False)
+    frame.assign(text=frame["text"] + " refund" * 900, row_id=frame["row_id"] + "x" * 50).to_csv(
+        tmp_path / "long.csv", index=False
+    )
     predict(tables / "run", tmp_path / "long.csv", tmp_path / "whole.tsv")
     monkeypatch.setattr(table, "MAX_CHUNK_CHARACTERS", 5000)
     predict(tables / "run", tmp_path / "long.csv", tmp_path / "short.tsv")
@@ -312,7 +371,11 @@ def test_the_folder_alone_is_enough(tables, tmp_path, monkeypatch):
     finally:
         os.rename(away, tables)
     assert (tmp_path / "out.tsv").read_bytes() == expected
-    assert sorted(home.rglob("*")) == before and sorted(path.name for path in tmp_path.iterdir()) == ["home", "new.csv", "out.tsv"]
+    assert sorted(home.rglob("*")) == before and sorted(path.name for path in tmp_path.iterdir()) == [
+        "home",
+        "new.csv",
+        "out.tsv",
+    ]
     assert not any(path.suffix in (".bin", ".pt", ".pkl", ".pickle") for path in before)
 
 
@@ -328,11 +391,15 @@ def test_an_older_output_is_replaced_whole(tables, tmp_path):
 def same_cells(num_rows: int, seed: int) -> pd.DataFrame:
     """Booleans, whole numbers, dates and letters that formats and frames write in different ways; the label follows them."""
     rng = np.random.default_rng(seed)
-    frame = pd.DataFrame({"row_id": np.arange(num_rows), "vip": rng.random(num_rows) < 0.5, "zone": rng.integers(1, 5, num_rows)})
+    frame = pd.DataFrame(
+        {"row_id": np.arange(num_rows), "vip": rng.random(num_rows) < 0.5, "zone": rng.integers(1, 5, num_rows)}
+    )
     frame["day"] = pd.Timestamp("2026-01-31") + pd.to_timedelta(rng.integers(0, 3, num_rows), unit="D")
     frame["city"] = rng.choice(["Zürich", "Genève"], num_rows)
     frame["flag"] = rng.random(num_rows) < 0.5
-    return frame.assign(label=(frame["vip"].astype(int) * 2 + frame["zone"] + (frame["city"] == "Zürich") > 4).astype(int))
+    return frame.assign(
+        label=(frame["vip"].astype(int) * 2 + frame["zone"] + (frame["city"] == "Zürich") > 4).astype(int)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +408,13 @@ def alike(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alike")
     same_cells(64, 0).to_csv(folder / "alike.csv", index=False)
     same_cells(24, 1).to_csv(folder / "frame.csv", index=False)
-    changes = {"text_name": (), "tab_field_list": ("flag",), "cat_field_list": ("vip", "zone", "day", "city"), "val_path": (), "test_path": ()}
+    changes = {
+        "text_name": (),
+        "tab_field_list": ("flag",),
+        "cat_field_list": ("vip", "zone", "day", "city"),
+        "val_path": (),
+        "test_path": (),
+    }
     train_in(folder, folder, train_path=(str(folder / "alike.csv"),), val_fraction=0.0, **changes)
     return folder
 
@@ -349,8 +422,15 @@ def alike(tmp_path_factory) -> Path:
 def test_every_format_and_type_of_frame_gives_the_csvs_answers(alike, tmp_path, capsys):
     torch.set_num_threads(1)  # as the command has
     frame = same_cells(24, 1)
-    expected = [(row["prob"], row["pred"], row["prob_calibrated"]) for row in predict(alike / "run", alike / "frame.csv", tmp_path / "out.tsv")]
-    typed = frame.assign(label=frame["label"].astype(float), zone=frame["zone"].astype(float), city=[unicodedata.normalize("NFD", name) for name in frame["city"]])
+    expected = [
+        (row["prob"], row["pred"], row["prob_calibrated"])
+        for row in predict(alike / "run", alike / "frame.csv", tmp_path / "out.tsv")
+    ]
+    typed = frame.assign(
+        label=frame["label"].astype(float),
+        zone=frame["zone"].astype(float),
+        city=[unicodedata.normalize("NFD", name) for name in frame["city"]],
+    )
     typed.to_parquet(tmp_path / "typed.parquet", index=False)
     typed.assign(day=typed["day"].astype(str)).to_json(tmp_path / "typed.jsonl", orient="records", lines=True)
     typed.to_csv(tmp_path / "typed.csv", index=False)
@@ -359,13 +439,20 @@ def test_every_format_and_type_of_frame_gives_the_csvs_answers(alike, tmp_path, 
         assert [(row["prob"], row["pred"], row["prob_calibrated"]) for row in rows] == expected, name
     predictor = Predictor.from_folder(alike / "run")
     kinds = {
-        "as read": frame, "typed": typed, "nullable": frame.convert_dtypes(), "objects": frame.astype(object), "categories": frame.astype("category"),
-        "decimals": frame.assign(zone=[Decimal(int(zone)) for zone in frame["zone"]]), "numpy": frame.assign(vip=frame["vip"].to_numpy().astype("O")),
+        "as read": frame,
+        "typed": typed,
+        "nullable": frame.convert_dtypes(),
+        "objects": frame.astype(object),
+        "categories": frame.astype("category"),
+        "decimals": frame.assign(zone=[Decimal(int(zone)) for zone in frame["zone"]]),
+        "numpy": frame.assign(vip=frame["vip"].to_numpy().astype("O")),
         "texts": pd.read_csv(alike / "frame.csv", dtype=str, keep_default_na=False),
-    }  # fmt: skip
+    }
     for name, rows in kinds.items():
         found = predictor.predict(rows)
-        assert list(map(tuple, found[["prob", "pred", "prob_calibrated"]].astype(str).to_numpy().tolist())) == expected, name
+        assert (
+            list(map(tuple, found[["prob", "pred", "prob_calibrated"]].astype(str).to_numpy().tolist())) == expected
+        ), name
     found = predictor.predict(typed.to_dict("records"))
     assert [(str(np.float32(row["prob"])), row["pred"]) for row in found] == [row[:2] for row in expected]
     assert "no training row has" not in capsys.readouterr().err
@@ -374,9 +461,25 @@ def test_every_format_and_type_of_frame_gives_the_csvs_answers(alike, tmp_path, 
 def test_missing_values_of_every_type_are_missing(alike, caplog):
     predictor, row = Predictor.from_folder(alike / "run"), same_cells(1, 1).astype(object).to_dict("records")[0]
     empty = predictor.predict({**row, "vip": "", "flag": ""})
-    for missing in (None, float("nan"), np.float32("nan"), Decimal("NaN"), pd.NaT, pd.NA, np.datetime64("NaT"), np.timedelta64("NaT")):
+    for missing in (
+        None,
+        float("nan"),
+        np.float32("nan"),
+        Decimal("NaN"),
+        pd.NaT,
+        pd.NA,
+        np.datetime64("NaT"),
+        np.timedelta64("NaT"),
+    ):
         assert predictor.predict({**row, "vip": missing, "flag": missing}) == empty
-        frame = predictor.predict(pd.DataFrame({name: pd.Series([value], dtype=object) for name, value in {**row, "vip": missing, "flag": missing}.items()}))
+        frame = predictor.predict(
+            pd.DataFrame(
+                {
+                    name: pd.Series([value], dtype=object)
+                    for name, value in {**row, "vip": missing, "flag": missing}.items()
+                }
+            )
+        )
         assert frame["prob"].tolist() == [np.float32(empty["prob"])]
     assert not caplog.records
 
@@ -388,8 +491,17 @@ def test_a_column_of_unseen_values_is_a_loud_warning_with_examples(alike, tmp_pa
     examples = ", ".join(f"'{zone}'" for zone in dict.fromkeys(frame["zone"]))
     predict(alike / "run", tmp_path / "new.csv", tmp_path / "out.tsv")
     said = capsys.readouterr().err
-    assert f"warning: input: {expected}" in said and "; training rows have '1', '2', '3', ..." in said and examples[:12] in said
-    assert cli.main(["evaluate", str(alike / "run"), str(tmp_path / "new.csv"), "--output", str(tmp_path), "--num_threads", "1"]) == 0
+    assert (
+        f"warning: input: {expected}" in said
+        and "; training rows have '1', '2', '3', ..." in said
+        and examples[:12] in said
+    )
+    assert (
+        cli.main(
+            ["evaluate", str(alike / "run"), str(tmp_path / "new.csv"), "--output", str(tmp_path), "--num_threads", "1"]
+        )
+        == 0
+    )
     assert f"warning: input: {expected}" in capsys.readouterr().err
     [report] = tmp_path.glob("*/report.json")
     assert any(expected in line for line in json.loads(report.read_text())["warnings"])
@@ -401,13 +513,19 @@ def test_a_column_of_unseen_values_is_a_loud_warning_with_examples(alike, tmp_pa
 def train_in(tables: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any], Any]:
     """One epoch on the tables of `tables` into `tmp_path`; the folder, train_results.json and the prepared data."""
     folder = tmp_path / changes.pop("name", "run")
-    results, data = tiny.train(Config(**tiny.settings(tables, max_epochs=1, model_path=str(folder), cache_path=str(tmp_path / "cache"), **changes)))
+    results, data = tiny.train(
+        Config(
+            **tiny.settings(tables, max_epochs=1, model_path=str(folder), cache_path=str(tmp_path / "cache"), **changes)
+        )
+    )
     return folder, results, data
 
 
 def test_test_rows_change_nothing_that_is_fitted(tables, tmp_path):
     frame = read_csv(tables / "test.csv")
-    frame.assign(age="1e9", amount="-5", kind="unheard of", text="zzz " + frame["text"]).drop(columns="label").to_csv(tmp_path / "strange.csv", index=False)
+    frame.assign(age="1e9", amount="-5", kind="unheard of", text="zzz " + frame["text"]).drop(columns="label").to_csv(
+        tmp_path / "strange.csv", index=False
+    )
     folders = [
         train_in(tables, tmp_path, name=name, test_path=(str(path),), max_train_rows=50)[0]
         for name, path in (("plain", tables / "test.csv"), ("strange", tmp_path / "strange.csv"))
@@ -438,11 +556,17 @@ def test_other_shapes_of_a_model(tables, tmp_path, changes):
     assert (tmp_path / "out.tsv").read_bytes() == test_file_of(folder).read_bytes()
     assert len(rows) == 37 and len({row["prob"] for row in rows}) > 1
     if "positive_label" in changes:
-        assert data.labels.names == ("1", "0") and json.loads((folder / "labels.json").read_text()) == {"names": ["1", "0"]}
+        assert data.labels.names == ("1", "0") and json.loads((folder / "labels.json").read_text()) == {
+            "names": ["1", "0"]
+        }
         assert list(rows[0]) == ["prob", "label", "pred", "prob_calibrated"]
         assert all(row["pred"] == ("0" if float(row["prob"]) > 0.5 else "1") for row in rows)
     if "max_chunks" in changes:
-        assert {batch.input_ids.shape[1] for batch in (data.test.batch([row]) for row in range(37)) if batch.input_ids.ndim == 3} >= {2, 3}
+        assert {
+            batch.input_ids.shape[1]
+            for batch in (data.test.batch([row]) for row in range(37))
+            if batch.input_ids.ndim == 3
+        } >= {2, 3}
     assert (folder / "encoder").exists() == (changes.get("text_name") != ())
 
 
@@ -455,7 +579,9 @@ def test_training_from_other_formats_gives_the_same_model(tables, tmp_path):
             if kind == "jsonl":
                 frame.to_json(path, orient="records", lines=True)
             elif kind == "parquet":
-                frame.assign(age=pd.to_numeric(frame["age"]), label=frame["label"].astype(int)).to_parquet(path, index=False)
+                frame.assign(age=pd.to_numeric(frame["age"]), label=frame["label"].astype(int)).to_parquet(
+                    path, index=False
+                )
             else:
                 frame.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False)
         paths = {f"{name}_path": (str(tmp_path / f"{name}.{kind}"),) for name in frames}
@@ -468,19 +594,28 @@ def test_training_from_other_formats_gives_the_same_model(tables, tmp_path):
 def test_a_share_of_the_training_rows_validates_group_by_group(tables, tmp_path):
     frame = read_csv(tables / "train.csv")
     frame.assign(thread=[f"t{row // 3}" for row in range(len(frame))]).to_csv(tmp_path / "train.csv", index=False)
-    _, _, data = train_in(tables, tmp_path, train_path=(str(tmp_path / "train.csv"),), val_path=(), val_fraction=0.25, group_name="thread")
+    _, _, data = train_in(
+        tables, tmp_path, train_path=(str(tmp_path / "train.csv"),), val_path=(), val_fraction=0.25, group_name="thread"
+    )
     threads = {part.name: {int(name) // 3 for name in part.ids(range(len(part)))} for part in (data.train, data.val)}
     assert not threads["train"] & threads["val"]
     assert len(data.train) + len(data.val) == 64 and 8 <= len(data.val) <= 24
     learned_from = frame[frame["row_id"].isin(data.train.ids(range(len(data.train))))]
     for place, name in enumerate(("age", "amount")):  # fitted without the validation rows
-        assert data.features.medians[place] == pd.to_numeric(learned_from[name]).median() != pd.to_numeric(frame[name]).median()
+        assert (
+            data.features.medians[place]
+            == pd.to_numeric(learned_from[name]).median()
+            != pd.to_numeric(frame[name]).median()
+        )
 
 
 def test_balanced_weights_are_those_weights(tables, tmp_path):
     counts = np.bincount(read_csv(tables / "train.csv")["label"].astype(int))
     weights = tuple(float(weight) for weight in 64 / (2 * counts))
-    folders = [train_in(tables, tmp_path, name=str(index), class_weights=given)[0] for index, given in enumerate(("balanced", weights, None))]
+    folders = [
+        train_in(tables, tmp_path, name=str(index), class_weights=given)[0]
+        for index, given in enumerate(("balanced", weights, None))
+    ]
     models = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert models[0] == models[1] != models[2]
 
@@ -488,7 +623,12 @@ def test_balanced_weights_are_those_weights(tables, tmp_path):
 def test_a_test_file_without_rows(several, tables, tmp_path):
     table = write_csv(tmp_path / "header.csv", [])
     for source, num_classes in ((tables, 2), (several, 3)):
-        changes = {"num_classes": num_classes, "is_binary": num_classes == 2, "max_train_rows": 24, "test_path": (str(table),)}
+        changes = {
+            "num_classes": num_classes,
+            "is_binary": num_classes == 2,
+            "max_train_rows": 24,
+            "test_path": (str(table),),
+        }
         folder, results, _ = train_in(source, tmp_path, name=str(num_classes), **changes)
         assert read_tsv(test_file_of(folder)) == []
         assert results["test_metrics"]["test/num_rows"] == 0 and results["test_metrics"]["test/accuracy"] is None
@@ -497,7 +637,9 @@ def test_a_test_file_without_rows(several, tables, tmp_path):
 def test_one_class_in_validation(tables, tmp_path):
     frame = read_csv(tables / "val.csv")
     frame[frame["label"] == "0"].to_csv(tmp_path / "val.csv", index=False)
-    folder, results, _ = train_in(tables, tmp_path, val_path=(str(tmp_path / "val.csv"),), early_stop_metric="val/auroc", max_train_rows=24)
+    folder, results, _ = train_in(
+        tables, tmp_path, val_path=(str(tmp_path / "val.csv"),), early_stop_metric="val/auroc", max_train_rows=24
+    )
     assert results["best_metric"] == "val_loss"
     [line] = [line for line in tiny.metrics_lines(folder) if "val_loss" in line]
     assert line["val/auroc"] is None and line["val/accuracy"] is not None
@@ -522,8 +664,12 @@ def test_rows_as_dicts_are_scored_as_the_frame(several, tmp_path):
     assert predictor.predict(records) == predicted.astype(object).to_dict("records")
     assert predictor.predict([]) == []
     one = predictor.predict(records[3])
-    assert {key: one[key] for key in ("row_id", "label", "pred")} == {key: predicted[key].iloc[3] for key in ("row_id", "label", "pred")}
-    assert all(one[key] == pytest.approx(value, abs=1e-6) for key, value in predicted.iloc[3].items() if key.startswith("prob"))
+    assert {key: one[key] for key in ("row_id", "label", "pred")} == {
+        key: predicted[key].iloc[3] for key in ("row_id", "label", "pred")
+    }
+    assert all(
+        one[key] == pytest.approx(value, abs=1e-6) for key, value in predicted.iloc[3].items() if key.startswith("prob")
+    )
     bare = predictor.predict({key: value for key, value in records[3].items() if key not in ("label", "row_id")})
     assert bare == {key: value for key, value in one.items() if key not in ("label", "row_id")}
     assert list(predictor.predict(frame.drop(columns="row_id"))) == [name for name in predicted if name != "row_id"]
@@ -543,7 +689,14 @@ def test_a_columns_only_step_is_not_cut_into_more_micro_batches_than_it_needs(tm
 
 def test_more_processes_than_gpus_are_told(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["inspect", "no folder"]) == 2
     assert "2 processes for 1 GPUs: all compute on the CPU" in capsys.readouterr().err
@@ -561,10 +714,14 @@ def test_a_number_far_outside_is_limited_and_counted_everywhere(tables, tmp_path
     at_limit = rows.assign(age=repr(float(features.limits[1][0])))
     far = rows.assign(age="1e6")
     far.to_csv(tmp_path / "far.csv", index=False)
-    assert model.predict(far.iloc[0].to_dict())["prob"] == pytest.approx(model.predict(at_limit.iloc[0].to_dict())["prob"], abs=1e-6)
+    assert model.predict(far.iloc[0].to_dict())["prob"] == pytest.approx(
+        model.predict(at_limit.iloc[0].to_dict())["prob"], abs=1e-6
+    )
     assert caplog.text.count("column 'age': 1 of 1 numbers lie outside") == 1
     monkeypatch.setattr(predictor, "WINDOW", 10)
-    line = f"column 'age': 37 of 37 numbers lie outside the training range {lowest:g} to {highest:g} and were limited to "
+    line = (
+        f"column 'age': 37 of 37 numbers lie outside the training range {lowest:g} to {highest:g} and were limited to "
+    )
     found = predict(tables / "run", tmp_path / "far.csv", tmp_path / "far.tsv")
     margin = 0.1 * (highest - lowest)
     told = [text for text in capsys.readouterr().err.splitlines() if "outside the training" in text]
@@ -576,7 +733,20 @@ def test_a_number_far_outside_is_limited_and_counted_everywhere(tables, tmp_path
     cells = [model.explain(frame.iloc[3].to_dict()) for frame in (far, at_limit)]
     assert cells[0] == cells[1]
 
-    assert cli.main(["evaluate", str(tables / "run"), str(tmp_path / "far.csv"), "--output", str(tmp_path / "out"), "--num_threads", "1"]) == 0
+    assert (
+        cli.main(
+            [
+                "evaluate",
+                str(tables / "run"),
+                str(tmp_path / "far.csv"),
+                "--output",
+                str(tmp_path / "out"),
+                "--num_threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().err.count(f"input: {line}") == 1
     [report] = (tmp_path / "out").glob("*/report.json")
     assert [text for text in json.loads(report.read_text())["warnings"] if line in text]
@@ -590,8 +760,15 @@ def test_the_check_counts_numbers_outside_in_validation_and_test_rows(tmp_path, 
         frame.to_csv(tmp_path / f"{name}.csv", index=False)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert cli.main(["train", str(tmp_path / "config.json"), "--check"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "column 'amount'" in line and "outside the training range" in line]
-    assert [line.split(" numbers")[0] for line in lines] == ["warning: val: column 'amount': 2 of 23", "warning: test: column 'amount': 2 of 37"]
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "column 'amount'" in line and "outside the training range" in line
+    ]
+    assert [line.split(" numbers")[0] for line in lines] == [
+        "warning: val: column 'amount': 2 of 23",
+        "warning: test: column 'amount': 2 of 37",
+    ]
 
 
 def test_an_older_folder_limits_what_its_cache_knows_and_else_says_so(tables, tmp_path, caplog):
@@ -601,7 +778,9 @@ def test_an_older_folder_limits_what_its_cache_knows_and_else_says_so(tables, tm
     rows = read_csv(tables / "test.csv")
     expected = Predictor.from_folder(tables / "run").predict(rows)
     values = json.loads((tmp_path / "run" / "features.json").read_text())
-    (tmp_path / "run" / "features.json").write_text(json.dumps({key: value for key, value in values.items() if key not in ("minimums", "maximums")}))
+    (tmp_path / "run" / "features.json").write_text(
+        json.dumps({key: value for key, value in values.items() if key not in ("minimums", "maximums")})
+    )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["config"]["cache_path"] = None
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
@@ -612,7 +791,10 @@ def test_an_older_folder_limits_what_its_cache_knows_and_else_says_so(tables, tm
     assert unknown.loaded.features.limits is None and unknown.predict(rows).equals(expected)
     caplog.clear()
     unknown.predict(rows.assign(age="1e6"))
-    assert "input: " not in caplog.text and "column 'age': 37 of 37 numbers lie more than 20 standard deviations from the training mean" in caplog.text
+    assert (
+        "input: " not in caplog.text
+        and "column 'age': 37 of 37 numbers lie more than 20 standard deviations from the training mean" in caplog.text
+    )
 
 
 # ---- the threshold of every row ----
@@ -622,16 +804,35 @@ def test_a_stored_threshold_of_every_row_is_the_same_everywhere(tables, tmp_path
     """Predictions, figures, report, card and inspect: all rows are class 1, in words. It cannot be asked for: a given one is 0 to 1."""
     run = tiny.without_manifest(shutil.copytree(tables / "run", tmp_path / "run"))
     record = json.loads((run / "thresholds.json").read_text())
-    record["threshold"] = {"value": -1.0, "rule": "precision_at_recall=1.0", "precision": 0.5, "recall": 1.0, "f1": 0.6, "alerts_per_1000": 1000.0, "rows": 40, "reason": None}
+    record["threshold"] = {
+        "value": -1.0,
+        "rule": "precision_at_recall=1.0",
+        "precision": 0.5,
+        "recall": 1.0,
+        "f1": 0.6,
+        "alerts_per_1000": 1000.0,
+        "rows": 40,
+        "reason": None,
+    }
     (run / "thresholds.json").write_text(json.dumps(record))
     rows = predict(run, tables / "test.csv", tmp_path / "out.tsv")
     assert {row["pred"] for row in rows} == {"1"}
-    assert cli.main(["evaluate", str(run), str(tables / "test.csv"), "--output", str(tmp_path / "out"), "--num_threads", "1"]) == 0
+    assert (
+        cli.main(
+            ["evaluate", str(run), str(tables / "test.csv"), "--output", str(tmp_path / "out"), "--num_threads", "1"]
+        )
+        == 0
+    )
     [folder] = (tmp_path / "out").iterdir()
     figures, report = (json.loads((folder / name).read_text()) for name in ("test_metrics.json", "report.json"))
     assert figures["test/recall"] == 1.0 and figures["threshold"] == report["threshold"]["value"] == -1.0
     assert "Every row counts as class" in (folder / "report.html").read_text()
     capsys.readouterr()
     assert cli.main(["inspect", str(run)]) == 0
-    assert "Every row counts as `1`, also those with a probability of exactly 0, by the rule `precision_at_recall=1.0`" in capsys.readouterr().out
-    assert cli.main(["predict", str(run), str(tables / "test.csv"), str(tmp_path / "out.tsv"), "--threshold", "-1"]) == 2
+    assert (
+        "Every row counts as `1`, also those with a probability of exactly 0, by the rule `precision_at_recall=1.0`"
+        in capsys.readouterr().out
+    )
+    assert (
+        cli.main(["predict", str(run), str(tables / "test.csv"), str(tmp_path / "out.tsv"), "--threshold", "-1"]) == 2
+    )

@@ -26,7 +26,9 @@ FILLER = "ship item " * 30
 def trained(tmp_path_factory):
     """(folder, its results): a text's last word alone decides, far beyond max_length."""
     folder = tmp_path_factory.mktemp("ends")
-    settings = tiny.settings(folder, max_length=9, max_chunks=2, pooling="last", tab_field_list=("age",), max_epochs=16, lr=3e-3, num_rows=48)
+    settings = tiny.settings(
+        folder, max_length=9, max_chunks=2, pooling="last", tab_field_list=("age",), max_epochs=16, lr=3e-3, num_rows=48
+    )
     path = folder / "encoder" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left", "padding_side": "left"}))
     for seed, name in enumerate(("train", "val", "test")):
@@ -34,7 +36,15 @@ def trained(tmp_path_factory):
             writer = csv.writer(stream)
             writer.writerow(["row_id", "text", "age", "kind", "label"])
             for row in range(48):
-                writer.writerow([f"{seed}-{row}", f"{FILLER[: 10 * (row % 9 + 20)]}{'refund' if row % 2 else 'thanks'}", row % 5, "a", row % 2])
+                writer.writerow(
+                    [
+                        f"{seed}-{row}",
+                        f"{FILLER[: 10 * (row % 9 + 20)]}{'refund' if row % 2 else 'thanks'}",
+                        row % 5,
+                        "a",
+                        row % 2,
+                    ]
+                )
     results, _ = tiny.train(Config(**settings | {"metric_choices": ("auroc",), "early_stop_metric": "val/auroc"}))
     return folder, results
 
@@ -55,7 +65,10 @@ def test_training_reads_the_end_and_the_folder_keeps_the_setting(trained, caplog
 def test_a_file_whose_cells_are_shortened_while_reading_gives_the_same_rows(trained, tmp_path):
     folder, _ = trained
     predictor = Predictor.from_folder(folder / "run", CPU)
-    rows = [{"row_id": str(row), "text": FILLER * (20 * row) + word, "age": "1", "kind": "a"} for row, word in enumerate(("refund", "thanks", "refund"))]
+    rows = [
+        {"row_id": str(row), "text": FILLER * (20 * row) + word, "age": "1", "kind": "a"}
+        for row, word in enumerate(("refund", "thanks", "refund"))
+    ]
     with open(tmp_path / "new.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
@@ -98,7 +111,9 @@ def test_the_export_reads_the_end_too(trained, tmp_path):
         pytest.importorskip(package)
     folder, _ = trained
     loaded = load_model_folder(folder / "run")
-    exporter.export_model(loaded, tmp_path / "exported", format="onnx")  # which compares generated texts, most of them longer than is read
+    exporter.export_model(
+        loaded, tmp_path / "exported", format="onnx"
+    )  # which compares generated texts, most of them longer than is read
     settings, tokenizer = export_example.load_preprocessing(tmp_path / "exported")
     run = export_example.load_model(tmp_path / "exported")
     rows = [{"row_id": "0", "text": FILLER + word, "age": "1", "kind": "a"} for word in ("refund", "thanks")]

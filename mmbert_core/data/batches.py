@@ -41,7 +41,11 @@ def micro_batches(rows: np.ndarray, lengths: np.ndarray, count: int, *, packed: 
 
     def first_of(stop: int, limit: int) -> int:
         """Where a part that ends at `stop` may begin at the earliest."""
-        return int(np.searchsorted(tokens, tokens[stop] - limit)) if packed else max(0, stop - limit // int(lengths[stop - 1]))
+        return (
+            int(np.searchsorted(tokens, tokens[stop] - limit))
+            if packed
+            else max(0, stop - limit // int(lengths[stop - 1]))
+        )
 
     def greedy_cuts(limit: int) -> list[int]:
         """First rows of parts filled from the long end up to `limit`."""
@@ -88,7 +92,9 @@ def settle_micro_batches(asked: int | str, *, batch_size: int, num_ranks: int, r
     return -(-wanted // num_ranks) * num_ranks
 
 
-def evaluation_batches(lengths: np.ndarray, *, token_budget: int = 2048, max_rows: int = 256, window: int = WINDOW) -> list[np.ndarray]:
+def evaluation_batches(
+    lengths: np.ndarray, *, token_budget: int = 2048, max_rows: int = 256, window: int = WINDOW
+) -> list[np.ndarray]:
     """All rows [N] in batches of at most `token_budget` padded tokens, sorted by length inside each window of rows.
 
     A reader that streams windows of `window` rows makes the same batches, so predictions of a stream equal those of a

@@ -12,10 +12,19 @@ from mmbert_core.tables.table import shown
 FEW_ROWS = 50  # of a class in training, below which figures and the best step are chance
 # Label pairs whose order says which one is looked for, in lower case and in the order of their code points.
 ORDERED_PAIRS = {
-    ("false", "true"), ("f", "t"), ("no", "yes"), ("n", "y"), ("off", "on"), ("negative", "positive"), ("neg", "pos"), ("absent", "present"),
-}  # fmt: skip
+    ("false", "true"),
+    ("f", "t"),
+    ("no", "yes"),
+    ("n", "y"),
+    ("off", "on"),
+    ("negative", "positive"),
+    ("neg", "pos"),
+    ("absent", "present"),
+}
 PLAIN_IN_YAML = re.compile(r"[A-Za-z_][\w -]*\w|[A-Za-z_]", re.ASCII)
-YAML_WORDS = frozenset("yes no on off true false y n null none".split())  # that YAML reads as something else than a text
+YAML_WORDS = frozenset(
+    "yes no on off true false y n null none".split()
+)  # that YAML reads as something else than a text
 
 
 def positive_class_line(class_names: Sequence[str], share: float | None) -> str:
@@ -33,9 +42,15 @@ def positive_class_warning(class_names: Sequence[str], counts: Sequence[int], po
     if positive_label is not None or len(class_names) != 2 or counts[1] <= counts[0] or is_ordered(class_names):
         return []
     other = class_names[0]
-    value = other if PLAIN_IN_YAML.fullmatch(other) and other.lower() not in YAML_WORDS else json.dumps(other, ensure_ascii=False)
+    value = (
+        other
+        if PLAIN_IN_YAML.fullmatch(other) and other.lower() not in YAML_WORDS
+        else json.dumps(other, ensure_ascii=False)
+    )
     share = format_share(counts[1] / sum(counts))
-    return [f"class 1 is {shown(class_names[1])} ({share} of the training rows), as the second in order; if {shown(other)} is looked for, add: positive_label: {value}"]
+    return [
+        f"class 1 is {shown(class_names[1])} ({share} of the training rows), as the second in order; if {shown(other)} is looked for, add: positive_label: {value}"
+    ]
 
 
 def is_ordered(class_names: Sequence[str]) -> bool:
@@ -59,5 +74,9 @@ def few_rows_warning(class_names: Sequence[str], counts: Sequence[int]) -> list[
     fewest = min(few, key=lambda index: counts[index])
     name = shown(class_names[fewest])
     if len(few) == 1:
-        return [f"class {name} has {counts[fewest]} training rows; with fewer than {FEW_ROWS}, the best step and the figures depend much on chance"]
-    return [f"{len(few)} of {len(class_names)} classes have fewer than {FEW_ROWS} training rows, the fewest {name} with {counts[fewest]}: figures depend much on chance"]
+        return [
+            f"class {name} has {counts[fewest]} training rows; with fewer than {FEW_ROWS}, the best step and the figures depend much on chance"
+        ]
+    return [
+        f"{len(few)} of {len(class_names)} classes have fewer than {FEW_ROWS} training rows, the fewest {name} with {counts[fewest]}: figures depend much on chance"
+    ]

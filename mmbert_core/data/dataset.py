@@ -36,12 +36,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its columns and labels on `device`. Texts stay: the model packs them first and moves what is left."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in ("numbers", "categories", "labels")}
+        values = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name in ("numbers", "categories", "labels")
+        }
         to_gpu = torch.device(device).type == "cuda"  # pinned, or the copy waits for what the GPU computes
         moved = {
             name: (value.pin_memory() if to_gpu and value.device.type == "cpu" else value).to(device, non_blocking=True)
-            for name, value in values.items() if value is not None
-        }  # fmt: skip
+            for name, value in values.items()
+            if value is not None
+        }
         return replace(self, **moved)
 
 
@@ -64,8 +69,12 @@ class Dataset:
         self.encoded = encoded
         self.name = name
         self._rows_since_let_go = 0
-        self.packed = False  # set by a run, which knows the model: rows are learned end to end, and padding costs nothing
-        self.rows = np.arange(encoded.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)  # [N]
+        self.packed = (
+            False  # set by a run, which knows the model: rows are learned end to end, and padding costs nothing
+        )
+        self.rows = (
+            np.arange(encoded.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)
+        )  # [N]
         self.features = features
         self._lookups = features.category_lookup(encoded.vocabularies)
         self._pad_token_id = pad_token_id
@@ -109,7 +118,12 @@ class Dataset:
         if tokens is None or int(tokens.ids.max(initial=0)) < num_rows:
             return
         token = int(np.argmax(tokens.ids >= num_rows))
-        row = np.searchsorted(tokens.row_chunks, np.searchsorted(tokens.chunk_offsets, token, side="right") - 1, side="right") - 1
+        row = (
+            np.searchsorted(
+                tokens.row_chunks, np.searchsorted(tokens.chunk_offsets, token, side="right") - 1, side="right"
+            )
+            - 1
+        )
         raise InputError(
             f"{self.encoded.where(int(row))}: its text has the token id {tokens.ids[token]}, the model's embedding has {num_rows} rows: "
             "tokens were added to the tokenizer without model.resize_token_embeddings(len(tokenizer)) before training"
@@ -117,11 +131,15 @@ class Dataset:
 
     def unseen(self) -> Unseen:
         """Cells with a value that training never saw, by categorical column."""
-        codes, vocabularies, names = self.encoded.category_codes, self.encoded.vocabularies, self.features.category_names
+        codes, vocabularies, names = (
+            self.encoded.category_codes,
+            self.encoded.vocabularies,
+            self.features.category_names,
+        )
         return {
             name: unseen_cells(self._lookups[index], taken(codes[:, index], self.rows), vocabularies[index])
             for index, name in enumerate(names)
-        }  # fmt: skip
+        }
 
     def outside(self) -> Outside:
         """Numeric column -> its numbers beyond what the training rows have."""
@@ -129,7 +147,7 @@ class Dataset:
         return {
             name: outside_cells(self.features, index, taken(numbers[:, index], self.rows))
             for index, name in enumerate(self.features.number_names)
-        }  # fmt: skip
+        }
 
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:
         """What these rows cost as one micro-batch: real tokens when packed, else real chunks times the longest; without text the rows."""
@@ -184,8 +202,12 @@ class Dataset:
         """Column -> numbers [B] as they were read (NaN: missing), or normal forms of categories ("": missing)."""
         self.encoded.check_files()
         rows, encoded = self.rows[positions], self.encoded
-        made: dict[str, np.ndarray | list[str]] = {name: encoded.numbers[rows, place] for place, name in enumerate(self.features.number_names)}
-        for place, (name, vocabulary) in enumerate(zip(self.features.category_names, encoded.vocabularies, strict=True)):
+        made: dict[str, np.ndarray | list[str]] = {
+            name: encoded.numbers[rows, place] for place, name in enumerate(self.features.number_names)
+        }
+        for place, (name, vocabulary) in enumerate(
+            zip(self.features.category_names, encoded.vocabularies, strict=True)
+        ):
             made[name] = [normal_form(vocabulary[code]) for code in encoded.category_codes[rows, place].tolist()]
         return made
 
@@ -258,6 +280,16 @@ def encode_for_prediction(
     return dataset_for_prediction(encoded, tokenizer, features, labels)
 
 
-def dataset_for_prediction(encoded: EncodedRows, tokenizer: PreTrainedTokenizerFast | None, features: Features, labels: Labels) -> Dataset:
+def dataset_for_prediction(
+    encoded: EncodedRows, tokenizer: PreTrainedTokenizerFast | None, features: Features, labels: Labels
+) -> Dataset:
     """All rows, whose labels, if any, need not be known."""
-    return Dataset(encoded, None, features, labels, pad_token_id=pad_token_id_of(tokenizer), name="prediction", require_labels=False)
+    return Dataset(
+        encoded,
+        None,
+        features,
+        labels,
+        pad_token_id=pad_token_id_of(tokenizer),
+        name="prediction",
+        require_labels=False,
+    )

@@ -93,7 +93,9 @@ class EncodedRows:
         """Raise `RunError` when a mapped file is shorter than it was: reading behind its end would kill the process without a line (SIGBUS)."""
         for path, mapping in self.mappings.items():
             if (num_bytes := mapping.size()) < len(mapping):
-                raise RunError(f"{path}: this file of the cache was truncated while it was in use: expected {len(mapping)} bytes, found {num_bytes}; start again: it is built anew")
+                raise RunError(
+                    f"{path}: this file of the cache was truncated while it was in use: expected {len(mapping)} bytes, found {num_bytes}; start again: it is built anew"
+                )
 
     def last_position(self) -> tuple[int, int]:
         """File (index into `paths`) and line of the last row, or its row in a file without lines; (0, 0): no rows."""
@@ -129,7 +131,9 @@ def encode_chunk(
 
     Raises `InputError` with place, column and content for a cell of a numeric column that is no finite float32 number.
     """
-    windows = encode_windows(iter([chunk]), roles, tokenizer, max_length=max_length, max_chunks=max_chunks, window_rows=max(1, len(chunk)))
+    windows = encode_windows(
+        iter([chunk]), roles, tokenizer, max_length=max_length, max_chunks=max_chunks, window_rows=max(1, len(chunk))
+    )
     return next(windows)
 
 
@@ -164,7 +168,9 @@ def encode_windows(
 
     for chunk in chunks:
         paths = chunk.paths
-        arrays, cut = encode_arrays(chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows)
+        arrays, cut = encode_arrays(
+            chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
+        )
         pieces.append(arrays)
         num_rows, num_cut = num_rows + len(chunk), num_cut + cut
         num_characters += sum(sum(map(len, chunk.cells[name])) for name in kept if name in chunk.cells)
@@ -230,7 +236,13 @@ def encode_arrays(
 
 
 def assemble(
-    arrays: Arrays, *, vocabularies: list[list[str]], label_values: list[str], paths: list[str], max_chunks: int, num_cut: int
+    arrays: Arrays,
+    *,
+    vocabularies: list[list[str]],
+    label_values: list[str],
+    paths: list[str],
+    max_chunks: int,
+    num_cut: int,
 ) -> EncodedRows:
     """The arrays of `encode_arrays` under their names."""
     tokens = None

@@ -25,12 +25,16 @@ LARGEST = float(np.finfo(np.float32).max)
 MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # values in a message; unseen cells that are looked through for them
 FEATURES_JSON = record(
     {
-        "number_names": array(text(), distinct=True), "medians": array(number()), "has_indicator": array(boolean),
-        "means": array(number()), "stds": array(number(above=0)),
-        "category_names": array(text(), distinct=True), "categories": array(array(text(non_empty=True), distinct=True)),
+        "number_names": array(text(), distinct=True),
+        "medians": array(number()),
+        "has_indicator": array(boolean),
+        "means": array(number()),
+        "stds": array(number(above=0)),
+        "category_names": array(text(), distinct=True),
+        "categories": array(array(text(non_empty=True), distinct=True)),
     },
     {name: nullable(array(number())) for name in OPTIONAL},
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class Features:
             column = taken(numbers[:, place], rows)  # [N]
             missing = np.isnan(column)
             if missing.all():
-                raise InputError(f"{where}, column {name!r}: expected numbers, found no value in any of {len(column)} rows")
+                raise InputError(
+                    f"{where}, column {name!r}: expected numbers, found no value in any of {len(column)} rows"
+                )
             medians.append(float(np.median(column[~missing])))
             has_indicator.append(bool(missing.any()))
             minimums.append(float(np.nanmin(column)))
@@ -86,7 +92,9 @@ class Features:
         categories = []
         for place, vocabulary in enumerate(vocabularies):
             counts = np.bincount(taken(codes[:, place], rows), minlength=len(vocabulary))
-            categories.append(tuple(sorted({normal_form(vocabulary[code]) for code in np.flatnonzero(counts) if vocabulary[code]})))
+            categories.append(
+                tuple(sorted({normal_form(vocabulary[code]) for code in np.flatnonzero(counts) if vocabulary[code]}))
+            )
         return cls(
             number_names=roles.numbers,
             medians=tuple(medians),
@@ -151,7 +159,10 @@ class Features:
         for values, vocabulary in zip(self.categories, vocabularies, strict=True):
             index_of = {value: FIRST_CATEGORY + position for position, value in enumerate(values)}
             index_of_form = index_by_form(index_of)
-            indices = [index_of.get(cell) or index_of_form.get(normal_form(cell), UNSEEN) if cell else MISSING for cell in vocabulary]
+            indices = [
+                index_of.get(cell) or index_of_form.get(normal_form(cell), UNSEEN) if cell else MISSING
+                for cell in vocabulary
+            ]
             lookups.append(np.array(indices, dtype=np.int64))
         return lookups
 
@@ -166,7 +177,11 @@ class Features:
         for key, length in {**wanted, "categories": len(value["category_names"])}.items():
             if len(value[key]) != length:
                 raise InputError(f"{key}: expected {length} entries, as the columns have, found {len(value[key])}")
-        known = {field.name: _tuples(value[field.name]) for field in fields(cls) if field.name in value or field.name not in OPTIONAL}
+        known = {
+            field.name: _tuples(value[field.name])
+            for field in fields(cls)
+            if field.name in value or field.name not in OPTIONAL
+        }
         ranges = [known.get(name) for name in OPTIONAL]
         if any(ranges) and not all(each and len(each) == num_numbers for each in ranges):
             raise InputError(f"{' and '.join(OPTIONAL)}: expected {num_numbers} entries each, or neither")
@@ -248,7 +263,9 @@ def unseen_lines(name: str, unseen: Unseen, features: Features, *, examples: boo
         if cells.count <= MAX_UNSEEN_SHARE * cells.num_cells or not examples:
             lines.append(f"{name}: {cells.count} {problem}")
             continue
-        known = f"training rows have {_listed(values[:MAX_EXAMPLES], len(values))}" if values else "training rows have none"
+        known = (
+            f"training rows have {_listed(values[:MAX_EXAMPLES], len(values))}" if values else "training rows have none"
+        )
         counts = f"{cells.count:,} of {cells.num_cells:,}"
         lines.append(f"{name}: {counts} {problem}, such as {_listed(cells.examples, len(cells.examples))}; {known}")
     return lines

@@ -58,7 +58,11 @@ def _is_equal(fitted: Features, features: Features) -> bool:
         return np.allclose(getattr(fitted, name), getattr(features, name), rtol=1e-6, atol=0)
 
     exact = ("number_names", "medians", "has_indicator")
-    return all(getattr(fitted, name) == getattr(features, name) for name in exact) and is_close("means") and is_close("stds")
+    return (
+        all(getattr(fitted, name) == getattr(features, name) for name in exact)
+        and is_close("means")
+        and is_close("stds")
+    )
 
 
 def _fitted(store: Path, features: Features, labels: Labels, config: Config) -> Features:

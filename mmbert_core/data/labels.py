@@ -49,7 +49,9 @@ class Labels:
         for index, value in enumerate(values):
             first.setdefault(value, index)
         if "" in first:
-            raise InputError(f"{where(first[''])}, column {column!r}: expected a label, found an empty cell{others(first[''])}")
+            raise InputError(
+                f"{where(first[''])}, column {column!r}: expected a label, found an empty cell{others(first[''])}"
+            )
         _check_spellings(sorted(first), first, column=column, where=where, others=others)
         by_form = spellings_by_form(first)
         merged = "".join(f"; {line}" for line in _merged(by_form))
@@ -57,18 +59,31 @@ class Labels:
         are_numbers = all(WHOLE_NUMBER.fullmatch(name) for name in first)
         names = sorted(first, key=lambda name: (int(name), name)) if are_numbers else sorted(first)
         if len(names) == 1:
-            raise InputError(f"{where(0)}, column {column!r}: all training rows have the label {shown(names[0])}, expected {num_classes} classes{merged}")
+            raise InputError(
+                f"{where(0)}, column {column!r}: all training rows have the label {shown(names[0])}, expected {num_classes} classes{merged}"
+            )
         if len(names) != num_classes:
             place, found = where(0), f"{len(names)}: {_listed(names)}"
             if len(names) > num_classes:  # a label too many is one that comes late
                 newest = list(first)[num_classes]
-                place, found = where(first[newest]), f"{found}; {shown(newest)} is in this row for the first time{others(first[newest])}"
-            raise InputError(f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}{merged}")
+                place, found = (
+                    where(first[newest]),
+                    f"{found}; {shown(newest)} is in this row for the first time{others(first[newest])}",
+                )
+            raise InputError(
+                f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}{merged}"
+            )
         if positive_label is not None:
             if positive_label not in names:
                 same = next((name for name in names if normal_form(name) == normal_form(positive_label)), None)
-                hint = "" if same is None else f"; write it as in the training file: {ascii(same)}, not {ascii(positive_label)}"
-                raise InputError(f"positive_label: expected one of the labels {_listed(names)}, found {positive_label!r}{hint}")
+                hint = (
+                    ""
+                    if same is None
+                    else f"; write it as in the training file: {ascii(same)}, not {ascii(positive_label)}"
+                )
+                raise InputError(
+                    f"positive_label: expected one of the labels {_listed(names)}, found {positive_label!r}{hint}"
+                )
             if num_classes != 2:
                 raise InputError(f"positive_label: expected 2 classes to choose from, found {num_classes}")
             names = [name for name in names if name != positive_label] + [positive_label]
@@ -88,7 +103,9 @@ class Labels:
         indices = [self.index_of.get(value, self.index_of_form.get(normal_form(value), UNKNOWN)) for value in values]
         return np.array(indices, dtype=np.int64)
 
-    def check_known(self, indices: np.ndarray, label_of: Callable[[int], str], *, column: str, where: Callable[[int], str]) -> None:
+    def check_known(
+        self, indices: np.ndarray, label_of: Callable[[int], str], *, column: str, where: Callable[[int], str]
+    ) -> None:
         """Raise `InputError` with the first three places when any of `indices` [N] is `UNKNOWN`."""
         unknown = np.flatnonzero(indices == UNKNOWN)
         if len(unknown) == 0:
@@ -96,7 +113,9 @@ class Labels:
         first = label_of(int(unknown[0]))
         found = f"found {shown(first)}" if first else "found an empty cell"
         expected = f"expected one of the labels {_listed(self.names)}"
-        raise InputError(f"{where(int(unknown[0]))}, column {column!r}: {expected}, {found}{other_rows(unknown, where)}")
+        raise InputError(
+            f"{where(int(unknown[0]))}, column {column!r}: {expected}, {found}{other_rows(unknown, where)}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"names": list(self.names)}
@@ -130,14 +149,19 @@ def spelling_warnings(values: Iterable[str], column: str) -> list[str]:
         similar.setdefault(" ".join(form.split()).casefold(), []).append(spellings[0])
     for names in similar.values():
         if len(names) > 1:
-            lines.append(f"column {column!r}: the labels {_listed(names)} differ by spaces or case only and are {len(names)} classes: are they meant as one?")
+            lines.append(
+                f"column {column!r}: the labels {_listed(names)} differ by spaces or case only and are {len(names)} classes: are they meant as one?"
+            )
     return lines
 
 
 def _merged(by_form: Mapping[str, Sequence[str]]) -> list[str]:
     """What is said of spellings that are one class; in ASCII, for composed and decomposed letters look the same."""
     several = [spellings for spellings in by_form.values() if len(spellings) > 1]
-    return [f"the labels {' and '.join(map(ascii, spellings[:3]))} are one class, written in different ways" for spellings in several]
+    return [
+        f"the labels {' and '.join(map(ascii, spellings[:3]))} are one class, written in different ways"
+        for spellings in several
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -145,7 +169,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_spellings(
-    names: Sequence[str], first: dict[str, int], *, column: str, where: Callable[[int], str], others: Callable[[int], str]
+    names: Sequence[str],
+    first: dict[str, int],
+    *,
+    column: str,
+    where: Callable[[int], str],
+    others: Callable[[int], str],
 ) -> None:
     """One number written in two ways ("1" beside "1.0" or "01") is a mistake in the file, never two classes."""
     spelling: dict[float, str] = {}
@@ -159,5 +188,7 @@ def _check_spellings(
         if number in spelling:
             both = f"{shown(spelling[number])} and {shown(name)}"
             newest = max(first[spelling[number]], first[name])
-            raise InputError(f"{where(newest)}, column {column!r}: expected one spelling of a label, found {both} for the same number{others(newest)}")
+            raise InputError(
+                f"{where(newest)}, column {column!r}: expected one spelling of a label, found {both} for the same number{others(newest)}"
+            )
         spelling[number] = name

@@ -28,8 +28,17 @@ def find_leaks(train: Dataset, val: Dataset | None, test: Dataset | None, labels
     parts = [part for part in (train, val, test) if part is not None]
     pairs = [(part, earlier) for place, part in enumerate(parts) for earlier in parts[:place]]
     lines = [line for part, earlier in pairs for line in _shared_groups(part, earlier)]
-    hashes = {id(part): text_hashes(part, TRAINING_ROWS if part is train else OTHER_ROWS) for part in parts} if train.encoded.tokens is not None else {}
-    lines += [line for part, earlier in pairs if hashes for line in _shared_texts(part, earlier, hashes[id(part)], hashes[id(earlier)])]
+    hashes = (
+        {id(part): text_hashes(part, TRAINING_ROWS if part is train else OTHER_ROWS) for part in parts}
+        if train.encoded.tokens is not None
+        else {}
+    )
+    lines += [
+        line
+        for part, earlier in pairs
+        if hashes
+        for line in _shared_texts(part, earlier, hashes[id(part)], hashes[id(earlier)])
+    ]
     return [*lines, *_columns(train, labels)]
 
 
@@ -69,7 +78,9 @@ def text_hashes(dataset: Dataset, most_rows: int) -> np.ndarray:
     for start in range(0, min(len(dataset), most_rows), CHUNK_ROWS):
         ids, offsets = dataset.token_ids(np.arange(start, min(start + CHUNK_ROWS, len(dataset), most_rows)))
         place = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
-        mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ (place.astype(np.uint64) + np.uint64(1)) * np.uint64(0xC2B2AE3D27D4EB4F)
+        mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ (
+            place.astype(np.uint64) + np.uint64(1)
+        ) * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(32)
@@ -96,7 +107,10 @@ def _columns(train: Dataset, labels: Labels) -> Iterator[str]:
         ways = [(cells, True)] if is_number else [(codes, False)]
         if is_number and len(values) <= FEW_NUMBERS:  # may be codes, whose order says nothing
             ways.append((codes, False))
-        index, area = max((_best_class(way, classes, len(labels.names), is_number=ordered) for way, ordered in ways), key=lambda found: found[1])
+        index, area = max(
+            (_best_class(way, classes, len(labels.names), is_number=ordered) for way, ordered in ways),
+            key=lambda found: found[1],
+        )
         if area >= NEARLY:
             yield f"column {name!r} alone tells class {labels.names[index]!r} from the rest with an AUROC of {area:.4f}: is it known before the label is?"
 
@@ -118,13 +132,18 @@ def _best_class(cells: np.ndarray, classes: np.ndarray, num_classes: int, *, is_
     best = (0, 0.5)
     for index in range(1 if num_classes == 2 else 0, num_classes):
         is_class = classes == index
-        if min(is_class[fitted].sum(), is_class[tried].sum(), (~is_class[fitted]).sum(), (~is_class[tried]).sum()) < FEWEST_OF_A_CLASS:
+        if (
+            min(is_class[fitted].sum(), is_class[tried].sum(), (~is_class[fitted]).sum(), (~is_class[tried]).sum())
+            < FEWEST_OF_A_CLASS
+        ):
             continue
         if ranks is not None:
             area = _area(ranks, is_class)
             area = max(area, 1 - area)
         else:  # the share of the class in each category on one half of the rows, tried on the other
-            counts, hits = (np.bincount(cells[fitted], weights, cells.max() + 1) for weights in (None, is_class[fitted]))
+            counts, hits = (
+                np.bincount(cells[fitted], weights, cells.max() + 1) for weights in (None, is_class[fitted])
+            )
             area = auroc(((hits + is_class.mean()) / (counts + 1))[scored], is_class[tried])
         best = max(best, (index, area), key=lambda item: item[1])
     return best
@@ -137,4 +156,6 @@ def auroc(scores: np.ndarray, is_positive: np.ndarray) -> float:
 
 def _area(ranks: np.ndarray, is_positive: np.ndarray) -> float:
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
-    return min(1.0, max(0.0, float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))))
+    return min(
+        1.0, max(0.0, float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives)))
+    )

@@ -74,7 +74,11 @@ def prepare(config: Config) -> Data:
     )
     tables = {"train": encode(config.train_path, train_roles, progress=_progress("training"))}
     if config.val_path:
-        tables["val"] = encode(config.val_path, roles_with_group(config.val_path, roles, config.tsv_quoting), progress=_progress("validation"))
+        tables["val"] = encode(
+            config.val_path,
+            roles_with_group(config.val_path, roles, config.tsv_quoting),
+            progress=_progress("validation"),
+        )
     if config.test_path:
         test_roles = roles_with_group(config.test_path, roles, config.tsv_quoting)
         tables["test"] = encode(config.test_path, test_roles, label_optional=True, progress=_progress("test"))
@@ -84,8 +88,16 @@ def prepare(config: Config) -> Data:
     train = tables["train"]
     labels = _fit_labels(train, config)
     train_rows, val_rows = choose_rows(train, labels, config)
-    features = Features.fit(train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, where=train.paths[0])
-    dataset = partial(Dataset, features=features, labels=labels, pad_token_id=pad_token_id_of(tokenizer), label_column=config.label_name)
+    features = Features.fit(
+        train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, where=train.paths[0]
+    )
+    dataset = partial(
+        Dataset,
+        features=features,
+        labels=labels,
+        pad_token_id=pad_token_id_of(tokenizer),
+        label_column=config.label_name,
+    )
     val = dataset(train, val_rows, name="val") if len(val_rows) else None
     if "val" in tables:
         val = dataset(tables["val"], None, name="val")
@@ -96,7 +108,8 @@ def prepare(config: Config) -> Data:
         features=features,
         labels=labels,
         tokenizer=tokenizer,
-        fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()} | _of_tokenizer(tokenizer),
+        fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()}
+        | _of_tokenizer(tokenizer),
     )
     data.warnings = _warnings(data, config)
     for line in data.warnings:
@@ -106,7 +119,9 @@ def prepare(config: Config) -> Data:
 
 def roles_with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Roles:
     """The roles of files that are not split: their groups are compared, where they have the column."""
-    has_groups = roles.group is not None and all(roles.group in header_of(path, tsv_quoting) for path in expand_paths(paths))
+    has_groups = roles.group is not None and all(
+        roles.group in header_of(path, tsv_quoting) for path in expand_paths(paths)
+    )
     return roles if has_groups else replace(roles, group=None)
 
 
@@ -131,7 +146,11 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, dict[s
 def _check_files(config: Config, train_roles: Roles) -> None:
     """What can be known before the first row is read: files there, none in two roles, all columns there."""
     if config.val_path and config.group_name:
-        seen = "groups are only looked for on both sides" if train_roles.group else "and the training rows have no such column"
+        seen = (
+            "groups are only looked for on both sides"
+            if train_roles.group
+            else "and the training rows have no such column"
+        )
         logger.warning("group_name splits nothing: val_path says which rows validate, %s", seen)
     if not config.train_path:
         raise InputError("train_path: expected at least one file, found none")
@@ -144,7 +163,12 @@ def _check_files(config: Config, train_roles: Roles) -> None:
             if os.path.realpath(path) in train_files:
                 raise InputError(f"{key}: {path} is in train_path too, expected files that the model is not trained on")
         if paths:
-            check_columns(paths, replace(train_roles, group=None), label_optional=key == "test_path", tsv_quoting=config.tsv_quoting)
+            check_columns(
+                paths,
+                replace(train_roles, group=None),
+                label_optional=key == "test_path",
+                tsv_quoting=config.tsv_quoting,
+            )
     if config.test_path:
         columns_kept(config.test_path, config.slice_columns, tsv_quoting=config.tsv_quoting)
 
@@ -152,8 +176,14 @@ def _check_files(config: Config, train_roles: Roles) -> None:
 def _check_all_columns(config: Config, train_roles: Roles) -> None:
     """Raise one `InputError` with all columns that any file lacks and, since it ends the run anyway, what is wrong with the training labels."""
     other_roles, problems = replace(train_roles, group=None), dict[str, list[str]]()
-    for paths, roles, label_optional in ((config.train_path, train_roles, False), (config.val_path, other_roles, False), (config.test_path, other_roles, True)):
-        found = missing_in_files(expand_paths(paths), required_columns(roles, label_optional=label_optional), tsv_quoting=config.tsv_quoting)
+    for paths, roles, label_optional in (
+        (config.train_path, train_roles, False),
+        (config.val_path, other_roles, False),
+        (config.test_path, other_roles, True),
+    ):
+        found = missing_in_files(
+            expand_paths(paths), required_columns(roles, label_optional=label_optional), tsv_quoting=config.tsv_quoting
+        )
         for problem, files in found.items():
             problems.setdefault(problem, []).extend(files)
     if problems:
@@ -170,10 +200,18 @@ def _label_problem(config: Config) -> str | None:
             for row, value in enumerate(chunk.cells[config.label_name]):
                 if value not in first:
                     first[value] = chunk.where(row)
-        if next(chunks, None) is not None and len(first) <= config.num_classes:  # a later row may have the missing class
+        if (
+            next(chunks, None) is not None and len(first) <= config.num_classes
+        ):  # a later row may have the missing class
             return None
         where = list(first.values())
-        Labels.fit(list(first), num_classes=config.num_classes, positive_label=config.positive_label, column=config.label_name, where=where.__getitem__)
+        Labels.fit(
+            list(first),
+            num_classes=config.num_classes,
+            positive_label=config.positive_label,
+            column=config.label_name,
+            where=where.__getitem__,
+        )
     except InputError as error:
         return None if "not found" in str(error) else str(error)
     return None
@@ -190,9 +228,13 @@ def _fit_labels(train: EncodedRows, config: Config) -> Labels:
         others=lambda index: other_rows(np.flatnonzero(train.label_codes == codes[index]), train.where),
     )
     if not config.is_binary and "calibrated" in labels.names:
-        raise InputError(f"label_name: a class 'calibrated' would take the name of the column prob_calibrated in the prediction file: rename it in {config.label_name!r}")
+        raise InputError(
+            f"label_name: a class 'calibrated' would take the name of the column prob_calibrated in the prediction file: rename it in {config.label_name!r}"
+        )
     if not config.is_binary and config.id_name in {f"prob_{name}" for name in labels.names}:
-        raise InputError(f"id_name: {config.id_name!r} is a column that the prediction file has already: expected another column")
+        raise InputError(
+            f"id_name: {config.id_name!r} is a column that the prediction file has already: expected another column"
+        )
     return labels
 
 
@@ -211,13 +253,18 @@ def choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.
     missing = set(np.flatnonzero(np.bincount(classes, minlength=len(labels.names)) == 0).tolist())
     if missing:
         name = shown(labels.names[min(missing)])
-        raise InputError(f"max_train_rows: expected rows of every class, found none of class {name} among {len(rows)} sampled training rows")
+        raise InputError(
+            f"max_train_rows: expected rows of every class, found none of class {name} among {len(rows)} sampled training rows"
+        )
     if config.val_path or config.val_fraction == 0:
         return rows, rows[:0]
     groups = None if train.group_codes is None else train.group_codes[rows]
     train_places, val_places = split_rows(classes, groups, val_fraction=config.val_fraction, seed=config.seed)
     if len(val_places) == 0:
-        logger.warning("no validation: taking any of %d training rows or groups would leave a class without training rows", len(rows))
+        logger.warning(
+            "no validation: taking any of %d training rows or groups would leave a class without training rows",
+            len(rows),
+        )
     return rows[train_places], rows[val_places]
 
 
@@ -226,12 +273,22 @@ def _warnings(data: Data, config: Config) -> list[str]:
     parts = [part for part in (data.train, data.val, data.test) if part is not None]
     tables = list({id(part.encoded): part.encoded for part in parts}.values())
     counts = np.bincount(data.train.label_index, minlength=len(data.labels.names)).tolist()
-    lines = [*positive_class_warning(data.labels.names, counts, config.positive_label), *few_rows_warning(data.labels.names, counts)]
-    lines += cut_texts(sum(table.num_cut for table in tables), sum(table.num_rows for table in tables), config, keep_end=keeps_end(data.tokenizer))
+    lines = [
+        *positive_class_warning(data.labels.names, counts, config.positive_label),
+        *few_rows_warning(data.labels.names, counts),
+    ]
+    lines += cut_texts(
+        sum(table.num_cut for table in tables),
+        sum(table.num_rows for table in tables),
+        config,
+        keep_end=keeps_end(data.tokenizer),
+    )
     lines += spelling_warnings(data.train.encoded.label_values, config.label_name)
     for column, values in zip(data.features.category_names, data.features.categories, strict=True):
         if len(values) > MANY_CATEGORIES:
-            lines.append(f"column {column!r}: {len(values)} categories in {len(data.train)} training rows, each with weights of its own to learn: is it an id?")
+            lines.append(
+                f"column {column!r}: {len(values)} categories in {len(data.train)} training rows, each with weights of its own to learn: is it an id?"
+            )
     for table in tables:
         lines += _repeated_ids(table)
     lines += find_leaks(data.train, data.val, data.test, data.labels)

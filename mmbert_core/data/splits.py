@@ -21,7 +21,9 @@ def taken(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return array if len(rows) == len(array) else array[rows]
 
 
-def split_rows(labels: np.ndarray, groups: np.ndarray | None, *, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(
+    labels: np.ndarray, groups: np.ndarray | None, *, val_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions (train, val) into `labels` [N], each sorted int64; class shares are kept as far as whole rows allow.
 
     Rows with equal `groups` [N] stay on one side. Every class keeps a training row; with a `val_fraction` above 0 and
@@ -56,7 +58,9 @@ def _stratified_rows(classes: np.ndarray, fraction: float, generator: np.random.
     return np.concatenate([by_class[start : start + take] for start, take in zip(starts, takes, strict=True)])
 
 
-def _grouped_rows(classes: np.ndarray, groups: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
+def _grouped_rows(
+    classes: np.ndarray, groups: np.ndarray, fraction: float, generator: np.random.Generator
+) -> np.ndarray:
     """Greedy: groups in random order, each taken that brings validation nearer to its share of every class."""
     group_of = np.unique(groups, return_inverse=True)[1].reshape(-1)
     rank = generator.permutation(group_of.max() + 1)[group_of]  # [N] random place of a row's group

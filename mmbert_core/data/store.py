@@ -46,12 +46,19 @@ from mmbert_core.tables.table import CHUNK_ROWS, Chunk, Roles, columns_kept, exp
 STORE_FORMAT = 2  # counts up when the arrays or what decides their content change
 META = "meta.json"
 MAX_META_BYTES = 2**30  # the distinct values of all categories and labels
-ARRAY_JSON = schema.record({"shape": schema.array(schema.whole(0), min_length=1), "dtype": schema.text(pattern="[<>|][biuf][0-9]")})
+ARRAY_JSON = schema.record(
+    {"shape": schema.array(schema.whole(0), min_length=1), "dtype": schema.text(pattern="[<>|][biuf][0-9]")}
+)
 VALUES_JSON = schema.array(schema.text(), distinct=True)
-META_JSON = schema.record({
-    "arrays": schema.mapping(ARRAY_JSON, keys=schema.text(pattern="[a-z_]+")), "vocabularies": schema.array(VALUES_JSON), "label_values": VALUES_JSON,
-    "max_chunks": schema.whole(1), "num_cut": schema.whole(0),
-})  # fmt: skip
+META_JSON = schema.record(
+    {
+        "arrays": schema.mapping(ARRAY_JSON, keys=schema.text(pattern="[a-z_]+")),
+        "vocabularies": schema.array(VALUES_JSON),
+        "label_values": VALUES_JSON,
+        "max_chunks": schema.whole(1),
+        "num_cut": schema.whole(0),
+    }
+)
 SHARE_OF_MEMORY = 0.5  # of what is free, that a table may take to be read ahead of its use
 READ_AT_ONCE = 1 << 20  # bytes; the system does not hear a wish for much more
 SECONDS_BEFORE_SAYING = 10.0  # that this process waits for another one's build; most take less
@@ -70,7 +77,9 @@ def fingerprint_files(paths: Sequence[str]) -> dict[str, dict[str, int | str]]:
     return fingerprints
 
 
-def check_columns(paths: Sequence[str], roles: Roles, *, label_optional: bool = False, tsv_quoting: str = AUTO) -> list[str]:
+def check_columns(
+    paths: Sequence[str], roles: Roles, *, label_optional: bool = False, tsv_quoting: str = AUTO
+) -> list[str]:
     """The columns that a store of `paths` holds. Reads headers only; raises the `InputError`s of `columns_kept`."""
     label = [roles.label] if roles.label is not None else []
     return columns_kept(paths, required_columns(roles, label_optional=label_optional), label, tsv_quoting=tsv_quoting)
@@ -122,14 +131,25 @@ def open_or_build(
                     _clear(folder)
                 longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
                 chunks = read_chunks(
-                    files, columns, optional=[roles.label] if roles.label is not None else [], longest=longest,
-                    keep_end=keeps_end(tokenizer), chunk_rows=chunk_rows, tsv_quoting=tsv_quoting,
-                )  # fmt: skip
+                    files,
+                    columns,
+                    optional=[roles.label] if roles.label is not None else [],
+                    longest=longest,
+                    keep_end=keeps_end(tokenizer),
+                    chunk_rows=chunk_rows,
+                    tsv_quoting=tsv_quoting,
+                )
                 with suppress(_AlreadyThere), _published(folder, has_lock) as temporary:
                     _build(
-                        temporary, chunks, roles, tokenizer,
-                        columns=columns, max_length=max_length, max_chunks=max_chunks, progress=progress,
-                    )  # fmt: skip
+                        temporary,
+                        chunks,
+                        roles,
+                        tokenizer,
+                        columns=columns,
+                        max_length=max_length,
+                        max_chunks=max_chunks,
+                        progress=progress,
+                    )
                     for path, stat in zip(files, stats, strict=True):
                         if _stat_of(path) != stat:
                             raise InputError(f"{path}: the file changed while it was read")
@@ -172,7 +192,11 @@ def _locked(folder: Path) -> Iterator[bool]:
                 fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:  # every process builds it, and the last one's stays
             has_lock = False
-            logger.warning("%s: this file system has no locks (%s); a cache_path on another one avoids double work", folder.parent, error.strerror)
+            logger.warning(
+                "%s: this file system has no locks (%s); a cache_path on another one avoids double work",
+                folder.parent,
+                error.strerror,
+            )
         yield has_lock
 
 
@@ -282,7 +306,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def _available_bytes() -> int:
     """Memory that can be had without swapping (MemAvailable); 0 where the system does not say."""
     try:
-        return next(1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        return next(
+            1024 * int(line.split()[1])
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
         return 0
 

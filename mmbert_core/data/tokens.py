@@ -53,18 +53,26 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         check_hub_answers(name)
         tokenizer = _load(name, local_files_only=False)
     if not tokenizer.is_fast:
-        raise InputError(f"encoder: expected a fast tokenizer (tokenizer.json), found a slow one in {str(name_or_folder)!r}")
+        raise InputError(
+            f"encoder: expected a fast tokenizer (tokenizer.json), found a slow one in {str(name_or_folder)!r}"
+        )
     # A folder without vocabulary files loads as a tokenizer that knows nothing but its special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(f"encoder: expected a tokenizer with a vocabulary, found {len(tokenizer)} tokens in {str(name_or_folder)!r}")
+        raise InputError(
+            f"encoder: expected a tokenizer with a vocabulary, found {len(tokenizer)} tokens in {str(name_or_folder)!r}"
+        )
     return tokenizer
 
 
 def _load(name: str, *, local_files_only: bool) -> PreTrainedTokenizerFast:
     try:
-        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=local_files_only)
+        return AutoTokenizer.from_pretrained(
+            name, use_fast=True, trust_remote_code=False, local_files_only=local_files_only
+        )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers a bare Exception
-        raise InputError(f"encoder: no tokenizer could be loaded from {name!r} ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(
+            f"encoder: no tokenizer could be loaded from {name!r} ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -86,8 +94,14 @@ def sample_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     start, end = (ordinary[0], ordinary[-1] + 1) if len(ordinary) else (len(is_special), len(is_special))
     prefix, suffix = tuple(encoding.ids[:start]), tuple(encoding.ids[end:])
     specials = {*tokenizer.all_special_ids, *prefix, *suffix}
-    by_id = [(index, token) for token, index in sorted(vocabulary.items(), key=lambda item: item[1]) if index not in specials]
-    words = [index for index, token in by_id if token.strip("▁Ġ#").isalpha()] or [index for index, _ in by_id] or [max(specials, default=0)]
+    by_id = [
+        (index, token) for token, index in sorted(vocabulary.items(), key=lambda item: item[1]) if index not in specials
+    ]
+    words = (
+        [index for index, token in by_id if token.strip("▁Ġ#").isalpha()]
+        or [index for index, _ in by_id]
+        or [max(specials, default=0)]
+    )
     words = words[:: -(-len(words) // NUM_SAMPLE_WORDS)]
     highest = max(*vocabulary.values(), *specials, *words)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -135,34 +149,59 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     Raises `InputError` when `max_length` has no room for a token beside the special ones.
     """
     if max_length <= tokenizer.num_special_tokens_to_add():
-        raise InputError(f"max_length: expected more than {tokenizer.num_special_tokens_to_add()} (the special tokens), found {max_length}")
+        raise InputError(
+            f"max_length: expected more than {tokenizer.num_special_tokens_to_add()} (the special tokens), found {max_length}"
+        )
     most_characters = characters_read(max_length, max_chunks)
     lengths: list[int] = []  # of every chunk
     counts: list[int] = []  # chunks of every row
     ids: list[np.ndarray] = []
     num_cut = 0
-    empty = [tokenizer.pad_token_id or 0]  # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
+    empty = [
+        tokenizer.pad_token_id or 0
+    ]  # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
     is_end_kept = keeps_end(tokenizer)
     kept_characters = _characters_kept(most_characters, is_end_kept)
     with _truncating(tokenizer.backend_tokenizer, max_length, keep_end=is_end_kept) as backend:
         parts_of_texts = [texts[start : start + ENCODED_AT_ONCE] for start in range(0, len(texts), ENCODED_AT_ONCE)]
-        encoded = ((some, _encode(backend.encode_batch_fast, [text[kept_characters] for text in some])) for some in parts_of_texts)
+        encoded = (
+            (some, _encode(backend.encode_batch_fast, [text[kept_characters] for text in some]))
+            for some in parts_of_texts
+        )
         for some, encodings in one_ahead(encoded) if len(parts_of_texts) > 1 else encoded:
             chunks = [encoding.ids or empty for encoding in encodings]
-            more = [encoding.overflowing if len(first) == max_length else [] for encoding, first in zip(encodings, chunks, strict=True)]
-            num_cut += sum(len(parts) > max_chunks - 1 or len(text) > most_characters for parts, text in zip(more, some, strict=True))
+            more = [
+                encoding.overflowing if len(first) == max_length else []
+                for encoding, first in zip(encodings, chunks, strict=True)
+            ]
+            num_cut += sum(
+                len(parts) > max_chunks - 1 or len(text) > most_characters
+                for parts, text in zip(more, some, strict=True)
+            )
             if max_chunks > 1 and any(more):
-                by_row = ([first, *(part.ids for part in parts[: max_chunks - 1])] for first, parts in zip(chunks, more, strict=True))
+                by_row = (
+                    [first, *(part.ids for part in parts[: max_chunks - 1])]
+                    for first, parts in zip(chunks, more, strict=True)
+                )
                 chunks = [ids for row in by_row for ids in (reversed(row) if is_end_kept else row)]
             counts.extend(min(len(parts) + 1, max_chunks) for parts in more)
             sizes = list(map(len, chunks))
             lengths += sizes
             ids.append(np.fromiter(chain.from_iterable(chunks), dtype=np.int32, count=sum(sizes)))
-    chunk_offsets, row_chunks = (np.concatenate([[0], np.cumsum(np.array(each, dtype=np.int64))]).astype(np.int64) for each in (lengths, counts))
-    return Tokens(ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]), chunk_offsets=chunk_offsets, row_chunks=row_chunks, num_cut=num_cut)
+    chunk_offsets, row_chunks = (
+        np.concatenate([[0], np.cumsum(np.array(each, dtype=np.int64))]).astype(np.int64) for each in (lengths, counts)
+    )
+    return Tokens(
+        ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]),
+        chunk_offsets=chunk_offsets,
+        row_chunks=row_chunks,
+        num_cut=num_cut,
+    )
 
 
-def token_spans(tokenizer: PreTrainedTokenizerFast, text: str, *, max_length: int, max_chunks: int) -> tuple[list[tuple[int, int]], str]:
+def token_spans(
+    tokenizer: PreTrainedTokenizerFast, text: str, *, max_length: int, max_chunks: int
+) -> tuple[list[tuple[int, int]], str]:
     """Where the tokens of `tokenise` stand in the part of the text that is read, and that part: first character and the one after the last, chunk after chunk.
 
     A special token stands nowhere: its two places are equal. A character of several tokens has several spans.
@@ -187,7 +226,9 @@ def _encode(encode_batch: Callable[[list[str]], list[Any]], texts: list[str]) ->
     try:
         return encode_batch(texts)
     except Exception as error:  # the Rust tokenizer raises a bare Exception
-        raise InputError(f"encoder: its tokenizer cannot encode a text ({' '.join(str(error).split())[:200]}): choose an encoder with an unknown token") from None
+        raise InputError(
+            f"encoder: its tokenizer cannot encode a text ({' '.join(str(error).split())[:200]}): choose an encoder with an unknown token"
+        ) from None
 
 
 def _characters_kept(count: int, is_end_kept: bool) -> slice:
@@ -200,7 +241,9 @@ def _truncating(backend: Any, max_length: int, *, keep_end: bool = False) -> Ite
     truncation, padding = backend.truncation, backend.padding
     try:
         backend.no_padding()
-        backend.enable_truncation(max_length=max_length, stride=0, strategy="longest_first", direction="left" if keep_end else "right")
+        backend.enable_truncation(
+            max_length=max_length, stride=0, strategy="longest_first", direction="left" if keep_end else "right"
+        )
         yield backend
     finally:
         backend.enable_truncation(**truncation) if truncation else backend.no_truncation()

@@ -100,5 +100,7 @@ def print_table(rows: dict[str, dict[str, Any]], folder: Path, seconds: float) -
     for part, results in rows.items():
         print(f"{part:<14}" + "".join(f"{results['test_metrics'][f'test/{name}']:>19.3f}" for name in SHOWN))
     num_rows = rows["both"]["test_metrics"]["test/num_rows"]
-    print(f"\nTest figures over {num_rows} rows. The encoder was trained from scratch on the sample: it is not pretrained.")
+    print(
+        f"\nTest figures over {num_rows} rows. The encoder was trained from scratch on the sample: it is not pretrained."
+    )
     print(f"{seconds:.0f} s in all. Model folders, predictions and metrics: {folder}")

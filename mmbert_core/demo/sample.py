@@ -262,14 +262,25 @@ def wordpiece_vocabulary(texts: Iterable[str], *, max_words: int = 2000, min_cou
     Counted here rather than by `tokenizers`' trainer, whose ids depend on the order of a hash map: they differ
     from process to process, and equal seeds must give equal files.
     """
-    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()  # what a BERT tokenizer does before WordPiece
+    normalizer, splitter = (
+        BertNormalizer(lowercase=True),
+        BertPreTokenizer(),
+    )  # what a BERT tokenizer does before WordPiece
     words: Counter[str] = Counter()
     for text in texts:
         words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     characters = sorted(set(string.ascii_lowercase + string.digits + string.punctuation).union(*words))
     frequent = [word for word, count in words.items() if count >= min_count and len(word) > 1]
     frequent.sort(key=lambda word: (-words[word], word))
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{character}" for character in characters)]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *(f"##{character}" for character in characters),
+    ]
     return {piece: index for index, piece in enumerate(pieces + frequent[:max_words])}
 
 

@@ -26,17 +26,24 @@ PAIR, SPREAD = 1_000_003, 0x9E3779B97F4A7C15  # odd multipliers that scatter tok
 
 
 MAJORITY, COLUMNS, WORDS = "most frequent class", "columns only", "text only"
-MOST_CLASSES = {WORDS: 50, COLUMNS: 500}  # words: HASHED weights for each; columns: MOST_CELLS are then a few rows of each
+MOST_CLASSES = {
+    WORDS: 50,
+    COLUMNS: 500,
+}  # words: HASHED weights for each; columns: MOST_CELLS are then a few rows of each
 HOW = {
     MAJORITY: "the shares of the classes in the training rows",
     COLUMNS: "logistic regression on standardised numbers and one-hot categories",
     WORDS: "logistic regression on a bag of the encoder's tokens and pairs of them",
 }
-BASELINES_JSON = record({
-    "shares": array(number(0, 1), min_length=2), "rows": whole(0), "models": array(text(choices=(COLUMNS, WORDS)), distinct=True),
-    "thresholds": mapping(number(-1, 1), keys=text(choices=(COLUMNS, WORDS))),
-    "reasons": mapping(text(), keys=text(choices=(COLUMNS, WORDS))),
-})  # fmt: skip
+BASELINES_JSON = record(
+    {
+        "shares": array(number(0, 1), min_length=2),
+        "rows": whole(0),
+        "models": array(text(choices=(COLUMNS, WORDS)), distinct=True),
+        "thresholds": mapping(number(-1, 1), keys=text(choices=(COLUMNS, WORDS))),
+        "reasons": mapping(text(), keys=text(choices=(COLUMNS, WORDS))),
+    }
+)
 
 
 # ---- rows as sparse features ----
@@ -61,10 +68,19 @@ def word_features(ids: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
 def column_features(numbers: np.ndarray, categories: np.ndarray, cardinalities: Sequence[int]) -> torch.Tensor:
     """Sparse CSR [N, F] float32: the numbers, standardised [N, numbers], and one feature for each category; codes [N, columns]."""
     num_rows = len(numbers)
-    starts = numbers.shape[1] + np.concatenate([[0], np.cumsum(cardinalities)[:-1]]).astype(np.int64) if len(cardinalities) else np.zeros(0, np.int64)
+    starts = (
+        numbers.shape[1] + np.concatenate([[0], np.cumsum(cardinalities)[:-1]]).astype(np.int64)
+        if len(cardinalities)
+        else np.zeros(0, np.int64)
+    )
     columns = np.concatenate([np.tile(np.arange(numbers.shape[1]), (num_rows, 1)), categories + starts], axis=1)
     values = np.concatenate([numbers, np.ones_like(categories, dtype=np.float64)], axis=1)
-    return _csr(np.repeat(np.arange(num_rows), columns.shape[1]), columns.ravel(), values.ravel(), (num_rows, numbers.shape[1] + int(sum(cardinalities))))
+    return _csr(
+        np.repeat(np.arange(num_rows), columns.shape[1]),
+        columns.ravel(),
+        values.ravel(),
+        (num_rows, numbers.shape[1] + int(sum(cardinalities))),
+    )
 
 
 def _csr(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> torch.Tensor:
@@ -72,7 +88,9 @@ def _csr(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
     with torch.sparse.check_sparse_tensor_invariants(enable=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the format is in beta
-        return torch.sparse_csr_tensor(torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(values).float(), shape)
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(values).float(), shape
+        )
 
 
 # ---- models ----
@@ -113,30 +131,55 @@ class Baselines:
         return made | {name: model.probabilities(features[name]) for name, model in self.models.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {"shares": self.shares.tolist(), "rows": self.rows, "models": list(self.models), "thresholds": dict(self.thresholds), "reasons": dict(self.reasons)}
+        return {
+            "shares": self.shares.tolist(),
+            "rows": self.rows,
+            "models": list(self.models),
+            "thresholds": dict(self.thresholds),
+            "reasons": dict(self.reasons),
+        }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """`<name>.weight` [F, K] and `<name>.bias` [K]."""
-        return {f"{name}.{part}": getattr(model, part) for name, model in self.models.items() for part in ("weight", "bias")}
+        return {
+            f"{name}.{part}": getattr(model, part) for name, model in self.models.items() for part in ("weight", "bias")
+        }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], tensors: Mapping[str, torch.Tensor], *, num_classes: int, num_columns: int) -> Baselines:
+    def from_json(
+        cls, values: dict[str, Any], tensors: Mapping[str, torch.Tensor], *, num_classes: int, num_columns: int
+    ) -> Baselines:
         """The models of a value that BASELINES_JSON declares; `num_columns`: features of COLUMNS.
 
         Raises `InputError` for shares that are none, and for weights of another shape or that are not finite.
         """
         if len(values["shares"]) != num_classes or abs(sum(values["shares"]) - 1) > 1e-3:
-            raise InputError(f"shares: expected {num_classes} shares that sum to 1, found {len(values['shares'])} that sum to {sum(values['shares']):.6g}")
+            raise InputError(
+                f"shares: expected {num_classes} shares that sum to 1, found {len(values['shares'])} that sum to {sum(values['shares']):.6g}"
+            )
         models = {}
         for name in values["models"]:
             shapes = {"weight": (HASHED if name == WORDS else num_columns, num_classes), "bias": (num_classes,)}
             for entry, shape in shapes.items():
                 tensor = tensors.get(f"{name}.{entry}")
-                if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+                if (
+                    tensor is None
+                    or tuple(tensor.shape) != shape
+                    or tensor.dtype != torch.float32
+                    or not torch.isfinite(tensor).all()
+                ):
                     found = "none" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
-                    raise InputError(f"its weights {name}.{entry}: expected finite float32 of shape {list(shape)}, found {found}")
+                    raise InputError(
+                        f"its weights {name}.{entry}: expected finite float32 of shape {list(shape)}, found {found}"
+                    )
             models[name] = Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-        return cls(np.array(values["shares"], dtype=np.float32), models, values["thresholds"], values["rows"], values["reasons"])
+        return cls(
+            np.array(values["shares"], dtype=np.float32),
+            models,
+            values["thresholds"],
+            values["rows"],
+            values["reasons"],
+        )
 
 
 def majority(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -144,7 +187,9 @@ def majority(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return (np.bincount(labels, minlength=num_classes) / len(labels)).astype(np.float32)
 
 
-def fit_best(train: tuple[torch.Tensor, np.ndarray], val: tuple[torch.Tensor, np.ndarray] | None, num_classes: int) -> Linear:
+def fit_best(
+    train: tuple[torch.Tensor, np.ndarray], val: tuple[torch.Tensor, np.ndarray] | None, num_classes: int
+) -> Linear:
     """The logistic regression of STRENGTHS that fits the validation rows best; features [N, F] sparse, labels [N]. None: of STRENGTH."""
     features, labels = train[0], torch.from_numpy(train[1])
     transposed = features.to_sparse_coo().t().coalesce().to_sparse_csr()
@@ -154,7 +199,9 @@ def fit_best(train: tuple[torch.Tensor, np.ndarray], val: tuple[torch.Tensor, np
     return min(made, key=lambda model: model.loss(val[0], torch.from_numpy(val[1])))
 
 
-def _fit(features: torch.Tensor, transposed: torch.Tensor, labels: torch.Tensor, num_classes: int, strength: float) -> Linear:
+def _fit(
+    features: torch.Tensor, transposed: torch.Tensor, labels: torch.Tensor, num_classes: int, strength: float
+) -> Linear:
     """Mean cross entropy plus strength / 2 |weight|^2, by L-BFGS; gradients by hand, since autograd has none through CSR."""
     weight, bias = torch.zeros(features.shape[1], num_classes), torch.zeros(num_classes)
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)

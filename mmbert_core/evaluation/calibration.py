@@ -28,10 +28,13 @@ METHOD = "one temperature, fitted to labels of which 1 / (rows + 1) is spread ov
 CALIBRATION_JSON = record(
     {"temperature": number(LOWEST / 2, 2 * HIGHEST)},
     {
-        "rows": whole(0), "ece_before": nullable(number(0, 1)), "ece_after": nullable(number(0, 1)), "reason": nullable(text()),
+        "rows": whole(0),
+        "ece_before": nullable(number(0, 1)),
+        "ece_after": nullable(number(0, 1)),
+        "reason": nullable(text()),
         "method": nullable(text()),  # older folders have none
     },
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
     if len(labels) < FEWEST_ROWS:
         return Calibration(rows=len(labels), reason=f"{len(labels)} validation rows, at least {FEWEST_ROWS} are needed")
     if counts.min() < FEWEST_OF_A_CLASS:
-        return Calibration(rows=len(labels), reason=f"a class with {counts.min()} validation rows, at least {FEWEST_OF_A_CLASS} are needed")
+        return Calibration(
+            rows=len(labels),
+            reason=f"a class with {counts.min()} validation rows, at least {FEWEST_OF_A_CLASS} are needed",
+        )
     rows = rows_to_fit(len(labels), num_classes)
     preds, labels = preds[rows], labels[rows]
     logits = _log_odds(preds)
@@ -91,7 +97,9 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
         middle = (low + high) / 2
         low, high = (low, middle) if _slope(logits, wanted, middle) > 0 else (middle, high)
     fitted = Calibration(2 / (low + high), len(labels), method=METHOD)
-    return replace(fitted, ece_before=_ece(preds, labels, num_classes), ece_after=_ece(fitted.apply(preds), labels, num_classes))
+    return replace(
+        fitted, ece_before=_ece(preds, labels, num_classes), ece_after=_ece(fitted.apply(preds), labels, num_classes)
+    )
 
 
 def rows_to_fit(num_rows: int, num_classes: int) -> np.ndarray:
@@ -133,4 +141,6 @@ def _slope(logits: np.ndarray, wanted: float, inverse: float) -> float:
 
 
 def _ece(preds: np.ndarray, labels: np.ndarray, num_classes: int) -> float | None:
-    return compute_metrics(preds, labels, ["ece"], "binary" if preds.ndim == 1 else "multiclass", num_classes, "val").values["val/ece"]
+    return compute_metrics(
+        preds, labels, ["ece"], "binary" if preds.ndim == 1 else "multiclass", num_classes, "val"
+    ).values["val/ece"]

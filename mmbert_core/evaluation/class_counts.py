@@ -1,5 +1,4 @@
-"""Accuracy, F1, precision, recall and MCC from three counts of each class, never from a confusion matrix.
-"""
+"""Accuracy, F1, precision, recall and MCC from three counts of each class, never from a confusion matrix."""
 
 # N rows, K classes
 
@@ -77,6 +76,12 @@ def _mcc(counts: ClassCounts, average: str) -> float:
 
 
 COUNT_METRICS: dict[str, Callable[[ClassCounts, str], float]] = {
-    "accuracy": _accuracy, "f1_score": _f1, "f1_macro": _f1, "f1_micro": _f1, "f1_weighted": _f1,
-    "precision": _precision, "recall": _recall, "mcc": _mcc,
-}  # fmt: skip
+    "accuracy": _accuracy,
+    "f1_score": _f1,
+    "f1_macro": _f1,
+    "f1_micro": _f1,
+    "f1_weighted": _f1,
+    "precision": _precision,
+    "recall": _recall,
+    "mcc": _mcc,
+}

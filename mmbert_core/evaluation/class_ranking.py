@@ -102,7 +102,9 @@ def _rows_by_class(labels: np.ndarray, num_classes: int) -> Iterator[tuple[int, 
 
 def _counts_above(ascending: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many of the scores `ascending` lie above each of `scores`, and how many above or at it."""
-    return len(ascending) - np.searchsorted(ascending, scores, "right"), len(ascending) - np.searchsorted(ascending, scores, "left")
+    return len(ascending) - np.searchsorted(ascending, scores, "right"), len(ascending) - np.searchsorted(
+        ascending, scores, "left"
+    )
 
 
 # ---- many classes, many draws of weights ----

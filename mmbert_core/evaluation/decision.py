@@ -53,5 +53,10 @@ def fit_threshold(preds: np.ndarray | None, labels: np.ndarray | None, rule: str
         return Threshold(0.5, rule, rows=len(labels), reason=NOT_FINITE)
     fewest = int(np.bincount(labels, minlength=2).min())
     if parse_rule(rule)[0] != HALF and fewest < FEWEST_OF_A_CLASS:
-        return Threshold(0.5, rule, rows=len(labels), reason=f"a class with {fewest} validation rows, at least {FEWEST_OF_A_CLASS} are needed")
+        return Threshold(
+            0.5,
+            rule,
+            rows=len(labels),
+            reason=f"a class with {fewest} validation rows, at least {FEWEST_OF_A_CLASS} are needed",
+        )
     return choose_threshold(preds, labels, rule)

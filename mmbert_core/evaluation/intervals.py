@@ -1,5 +1,4 @@
-"""How sure a metric is: bootstrap intervals from weights of rows, so that a thousand draws take seconds.
-"""
+"""How sure a metric is: bootstrap intervals from weights of rows, so that a thousand draws take seconds."""
 
 # N rows, K classes, D draws
 
@@ -35,8 +34,15 @@ Metric = Callable[[np.ndarray], float]  # weights [N] -> value, nan where undefi
 
 
 def bootstrap_intervals(
-    preds: np.ndarray, labels: np.ndarray, names: Sequence[str], *, class_names: Sequence[str], threshold: float = BINARY_THRESHOLD,
-    draws: int = DRAWS, seed: int = 0, level: float = LEVEL,
+    preds: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    class_names: Sequence[str],
+    threshold: float = BINARY_THRESHOLD,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
 ) -> dict[str, tuple[float, float] | None]:
     """Percentile intervals of the metrics `names` of `compute_metrics`; None where too many draws leave one undefined.
 
@@ -48,7 +54,15 @@ def bootstrap_intervals(
     if len(labels) == 0:
         return dict.fromkeys(names)
     values_of = _draws_of_many_classes if len(class_names) > FEW_CLASSES else _draws_of_few_classes
-    values = values_of(np.asarray(preds), np.asarray(labels, dtype=np.int64), [name for name in names if name not in WITHOUT], class_names, threshold, draws, seed)
+    values = values_of(
+        np.asarray(preds),
+        np.asarray(labels, dtype=np.int64),
+        [name for name in names if name not in WITHOUT],
+        class_names,
+        threshold,
+        draws,
+        seed,
+    )
     intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
     for name, column in values.items():
         defined = column[~np.isnan(column)]
@@ -62,10 +76,18 @@ def bootstrap_intervals(
 
 
 def _draws_of_few_classes(
-    preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float, draws: int, seed: int
+    preds: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    class_names: Sequence[str],
+    threshold: float,
+    draws: int,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Values [D] of the metrics that can be afforded."""
-    affordable, num_draws = affordable_metrics(names, len(labels), draws, num_classes=1 if preds.ndim == 1 else len(class_names))
+    affordable, num_draws = affordable_metrics(
+        names, len(labels), draws, num_classes=1 if preds.ndim == 1 else len(class_names)
+    )
     metrics = {name: weighted_metric(name, preds, labels, class_names, threshold) for name in affordable}
     generator = np.random.default_rng(seed)
     values = np.full((num_draws, len(metrics)), np.nan)
@@ -86,7 +108,9 @@ def affordable_metrics(names: Sequence[str], num_rows: int, draws: int, *, num_c
             budget -= curves[name]
             chosen.append(name)
     total = sum(curves[name] for name in chosen)
-    return [name for name in names if name in chosen], int(np.clip(WORK // (num_rows * max(1, total)), min(draws, FEWEST_DRAWS), draws))
+    return [name for name in names if name in chosen], int(
+        np.clip(WORK // (num_rows * max(1, total)), min(draws, FEWEST_DRAWS), draws)
+    )
 
 
 def weighted_metric(
@@ -97,7 +121,9 @@ def weighted_metric(
     return lambda weights: within_range(name, metric(weights))
 
 
-def _weighted_metric(name: str, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float) -> Metric:
+def _weighted_metric(
+    name: str, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float
+) -> Metric:
     preds, labels = np.asarray(preds), np.asarray(labels, dtype=np.int64)
     is_binary, num_classes = preds.ndim == 1, len(class_names)
     if name in RANKINGS:
@@ -123,7 +149,11 @@ def _ranking_metric(curve: Curve, scores: np.ndarray, is_positive: np.ndarray) -
 
 def _losses(preds: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Log loss of each row, float64 [N]."""
-    of_label = np.where(labels == 1, preds, 1 - preds.astype(np.float64)) if preds.ndim == 1 else preds[np.arange(len(labels)), labels]
+    of_label = (
+        np.where(labels == 1, preds, 1 - preds.astype(np.float64))
+        if preds.ndim == 1
+        else preds[np.arange(len(labels)), labels]
+    )
     return -np.log(np.clip(of_label.astype(np.float64), EPS, 1 - EPS))
 
 
@@ -131,15 +161,26 @@ def _losses(preds: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _draws_of_many_classes(
-    preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float, draws: int, seed: int
+    preds: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    class_names: Sequence[str],
+    threshold: float,
+    draws: int,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Values [D] of the metrics that can be afforded. The draws are those of few classes."""
     class_of = {f"{CLASS_PREFIX}{name}": index for index, name in enumerate(class_names)}
     of_classes, means = [name for name in names if name in class_of], [name for name in names if name in RANKINGS]
     num_positives = np.bincount(labels, minlength=len(class_names))
-    classes, has_all, num_draws = affordable_classes(num_positives, [class_of[name] for name in of_classes], draws, with_means=bool(means))
+    classes, has_all, num_draws = affordable_classes(
+        num_positives, [class_of[name] for name in of_classes], draws, with_means=bool(means)
+    )
     column_of = {index: column for column, index in enumerate(classes)}
-    chosen, losses = predicted_classes(preds, threshold=threshold), _losses(preds, labels) if "log_loss" in names else None
+    chosen, losses = (
+        predicted_classes(preds, threshold=threshold),
+        _losses(preds, labels) if "log_loss" in names else None,
+    )
     values: dict[str, np.ndarray] = {}
     generator = np.random.default_rng(seed)
     for start in range(0, num_draws, block := max(1, DRAW_CELLS // len(labels))):
@@ -147,7 +188,11 @@ def _draws_of_many_classes(
         draw_rows = start + np.flatnonzero(weights.any(axis=1))  # a draw of no rows defines nothing
         weights = weights[draw_rows - start]
         counts = [class_counts(labels, chosen, len(class_names), row) for row in weights]
-        made = {name: [within_range(name, value_of(name, of_draw, is_binary=False)) for of_draw in counts] for name in names if name in COUNT_METRICS}
+        made = {
+            name: [within_range(name, value_of(name, of_draw, is_binary=False)) for of_draw in counts]
+            for name in names
+            if name in COUNT_METRICS
+        }
         if losses is not None:
             made["log_loss"] = weights @ losses / weights.sum(axis=1)
         areas, precisions = weighted_rankings(preds, labels, classes, weights)
@@ -159,7 +204,9 @@ def _draws_of_many_classes(
     return values
 
 
-def affordable_classes(num_positives: np.ndarray, wanted: Sequence[int], draws: int, *, with_means: bool) -> tuple[list[int], bool, int]:
+def affordable_classes(
+    num_positives: np.ndarray, wanted: Sequence[int], draws: int, *, with_means: bool
+) -> tuple[list[int], bool, int]:
     """Classes to rank, whether these are all (for a macro mean), and the draws; of classes with `num_positives` [K] rows.
 
     A class without a row in more than MOST_UNDEFINED of the draws is left out, for it would have no interval; likewise
@@ -169,11 +216,16 @@ def affordable_classes(num_positives: np.ndarray, wanted: Sequence[int], draws: 
     num_rows, fewest = int(num_positives.sum()), min(draws, FEWEST_DRAWS)
     chance_of_none = np.exp(-num_positives.astype(np.float64))
     costs = cost_per_draw(num_positives, num_rows)
-    has_all = with_means and bool(1 - np.prod(1 - chance_of_none) <= MOST_UNDEFINED and costs.sum() * fewest <= WORK_OF_CLASSES)
+    has_all = with_means and bool(
+        1 - np.prod(1 - chance_of_none) <= MOST_UNDEFINED and costs.sum() * fewest <= WORK_OF_CLASSES
+    )
     if has_all:
         classes = list(range(len(num_positives)))
     else:
-        by_rows = sorted((index for index in wanted if chance_of_none[index] <= MOST_UNDEFINED), key=lambda index: -num_positives[index])
+        by_rows = sorted(
+            (index for index in wanted if chance_of_none[index] <= MOST_UNDEFINED),
+            key=lambda index: -num_positives[index],
+        )
         classes = by_rows[: int(np.searchsorted(np.cumsum(costs[by_rows]) * fewest, WORK_OF_CLASSES, side="right"))]
     total = float(costs[classes].sum()) or 1.0
     return sorted(classes), has_all, int(np.clip(WORK_OF_CLASSES / total, fewest, draws))

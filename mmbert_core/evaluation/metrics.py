@@ -120,7 +120,9 @@ def within_range(name: str, value: float) -> float:
     return min(max(value, low), high)
 
 
-def check_metric_choices(metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices") -> None:
+def check_metric_choices(
+    metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices"
+) -> None:
     """InputError naming the choices (and the nearest one) if a metric is not known."""
     known = metric_names(class_names)
     unknown = set(metric_choices) - set(known)
@@ -145,7 +147,9 @@ def _check_arrays(preds: np.ndarray, labels: np.ndarray, task: str, num_classes:
         raise ValueError(f"expected labels from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")
 
 
-def _scored(preds: np.ndarray, labels: np.ndarray, *, binary: bool, class_names: tuple[str, ...], threshold: float) -> _Scored:
+def _scored(
+    preds: np.ndarray, labels: np.ndarray, *, binary: bool, class_names: tuple[str, ...], threshold: float
+) -> _Scored:
     # The class of a row is chosen in the dtype of the predictions; float64 afterwards changes no comparison.
     chosen = predicted_classes(preds, threshold=threshold)
     is_many = len(class_names) > FEW_CLASSES  # a float64 copy would be large
@@ -300,5 +304,7 @@ def _macro_of_rankings(name: str, rows: _Scored) -> float:
 def _class_average_precision_of_many(rows: _Scored, index: int) -> float:
     value = float(rows.rankings.average_precision[index])
     if np.isnan(value):
-        raise _Undefined(f"class {rows.class_names[index]!r} has {'all rows' if rows.counts.labelled[index] else 'no row'}")
+        raise _Undefined(
+            f"class {rows.class_names[index]!r} has {'all rows' if rows.counts.labelled[index] else 'no row'}"
+        )
     return value

@@ -4,7 +4,6 @@
 (of class 1; several classes: of the predicted one).
 """
 
-
 import numpy as np
 
 BINARY_THRESHOLD = 0.5

@@ -69,9 +69,20 @@ def slices_of(
     return sorted(made, key=lambda part: (part.metrics[names[0]] is None, part.metrics[names[0]], -part.rows))
 
 
-def _slice(column: str, value: str, preds: np.ndarray, labels: np.ndarray, names: Sequence[str], class_names: Sequence[str], threshold: float, draws: int) -> Slice:
+def _slice(
+    column: str,
+    value: str,
+    preds: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    class_names: Sequence[str],
+    threshold: float,
+    draws: int,
+) -> Slice:
     task = "binary" if preds.ndim == 1 else "multiclass"
-    figures = compute_metrics(preds, labels, names, task, len(class_names), "slice", class_names=class_names, threshold=threshold)
+    figures = compute_metrics(
+        preds, labels, names, task, len(class_names), "slice", class_names=class_names, threshold=threshold
+    )
     shares = np.bincount(labels, minlength=len(class_names)) / len(labels)
     is_many = len(class_names) > FEW_CLASSES
     largest = np.argsort(-shares, kind="stable")[:LARGEST_CLASSES].tolist() if is_many else []
@@ -82,7 +93,9 @@ def _slice(column: str, value: str, preds: np.ndarray, labels: np.ndarray, names
         share_of_classes=() if is_many else tuple(shares.tolist()),
         largest_classes=tuple((index, float(shares[index])) for index in largest if shares[index]),
         metrics={name: figures.values[f"slice/{name}"] for name in names},
-        intervals=bootstrap_intervals(preds, labels, names, class_names=class_names, threshold=threshold, draws=draws) if draws else dict.fromkeys(names),
+        intervals=bootstrap_intervals(preds, labels, names, class_names=class_names, threshold=threshold, draws=draws)
+        if draws
+        else dict.fromkeys(names),
         undefined={key.removeprefix("slice/"): reason for key, reason in figures.undefined.items()},
     )
 
@@ -118,6 +131,11 @@ def _numbers(numbers: np.ndarray) -> list[tuple[str, np.ndarray]]:
             is_last = high == edges[-1]
             rows = rest & (numbers >= low) & ((numbers <= high) if is_last else (numbers < high))
             besides = [f"{value:.12g}" for value in own if low <= value < high or (is_last and value == high)]
-            parts.append((f"{low:.12g} to {'' if is_last else 'below '}{high:.12g}{' without ' if besides else ''}{', '.join(besides)}", np.flatnonzero(rows)))
+            parts.append(
+                (
+                    f"{low:.12g} to {'' if is_last else 'below '}{high:.12g}{' without ' if besides else ''}{', '.join(besides)}",
+                    np.flatnonzero(rows),
+                )
+            )
     parts.append((MISSING, np.flatnonzero(~known)))
     return [(value, rows) for value, rows in parts if len(rows) >= FEWEST_ROWS]

@@ -27,7 +27,14 @@ RULES = {
 SHARE = nullable(number(0, 1))
 THRESHOLD_JSON = record(
     {"value": number(EVERY_ROW, 1), "rule": text()},
-    {"precision": SHARE, "recall": SHARE, "f1": SHARE, "alerts_per_1000": nullable(number(0, 1000)), "rows": whole(0), "reason": nullable(text())},
+    {
+        "precision": SHARE,
+        "recall": SHARE,
+        "f1": SHARE,
+        "alerts_per_1000": nullable(number(0, 1000)),
+        "rows": whole(0),
+        "reason": nullable(text()),
+    },
 )
 
 
@@ -55,7 +62,9 @@ class Threshold:
         """Raises `ValueError` for a value that is neither a probability nor EVERY_ROW."""
         value = values["value"]
         if isinstance(value, bool) or not (isinstance(value, (int, float)) and (0 <= value <= 1 or value == EVERY_ROW)):
-            raise ValueError(f"expected a threshold from 0 to 1 (or {EVERY_ROW:g}: every row is class 1), found {value!r}")
+            raise ValueError(
+                f"expected a threshold from 0 to 1 (or {EVERY_ROW:g}: every row is class 1), found {value!r}"
+            )
         return cls(**values)
 
 
@@ -93,7 +102,9 @@ def cuts_of(preds: np.ndarray, labels: np.ndarray) -> Cuts:
     distinct = scores[ends]
     above, below = distinct[:-1], distinct[1:]
     halfway = (above + below) / 2
-    between = np.where(halfway < above, halfway, below)  # float64 has nothing between neighbours: the lower one is not above itself
+    between = np.where(
+        halfway < above, halfway, below
+    )  # float64 has nothing between neighbours: the lower one is not above itself
     lowest = distinct[-1] / 2 if distinct[-1] > 0 else EVERY_ROW
     values = np.concatenate([[(1 + distinct[0]) / 2], between, [lowest]])
     true = np.cumsum(labels[order] == 1)[ends]

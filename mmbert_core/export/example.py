@@ -29,7 +29,9 @@ BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "F
 DIGITS = {"true": "1", "false": "0"}
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
-POINT_IN_TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?")
+POINT_IN_TIME = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?"
+)
 DURATION = re.compile(r"(-?[0-9]+ days)(?: (\+?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?)?()")
 
 Row = dict[str, str]  # column -> cell
@@ -51,7 +53,9 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
                 blank = True  # which only the end of a file may have
                 continue
             if blank or len(cells) != len(header):
-                raise ValueError(f"{path}, before line {reader.line_num + 1}: expected rows of {len(header)} cells, found {'a blank line' if blank else len(cells)}")
+                raise ValueError(
+                    f"{path}, before line {reader.line_num + 1}: expected rows of {len(header)} cells, found {'a blank line' if blank else len(cells)}"
+                )
             if any("\0" in cell for cell in cells):
                 raise ValueError(f"{path}, before line {reader.line_num + 1}: expected text, found a NUL byte")
             yield dict(zip(header, cells))
@@ -77,7 +81,9 @@ def index_by_form(index_of: dict[str, int]) -> dict[str, int]:
     by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
     if not by_form.keys() & DIGITS.values():
         return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
-    if not by_form.keys() & DIGITS.keys() and not any(WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form):
+    if not by_form.keys() & DIGITS.keys() and not any(
+        WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form
+    ):
         return by_form | {word: by_form[digit] for word, digit in DIGITS.items() if digit in by_form}
     return by_form
 
@@ -99,7 +105,15 @@ def number_of(cell: str, column: str, missing_words: Sequence[str], largest: flo
 
 def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
     """float32 [N, F]: the columns with medians for what is missing, then a 0 or 1 for each column that has an indicator."""
-    raw = np.array([[number_of(row[column], column, numbers["missing_words"], numbers["largest"]) for column in numbers["columns"]] for row in rows])
+    raw = np.array(
+        [
+            [
+                number_of(row[column], column, numbers["missing_words"], numbers["largest"])
+                for column in numbers["columns"]
+            ]
+            for row in rows
+        ]
+    )
     missing = np.isnan(raw)
     indicators = missing[:, np.array(numbers["has_indicator"])]
     return np.concatenate([np.where(missing, numbers["medians"], raw), indicators], axis=1).astype(np.float32)
@@ -111,8 +125,15 @@ def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray
     for column, values in zip(categories["columns"], categories["values"]):
         index_of = {value: categories["first_index"] + place for place, value in enumerate(values)}
         index_of_form = index_by_form(index_of) | {"": categories["missing_index"]}
-        cells = [row[column] for row in rows]  # as they stand first: older models hold the spelling of the training file
-        indices.append([index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), categories["unseen_index"]) for cell in cells])
+        cells = [
+            row[column] for row in rows
+        ]  # as they stand first: older models hold the spelling of the training file
+        indices.append(
+            [
+                index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), categories["unseen_index"])
+                for cell in cells
+            ]
+        )
     return np.array(indices, dtype=np.int64).T
 
 
@@ -121,13 +142,22 @@ def chunks_of(rows: Sequence[Row], text: dict[str, Any], tokenizer: Tokenizer) -
     texts = [text["separator"].join(filter(None, (row[column] for column in text["columns"]))) for row in rows]
     kept = slice(-text["max_characters"], None) if text.get("keep_end") else slice(text["max_characters"])
     encodings = tokenizer.encode_batch_fast([joined[kept] for joined in texts])
-    chunks = [[each.ids or text["ids_of_nothing"], *(part.ids for part in each.overflowing[: text["max_chunks"] - 1])] for each in encodings]
-    return [row[::-1] for row in chunks] if text.get("keep_end") else chunks  # counted from the end, in the text's order
+    chunks = [
+        [each.ids or text["ids_of_nothing"], *(part.ids for part in each.overflowing[: text["max_chunks"] - 1])]
+        for each in encodings
+    ]
+    return (
+        [row[::-1] for row in chunks] if text.get("keep_end") else chunks
+    )  # counted from the end, in the text's order
 
 
 def padded(texts: Sequence[list[list[int]]], text: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask, int64 [B, T], or [B, C, T] where a text may have several chunks."""
-    input_ids = np.full((len(texts), max(map(len, texts)), max(len(ids) for chunks in texts for ids in chunks)), text["pad_token_id"], dtype=np.int64)
+    input_ids = np.full(
+        (len(texts), max(map(len, texts)), max(len(ids) for chunks in texts for ids in chunks)),
+        text["pad_token_id"],
+        dtype=np.int64,
+    )
     attention_mask = np.zeros_like(input_ids)
     for row, chunks in enumerate(texts):
         for chunk, ids in enumerate(chunks):
@@ -139,7 +169,9 @@ def padded(texts: Sequence[list[list[int]]], text: dict[str, Any]) -> tuple[np.n
 # ---- scoring ----
 
 
-def score(rows: Sequence[Row], settings: dict[str, Any], tokenizer: Tokenizer | None, run: Run, *, max_rows: int = MAX_ROWS) -> np.ndarray:
+def score(
+    rows: Sequence[Row], settings: dict[str, Any], tokenizer: Tokenizer | None, run: Run, *, max_rows: int = MAX_ROWS
+) -> np.ndarray:
     """Probabilities float32 in the order of the rows: of class 1 [N], or of all classes [N, number of classes]."""
     text, columns = settings["text"], {}
     chunks = chunks_of(rows, text, tokenizer) if text else []
@@ -149,7 +181,9 @@ def score(rows: Sequence[Row], settings: dict[str, Any], tokenizer: Tokenizer | 
         columns["categories"] = categories_of(rows, settings["categories"])
     sizes = [len(parts) * max(map(len, parts)) for parts in chunks] or [1] * len(rows)
     order = sorted(range(len(rows)), key=lambda row: -sizes[row])  # texts of one length together: little padding
-    probabilities = np.empty(len(rows) if settings["is_binary"] else (len(rows), len(settings["classes"])), dtype=np.float32)
+    probabilities = np.empty(
+        len(rows) if settings["is_binary"] else (len(rows), len(settings["classes"])), dtype=np.float32
+    )
     while order:
         count = max(1, min(max_rows, MAX_TOKENS // sizes[order[0]]))
         batch, order = order[:count], order[count:]
@@ -171,7 +205,9 @@ def calibrated(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     if p.ndim == 1:
         logits = np.log(np.maximum(p, 2.0**-150)) - np.log(np.maximum(1 - p, 2.0**-25))
         power = np.exp(-1 / temperature * np.abs(logits))  # of the less likely class over the other
-        by_class = np.stack([np.where(logits < 0, 1, power), np.where(logits < 0, power, 1)], axis=1) / (1 + power)[:, None]
+        by_class = (
+            np.stack([np.where(logits < 0, 1, power), np.where(logits < 0, power, 1)], axis=1) / (1 + power)[:, None]
+        )
     else:
         logits = np.log(np.maximum(p, 2.0**-150))
         powers = np.exp(1 / temperature * (logits - logits.max(axis=1, keepdims=True)))
@@ -201,7 +237,22 @@ def load_model(folder: Path) -> Run:
 def output_delimiter(output: str) -> str:
     """Comma for an output named .csv, else a tab. Raises ValueError for a name of another format."""
     suffix = Path(output).suffix.lower()
-    if suffix in (".parquet", ".jsonl", ".ndjson", ".json", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".gz", ".zip", ".bz2", ".xz", ".zst"):
+    if suffix in (
+        ".parquet",
+        ".jsonl",
+        ".ndjson",
+        ".json",
+        ".xlsx",
+        ".xls",
+        ".ods",
+        ".feather",
+        ".arrow",
+        ".gz",
+        ".zip",
+        ".bz2",
+        ".xz",
+        ".zst",
+    ):
         raise ValueError(f"{output}: expected an output that ends in .tsv or .csv, found {suffix}")
     return "," if suffix == ".csv" else "\t"
 
@@ -209,7 +260,12 @@ def output_delimiter(output: str) -> str:
 def table_line(cells: Sequence[object], delimiter: str) -> str:
     """Cells with the delimiter, tabs, line breaks or quotes are quoted, as the csv module reads them."""
     texts = [str(cell) for cell in cells]
-    return delimiter.join('"' + text.replace('"', '""') + '"' if set(text) & {*'\t\n\r"', delimiter} else text for text in texts) + "\n"
+    return (
+        delimiter.join(
+            '"' + text.replace('"', '""') + '"' if set(text) & {*'\t\n\r"', delimiter} else text for text in texts
+        )
+        + "\n"
+    )
 
 
 def main(source: str, output: str) -> None:
@@ -217,7 +273,12 @@ def main(source: str, output: str) -> None:
     settings, tokenizer = load_preprocessing(folder)
     run = load_model(folder)
     classes, ids = settings["classes"], [settings["id"]] if settings["id"] else []
-    columns = [*ids, *(settings["text"] or {"columns": []})["columns"], *settings["numbers"]["columns"], *settings["categories"]["columns"]]
+    columns = [
+        *ids,
+        *(settings["text"] or {"columns": []})["columns"],
+        *settings["numbers"]["columns"],
+        *settings["categories"]["columns"],
+    ]
     rows = read_rows(source, columns)
     if Path(output).exists() and Path(output).samefile(source):
         raise ValueError(f"{output}: is the input file; choose another output")
@@ -228,10 +289,21 @@ def main(source: str, output: str) -> None:
             stream.write(table_line([*ids, *names, "pred", "prob_calibrated"], delimiter))
             while window := list(islice(rows, WINDOW)):
                 scores = score(window, settings, tokenizer, run)
-                chosen = (scores > np.float64(settings["threshold"])).astype(int) if settings["is_binary"] else scores.argmax(axis=1)
-                shown = calibrated(scores, settings["temperature"])[np.arange(len(window)), 1 if settings["is_binary"] else chosen]
+                chosen = (
+                    (scores > np.float64(settings["threshold"])).astype(int)
+                    if settings["is_binary"]
+                    else scores.argmax(axis=1)
+                )
+                shown = calibrated(scores, settings["temperature"])[
+                    np.arange(len(window)), 1 if settings["is_binary"] else chosen
+                ]
                 for row, probability, index, likely in zip(window, scores, chosen, shown):
-                    stream.write(table_line([*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely], delimiter))
+                    stream.write(
+                        table_line(
+                            [*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely],
+                            delimiter,
+                        )
+                    )
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}  # format -> its file
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LARGEST_PROTOBUF = 2**31 - 2**24  # bytes of weights that a single .onnx file can hold; those of larger models lie beside it
+LARGEST_PROTOBUF = (
+    2**31 - 2**24
+)  # bytes of weights that a single .onnx file can hold; those of larger models lie beside it
 FORMAT_VERSION = 1  # of preprocessing.json
 TOLERANCE = 1e-4  # of a probability
 CHECKED_ROWS, GENERATED_ROWS = 128, 28
@@ -75,11 +77,18 @@ def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check:
         found = [export_example.score(rows, settings, tokenizer, run, max_rows=size) for size in CHECKED_BATCHES]
         difference = float(np.abs(np.stack(found) - expected).max())
         if not difference <= TOLERANCE:  # nor NaN
-            raise RunError(f"{output}: not written: expected PyTorch's probabilities to {TOLERANCE:g}, found a difference of {difference:.1e}")
-        names, num_bytes = sorted(path.name for path in folder.iterdir()), sum(path.stat().st_size for path in folder.iterdir())
+            raise RunError(
+                f"{output}: not written: expected PyTorch's probabilities to {TOLERANCE:g}, found a difference of {difference:.1e}"
+            )
+        names, num_bytes = (
+            sorted(path.name for path in folder.iterdir()),
+            sum(path.stat().st_size for path in folder.iterdir()),
+        )
     logger.info("%s: %s; %.1f MB", output, ", ".join(names), num_bytes / MEGABYTE)
     kind = "made-up rows" if check is None else f"rows of {check}"
-    logger.info("%d %s in batches of 1 and 7: probabilities differ from PyTorch's by at most %.1e", len(rows), kind, difference)
+    logger.info(
+        "%d %s in batches of 1 and 7: probabilities differ from PyTorch's by at most %.1e", len(rows), kind, difference
+    )
     return difference
 
 
@@ -107,7 +116,12 @@ def write_preprocessing(folder: Path, loaded: LoadedModel) -> None:
     if loaded.tokenizer is not None:
         tokenizer = tokenizers.Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length=loaded.config.max_length, stride=0, strategy="longest_first", direction="left" if keeps_end(loaded.tokenizer) else "right")
+        tokenizer.enable_truncation(
+            max_length=loaded.config.max_length,
+            stride=0,
+            strategy="longest_first",
+            direction="left" if keeps_end(loaded.tokenizer) else "right",
+        )
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
@@ -126,7 +140,9 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "separator": " ",  # between cells that are not empty
             "max_length": config.max_length,  # tokens of a chunk; tokenizer.json cuts there
             "max_chunks": config.max_chunks,
-            "max_characters": characters_read(config.max_length, config.max_chunks),  # of a text; the rest is not tokenised
+            "max_characters": characters_read(
+                config.max_length, config.max_chunks
+            ),  # of a text; the rest is not tokenised
             "keep_end": keeps_end(tokenizer),  # of a text that is too long, instead of its beginning
             "pad_token_id": pad_token_id_of(tokenizer),
             "ids_of_nothing": [pad_token_id_of(tokenizer)],  # of a text without a token
@@ -171,11 +187,17 @@ def example_inputs(loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[s
     axes: dict[str, dict[int, str]] = {}
     shape, names = ((3, 2), ("batch", "chunks", "tokens")) if config.max_chunks > 1 else ((3,), ("batch", "tokens"))
     for name in ("input_ids", "attention_mask") if config.text_name else ():
-        inputs[name], axes[name] = torch.ones(*shape, min(5, config.max_length), dtype=torch.int64), dict(enumerate(names))
+        inputs[name], axes[name] = (
+            torch.ones(*shape, min(5, config.max_length), dtype=torch.int64),
+            dict(enumerate(names)),
+        )
     if features.num_numbers:
         inputs["numbers"], axes["numbers"] = torch.zeros(3, features.num_numbers), {0: "batch"}
     if features.cardinalities:
-        inputs["categories"], axes["categories"] = torch.zeros(3, len(features.cardinalities), dtype=torch.int64), {0: "batch"}
+        inputs["categories"], axes["categories"] = (
+            torch.zeros(3, len(features.cardinalities), dtype=torch.int64),
+            {0: "batch"},
+        )
     return inputs, axes
 
 
@@ -187,7 +209,9 @@ def trace(loaded: LoadedModel) -> torch.export.ExportedProgram:
         dims["chunks"] = torch.export.Dim("chunks", max=config.max_chunks)
     inputs, axes = example_inputs(loaded)
     shapes = {name: {axis: dims[dim] for axis, dim in named.items()} for name, named in axes.items()}
-    padded = PaddedModel(loaded.model, is_binary=config.is_binary, max_chunks=config.max_chunks, limits=input_limits(loaded)).eval()
+    padded = PaddedModel(
+        loaded.model, is_binary=config.is_binary, max_chunks=config.max_chunks, limits=input_limits(loaded)
+    ).eval()
     program = torch.export.export(padded, (), inputs, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths and source lines of this machine
@@ -259,10 +283,16 @@ def generated_rows(loaded: LoadedModel) -> Rows:
     config, features, rng = loaded.config, loaded.features, np.random.default_rng(0)
     limit = config.max_length * config.max_chunks
     lengths = (0, 1, 3, limit // 4, limit // 2, limit, 2 * limit)  # words
-    words = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha()) or ["text"] if loaded.tokenizer is not None else []
+    words = (
+        sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha()) or ["text"]
+        if loaded.tokenizer is not None
+        else []
+    )
     choices: dict[str, Sequence[str]] = {}
     far = [] if features.limits is None else ["1e30", "-1e30"]  # limited, as in the package
-    for column, median, mean, std in zip(features.number_names, features.medians, features.means, features.stds):  # means: of indicators too
+    for column, median, mean, std in zip(
+        features.number_names, features.medians, features.means, features.stds
+    ):  # means: of indicators too
         choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std), *far]
     for column, values in zip(features.category_names, features.categories, strict=True):
         choices[column] = ["", "a value that no training row has", *values]
@@ -284,6 +314,12 @@ def probabilities_of(loaded: LoadedModel, rows: Rows) -> np.ndarray:
     predictor = Predictor(loaded, DistContext(0, 0, 1, 1, torch.device("cpu")), precision="fp32")
     roles = Roles.from_config(config)
     dataset = encode_for_prediction(
-        records_to_chunk(rows, roles.features()), roles, loaded.tokenizer, loaded.features, loaded.labels, max_length=config.max_length, max_chunks=config.max_chunks
+        records_to_chunk(rows, roles.features()),
+        roles,
+        loaded.tokenizer,
+        loaded.features,
+        loaded.labels,
+        max_length=config.max_length,
+        max_chunks=config.max_chunks,
     )
     return predictor.score(dataset).preds

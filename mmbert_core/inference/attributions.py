@@ -25,7 +25,13 @@ STEPS = 16  # forwards and backwards of one explanation; 8 missed a planted word
 
 
 def explain_rows(
-    loaded: LoadedModel, dataset: Dataset, positions: Sequence[int], *, predicted: Sequence[int], texts: Sequence[str], task: Task
+    loaded: LoadedModel,
+    dataset: Dataset,
+    positions: Sequence[int],
+    *,
+    predicted: Sequence[int],
+    texts: Sequence[str],
+    task: Task,
 ) -> list[Pieces]:
     """For each row of `positions` the pieces of its text, in order, each with a weight of -1 to 1; above 0 speaks for the predicted class.
 
@@ -40,7 +46,9 @@ def explain_rows(
     parts = token_weights(loaded.model, batch, torch.tensor(list(predicted)), task=task).split(num_tokens)
     made = []
     for text, weights in zip(texts, parts, strict=True):
-        spans, read = token_spans(loaded.tokenizer, text, max_length=loaded.config.max_length, max_chunks=loaded.config.max_chunks)
+        spans, read = token_spans(
+            loaded.tokenizer, text, max_length=loaded.config.max_length, max_chunks=loaded.config.max_chunks
+        )
         made.append(_scaled(_pieces(read, spans, weights.tolist())))
     return made
 
@@ -54,12 +62,18 @@ def token_weights(model: MultimodalBert, batch: Batch, predicted: torch.Tensor, 
     batch, predicted = batch.to(task.device), predicted.to(task.device)[:, None]
     products = torch.zeros(())
     for step in range(STEPS):
-        with torch.enable_grad(), autocast("fp32", task.device), _Scaled(model.text_subnetwork.encoder, (step + 0.5) / STEPS) as words:
+        with (
+            torch.enable_grad(),
+            autocast("fp32", task.device),
+            _Scaled(model.text_subnetwork.encoder, (step + 0.5) / STEPS) as words,
+        ):
             logits = _logits(model, batch)  # [B, K]
             chosen = logits.gather(1, predicted).squeeze(1)
             others = (logits.sum(1) - chosen) / (logits.shape[1] - 1)
             [gradient] = torch.autograd.grad((chosen - others).sum(), words.scaled)
-        products = products + (gradient * words.whole).sum(-1).cpu() / STEPS  # [1, S] packed, else [real chunks, T] or longer, where the encoder pads once more
+        products = (
+            products + (gradient * words.whole).sum(-1).cpu() / STEPS
+        )  # [1, S] packed, else [real chunks, T] or longer, where the encoder pads once more
     if model.text_subnetwork.is_packed:
         return products[0]
     mask = batch.attention_mask.flatten(0, -2).bool()  # [B or B x C, T]

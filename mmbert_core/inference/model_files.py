@@ -1,5 +1,4 @@
-"""The JSON of a model folder, read and checked file against file before anything is built from it.
-"""
+"""The JSON of a model folder, read and checked file against file before anything is built from it."""
 
 import hashlib
 import re
@@ -30,7 +29,15 @@ CONFIG, FEATURES, LABELS, ENCODER = "config.json", "features.json", "labels.json
 THRESHOLDS, BASELINES, BASELINE_WEIGHTS = "thresholds.json", "baselines.json", "baselines.safetensors"
 SUMMARY, CARD = "summary.json", "README.md"  # for people, written after the test
 WEIGHTS = "model.safetensors"  # takes its name last: a folder that has it is whole
-PREDICTION_FILES = (CONFIG, FEATURES, LABELS, THRESHOLDS, BASELINES, BASELINE_WEIGHTS, WEIGHTS)  # and those of the encoder
+PREDICTION_FILES = (
+    CONFIG,
+    FEATURES,
+    LABELS,
+    THRESHOLDS,
+    BASELINES,
+    BASELINE_WEIGHTS,
+    WEIGHTS,
+)  # and those of the encoder
 ENCODER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # that transformers reads; others do not matter
 # Names under which a tokenizer of transformers looks for its files, whether they were there in training or not.
 TOKENIZER_NAMES = re.compile(
@@ -44,26 +51,40 @@ MAX_FEATURES_BYTES = 2**28  # categories of millions of values
 
 RESOLVED = record(
     {"pooling": nullable(text(choices=POOLINGS[1:])), "precision": text(choices=("fp32", "bf16", "fp16"))},
-    {"microbatches_asked": whole(1), "microbatches_per_step": whole(1), "truncation_side": text(choices=("left", "right"))},
+    {
+        "microbatches_asked": whole(1),
+        "microbatches_per_step": whole(1),
+        "truncation_side": text(choices=("left", "right")),
+    },
     others=True,  # versions differ in what they resolve
 )
-CONFIG_JSON = record({"format_version": constant(FORMAT_VERSION), "config": mapping(anything), "resolved": RESOLVED}, {"mmbert_core": text()})
+CONFIG_JSON = record(
+    {"format_version": constant(FORMAT_VERSION), "config": mapping(anything), "resolved": RESOLVED},
+    {"mmbert_core": text()},
+)
 THRESHOLDS_JSON = record({"threshold": THRESHOLD_JSON, "calibration": CALIBRATION_JSON})
 # Figures of evaluated rows: metrics by name, and what is said of them.
 FIGURES_JSON = record(
     {},
     {
-        "undefined": mapping(text()), "intervals": mapping(nullable(array(number(), length=2))), "threshold": nullable(number(-1, 1)),
-        "baselines": mapping(mapping(nullable(number()))), "no_baselines": mapping(text()),
+        "undefined": mapping(text()),
+        "intervals": mapping(nullable(array(number(), length=2))),
+        "threshold": nullable(number(-1, 1)),
+        "baselines": mapping(mapping(nullable(number()))),
+        "no_baselines": mapping(text()),
     },
     others=nullable(number()),
-)  # fmt: skip
+)
 # Of the rows of a split; versions differ in what they say of them.
-SPLIT_JSON = record({"rows": whole(0)}, {"classes": nullable(mapping(whole(0))), "mean_tokens": nullable(number(0))}, others=True)
+SPLIT_JSON = record(
+    {"rows": whole(0)}, {"classes": nullable(mapping(whole(0))), "mean_tokens": nullable(number(0))}, others=True
+)
 SUMMARY_JSON = record(
     {
         "data": record({}, {"files": mapping(record({"sha256": text()}, {"bytes": whole(0)}))}, others=SPLIT_JSON),
-        "best": record({}, {"step": nullable(whole(0)), "metric": nullable(text()), "value": nullable(number())}, others=True),
+        "best": record(
+            {}, {"step": nullable(whole(0)), "metric": nullable(text()), "value": nullable(number())}, others=True
+        ),
         "test": nullable(FIGURES_JSON),
     },
     {"mmbert_core": text()},
@@ -86,7 +107,9 @@ class ModelSettings:
 def prediction_files(folder: Path) -> list[str]:
     """Files in the folder, without the manifest, that decide a prediction, as paths below it."""
     present = [name for name in PREDICTION_FILES if (folder / name).is_file()]
-    encoder = sorted(path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file())
+    encoder = sorted(
+        path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file()
+    )
     names = [path.relative_to(folder).as_posix() for path in encoder]
     return [*present, *(name for name in names if not _is_hidden(name))]
 
@@ -113,13 +136,19 @@ def check_manifest(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from None
     present = set(prediction_files(folder))
-    if unknown := sorted(set(entries) - {*present, *PREDICTION_FILES} - {name for name in entries if _is_encoder_file(name)}):
+    if unknown := sorted(
+        set(entries) - {*present, *PREDICTION_FILES} - {name for name in entries if _is_encoder_file(name)}
+    ):
         raise InputError(f"{folder / MANIFEST}: expected files of a model folder, found {unknown[0]!r:.100}")
     if not {CONFIG, FEATURES, LABELS, WEIGHTS} <= set(entries):
-        raise InputError(f"{folder / MANIFEST}: expected {CONFIG}, {FEATURES}, {LABELS} and {WEIGHTS} in it, found {len(entries)} files")
+        raise InputError(
+            f"{folder / MANIFEST}: expected {CONFIG}, {FEATURES}, {LABELS} and {WEIGHTS} in it, found {len(entries)} files"
+        )
     advice = "copy the whole folder again, or train once more"
     if added := sorted(name for name in present - set(entries) if name in PREDICTION_FILES or _is_tokenizer_file(name)):
-        raise InputError(f"{folder / added[0]}: is no file of this model ({MANIFEST} does not name it): remove it, or {advice}")
+        raise InputError(
+            f"{folder / added[0]}: is no file of this model ({MANIFEST} does not name it): remove it, or {advice}"
+        )
     if difference := first_difference(folder, entries):
         name, reason = difference
         if reason == "missing":
@@ -181,12 +210,17 @@ def read_settings(folder: Path) -> ModelSettings:
     if config.text_name and resolved["pooling"] is None:
         raise InputError(f"{folder / CONFIG}: resolved.pooling: expected {', '.join(POOLINGS[1:])}, found null")
     features_json = read_part(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)
-    if (features_json["number_names"], features_json["category_names"]) != (list(config.tab_field_list), list(config.cat_field_list)):
+    if (features_json["number_names"], features_json["category_names"]) != (
+        list(config.tab_field_list),
+        list(config.cat_field_list),
+    ):
         raise InputError(f"{folder / FEATURES}: its columns are not those of {CONFIG}")
     features = _built(folder / FEATURES, lambda: Features.from_json(features_json))
     labels = Labels.from_json(read_part(folder / LABELS, LABELS_JSON))
     if len(labels.names) != config.num_classes:
-        raise InputError(f"{folder / LABELS}: expected {config.num_classes} labels as in {CONFIG}, found {len(labels.names)}")
+        raise InputError(
+            f"{folder / LABELS}: expected {config.num_classes} labels as in {CONFIG}, found {len(labels.names)}"
+        )
     if config.text_name and not (folder / ENCODER).is_dir():
         raise InputError(f"{folder}: not a model folder: {ENCODER}/ is missing")
     return ModelSettings(config, resolved, features, labels)
@@ -203,7 +237,10 @@ def read_judgement(folder: Path, settings: ModelSettings) -> Judgement:
         return Judgement(threshold, calibration)
     baselines_json = read_part(folder / BASELINES, BASELINES_JSON)
     tensors = _built(folder / BASELINE_WEIGHTS, lambda: load_file(folder / BASELINE_WEIGHTS))
-    sizes = {"num_classes": settings.config.num_classes, "num_columns": settings.features.num_numbers + sum(settings.features.cardinalities)}
+    sizes = {
+        "num_classes": settings.config.num_classes,
+        "num_columns": settings.features.num_numbers + sum(settings.features.cardinalities),
+    }
     baselines = _built(folder / BASELINES, lambda: Baselines.from_json(baselines_json, tensors, **sizes))
     return Judgement(threshold, calibration, baselines)
 
@@ -222,6 +259,8 @@ def _built(path: Path, build: Callable[[], Any]) -> Any:
         return build()
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)  # safetensors gives it no strerror
-        raise InputError(f"{path}: {'is missing' if missing else f'cannot be read: {error.strerror or error}'}") from None
+        raise InputError(
+            f"{path}: {'is missing' if missing else f'cannot be read: {error.strerror or error}'}"
+        ) from None
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}: ').split())[:300]}") from None

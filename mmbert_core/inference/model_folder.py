@@ -97,16 +97,24 @@ def check_length(config: Config, encoder: nn.Module) -> None:
     for name, module in encoder.named_modules():
         if name.split(".")[-1] == "position_embeddings" and isinstance(module, nn.Embedding):
             positions = min(positions, module.num_embeddings)
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's way: they start behind the padding's
+            offset = (
+                0 if module.padding_idx is None else module.padding_idx + 1
+            )  # RoBERTa's way: they start behind the padding's
     if config.max_length > positions - offset:
-        raise InputError(f"max_length: expected at most {positions - offset} tokens, as encoder {config.encoder!r} has positions, found {config.max_length}")
+        raise InputError(
+            f"max_length: expected at most {positions - offset} tokens, as encoder {config.encoder!r} has positions, found {config.max_length}"
+        )
 
 
 def _tabular_part(config: Config, features: Features) -> TabAE | None:
     if not features.num_numbers and not features.cardinalities:
         return None
     return TabAE(
-        features.num_numbers, features.cardinalities, hidden_common_dim=config.hidden_common_dim, means=features.means, stds=features.stds
+        features.num_numbers,
+        features.cardinalities,
+        hidden_common_dim=config.hidden_common_dim,
+        means=features.means,
+        stds=features.stds,
     )
 
 
@@ -119,7 +127,12 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: Load
     Raises `RunError` when the disk does not take it.
     """
     folder = Path(folder)
-    for name in (WEIGHTS, MANIFEST, SUMMARY, *((CARD,) if is_own_card(folder / CARD) else ())):  # a README.md may be the user's
+    for name in (
+        WEIGHTS,
+        MANIFEST,
+        SUMMARY,
+        *((CARD,) if is_own_card(folder / CARD) else ()),
+    ):  # a README.md may be the user's
         (folder / name).unlink(missing_ok=True)  # never an old model, or its figures, next to new files
     baselines = made.judgement.baselines
     for name in (BASELINES, BASELINE_WEIGHTS) if baselines is None else ():
@@ -147,7 +160,9 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: Load
             temporary.unlink(missing_ok=True)
 
 
-def _replace_tensors(tensors: dict[str, torch.Tensor], temporary: Path, final: Path, *, manifest_of: Path | None = None) -> None:
+def _replace_tensors(
+    tensors: dict[str, torch.Tensor], temporary: Path, final: Path, *, manifest_of: Path | None = None
+) -> None:
     """The tensors in a file that takes its name whole; `manifest_of`: after the manifest of that folder, which names it, is written."""
     save_tensors(tensors, temporary)
     sync_path(temporary)
@@ -159,7 +174,12 @@ def _replace_tensors(tensors: dict[str, torch.Tensor], temporary: Path, final: P
 
 def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
     """What config.json holds: every setting as asked, and those that were settled by the run."""
-    return {"format_version": FORMAT_VERSION, "mmbert_core": mmbert_core.__version__, "config": config.to_dict(), "resolved": resolved}
+    return {
+        "format_version": FORMAT_VERSION,
+        "mmbert_core": mmbert_core.__version__,
+        "config": config.to_dict(),
+        "resolved": resolved,
+    }
 
 
 def load_model_folder(folder: str | Path) -> LoadedModel:
@@ -178,17 +198,29 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     text, tokenizer = None, None
     if config.text_name:
         tokenizer = load_tokenizer(str(folder / ENCODER))
-        tokenizer.truncation_side = settings.resolved.get("truncation_side", "right")  # as in training; before it was kept, always right
+        tokenizer.truncation_side = settings.resolved.get(
+            "truncation_side", "right"
+        )  # as in training; before it was kept, always right
         encoder = build_encoder(str(folder / ENCODER), _encoder_shapes(shapes))
         check_length(config, encoder)
         check_token_ids(encoder, max(always_used_ids(tokenizer), default=0), name=str(folder / ENCODER))
     try:
         if config.text_name:
-            text = TextBertBase(encoder, pooling=settings.resolved["pooling"], hidden_common_dim=config.hidden_common_dim)
+            text = TextBertBase(
+                encoder, pooling=settings.resolved["pooling"], hidden_common_dim=config.hidden_common_dim
+            )
         model = MultimodalBert(text, _tabular_part(config, features), config.num_classes)
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:  # RuntimeError: names or shapes differ
-        raise InputError(f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}") from None
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        SafetensorError,
+        OSError,
+    ) as error:  # RuntimeError: names or shapes differ
+        raise InputError(
+            f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}"
+        ) from None
     if text is not None:
         ids = [max(always_used_ids(tokenizer), default=0)] * min(config.max_length, PROBE_LENGTH)
         check_runs_once(text, ids, name=str(folder / ENCODER))
@@ -197,7 +229,9 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
 
 def _encoder_shapes(shapes: Shapes) -> Shapes:
     """Shapes of the encoder's tensors among the model's, under the encoder's own names."""
-    return {name.removeprefix(ENCODER_PREFIX): shape for name, shape in shapes.items() if name.startswith(ENCODER_PREFIX)}
+    return {
+        name.removeprefix(ENCODER_PREFIX): shape for name, shape in shapes.items() if name.startswith(ENCODER_PREFIX)
+    }
 
 
 def _check_head(path: Path, config: Config, shapes: Shapes) -> None:
@@ -206,4 +240,6 @@ def _check_head(path: Path, config: Config, shapes: Shapes) -> None:
     expected = (config.num_classes, config.hidden_common_dim * num_halves)
     if (found := shapes.get(LAST_LAYER)) != expected:
         found_words = "none" if found is None else f"shape {list(found)}"
-        raise InputError(f"{path}: does not fit the other files of the folder: expected {LAST_LAYER} of shape {list(expected)}, found {found_words}")
+        raise InputError(
+            f"{path}: does not fit the other files of the folder: expected {LAST_LAYER} of shape {list(expected)}, found {found_words}"
+        )

@@ -26,10 +26,39 @@ from mmbert_core.tables.table import (
 NEEDS_QUOTES = frozenset('\t\n\r"')  # in any format
 
 
-OTHER_FORMATS = frozenset({".parquet", ".jsonl", ".ndjson", ".json", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".gz", ".zip", ".bz2", ".xz", ".zst"})
+OTHER_FORMATS = frozenset(
+    {
+        ".parquet",
+        ".jsonl",
+        ".ndjson",
+        ".json",
+        ".xlsx",
+        ".xls",
+        ".ods",
+        ".feather",
+        ".arrow",
+        ".gz",
+        ".zip",
+        ".bz2",
+        ".xz",
+        ".zst",
+    }
+)
 
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # a spreadsheet computes a cell that begins so
+FORMULA_STARTS = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    "＝",
+    "＋",
+    "－",
+    "＠",
+)  # a spreadsheet computes a cell that begins so
 
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # and is right to
@@ -41,7 +70,13 @@ Columns = dict[str, Sequence[str] | np.ndarray]
 def header(class_names: Sequence[str], *, is_binary: bool, id_name: str | None, has_labels: bool) -> list[str]:
     """Column names of a prediction file."""
     probabilities = ["prob"] if is_binary else [f"prob_{name}" for name in class_names]
-    return [*([id_name] if id_name else []), *probabilities, *(["label"] if has_labels else []), "pred", "prob_calibrated"]
+    return [
+        *([id_name] if id_name else []),
+        *probabilities,
+        *(["label"] if has_labels else []),
+        "pred",
+        "prob_calibrated",
+    ]
 
 
 def prediction_columns(
@@ -65,14 +100,20 @@ def prediction_columns(
     predicted = [class_names[index] for index in chosen]
     of_chosen = calibrated[np.arange(len(chosen)), 0 if is_binary else chosen]
     cells = [*([ids] if id_name else []), *preds.T, *([] if labels is None else [labels]), predicted, of_chosen]
-    return dict(zip(header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None), cells, strict=True))
+    return dict(
+        zip(
+            header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None), cells, strict=True
+        )
+    )
 
 
 def output_delimiter(name: str) -> str:
     """Comma for a prediction file named .csv, else a tab. Raises `InputError` for the suffix of another format of data."""
     suffix = Path(name).suffix.lower()
     if suffix in OTHER_FORMATS:
-        raise InputError(f"{name}: expected an output that ends in .tsv or .csv, found {suffix}: predictions are written as TSV or CSV")
+        raise InputError(
+            f"{name}: expected an output that ends in .tsv or .csv, found {suffix}: predictions are written as TSV or CSV"
+        )
     return "," if suffix == ".csv" else "\t"
 
 
@@ -111,7 +152,10 @@ def written_whole(output: str | Path, inputs: Sequence[str], context: DistContex
     temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
     try:
         distributed.on_main(lambda: create(temporary, output))
-        with naming(output), open(temporary if context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream:
+        with (
+            naming(output),
+            open(temporary if context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream,
+        ):
             yield stream
             stream.flush()
             os.fsync(stream.fileno()) if context.is_main else None

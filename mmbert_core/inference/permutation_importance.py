@@ -21,7 +21,15 @@ MOST_ROWS, FEWEST_ROWS, REPEATS = 1000, 200, 5
 
 
 def permutation_importance(
-    model: MultimodalBert, dataset: Dataset, *, task: Task, metric: str, class_names: Sequence[str], threshold: float, text_name: str, seed: int
+    model: MultimodalBert,
+    dataset: Dataset,
+    *,
+    task: Task,
+    metric: str,
+    class_names: Sequence[str],
+    threshold: float,
+    text_name: str,
+    seed: int,
 ) -> dict[str, Any]:
     """Drops of the metric on a sample of the labelled rows, the largest first, or the reason why there are none.
 
@@ -36,7 +44,9 @@ def permutation_importance(
         probabilities = torch.softmax(model.merge(vectors, numbers, categories), dim=1).numpy(force=True)
         preds = probabilities[:, 1] if task.is_binary else probabilities
         kind = "binary" if task.is_binary else "multiclass"
-        return compute_metrics(preds, labels, [metric], kind, len(class_names), "x", class_names=class_names, threshold=threshold).values[f"x/{metric}"]
+        return compute_metrics(
+            preds, labels, [metric], kind, len(class_names), "x", class_names=class_names, threshold=threshold
+        ).values[f"x/{metric}"]
 
     with torch.no_grad():
         whole = score(vectors, numbers, categories)
@@ -47,7 +57,12 @@ def permutation_importance(
         for name, kind, swap in inputs_of(dataset.features, vectors, numbers, categories, text_name):
             drops = [whole - score(*swap(generator.permutation(len(positions)))) for _ in range(REPEATS)]
             items.append({"name": name, "kind": kind, "drop": float(np.mean(drops)), "spread": float(np.std(drops))})
-    return {"metric": metric, "rows": len(positions), "repeats": REPEATS, "items": sorted(items, key=lambda item: -item["drop"])}
+    return {
+        "metric": metric,
+        "rows": len(positions),
+        "repeats": REPEATS,
+        "items": sorted(items, key=lambda item: -item["drop"]),
+    }
 
 
 def encode(
@@ -79,7 +94,11 @@ def inputs_of(
         return made
 
     if vectors is not None:
-        yield text_name, "text", lambda order: (vectors[torch.from_numpy(order).to(vectors.device)], numbers, categories)
+        yield (
+            text_name,
+            "text",
+            lambda order: (vectors[torch.from_numpy(order).to(vectors.device)], numbers, categories),
+        )
     indicator = len(features.number_names)
     for place, name in enumerate(features.number_names):
         places = [place, indicator] if features.has_indicator[place] else [place]

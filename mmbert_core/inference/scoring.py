@@ -77,10 +77,14 @@ def gather_results(outputs: list[BatchResult], num_rows: int) -> EpochResult:
     Raises `RuntimeError` unless every row is there exactly once. Sums run in batch order, so that the figures do not
     depend on the number of ranks.
     """
-    results = sorted((item for part in distributed.all_gather_objects(outputs) for item in part), key=lambda item: item.batch_idx)
+    results = sorted(
+        (item for part in distributed.all_gather_objects(outputs) for item in part), key=lambda item: item.batch_idx
+    )
     rows = np.concatenate([item.row_index for item in results]) if results else np.zeros(0, np.int64)
     if len(rows) != num_rows or not np.array_equal(np.bincount(rows, minlength=num_rows), np.ones(num_rows)):
-        raise RuntimeError(f"expected each of {num_rows} rows once, found {len(rows)} results for {len(np.unique(rows))} rows")
+        raise RuntimeError(
+            f"expected each of {num_rows} rows once, found {len(rows)} results for {len(np.unique(rows))} rows"
+        )
     if not results:
         return EpochResult(np.zeros(0, np.float32), np.zeros(0, np.int64), [], None)
     order = np.argsort(rows)

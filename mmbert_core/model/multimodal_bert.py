@@ -47,7 +47,9 @@ class MultimodalBert(nn.Module):
         text_vectors = None if self.text_subnetwork is None else self.text_subnetwork(input_ids, attention_mask)
         return self.merge(text_vectors, tab_data, cat_data)
 
-    def merge(self, text_vectors: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None) -> torch.Tensor:
+    def merge(
+        self, text_vectors: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None
+    ) -> torch.Tensor:
         """The text half's vectors [B, D] and the columns -> logits: all that comes behind the encoder, next to nothing beside it.
 
         It stays in float32: a standardised outlier of 1e4 would overflow fp16 in the two linear layers.

@@ -26,8 +26,22 @@ from mmbert_core.model.dropout import apply_kept, draw_kept
 
 ATTENTION = "mmbert_packed"
 # Families whose packed output equals the padded one (tests/model/test_packing.py) -> whether positions start behind the padding's.
-FAMILIES = {"bert": False, "distilbert": False, "electra": False, "modernbert": False, "roberta": True, "xlm-roberta": True, "camembert": True}
-BERT_LAYERS = ("bert", "electra", "roberta", "xlm-roberta", "camembert")  # families whose layers have BERT's parts under BERT's names
+FAMILIES = {
+    "bert": False,
+    "distilbert": False,
+    "electra": False,
+    "modernbert": False,
+    "roberta": True,
+    "xlm-roberta": True,
+    "camembert": True,
+}
+BERT_LAYERS = (
+    "bert",
+    "electra",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+)  # families whose layers have BERT's parts under BERT's names
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,9 @@ class Packing:
     def padded_places(self) -> torch.Tensor:
         """[S] int64: place of each token in the padded batch, flattened."""
         longest = max(self.lengths)
-        return moved(torch.cat([torch.arange(length) + row * longest for row, length in enumerate(self.lengths)]), self.device)
+        return moved(
+            torch.cat([torch.arange(length) + row * longest for row, length in enumerate(self.lengths)]), self.device
+        )
 
     def first_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] -> [N, H]"""
@@ -97,7 +113,9 @@ class Packing:
 
     def means(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] -> [N, H] float32, the mean over each text."""
-        return torch.segment_reduce(hidden.float(), "mean", lengths=self.sizes, axis=0, unsafe=True)  # safe: a GPU would be waited for
+        return torch.segment_reduce(
+            hidden.float(), "mean", lengths=self.sizes, axis=0, unsafe=True
+        )  # safe: a GPU would be waited for
 
 
 def use_packed_attention(encoder: nn.Module) -> bool:
@@ -125,14 +143,18 @@ def end_at_first_tokens(encoder: nn.Module) -> bool:
 class _FirstTokens(nn.Module):
     """What `end_at_first_tokens` puts before a BERT layer's class."""
 
-    def forward(self, hidden_states: torch.Tensor, *arguments: Any, packing: Packing | None = None, **others: Any) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, *arguments: Any, packing: Packing | None = None, **others: Any
+    ) -> torch.Tensor:
         """Packed [1, S, H] -> [1, N, H]"""
         if packing is None:
             return super().forward(hidden_states, *arguments, **others)
         attention = self.attention.self
         first = packing.first_tokens(hidden_states.squeeze(0))  # [N, H]
         heads = (attention.num_attention_heads, attention.attention_head_size)
-        key, value = (part(hidden_states).squeeze(0).unflatten(-1, heads) for part in (attention.key, attention.value))  # [S, h, d]
+        key, value = (
+            part(hidden_states).squeeze(0).unflatten(-1, heads) for part in (attention.key, attention.value)
+        )  # [S, h, d]
         query = attention.query(first).unflatten(-1, heads)  # [N, h, d]
         dropout = attention.dropout.p if self.training else 0.0
         context = _attend_first(query, key, value, packing, attention.scaling, dropout).flatten(1)
@@ -164,7 +186,11 @@ def pack(encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tens
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device, without a wait for what it computes now."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and tensor.device.type == "cpu" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and tensor.device.type == "cpu"
+        else tensor.to(device)
+    )
 
 
 def packed_attention(
@@ -184,8 +210,12 @@ def packed_attention(
     `sliding_window`: a token sees those nearer than that, as transformers counts it.
     """
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
-    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # [S, h, d]; `[0]` would copy in the backward pass
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    query, key, value = (
+        states.squeeze(0).transpose(0, 1) for states in (query, key, value)
+    )  # [S, h, d]; `[0]` would copy in the backward pass
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         if dropout:
@@ -199,7 +229,9 @@ def packed_attention(
 def takes_varlen(query: torch.Tensor) -> bool:
     """Whether flash attention knows this precision, head size, device and version of torch; [S, h, d]."""
     size = query.shape[-1]
-    return query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256 and _has_varlen(query.device)
+    return (
+        query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256 and _has_varlen(query.device)
+    )
 
 
 @cache
@@ -208,7 +240,9 @@ def _has_varlen(device: torch.device) -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"scale", "window_size"} <= set(signature(varlen_attn).parameters) and torch.cuda.get_device_capability(device) >= (8, 0)
+    return {"scale", "window_size"} <= set(signature(varlen_attn).parameters) and torch.cuda.get_device_capability(
+        device
+    ) >= (8, 0)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -218,27 +252,41 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 # ---- ways to attend: [S, h, d] three times -> [S, h, d] ----
 
 
-def _attend_by_group(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, window: int | None) -> torch.Tensor:
+def _attend_by_group(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, window: int | None
+) -> torch.Tensor:
     """One call for the texts of one length; without dropout torch's fused kernel for the CPU is the fastest."""
     parts = []
     for group in packing.groups:
         states = [_heads_first(tensor, group) for tensor in (query, key, value)]
-        made = F.scaled_dot_product_attention(*states, attn_mask=_band(group.length, window, query.device), scale=scaling)
+        made = F.scaled_dot_product_attention(
+            *states, attn_mask=_band(group.length, window, query.device), scale=scaling
+        )
         parts.append(made.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _attend_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, window: int | None) -> torch.Tensor:
+def _attend_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, window: int | None
+) -> torch.Tensor:
     """Flash attention over texts of different lengths; CUDA, half precision, no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     reach = (-1, -1) if window is None else (window - 1, window - 1)
     longest = max(packing.lengths)
-    return varlen_attn(query, key, value, packing.offsets, packing.offsets, longest, longest, scale=scaling, window_size=reach)
+    return varlen_attn(
+        query, key, value, packing.offsets, packing.offsets, longest, longest, scale=scaling, window_size=reach
+    )
 
 
 def _attend_padded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, dropout: float, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    scaling: float,
+    dropout: float,
+    window: int | None,
 ) -> torch.Tensor:
     """Only the attention is padded."""
     mask = packing.is_token[:, None, None, :]
@@ -250,11 +298,15 @@ def _attend_padded(
     return made.transpose(1, 2).flatten(0, 1).index_select(0, packing.padded_places)
 
 
-def _attend_first(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, dropout: float) -> torch.Tensor:
+def _attend_first(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, dropout: float
+) -> torch.Tensor:
     """First tokens [N, h, d] attend to all of their text: so little work that padding the keys costs nothing."""
     mask = packing.is_token[:, None, None, :]
     key, value = (_padded(states, packing) for states in (key, value))
-    return F.scaled_dot_product_attention(query.unsqueeze(2), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling).squeeze(2)
+    return F.scaled_dot_product_attention(
+        query.unsqueeze(2), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    ).squeeze(2)
 
 
 def _padded(states: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -269,14 +321,27 @@ class _AttentionWithDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, rate: float, window: int | None
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packing: Packing,
+        scaling: float,
+        rate: float,
+        window: int | None,
     ) -> torch.Tensor:
         num_heads = query.shape[1]
-        weights = query.new_empty(num_heads * sum(group.num_pairs for group in packing.groups))  # [h P], group after group
+        weights = query.new_empty(
+            num_heads * sum(group.num_pairs for group in packing.groups)
+        )  # [h P], group after group
         kept = draw_kept(weights.shape, rate)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for group, part, part_kept in _split_pairs(packing, num_heads, weights, kept):  # a group's passes meet in the processor's caches
-            torch.baddbmm(part, _batch(query, group), _batch(key, group).transpose(1, 2), beta=0, alpha=scaling, out=part)
+        for group, part, part_kept in _split_pairs(
+            packing, num_heads, weights, kept
+        ):  # a group's passes meet in the processor's caches
+            torch.baddbmm(
+                part, _batch(query, group), _batch(key, group).transpose(1, 2), beta=0, alpha=scaling, out=part
+            )
             if (band := _band(group.length, window, query.device)) is not None:
                 part.masked_fill_(~band, -torch.inf)
             torch.softmax(part, -1, out=part)
@@ -289,7 +354,9 @@ class _AttentionWithDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, weights, kept = ctx.saved_tensors
-        d_query, d_key, d_value = (torch.empty_like(states, memory_format=torch.contiguous_format) for states in (query, key, value))
+        d_query, d_key, d_value = (
+            torch.empty_like(states, memory_format=torch.contiguous_format) for states in (query, key, value)
+        )
         for group, part, part_kept in _split_pairs(ctx.packing, query.shape[1], weights, kept):
             d_output = _batch(gradient, group)
             dropped = apply_kept(part, part_kept, ctx.rate)

@@ -20,7 +20,12 @@ class PaddedModel(nn.Module):
     """
 
     def __init__(
-        self, model: MultimodalBert, *, is_binary: bool, max_chunks: int, limits: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        model: MultimodalBert,
+        *,
+        is_binary: bool,
+        max_chunks: int,
+        limits: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("lowest", None if limits is None else limits[0].float())

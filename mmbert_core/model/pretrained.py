@@ -36,7 +36,11 @@ from mmbert_core.storage.schema import record, shortened
 logger = logging.getLogger(__name__)
 
 # Files of sentence-transformers, and its words for the poolings that are ours too.
-SENTENCE_POOLING, SENTENCE_MODULES, SENTENCE_CONFIG = "1_Pooling/config.json", "modules.json", "config_sentence_transformers.json"
+SENTENCE_POOLING, SENTENCE_MODULES, SENTENCE_CONFIG = (
+    "1_Pooling/config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+)
 SENTENCE_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 POOLING_FLAG = "pooling_mode_"  # begins the keys of the older form, one for each mode
 # Keys of a config.json with which transformers would run code, or load weights, that we never want.
@@ -78,7 +82,7 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
 
 
 def sentence_pooling(name_or_folder: str) -> str | None:
-    """"mean", "cls" or "last" where the encoder was trained to make sentence vectors that way, as files of sentence-transformers say; else None.
+    """ "mean", "cls" or "last" where the encoder was trained to make sentence vectors that way, as files of sentence-transformers say; else None.
 
     Looks into the folder, or the local cache of the hub, and reads both forms of the file: a flag for each mode, or one key
     `pooling_mode`. A pooler stored with such an encoder was no part of that training.
@@ -98,9 +102,13 @@ def sentence_pooling(name_or_folder: str) -> str | None:
     modes = _pooling_modes(settings)
     if len(modes) != 1 or modes[0] not in SENTENCE_POOLINGS:
         found = ", ".join(map(shortened, modes)) or "none"
-        raise InputError(f"{error_prefix}: expected one mode of {', '.join(SENTENCE_POOLINGS)}, found {found}: {advice}")
+        raise InputError(
+            f"{error_prefix}: expected one mode of {', '.join(SENTENCE_POOLINGS)}, found {found}: {advice}"
+        )
     if settings.get("include_prompt") is False and _has_prompt(name):
-        raise InputError(f"{error_prefix}: its vectors leave out the tokens of a prompt (include_prompt: false), which texts here never have: {advice}")
+        raise InputError(
+            f"{error_prefix}: its vectors leave out the tokens of a prompt (include_prompt: false), which texts here never have: {advice}"
+        )
     return SENTENCE_POOLINGS[modes[0]]
 
 
@@ -212,7 +220,9 @@ def _checked_config(name: str, *, local_files_only: bool, shapes: Shapes) -> Pre
         if key in REFUSED_KEYS and value:
             raise InputError(f"encoder {name!r}: {REFUSED_KEYS[key]}")
         if IMPLEMENTATION in f"_{key}" and value not in PLAIN_IMPLEMENTATIONS:
-            raise InputError(f"encoder {name!r}: its config chooses code to run, which is never fetched: expected {key} eager or sdpa, found {value!r:.80}")
+            raise InputError(
+                f"encoder {name!r}: its config chooses code to run, which is never fetched: expected {key} eager or sdpa, found {value!r:.80}"
+            )
     if not isinstance(settings.get("model_type"), str):
         raise InputError(f"encoder {name!r}: its config.json names no model_type")
     error_prefix = f"encoder {name!r}: its config.json"
@@ -233,7 +243,9 @@ def _naming_encoder(name: str) -> Iterator[None]:
         yield
     except InputError as error:
         message = str(error)
-        raise InputError(message if message.startswith("encoder ") else f"encoder {name!r}: {message.removeprefix(name + os.sep)}") from None
+        raise InputError(
+            message if message.startswith("encoder ") else f"encoder {name!r}: {message.removeprefix(name + os.sep)}"
+        ) from None
 
 
 @contextmanager

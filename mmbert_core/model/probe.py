@@ -77,7 +77,9 @@ def check_runs_once(text: TextBertBase, ids: Sequence[int], *, name: str) -> Non
     with _unchanged(text):
         reason = _failure(text, ids)
     if reason and not reason.startswith(NOT_FINITE):  # such a model loads, and each of its rows is said to be so
-        raise InputError(f"{name}: the encoder cannot compute a text of {len(ids)} tokens with this config.json ({reason})")
+        raise InputError(
+            f"{name}: the encoder cannot compute a text of {len(ids)} tokens with this config.json ({reason})"
+        )
 
 
 def num_embedding_rows(encoder: nn.Module) -> int | None:
@@ -93,7 +95,10 @@ def num_embedding_rows(encoder: nn.Module) -> int | None:
 
 def _check_runs(text: TextBertBase, tokens: ProbeTokens, *, name: str) -> None:
     """A text of one token, then one with the highest token id."""
-    for ids, what in ((tokens.text(1), "a text of one word"), (tokens.text(1, first=tokens.highest), f"a text with the token id {tokens.highest}")):
+    for ids, what in (
+        (tokens.text(1), "a text of one word"),
+        (tokens.text(1, first=tokens.highest), f"a text with the token id {tokens.highest}"),
+    ):
         reason = _failure(text, ids)
         if reason:
             raise InputError(f"encoder {name!r}: {type(text.encoder).__name__} gives no vector of {what}: {reason}")
@@ -109,7 +114,9 @@ def _check_positions(text: TextBertBase, tokens: ProbeTokens, *, max_length: int
     if not reason:
         return
     largest = _largest(runs, tokens.num_special + 1, max_length)
-    raise InputError(f"max_length: expected at most {largest} tokens, as encoder {name!r} ({type(text.encoder).__name__}) takes, found {max_length} ({reason})")
+    raise InputError(
+        f"max_length: expected at most {largest} tokens, as encoder {name!r} ({type(text.encoder).__name__}) takes, found {max_length} ({reason})"
+    )
 
 
 def _largest(runs: Callable[[int], bool], low: int, high: int) -> int:
@@ -125,9 +132,15 @@ def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], p
     encoder = type(text.encoder).__name__
     alone, again = (_vectors(text, [short], pad, is_packed=False) for _ in range(2))  # [1, H]
     if _difference(alone, again) > TOLERANCE:
-        raise InputError(f"encoder {name!r}: {encoder} gives a text another vector at every call (it draws random numbers): choose another encoder")
+        raise InputError(
+            f"encoder {name!r}: {encoder} gives a text another vector at every call (it draws random numbers): choose another encoder"
+        )
     difference = _certain_difference(
-        text, lambda: (_vectors(text, [short], pad, is_packed=False)[0], _vectors(text, [short, long], pad, is_packed=False)[0])
+        text,
+        lambda: (
+            _vectors(text, [short], pad, is_packed=False)[0],
+            _vectors(text, [short, long], pad, is_packed=False)[0],
+        ),
     )
     if difference > TOLERANCE:
         raise InputError(
@@ -135,17 +148,27 @@ def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], p
             "alone and next to a longer text, so predictions would depend on the other rows: choose another encoder"
         )
     if text.is_packed:
-        difference = _certain_difference(text, lambda: (_vectors(text, [short, long], pad), _vectors(text, [short, long], pad, is_packed=False)))
+        difference = _certain_difference(
+            text, lambda: (_vectors(text, [short, long], pad), _vectors(text, [short, long], pad, is_packed=False))
+        )
         if difference > TOLERANCE:
-            raise InputError(f"encoder {name!r}: {encoder} gives other vectors for packed than for padded texts (difference {difference:.1e}): choose another encoder")
+            raise InputError(
+                f"encoder {name!r}: {encoder} gives other vectors for packed than for padded texts (difference {difference:.1e}): choose another encoder"
+            )
 
 
 def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *, name: str) -> None:
     """Two texts that differ in their last word differ in their vectors. One call each: the same work in the same order."""
-    first, second = (_vectors(text, [tokens.text(num_words, last=word)], tokens.pad) for word in (tokens.words[0], tokens.words[-1]))
+    first, second = (
+        _vectors(text, [tokens.text(num_words, last=word)], tokens.pad) for word in (tokens.words[0], tokens.words[-1])
+    )
     if _difference(first, second) > SAME:
         return
-    reason = "reads forward only and this vector is that of its first token" if text.pooling in ("cls", "pooler") and is_causal(text.encoder) else "gives both the same vector"
+    reason = (
+        "reads forward only and this vector is that of its first token"
+        if text.pooling in ("cls", "pooler") and is_causal(text.encoder)
+        else "gives both the same vector"
+    )
     other = "last" if text.pooling in ("cls", "pooler") else "mean"
     raise InputError(
         f"pooling: {text.pooling} of encoder {name!r} cannot tell texts apart that differ in their last word: {type(text.encoder).__name__} {reason}: set pooling to {other}"
@@ -155,7 +178,9 @@ def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *,
 # ---- what they share ----
 
 
-def _vectors(text: TextBertBase, texts: Sequence[Sequence[int]], pad: int, *, is_packed: bool | None = None) -> torch.Tensor:
+def _vectors(
+    text: TextBertBase, texts: Sequence[Sequence[int]], pad: int, *, is_packed: bool | None = None
+) -> torch.Tensor:
     """Token ids of N texts -> [N, H], padded on the right to the longest; packed or not as given, else as the encoder will be used."""
     longest = max(map(len, texts))
     input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts])
@@ -172,7 +197,16 @@ def _failure(text: TextBertBase, ids: Sequence[int]) -> str:
     """Why there is no finite vector of the text; "" where there is one."""
     try:
         vectors = _vectors(text, [ids], ids[0])
-    except (RuntimeError, IndexError, ValueError, TypeError, AssertionError, AttributeError, KeyError, NotImplementedError) as error:
+    except (
+        RuntimeError,
+        IndexError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+    ) as error:
         if "allocate memory" in str(error):
             raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

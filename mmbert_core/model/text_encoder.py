@@ -46,7 +46,9 @@ def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, tra
         return pooling
     if asked == "pooler":
         if getattr(encoder, "pooler", None) is None:
-            raise InputError(f"pooling: expected an encoder with a pooler, found {name} without (use cls, mean or last)")
+            raise InputError(
+                f"pooling: expected an encoder with a pooler, found {name} without (use cls, mean or last)"
+            )
         if not has_stored_pooler:
             logger.warning("pooling: the pooler of %s was not stored with it: its weights are random", name)
     return asked
@@ -64,7 +66,10 @@ def is_causal(encoder: nn.Module) -> bool:
         other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
         mask = torch.ones_like(ids)
         with torch.no_grad():
-            first, second = (encoder(input_ids=each, attention_mask=mask, return_dict=True).last_hidden_state[:, 0] for each in (ids, other))
+            first, second = (
+                encoder(input_ids=each, attention_mask=mask, return_dict=True).last_hidden_state[:, 0]
+                for each in (ids, other)
+            )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return False
     return bool((first - second).abs().max() <= EQUAL * first.abs().max().clamp(min=1.0))
@@ -141,7 +146,9 @@ class TextBertBase(nn.Module):
         self.pooling = pooling
         replace_dropouts(encoder)
         self.is_packed = packing.use_packed_attention(encoder)
-        self.ends_at_first_tokens = self.is_packed and pooling in ("pooler", "cls") and packing.end_at_first_tokens(encoder)
+        self.ends_at_first_tokens = (
+            self.is_packed and pooling in ("pooler", "cls") and packing.end_at_first_tokens(encoder)
+        )
         # Longformer and its kin: the token that the row's vector is read at must see the whole text.
         self.has_global_attention = "global_attention_mask" in inspect.signature(encoder.forward).parameters
         self.dropout = Dropout(dropout)
@@ -160,7 +167,10 @@ class TextBertBase(nn.Module):
             real = attention_mask.any(dim=2)  # [B, C]
             chunks = self.pool(input_ids[real], attention_mask[real])  # [N, H]
             # Scattered back rather than index_add: every slot is written once, so the sum's order is fixed.
-            places, counts = (packing.moved(made, chunks.device) for made in (real.flatten().nonzero()[:, 0], real.sum(dim=1, keepdim=True).clamp(min=1)))
+            places, counts = (
+                packing.moved(made, chunks.device)
+                for made in (real.flatten().nonzero()[:, 0], real.sum(dim=1, keepdim=True).clamp(min=1))
+            )
             by_row = chunks.new_zeros(real.numel(), chunks.shape[-1]).index_copy(0, places, chunks)  # [B x C, H]
             pooled = by_row.unflatten(0, real.shape).sum(dim=1) / counts  # [B, H]
         return self.linear(self.dropout(pooled))
@@ -170,7 +180,10 @@ class TextBertBase(nn.Module):
         if self.is_packed:
             return self._pool_packed(input_ids, attention_mask)
         device = self.linear.weight.device
-        input_ids, attention_mask = input_ids.to(device, non_blocking=True), attention_mask.to(device, non_blocking=True)
+        input_ids, attention_mask = (
+            input_ids.to(device, non_blocking=True),
+            attention_mask.to(device, non_blocking=True),
+        )
         extra = {}
         if self.has_global_attention:
             is_global = torch.zeros_like(attention_mask)

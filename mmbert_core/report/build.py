@@ -105,12 +105,16 @@ def render_again(folder: Path) -> Path:
     try:
         report = read_json(folder / REPORT, check_report)
     except FileNotFoundError:
-        raise InputError(f"{folder}: expected the folder of a test or of `mmbert evaluate`, found no {REPORT}") from None
+        raise InputError(
+            f"{folder}: expected the folder of a test or of `mmbert evaluate`, found no {REPORT}"
+        ) from None
     try:
         page = render(report)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{folder / REPORT}: expected a report that can be drawn, found one that cannot ({what})") from None
+        raise InputError(
+            f"{folder / REPORT}: expected a report that can be drawn, found one that cannot ({what})"
+        ) from None
     write_text(folder / PAGE, page)
     return folder / PAGE
 
@@ -137,25 +141,35 @@ def build_report(scored: Scored) -> Section:
         "format_version": FORMAT_VERSION,
         "title": f"{Path(scored.model_path).resolve().name}: {len(dataset):,} rows of {', '.join(Path(path).name for path in paths)}",
         "created": time.strftime("%Y-%m-%d %H:%M"),
-        "model_path": scored.model_path, "input": list(paths), "num_rows": len(dataset), "has_labels": dataset.has_labels,
-        "task": config.task, "class_names": list(names), "label_name": config.label_name,
+        "model_path": scored.model_path,
+        "input": list(paths),
+        "num_rows": len(dataset),
+        "has_labels": dataset.has_labels,
+        "task": config.task,
+        "class_names": list(names),
+        "label_name": config.label_name,
         "warnings": scored.warnings if isinstance(scored.warnings, Mapping) else list(scored.warnings),
         "metrics": of_labels("metrics", lambda: metrics_section(scored)),
         "baselines": of_labels("baselines", lambda: baselines_section(scored)),
         "threshold": of_labels("threshold", lambda: curves.threshold_section(preds, scored.labels, judgement)),
         "calibration": of_labels("calibration", lambda: curves.calibration_section(preds, scored.labels, judgement)),
         "roc": of_labels("roc", lambda: curves.roc_section(preds, scored.labels, names)),
-        "precision_recall": of_labels("precision_recall", lambda: curves.precision_recall_section(preds, scored.labels, names)),
-        "confusion": of_labels("confusion", lambda: curves.confusion_section(preds, scored.labels, len(names), scored.threshold)),
+        "precision_recall": of_labels(
+            "precision_recall", lambda: curves.precision_recall_section(preds, scored.labels, names)
+        ),
+        "confusion": of_labels(
+            "confusion", lambda: curves.confusion_section(preds, scored.labels, len(names), scored.threshold)
+        ),
         "scores": of_labels("scores", lambda: curves.scores_section(preds, scored.labels, names)),
         "training": scored.training,
         "slices": of_labels("slices", lambda: slices_section(scored)),
         "importance": of_labels("importance", lambda: importance_section(scored)),
         "errors": of_labels("errors", lambda: errors_section(scored)),
-        "config": config.to_dict(), "resolved": dict(scored.loaded.resolved),
+        "config": config.to_dict(),
+        "resolved": dict(scored.loaded.resolved),
         "data": scored.data,
         "versions": {**VERSIONS, "python": platform.python_version()},
-    }  # fmt: skip
+    }
 
 
 # ---- what a run knows ----
@@ -169,8 +183,14 @@ def training_section(folder: Path, best_step: int | None = None, metric: str | N
     lines = [json.loads(line) for line in kept_lines(path, sys.maxsize, tested=True)]
     steps = [line for line in lines if "train_loss" in line and "lr" in line]
     steps = steps[:: max(1, len(steps) // MOST_STEPS)]
-    validations = [{name: value for name, value in line.items() if name != "undefined"} for line in lines if "val_loss" in line]
-    curves = {"steps": [line["step"] for line in steps], "train_loss": [line["train_loss"] for line in steps], "lr": [line["lr"] for line in steps]}
+    validations = [
+        {name: value for name, value in line.items() if name != "undefined"} for line in lines if "val_loss" in line
+    ]
+    curves = {
+        "steps": [line["step"] for line in steps],
+        "train_loss": [line["train_loss"] for line in steps],
+        "lr": [line["lr"] for line in steps],
+    }
     return {**curves, "validations": validations, "best_step": best_step, "metric": metric}
 
 
@@ -178,18 +198,28 @@ def data_section(data: Data) -> Section:
     """Rows, classes and lengths of each part, and the files with their hashes."""
     splits = (("train", data.train), ("val", data.val), ("test", data.test))
     listed = most_frequent(data.train.label_index, len(data.labels.names))
-    return {"files": data.fingerprints, **{name: rows_section(split, data.labels.names, listed) for name, split in splits if split is not None}}
+    return {
+        "files": data.fingerprints,
+        **{name: rows_section(split, data.labels.names, listed) for name, split in splits if split is not None},
+    }
 
 
 def rows_section(split: Dataset, class_names: Sequence[str], listed: Sequence[int] | None = None) -> Section:
     """Rows, classes and lengths of one split. Of more than FEW_CLASSES those `listed`, by default its most frequent ones."""
-    section: Section = {"rows": len(split), "classes": None, "mean_tokens": float(split.lengths.mean()) if len(split) else None}
+    section: Section = {
+        "rows": len(split),
+        "classes": None,
+        "mean_tokens": float(split.lengths.mean()) if len(split) else None,
+    }
     if split.has_labels:
         counts = np.bincount(split.label_index, minlength=len(class_names))
         listed = most_frequent(split.label_index, len(class_names)) if listed is None else listed
         section["classes"] = {class_names[index]: int(counts[index]) for index in listed}
         if len(listed) < len(class_names):
-            section |= {"classes_left_out": len(class_names) - len(listed), "rows_left_out": int(counts.sum() - counts[listed].sum())}
+            section |= {
+                "classes_left_out": len(class_names) - len(listed),
+                "rows_left_out": int(counts.sum() - counts[listed].sum()),
+            }
     return section
 
 
@@ -204,7 +234,11 @@ def most_frequent(labels: np.ndarray, num_classes: int) -> list[int]:
 
 def cell(figures: Mapping[str, Any], key: str) -> Section:
     interval = figures.get("intervals", {}).get(key)
-    return {"value": figures.get(key), "interval": None if interval is None else list(interval), "reason": figures.get("undefined", {}).get(key)}
+    return {
+        "value": figures.get(key),
+        "interval": None if interval is None else list(interval),
+        "reason": figures.get("undefined", {}).get(key),
+    }
 
 
 def metrics_section(scored: Scored) -> Section:
@@ -218,7 +252,14 @@ def metrics_section(scored: Scored) -> Section:
 def baselines_section(scored: Scored) -> Section:
     figures, _ = listed_figures(scored.figures, "test", scored.loaded.config)
     rows = [
-        {"name": name, "how": HOW[name], "metrics": {key.removeprefix("test/"): {"value": value, "interval": None, "reason": None} for key, value in values.items()}}
+        {
+            "name": name,
+            "how": HOW[name],
+            "metrics": {
+                key.removeprefix("test/"): {"value": value, "interval": None, "reason": None}
+                for key, value in values.items()
+            },
+        }
         for name, values in figures["baselines"].items()
     ]
     if not rows:
@@ -234,7 +275,9 @@ def slices_section(scored: Scored) -> Section:
     if not columns:
         return {"reason": "the model has no columns, and none were named"}
     names = tuple(dict.fromkeys([metric, *SLICE_METRICS]))
-    made = slices_of(scored.preds, scored.labels, columns, names, class_names=scored.class_names, threshold=scored.threshold)
+    made = slices_of(
+        scored.preds, scored.labels, columns, names, class_names=scored.class_names, threshold=scored.threshold
+    )
     if not made:
         return {"reason": f"no value and no quarter of a column has {FEWEST_ROWS} rows"}
     return {"metric": metric, "rows": [part.to_json() for part in made[:MOST_SLICES]]}
@@ -267,9 +310,15 @@ def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
 def importance_section(scored: Scored) -> Section:
     config = scored.loaded.config
     return permutation_importance(
-        scored.loaded.model, scored.dataset, task=scored.task, metric=main_metric(config), class_names=scored.class_names,
-        threshold=scored.threshold, text_name=", ".join(config.text_name), seed=config.seed,
-    )  # fmt: skip
+        scored.loaded.model,
+        scored.dataset,
+        task=scored.task,
+        metric=main_metric(config),
+        class_names=scored.class_names,
+        threshold=scored.threshold,
+        text_name=", ".join(config.text_name),
+        seed=config.seed,
+    )
 
 
 def errors_section(scored: Scored) -> Section:
@@ -288,21 +337,29 @@ def errors_section(scored: Scored) -> Section:
         pieces += explain_rows(scored.loaded, dataset, [row], predicted=[chosen[row]], texts=[text], task=scored.task)
     pieces += [[(text, 0.0)] if text else [] for text in texts[num_explained:]]
     columns = dataset.cells(worst)
-    return {"rows": [
-        {
-            "place": dataset.where(int(row)), "id": scored.ids[row] if scored.ids else None,
-            "label": scored.class_names[labels[row]], "pred": scored.class_names[chosen[row]], "prob": float(of_chosen[row]),
-            "columns": {name: str(values[place]) for name, values in columns.items()},
-            "tokens": [list(piece) for piece in pieces[place]], "method": "integrated gradients" if place < num_explained else None,
-        }
-        for place, row in enumerate(worst)
-    ]}  # fmt: skip
+    return {
+        "rows": [
+            {
+                "place": dataset.where(int(row)),
+                "id": scored.ids[row] if scored.ids else None,
+                "label": scored.class_names[labels[row]],
+                "pred": scored.class_names[chosen[row]],
+                "prob": float(of_chosen[row]),
+                "columns": {name: str(values[place]) for name, values in columns.items()},
+                "tokens": [list(piece) for piece in pieces[place]],
+                "method": "integrated gradients" if place < num_explained else None,
+            }
+            for place, row in enumerate(worst)
+        ]
+    }
 
 
 def distance_to(threshold: float, preds: np.ndarray) -> np.ndarray:
     """0 for a probability [N] at the threshold, 1 for one at the end of its side: so misses and false alarms compare."""
     preds, threshold = preds.astype(np.float64), max(threshold, 0.0)
-    return np.where(preds > threshold, (preds - threshold) / max(1 - threshold, EPS), (threshold - preds) / max(threshold, EPS))
+    return np.where(
+        preds > threshold, (preds - threshold) / max(1 - threshold, EPS), (threshold - preds) / max(threshold, EPS)
+    )
 
 
 def texts_of(scored: Scored, positions: np.ndarray) -> list[str]:
@@ -314,7 +371,13 @@ def texts_of(scored: Scored, positions: np.ndarray) -> list[str]:
     longest = longest_texts(Roles.from_config(config), max_length=config.max_length, max_chunks=config.max_chunks)
     wanted = {int(row): place for place, row in enumerate(scored.dataset.rows[positions])}
     texts, first = [""] * len(positions), 0
-    for chunk in read_chunks(encoded.paths, list(columns), longest=longest, keep_end=keeps_end(scored.loaded.tokenizer), tsv_quoting=encoded.tsv_quoting):
+    for chunk in read_chunks(
+        encoded.paths,
+        list(columns),
+        longest=longest,
+        keep_end=keeps_end(scored.loaded.tokenizer),
+        tsv_quoting=encoded.tsv_quoting,
+    ):
         if first > max(wanted):
             break
         for row in [row for row in wanted if first <= row < first + len(chunk)]:

@@ -32,7 +32,11 @@ def threshold_section(preds: np.ndarray, labels: np.ndarray, judgement: Judgemen
     if preds.ndim == 2:
         return {"reason": "several classes: the largest probability decides"}
     chosen = judgement.threshold
-    section = {**chosen.to_json(), "chosen_on": f"{chosen.rows:,} validation rows" if chosen.rows else "no rows", "table": []}
+    section = {
+        **chosen.to_json(),
+        "chosen_on": f"{chosen.rows:,} validation rows" if chosen.rows else "no rows",
+        "table": [],
+    }
     if (labels == 1).any():
         cuts = cuts_of(preds, labels)
         places = {int(np.argmax(cuts.recall >= recall)) for recall in RECALLS}
@@ -44,13 +48,24 @@ def threshold_section(preds: np.ndarray, labels: np.ndarray, judgement: Judgemen
 def _table_row(preds: np.ndarray, labels: np.ndarray, value: float) -> Section:
     made = at(preds, labels, value, "")
     false_alerts = 1000 * float(((preds.astype(np.float64) > value) & (labels != 1)).mean())
-    return {"threshold": value, "precision": made.precision, "recall": made.recall, "f1": made.f1, "alerts_per_1000": made.alerts_per_1000, "false_alerts_per_1000": false_alerts}
+    return {
+        "threshold": value,
+        "precision": made.precision,
+        "recall": made.recall,
+        "f1": made.f1,
+        "alerts_per_1000": made.alerts_per_1000,
+        "false_alerts_per_1000": false_alerts,
+    }
 
 
 def calibration_section(preds: np.ndarray, labels: np.ndarray, judgement: Judgement) -> Section:
     """The temperature, and how often probabilities of about p came true, before and after it."""
     calibration = judgement.calibration
-    return {**calibration.to_json(), "bins": _bins(preds, labels), "calibrated_bins": _bins(calibration.apply(preds), labels)}
+    return {
+        **calibration.to_json(),
+        "bins": _bins(preds, labels),
+        "calibrated_bins": _bins(calibration.apply(preds), labels),
+    }
 
 
 def _bins(preds: np.ndarray, labels: np.ndarray) -> list[Section]:
@@ -60,7 +75,11 @@ def _bins(preds: np.ndarray, labels: np.ndarray) -> list[Section]:
     bins = []
     for place in range(BINS):
         here = places == place
-        means = {"mean": float(confidence[here].mean()), "share": float(hit[here].mean())} if here.any() else {"mean": None, "share": None}
+        means = (
+            {"mean": float(confidence[here].mean()), "share": float(hit[here].mean())}
+            if here.any()
+            else {"mean": None, "share": None}
+        )
         bins.append({"low": place / BINS, "high": (place + 1) / BINS, "rows": int(here.sum()), **means})
     return bins
 
@@ -114,9 +133,18 @@ def confusion_section(preds: np.ndarray, labels: np.ndarray, num_classes: int, t
         wrong = labels != chosen
         pairs, rows = np.unique(labels[wrong] * num_classes + chosen[wrong], return_counts=True)
         largest = np.argsort(-rows, kind="stable")[:MAX_MISTAKES]
-        mistakes = [[int(pairs[index]) // num_classes, int(pairs[index]) % num_classes, int(rows[index])] for index in largest]
-        return {"mistakes": mistakes, **{name: getattr(of_class, name).astype(np.int64).tolist() for name in ("right", "labelled", "predicted")}}
-    return {"counts": np.bincount(labels * num_classes + chosen, minlength=num_classes**2).reshape(num_classes, num_classes).tolist()}
+        mistakes = [
+            [int(pairs[index]) // num_classes, int(pairs[index]) % num_classes, int(rows[index])] for index in largest
+        ]
+        return {
+            "mistakes": mistakes,
+            **{name: getattr(of_class, name).astype(np.int64).tolist() for name in ("right", "labelled", "predicted")},
+        }
+    return {
+        "counts": np.bincount(labels * num_classes + chosen, minlength=num_classes**2)
+        .reshape(num_classes, num_classes)
+        .tolist()
+    }
 
 
 def scores_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Section:
@@ -127,4 +155,7 @@ def scores_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[
     else:
         is_right = preds.argmax(axis=1) == labels
         groups = {"right": preds.max(axis=1)[is_right], "wrong": preds.max(axis=1)[~is_right]}
-    return {"edges": edges.tolist(), "counts": {name: np.histogram(values, edges)[0].tolist() for name, values in groups.items()}}
+    return {
+        "edges": edges.tolist(),
+        "counts": {name: np.histogram(values, edges)[0].tolist() for name, values in groups.items()},
+    }

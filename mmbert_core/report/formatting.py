@@ -13,9 +13,16 @@ from typing import Any
 
 NOTHING = "–"  # a number that is not there
 MOST_ROWS = 25  # of a table; a longer one scrolls in its box
-CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {13: "\n", 0x7F: "\u2421"}  # drawn as ␀, ␁, ...
-CONTROL |= {code: "\ufffd" for code in (*range(0x80, 0xA0), 0xFFFE, 0xFFFF, *range(0xFDD0, 0xFDF0))}  # nor are these allowed in HTML
-CONTROL |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # would turn the order of what stands beside them
+CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {
+    13: "\n",
+    0x7F: "\u2421",
+}  # drawn as ␀, ␁, ...
+CONTROL |= {
+    code: "\ufffd" for code in (*range(0x80, 0xA0), 0xFFFE, 0xFFFF, *range(0xFDD0, 0xFDF0))
+}  # nor are these allowed in HTML
+CONTROL |= {
+    code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}  # would turn the order of what stands beside them
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -40,7 +47,11 @@ def short(value: object, most: int = 24) -> str:
 
 def name(value: object) -> str:
     """Escaped; a long name may break after "_", "/" and ".". Texts of its own direction do not turn their neighbours."""
-    return "<bdi>" + re.sub(r"([_/.]+)(?=\w)", r"\1<wbr>", text(value)) + "</bdi>" if str(value) else '<span class="muted">(empty)</span>'
+    return (
+        "<bdi>" + re.sub(r"([_/.]+)(?=\w)", r"\1<wbr>", text(value)) + "</bdi>"
+        if str(value)
+        else '<span class="muted">(empty)</span>'
+    )
 
 
 # ---- numbers ----
@@ -67,7 +78,13 @@ def brief(value: Any) -> str:
     """At most six characters of a number below 10^12: 12,345, then 123k, 12M."""
     if not is_number(value) or abs(value) < 100_000:
         return count(value)
-    return f"{value / 1e3:.0f}k" if abs(value) < 1e6 else f"{value / 1e6:.0f}M" if abs(value) < 1e9 else f"{value / 1e9:.0f}G"
+    return (
+        f"{value / 1e3:.0f}k"
+        if abs(value) < 1e6
+        else f"{value / 1e6:.0f}M"
+        if abs(value) < 1e9
+        else f"{value / 1e9:.0f}G"
+    )
 
 
 def percent(value: Any) -> str:
@@ -108,7 +125,9 @@ def reason(value: object) -> str:
 
 def scroll_box(inside: str, label: str, *, kind: str = "") -> str:
     """What may be wider (`kind` "tall": or higher) than the page; the keyboard reaches and names it."""
-    return f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{text(label)}">{inside}</div>'
+    return (
+        f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{text(label)}">{inside}</div>'
+    )
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "") -> str:
@@ -117,7 +136,9 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, 
     Each head may begin with ">" for a column of numbers, which stands right.
     """
     sides = ["num" if head.startswith(">") else "" for head in heads]
-    head_row = "".join(f'<th scope="col"{_class(side)}>{head.removeprefix(">")}</th>' for head, side in zip(heads, sides))
+    head_row = "".join(
+        f'<th scope="col"{_class(side)}>{head.removeprefix(">")}</th>' for head, side in zip(heads, sides)
+    )
     body = []
     for row in rows:
         cells = "".join(f"<td{_class(side)}>{cell}</td>" for cell, side in zip(row[1:], sides[1:]))
@@ -153,7 +174,7 @@ def beside(made: str, figures: str) -> str:
 
 def chart(heading: str, svg: str, below: str = "") -> str:
     """A chart with its name above and, below, what it says in words; `heading` is plain text, the others markup."""
-    return f'<figure><figcaption>{text(heading)}</figcaption>{svg}{below}</figure>'
+    return f"<figure><figcaption>{text(heading)}</figcaption>{svg}{below}</figure>"
 
 
 def _class(side: str) -> str:

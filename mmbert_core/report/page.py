@@ -1,5 +1,4 @@
-"""A report as one HTML page that needs no network, no script and no other file.
-"""
+"""A report as one HTML page that needs no network, no script and no other file."""
 
 from __future__ import annotations
 
@@ -45,21 +44,26 @@ def render(report: Mapping[str, Any]) -> str:
     for title, key, make in SECTIONS:
         why, anchor = why_empty(report.get(key)), title.lower().replace(" ", "-")
         inside = reason(why) if why is not None else make(report[key], report)
-        sections.append(f'<section id="{anchor}" aria-labelledby="{anchor}-name"><h2 id="{anchor}-name">{title}</h2>{inside}</section>')
+        sections.append(
+            f'<section id="{anchor}" aria-labelledby="{anchor}-name"><h2 id="{anchor}-name">{title}</h2>{inside}</section>'
+        )
         links.append(f'<li><a href="#{anchor}" class="{"" if why is None else "empty"}">{title}</a></li>')
-    return "\n".join([
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">',
-        f"<title>{text(report['title'])}</title>\n<style>{style_sheet()}</style>\n</head>\n<body>",
-        '<a class="skip" href="#content">Skip to the figures</a>',
-        f"<header><h1>{name(report['title'])}</h1>{_facts(report)}</header>",
-        f'<div class="frame"><nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>',
-        '<main id="content" tabindex="-1">', *sections,
-        f"<footer>Made {text(report.get('created') or '')} by mmbert_core. This page is one file: no script, no network.</footer>",
-        "</main></div>\n</body>\n</html>\n",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">',
+            f"<title>{text(report['title'])}</title>\n<style>{style_sheet()}</style>\n</head>\n<body>",
+            '<a class="skip" href="#content">Skip to the figures</a>',
+            f"<header><h1>{name(report['title'])}</h1>{_facts(report)}</header>",
+            f'<div class="frame"><nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>',
+            '<main id="content" tabindex="-1">',
+            *sections,
+            f"<footer>Made {text(report.get('created') or '')} by mmbert_core. This page is one file: no script, no network.</footer>",
+            "</main></div>\n</body>\n</html>\n",
+        ]
+    )
 
 
 def why_empty(part: Any) -> str | None:
@@ -81,4 +85,8 @@ def _facts(report: Mapping[str, Any]) -> str:
         "task": f"{text(report.get('task') or '')}, {count(len(report.get('class_names') or []))} classes",
         "made": text(report.get("created") or ""),
     }
-    return '<dl class="facts">' + "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items()) + "</dl>"
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())
+        + "</dl>"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmbert_core.report import charts
 from mmbert_core.report.charts import Axis, Curve, Guide
-from mmbert_core.report.formatting import (  # fmt: skip
+from mmbert_core.report.formatting import (
     NOTHING,
     bounds,
     chart,
@@ -56,14 +56,32 @@ def training(part: Part, report: Part) -> str:
     val = Curve("validation loss", *_by_step(validations, "val_loss"), 1, marker="square")
     made = [_by_step_chart("Loss", [train, val], best)]
     if metric:
-        made.append(_by_step_chart(f"{metric} of the validation rows", [Curve(metric, *_by_step(validations, metric), marker="dot")], best))
+        made.append(
+            _by_step_chart(
+                f"{metric} of the validation rows", [Curve(metric, *_by_step(validations, metric), marker="dot")], best
+            )
+        )
     made.append(_by_step_chart("Learning rate", [Curve("learning rate", *_known(steps, part.get("lr") or []))], None))
-    words = note(f"Dashed upright: step {count(best)}, the best in {name(metric or 'val_loss')}; its weights are the model's.") if is_number(best) else ""
+    words = (
+        note(
+            f"Dashed upright: step {count(best)}, the best in {name(metric or 'val_loss')}; its weights are the model's."
+        )
+        if is_number(best)
+        else ""
+    )
     if not validations:
         return figures_row(made) + words
     keys = list(dict.fromkeys(key for row in validations for key in row if key != "step"))
-    rows = [[count(row.get("step")) + (" (best)" if row.get("step") == best else ""), *(figure(row.get(key), 4) for key in keys)] for row in validations]
-    return figures_row(made) + words + table("Validations", ["step", *(f">{name(key)}" for key in keys)], rows, kind="pin")
+    rows = [
+        [
+            count(row.get("step")) + (" (best)" if row.get("step") == best else ""),
+            *(figure(row.get(key), 4) for key in keys),
+        ]
+        for row in validations
+    ]
+    return (
+        figures_row(made) + words + table("Validations", ["step", *(f">{name(key)}" for key in keys)], rows, kind="pin")
+    )
 
 
 def _by_step_chart(words: str, curves: Sequence[Curve], best: Any) -> str:
@@ -87,31 +105,54 @@ def slices(part: Part, report: Part) -> str:
     whole = ((report.get("metrics", {}).get("model") or {}).get(metric) or {}).get("value")
     shown = rows[:MOST_SLICES]
     names = [metric, *dict.fromkeys(key for row in shown for key in row["metrics"] if key != metric)]
-    known = [value for row in shown for value in (row["metrics"].get(metric), *((row.get("intervals") or {}).get(metric) or ())) if is_number(value)]
+    known = [
+        value
+        for row in shown
+        for value in (row["metrics"].get(metric), *((row.get("intervals") or {}).get(metric) or ()))
+        if is_number(value)
+    ]
     scale = charts.range_of(known, around=[whole] if is_number(whole) else [])
     cells = [_slice_row(row, names, scale, whole, report["class_names"]) for row in shown]
     beside_all = f'beside all rows<br><span class="muted">{name(metric)} {decimals(whole)}</span>'
     heads = ["part", ">rows", f">{name(metric)}", beside_all, *(f">{name(key)}" for key in names[1:]), "classes"]
     left_out = note(f"{count(len(rows))} slices; the {MOST_SLICES} worst are shown.") if len(rows) > MOST_SLICES else ""
-    words = note("Worst first. The dashed line is all rows, the other the interval: where they cross, the difference may be chance.")
+    words = note(
+        "Worst first. The dashed line is all rows, the other the interval: where they cross, the difference may be chance."
+    )
     return words + left_out + table(f"Slices by {clean(metric)}", heads, cells, kind="pin")
 
 
-def _slice_row(row: Part, names: Sequence[str], scale: tuple[float, float], whole: Any, class_names: Sequence[str]) -> list[str]:
+def _slice_row(
+    row: Part, names: Sequence[str], scale: tuple[float, float], whole: Any, class_names: Sequence[str]
+) -> list[str]:
     metric, (_, *others) = names[0], names
     value, ends = row["metrics"].get(metric), bounds((row.get("intervals") or {}).get(metric))
     why = {key: text((row.get("undefined") or {}).get(key, "")) for key in names}
     dot = f'<span class="muted">{why[metric] or NOTHING}</span>'
     if is_number(value):
         dot = charts.interval_dot(value, ends, scale, reference=whole if is_number(whole) else None)
-    first = f'<span class="first">{decimals(value)}</span>' + (f'<br><span class="muted">{interval(ends)}</span>' if ends else "")
-    rest = (decimals(row["metrics"].get(key)) + (f'<br><span class="muted">{why[key]}</span>' if why[key] else "") for key in others)
-    return [f'<span class="muted">{name(row["column"])}</span><br>{name(row["value"])}', count(row["rows"]), first, dot, *rest, _classes_of_slice(row, class_names)]
+    first = f'<span class="first">{decimals(value)}</span>' + (
+        f'<br><span class="muted">{interval(ends)}</span>' if ends else ""
+    )
+    rest = (
+        decimals(row["metrics"].get(key)) + (f'<br><span class="muted">{why[key]}</span>' if why[key] else "")
+        for key in others
+    )
+    return [
+        f'<span class="muted">{name(row["column"])}</span><br>{name(row["value"])}',
+        count(row["rows"]),
+        first,
+        dot,
+        *rest,
+        _classes_of_slice(row, class_names),
+    ]
 
 
 def _classes_of_slice(row: Part, class_names: Sequence[str]) -> str:
     """The shares of the classes in a slice's rows; of very many classes the report has the largest."""
-    shares = [(title, share) for title, share in zip(class_names, row.get("share_of_classes") or []) if is_number(share)]
+    shares = [
+        (title, share) for title, share in zip(class_names, row.get("share_of_classes") or []) if is_number(share)
+    ]
     if largest := row.get("largest_classes"):
         shares = [(class_names[index], share) for index, share in largest]
     if not shares:
@@ -126,12 +167,19 @@ def importance(part: Part, report: Part) -> str:
     """How much the metric falls when a column's cells change places."""
     items = part["items"]
     spreads = [item["spread"] if is_number(item.get("spread")) else None for item in items]
-    ends = [item["drop"] + sign * (spread or 0) for item, spread in zip(items, spreads) if is_number(item["drop"]) for sign in (-1, 1)]
+    ends = [
+        item["drop"] + sign * (spread or 0)
+        for item, spread in zip(items, spreads)
+        if is_number(item["drop"])
+        for sign in (-1, 1)
+    ]
     scale = charts.range_of(ends, around=[0.0])
     rows = []
     for item, spread in zip(items, spreads):
         drawn = charts.bar(item["drop"], spread, scale) if is_number(item["drop"]) else NOTHING
-        said = decimals(item["drop"]) + (f' <span class="muted">± {decimals(spread)}</span>' if spread is not None else "")
+        said = decimals(item["drop"]) + (
+            f' <span class="muted">± {decimals(spread)}</span>' if spread is not None else ""
+        )
         rows.append([name(item["name"]), said, drawn, text(item.get("kind") or "")])
     words = f"How much {name(part['metric'])} falls when a column's cells are dealt anew among {count(part.get('rows'))} rows; "
     words += f"mean and spread of {count(part.get('repeats'))} deals."
@@ -147,7 +195,9 @@ def errors(part: Part, report: Part) -> str:
     words = f"Rows whose prediction is wrong, the surest first{f'; {count(len(shown))} of {count(len(rows))} are shown' if len(shown) < len(rows) else ''}. "
     legend_words = 'Words <mark class="p2">underlined and bold</mark> speak for the predicted class, <mark class="n2">dashed and slanted</mark> against it.'
     has_tokens = any(row.get("tokens") for row in shown)
-    return note(words + (legend_words if has_tokens else "")) + "".join(_error(row, place) for place, row in enumerate(shown, 1))
+    return note(words + (legend_words if has_tokens else "")) + "".join(
+        _error(row, place) for place, row in enumerate(shown, 1)
+    )
 
 
 def _error(row: Part, place: int) -> str:
@@ -170,8 +220,16 @@ def _highlighted(pieces: Sequence[Sequence[Any]], place: int) -> str:
     for kind, group in groupby(shown, key=lambda piece: _kind_of(piece[1])):
         words = "".join(str(piece) for piece, _ in group)
         bare = words.lstrip()  # the space before a word stays outside its mark
-        made.append(text(words[: len(words) - len(bare)]) + f'<mark class="{kind}">{text(bare)}</mark>' if kind and bare else text(words))
-    rest = f' <span class="muted">… and {count(len(pieces) - MOST_PIECES)} more pieces</span>' if len(pieces) > MOST_PIECES else ""
+        made.append(
+            text(words[: len(words) - len(bare)]) + f'<mark class="{kind}">{text(bare)}</mark>'
+            if kind and bare
+            else text(words)
+        )
+    rest = (
+        f' <span class="muted">… and {count(len(pieces) - MOST_PIECES)} more pieces</span>'
+        if len(pieces) > MOST_PIECES
+        else ""
+    )
     is_long = sum(len(str(piece)) for piece, _ in shown) > LONG_TEXT
     box = f' long" tabindex="0" role="region" aria-label="Text of error {place}"' if is_long else '"'
     return f'<div class="tokens{box} dir="auto">{"".join(made)}{rest}</div>'
@@ -188,9 +246,20 @@ def _strongest(pieces: Sequence[Sequence[Any]], row: Part) -> str:
     """The same in words: the strongest pieces of either sign."""
     known = [(str(piece).strip(), weight) for piece, weight in pieces if is_number(weight) and str(piece).strip()]
     known.sort(key=lambda pair: -abs(pair[1]))
-    sides = {"for": [pair for pair in known if pair[1] >= FAINTEST], "against": [pair for pair in known if pair[1] <= -FAINTEST]}
-    said = [f"{side}: " + ", ".join(f"{text(short(piece))} ({decimals(weight, 2)})" for piece, weight in pairs[:5]) for side, pairs in sides.items() if pairs]
-    return note(f"Strongest {'; '.join(said)} <span class=\"muted\">({text(row.get('method') or 'weights')})</span>") if said else ""
+    sides = {
+        "for": [pair for pair in known if pair[1] >= FAINTEST],
+        "against": [pair for pair in known if pair[1] <= -FAINTEST],
+    }
+    said = [
+        f"{side}: " + ", ".join(f"{text(short(piece))} ({decimals(weight, 2)})" for piece, weight in pairs[:5])
+        for side, pairs in sides.items()
+        if pairs
+    ]
+    return (
+        note(f'Strongest {"; ".join(said)} <span class="muted">({text(row.get("method") or "weights")})</span>')
+        if said
+        else ""
+    )
 
 
 # ---- what was run ----
@@ -218,25 +287,42 @@ def data(part: Part, report: Part) -> str:
     """Rows and classes of each split, and the files with their fingerprints."""
     splits = {title: part[key] for key, title in SPLITS.items() if isinstance(part.get(key), Mapping)}
     known = {title: split for title, split in splits.items() if "rows" in split}
-    made = "".join(note(f"{text(title)}: {text(split['reason'])}") for title, split in splits.items() if split.get("reason"))
+    made = "".join(
+        note(f"{text(title)}: {text(split['reason'])}") for title, split in splits.items() if split.get("reason")
+    )
     if known:
         rows = [["rows", *(count(split["rows"]) for split in known.values())]]
         rows.append(["tokens on average", *(decimals(split.get("mean_tokens"), 1) for split in known.values())])
         classes = dict.fromkeys(key for split in known.values() for key in split.get("classes") or {})
         for title in classes:
-            rows.append([f"class {name(title)}", *(_class_count((split.get("classes") or {}).get(title), split["rows"]) for split in known.values())])
+            rows.append(
+                [
+                    f"class {name(title)}",
+                    *(_class_count((split.get("classes") or {}).get(title), split["rows"]) for split in known.values()),
+                ]
+            )
         if any(split.get("classes_left_out") for split in known.values()):
-            rows.append(["all other classes", *(_class_count(split.get("rows_left_out"), split["rows"]) for split in known.values())])
+            rows.append(
+                [
+                    "all other classes",
+                    *(_class_count(split.get("rows_left_out"), split["rows"]) for split in known.values()),
+                ]
+            )
         made += table("Rows of each split", ["", *(f">{text(title)}" for title in known)], rows)
     files = part.get("files") or {}
     if files:
-        rows = [[name(path), count(about.get("bytes")), f"<code>{text(about.get('sha256') or NOTHING)}</code>"] for path, about in files.items()]
+        rows = [
+            [name(path), count(about.get("bytes")), f"<code>{text(about.get('sha256') or NOTHING)}</code>"]
+            for path, about in files.items()
+        ]
         made += table("Files", ["file", ">bytes", "sha256"], rows)
     return made or note("None known.")
 
 
 def _class_count(value: Any, rows: Any) -> str:
-    return count(value) + (f' <span class="muted">({percent(value / rows)})</span>' if is_number(value) and rows else "")
+    return count(value) + (
+        f' <span class="muted">({percent(value / rows)})</span>' if is_number(value) and rows else ""
+    )
 
 
 def versions(part: Part, report: Part) -> str:

@@ -13,7 +13,7 @@ from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import ONE_SIDED
 from mmbert_core.report import charts
 from mmbert_core.report.charts import Axis, Curve, Guide
-from mmbert_core.report.formatting import (  # fmt: skip
+from mmbert_core.report.formatting import (
     NOTHING,
     beside,
     bounds,
@@ -59,12 +59,21 @@ def headline(part: Part, report: Part) -> str:
     listed = []
     for metric in names:
         value = model.get(metric) or {}
-        listed.append([name(metric), decimals(value.get("value")), interval(value.get("interval")), text(value.get("reason") or "")])
+        listed.append(
+            [
+                name(metric),
+                decimals(value.get("value")),
+                interval(value.get("interval")),
+                text(value.get("reason") or ""),
+            ]
+        )
     without_notes = not any(row[3] for row in listed)
     heads = ["metric", ">value", ">interval", "note"][: 3 if without_notes else 4]
     words = note("In brackets: where 95 of 100 resamples of these rows lie.") if any(row[2] for row in listed) else ""
     if num_left_out := part.get("classes_left_out"):
-        words += note(f"Of the {count(len(report['class_names']))} classes those with the lowest average precision are listed; {count(num_left_out)} more are in test_metrics.json.")
+        words += note(
+            f"Of the {count(len(report['class_names']))} classes those with the lowest average precision are listed; {count(num_left_out)} more are in test_metrics.json."
+        )
     return cards(shown) + words + table("All metrics", heads, [row[: len(heads)] for row in listed])
 
 
@@ -75,14 +84,22 @@ def _headline_card(metric: str, value: Part, baselines: Sequence[Part]) -> str:
     best = best_baseline(metric, baselines)
     if best and metric not in ONE_SIDED:
         gain = (value["value"] - best[1]) * (-1 if metric in LOWER_IS_BETTER else 1)
-        words = f'<span class="{"good" if gain > 0 else "bad"}">{decimals(abs(gain))} {"better" if gain > 0 else "worse"} than</span>' if gain else "equal to"
+        words = (
+            f'<span class="{"good" if gain > 0 else "bad"}">{decimals(abs(gain))} {"better" if gain > 0 else "worse"} than</span>'
+            if gain
+            else "equal to"
+        )
         lines.append(f"{words} the best baseline: {decimals(best[1])} ({text(best[0])})")
     return card(name(metric), decimals(value["value"]), *lines)
 
 
 def best_baseline(metric: str, baselines: Sequence[Part]) -> tuple[str, float] | None:
     """Name and value of the baseline that does best in a metric."""
-    known = [(row["name"], row["metrics"][metric]["value"]) for row in baselines if is_number((row["metrics"].get(metric) or {}).get("value"))]
+    known = [
+        (row["name"], row["metrics"][metric]["value"])
+        for row in baselines
+        if is_number((row["metrics"].get(metric) or {}).get("value"))
+    ]
     if not known:
         return None
     return min(known, key=lambda pair: pair[1]) if metric in LOWER_IS_BETTER else max(known, key=lambda pair: pair[1])
@@ -96,10 +113,17 @@ def baselines(part: Part, report: Part) -> str:
     """The verdict, the first metric on one scale, and every metric of every baseline."""
     metrics = report.get("metrics", {})
     names = metrics.get("names") or list(dict.fromkeys(metric for row in part["rows"] for metric in row["metrics"]))
-    columns = [("this model", "", metrics.get("model") or {}), *((row["name"], row.get("how") or "", row["metrics"]) for row in part["rows"])]
+    columns = [
+        ("this model", "", metrics.get("model") or {}),
+        *((row["name"], row.get("how") or "", row["metrics"]) for row in part["rows"]),
+    ]
     made = f'<p class="verdict">{text(part["verdict"])}</p>' if part.get("verdict") else ""
     first = [(title, values.get(names[0]) or {}) for title, _, values in columns] if names else []
-    dots = [(title, value["value"], bounds(value.get("interval"))) for title, value in first if is_number(value.get("value"))]
+    dots = [
+        (title, value["value"], bounds(value.get("interval")))
+        for title, value in first
+        if is_number(value.get("value"))
+    ]
     if dots:
         desc = "; ".join(f"{short(title, 40)} {decimals(value)}" for title, value, _ in dots)
         words = f"{names[0]} of the model and of simple models"
@@ -119,7 +143,9 @@ def _with_interval(value: Part) -> str:
 
 def threshold(part: Part, report: Part) -> str:
     """The chosen threshold, what it brings on these rows and brought on those that it was chosen on, and what others would."""
-    rows = sorted((row for row in part.get("table") or [] if is_number(row.get("threshold"))), key=lambda row: row["threshold"])
+    rows = sorted(
+        (row for row in part.get("table") or [] if is_number(row.get("threshold"))), key=lambda row: row["threshold"]
+    )
     here: Part = next((row for row in rows if row["threshold"] == part.get("value")), {})
     big = [("threshold", _threshold(part.get("value"))), *((key, decimals(here.get(key))) for key in RATES)]
     big.append(("alerts per 1,000 rows", decimals(here.get("alerts_per_1000"), 1)))
@@ -131,10 +157,24 @@ def threshold(part: Part, report: Part) -> str:
     made += note(text(part["reason"]) + ".") if part.get("reason") else ""
     if not rows:
         return made
-    curves = [Curve(key, *_points([max(row["threshold"], 0) for row in rows], [row.get(key) for row in rows]), style) for style, key in enumerate(RATES)]
-    guides = [Guide((max(part["value"], 0), 0), (max(part["value"], 0), 1), "chosen")] if is_number(part.get("value")) else []
+    curves = [
+        Curve(key, *_points([max(row["threshold"], 0) for row in rows], [row.get(key) for row in rows]), style)
+        for style, key in enumerate(RATES)
+    ]
+    guides = (
+        [Guide((max(part["value"], 0), 0), (max(part["value"], 0), 1), "chosen")]
+        if is_number(part.get("value"))
+        else []
+    )
     words = "Precision, recall and F1 by threshold"
-    svg = charts.plot(curves, Axis("threshold"), Axis("value"), title=words, desc=f"{len(rows)} thresholds; the table has the figures", guides=guides)
+    svg = charts.plot(
+        curves,
+        Axis("threshold"),
+        Axis("value"),
+        title=words,
+        desc=f"{len(rows)} thresholds; the table has the figures",
+        guides=guides,
+    )
     heads = ["threshold", ">precision", ">recall", ">f1", ">alerts per 1,000", ">false alerts per 1,000"]
     cells = []
     for row in reversed(rows):
@@ -150,8 +190,12 @@ def _threshold(value: Any, written: Callable[[Any, int], str] = decimals) -> str
 
 def calibration(part: Part, report: Part) -> str:
     """What a probability of 0.8 is worth: bins, before and after dividing by the temperature."""
-    big = [("temperature", figure(part.get("temperature"), 4)), ("ece before", decimals(part.get("ece_before"))), ("ece after", decimals(part.get("ece_after"))),
-           ("validation rows", count(part.get("rows")))]  # fmt: skip
+    big = [
+        ("temperature", figure(part.get("temperature"), 4)),
+        ("ece before", decimals(part.get("ece_before"))),
+        ("ece after", decimals(part.get("ece_after"))),
+        ("validation rows", count(part.get("rows"))),
+    ]
     made = cards((card(label, value) for label, value in big), kind="small")
     made += reason(part["reason"]) if part.get("reason") else ""
     made += note(text(f"Method: {part['method']}.")) if part.get("method") else ""
@@ -160,7 +204,11 @@ def calibration(part: Part, report: Part) -> str:
     if not series:
         return made
     words = "Probability and share found"
-    about = f"probability of {short(_positive(report))}" if report.get("task") == "binary" else "probability of the chosen class"
+    about = (
+        f"probability of {short(_positive(report))}"
+        if report.get("task") == "binary"
+        else "probability of the chosen class"
+    )
     desc = "On the diagonal both agree; the table has the figures"
     svg = charts.reliability(series, x_label=f"{about}, mean of a bin", y_label="share found", title=words, desc=desc)
     below = legend([Curve(title, (), (), style, marker=charts.MARKERS[style]) for style, title in enumerate(series)])
@@ -169,18 +217,36 @@ def calibration(part: Part, report: Part) -> str:
     rows = []
     for bins in zip_longest(*series.values(), fillvalue={}):
         first = next(one for one in bins if one)
-        cells = [cell for one in bins for cell in (count(one.get("rows")), *((decimals(one.get(key)) if one.get("rows") else NOTHING) for key in ("mean", "share")))]
+        cells = [
+            cell
+            for one in bins
+            for cell in (
+                count(one.get("rows")),
+                *((decimals(one.get(key)) if one.get("rows") else NOTHING) for key in ("mean", "share")),
+            )
+        ]
         rows.append([f"{decimals(first.get('low'), 2)}–{decimals(first.get('high'), 2)}", *cells])
     under = note("Points below the diagonal: the model promises too much; above it: too little.")
-    return made + beside(chart(words, svg, below + under), table("Rows, mean probability and share found in each bin", heads, rows))
+    return made + beside(
+        chart(words, svg, below + under), table("Rows, mean probability and share found in each bin", heads, rows)
+    )
 
 
 def roc(part: Part, report: Part) -> str:
     curves = part["curves"]
     drawn = [Curve(title, curve["x"], curve["y"], style) for style, (title, curve) in enumerate(curves.items())]
     words = "True beside false positive rate"
-    svg = charts.plot(drawn, Axis("false positive rate"), Axis("true positive rate"), title=words, desc=_areas(curves), guides=[Guide((0, 0), (1, 1))])
-    below = legend(drawn, [f"area {decimals(curve.get('area'))}" for curve in curves.values()]) + _curves_left_out(curves, report)
+    svg = charts.plot(
+        drawn,
+        Axis("false positive rate"),
+        Axis("true positive rate"),
+        title=words,
+        desc=_areas(curves),
+        guides=[Guide((0, 0), (1, 1))],
+    )
+    below = legend(drawn, [f"area {decimals(curve.get('area'))}" for curve in curves.values()]) + _curves_left_out(
+        curves, report
+    )
     heads = ["class", ">area", *(f">at&nbsp;{rate:.0%}" for rate in FALSE_RATES)]
     rows = []
     for title, curve in curves.items():
@@ -200,7 +266,10 @@ def precision_recall(part: Part, report: Part) -> str:
     guides = [Guide((0, share), (1, share), "share of rows")] if is_number(share) else []
     words = "Precision beside recall"
     svg = charts.plot(drawn, Axis("recall"), Axis("precision"), title=words, desc=_areas(curves), guides=guides)
-    below = legend(drawn, [f"area {decimals(curve.get('area'))}, {percent(curve.get('share'))} of rows" for curve in curves.values()])
+    below = legend(
+        drawn,
+        [f"area {decimals(curve.get('area'))}, {percent(curve.get('share'))} of rows" for curve in curves.values()],
+    )
     below += _curves_left_out(curves, report)
     heads = ["class", ">area", ">share of&nbsp;rows", *(f">at&nbsp;{recall:.0%}" for recall in RECALLS)]
     rows = []
@@ -225,51 +294,84 @@ def confusion(part: Part, report: Part) -> str:
         made += note(f"Of {count(len(names))} classes the {MOST_CLASSES} most frequent ones are drawn.")
     drawn, titles = [[counts[row][column] for column in order] for row in order], [names[index] for index in order]
     words = "Labels and predictions"
-    svg = charts.confusion(drawn, titles, title=words, desc="Rows are labels, columns predictions; the tables have the figures")
+    svg = charts.confusion(
+        drawn, titles, title=words, desc="Rows are labels, columns predictions; the tables have the figures"
+    )
     under = note("A cell's shade is its share of the label's rows; outlined: right.") + charts.shades()
     if len(titles) > charts.MOST_NUMBERED:
         made += scroll_box(svg, words, kind="plain") + under + _per_class(counts, names)
     else:
         made += beside(chart(words, svg, under), _per_class(counts, names))
-    mixed = ((value, row, column) for row, line in enumerate(counts) for column, value in enumerate(line) if value and row != column)
+    mixed = (
+        (value, row, column)
+        for row, line in enumerate(counts)
+        for column, value in enumerate(line)
+        if value and row != column
+    )
     pairs = sorted(mixed, key=lambda pair: -pair[0])[:MOST_MIXED]
     if len(names) > 2 and pairs:
         made += _mistakes([(row, column, value) for value, row, column in pairs], [sum(line) for line in counts], names)
-    cells = [[name(title), *((brief(value) if value else '<span class="zero">0</span>') for value in line)] for title, line in zip(titles, drawn)]
+    cells = [
+        [name(title), *((brief(value) if value else '<span class="zero">0</span>') for value in line)]
+        for title, line in zip(titles, drawn)
+    ]
     heads = ["label", *(f">{name(title)}" for title in titles)]
-    return made + details("All counts as a table", table("Rows: labels; columns: predictions", heads, cells, kind="pin small-cells"))
+    return made + details(
+        "All counts as a table", table("Rows: labels; columns: predictions", heads, cells, kind="pin small-cells")
+    )
 
 
 def _per_class(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     predicted = [sum(line[index] for line in counts) for index in range(len(names))]
-    return _class_table("Each class", names, [line[index] for index, line in enumerate(counts)], [sum(line) for line in counts], predicted)
+    return _class_table(
+        "Each class",
+        names,
+        [line[index] for index, line in enumerate(counts)],
+        [sum(line) for line in counts],
+        predicted,
+    )
 
 
-def _class_table(caption: str, names: Sequence[str], right: Sequence[int], labelled: Sequence[int], predicted: Sequence[int]) -> str:
+def _class_table(
+    caption: str, names: Sequence[str], right: Sequence[int], labelled: Sequence[int], predicted: Sequence[int]
+) -> str:
     """Rows, precision, recall and F1 of classes from their counts."""
     rows = []
     for title, hits, rows_of_class, chosen in zip(names, right, labelled, predicted):
         precision, recall = (hits / whole if whole else None for whole in (chosen, rows_of_class))
         f1 = 2 * hits / (chosen + rows_of_class) if chosen + rows_of_class else None
-        rows.append([name(title), count(rows_of_class), count(chosen), decimals(precision), decimals(recall), decimals(f1)])
+        rows.append(
+            [name(title), count(rows_of_class), count(chosen), decimals(precision), decimals(recall), decimals(f1)]
+        )
     return table(caption, ["class", ">rows", ">predicted", ">precision", ">recall", ">f1"], rows)
 
 
 def _confusion_of_many(part: Part, names: Sequence[str]) -> str:
     """Of hundreds of classes no grid: the most frequent mistakes, and the figures of the most frequent classes."""
     right, labelled, predicted = part["right"], part["labelled"], part["predicted"]
-    made = note(f"{count(len(names))} classes are too many for a grid: the most frequent mistakes, then the most frequent classes.")
+    made = note(
+        f"{count(len(names))} classes are too many for a grid: the most frequent mistakes, then the most frequent classes."
+    )
     made += _mistakes(part["mistakes"], labelled, names) if part["mistakes"] else note("No row was predicted wrong.")
     listed = sorted(range(len(names)), key=lambda index: -labelled[index])[:MAX_LISTED]
-    made += _class_table("The most frequent classes", *([column[index] for index in listed] for column in (names, right, labelled, predicted)))
-    num_never, num_missed = sum(not rows for rows in labelled), sum(bool(rows) and not hits for rows, hits in zip(labelled, right))
+    made += _class_table(
+        "The most frequent classes",
+        *([column[index] for index in listed] for column in (names, right, labelled, predicted)),
+    )
+    num_never, num_missed = (
+        sum(not rows for rows in labelled),
+        sum(bool(rows) and not hits for rows, hits in zip(labelled, right)),
+    )
     words = f"The counts of all {count(len(names))} classes are in report.json. No row was found of {count(num_missed)} classes; {count(num_never)} have no row."
     return made + note(words)
 
 
 def _mistakes(mistakes: Sequence[Sequence[int]], labelled: Sequence[int], names: Sequence[str]) -> str:
     """Label, predicted class and rows, the most frequent first."""
-    rows = [[name(names[label]), name(names[chosen]), count(value), percent(value / labelled[label])] for label, chosen, value in mistakes]
+    rows = [
+        [name(names[label]), name(names[chosen]), count(value), percent(value / labelled[label])]
+        for label, chosen, value in mistakes
+    ]
     return table("Most often taken for another class", ["label", "predicted", ">rows", ">of the label"], rows)
 
 
@@ -277,13 +379,24 @@ def scores(part: Part, report: Part) -> str:
     """Where the probabilities lie, one histogram for each class (or for right and wrong)."""
     edges, counts = part["edges"], part["counts"]
     chosen = (report.get("threshold") or {}).get("value")
-    label = f"probability of {short(_positive(report))}" if report.get("task") == "binary" else "probability of the chosen class"
+    label = (
+        f"probability of {short(_positive(report))}"
+        if report.get("task") == "binary"
+        else "probability of the chosen class"
+    )
     words = "Rows by probability"
     desc = "; ".join(f"{short(title)}: {count(sum(column))} rows" for title, column in counts.items())
-    svg = charts.histograms(edges, counts, label=label, title=words, desc=desc, mark=max(chosen, 0) if is_number(chosen) else None)
+    svg = charts.histograms(
+        edges, counts, label=label, title=words, desc=desc, mark=max(chosen, 0) if is_number(chosen) else None
+    )
     under = note(f"Dashed: the threshold, {_threshold(chosen)}.") if is_number(chosen) else ""
-    rows = [[f"{figure(low)}–{figure(high)}", *(count(value) for value in values)] for low, high, *values in zip(edges, edges[1:], *counts.values())]
-    return chart(words, svg, under) + details("These figures as a table", table(words, [text(label), *(f">{name(title)}" for title in counts)], rows))
+    rows = [
+        [f"{figure(low)}–{figure(high)}", *(count(value) for value in values)]
+        for low, high, *values in zip(edges, edges[1:], *counts.values())
+    ]
+    return chart(words, svg, under) + details(
+        "These figures as a table", table(words, [text(label), *(f">{name(title)}" for title in counts)], rows)
+    )
 
 
 # ---- parts ----
@@ -293,7 +406,9 @@ def legend(curves: Sequence[Curve], words: Sequence[str] = ()) -> str:
     """Each curve's line, name and, if there are, words."""
     made = []
     for curve, said in zip_longest(curves, words):
-        made.append(f"<li>{charts.swatch(curve.style, curve.marker)}<span>{name(curve.name)}{': ' + text(said) if said else ''}</span></li>")
+        made.append(
+            f"<li>{charts.swatch(curve.style, curve.marker)}<span>{name(curve.name)}{': ' + text(said) if said else ''}</span></li>"
+        )
     return f'<ul class="legend">{"".join(made)}</ul>'
 
 
@@ -316,7 +431,11 @@ def _best(curve: Part, is_allowed: Callable[[float], bool]) -> float | None:
 def _curves_left_out(curves: Mapping[str, Part], report: Part) -> str:
     """Which of very many classes are drawn."""
     num_classes = len(report.get("class_names") or [])
-    return note(f"The {count(len(curves))} most frequent of {count(num_classes)} classes.") if num_classes > FEW_CLASSES else ""
+    return (
+        note(f"The {count(len(curves))} most frequent of {count(num_classes)} classes.")
+        if num_classes > FEW_CLASSES
+        else ""
+    )
 
 
 def _areas(curves: Mapping[str, Part]) -> str:

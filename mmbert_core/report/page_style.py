@@ -3,30 +3,114 @@
 from __future__ import annotations
 
 LIGHT = {
-    "page": "#f5f6f9", "surface": "#ffffff", "sunken": "#f0f2f7", "line": "#dfe3eb", "strong-line": "#7d8798",
-    "text": "#1a2230", "muted": "#566074", "accent": "#2350b8", "accent-soft": "#e8eefb", "good": "#156a3c", "bad": "#ab2a1c", "warn-soft": "#fdf3dc",
-    "s0": "#2457c5", "s1": "#b4530a", "s2": "#0f766e", "s3": "#a21caf", "s4": "#4d7c0f",
-    "s5": "#be123c", "s6": "#475569", "s7": "#0369a1", "s8": "#854d0e", "s9": "#6d28d9",
-    "h0": "#f0f2f7", "h1": "#dbe7fb", "h2": "#b5cef6", "h3": "#86aef0", "h4": "#2f60c6", "h5": "#173f91",
-    "t0": "#566074", "t1": "#1a2230", "t2": "#1a2230", "t3": "#101827", "t4": "#ffffff", "t5": "#ffffff",
-    "p1": "#e4edfd", "p2": "#c3d8fb", "p3": "#9bbef8", "n1": "#fdeede", "n2": "#fbd8b4", "n3": "#f6bb80",
-}  # fmt: skip
+    "page": "#f5f6f9",
+    "surface": "#ffffff",
+    "sunken": "#f0f2f7",
+    "line": "#dfe3eb",
+    "strong-line": "#7d8798",
+    "text": "#1a2230",
+    "muted": "#566074",
+    "accent": "#2350b8",
+    "accent-soft": "#e8eefb",
+    "good": "#156a3c",
+    "bad": "#ab2a1c",
+    "warn-soft": "#fdf3dc",
+    "s0": "#2457c5",
+    "s1": "#b4530a",
+    "s2": "#0f766e",
+    "s3": "#a21caf",
+    "s4": "#4d7c0f",
+    "s5": "#be123c",
+    "s6": "#475569",
+    "s7": "#0369a1",
+    "s8": "#854d0e",
+    "s9": "#6d28d9",
+    "h0": "#f0f2f7",
+    "h1": "#dbe7fb",
+    "h2": "#b5cef6",
+    "h3": "#86aef0",
+    "h4": "#2f60c6",
+    "h5": "#173f91",
+    "t0": "#566074",
+    "t1": "#1a2230",
+    "t2": "#1a2230",
+    "t3": "#101827",
+    "t4": "#ffffff",
+    "t5": "#ffffff",
+    "p1": "#e4edfd",
+    "p2": "#c3d8fb",
+    "p3": "#9bbef8",
+    "n1": "#fdeede",
+    "n2": "#fbd8b4",
+    "n3": "#f6bb80",
+}
 DARK = {
-    "page": "#10141b", "surface": "#181e28", "sunken": "#202836", "line": "#2e3848", "strong-line": "#7f8ca0",
-    "text": "#e7ebf2", "muted": "#a5b0c2", "accent": "#93b8fa", "accent-soft": "#1f2c47", "good": "#6fd39b", "bad": "#ff9d8f", "warn-soft": "#352b14",
-    "s0": "#8ab4f8", "s1": "#f2a65a", "s2": "#5fd0c2", "s3": "#e29af0", "s4": "#b5d36b",
-    "s5": "#ff8fa3", "s6": "#b6c2d4", "s7": "#6fc3f0", "s8": "#e0c068", "s9": "#b8a1ff",
-    "h0": "#202836", "h1": "#22375c", "h2": "#2a4a80", "h3": "#345da0", "h4": "#94bafb", "h5": "#cfe0ff",
-    "t0": "#a5b0c2", "t1": "#e7ebf2", "t2": "#ffffff", "t3": "#ffffff", "t4": "#101827", "t5": "#101827",
-    "p1": "#1d2f50", "p2": "#25437a", "p3": "#2f58a3", "n1": "#3a2a17", "n2": "#5a3c17", "n3": "#7d5116",
-}  # fmt: skip
+    "page": "#10141b",
+    "surface": "#181e28",
+    "sunken": "#202836",
+    "line": "#2e3848",
+    "strong-line": "#7f8ca0",
+    "text": "#e7ebf2",
+    "muted": "#a5b0c2",
+    "accent": "#93b8fa",
+    "accent-soft": "#1f2c47",
+    "good": "#6fd39b",
+    "bad": "#ff9d8f",
+    "warn-soft": "#352b14",
+    "s0": "#8ab4f8",
+    "s1": "#f2a65a",
+    "s2": "#5fd0c2",
+    "s3": "#e29af0",
+    "s4": "#b5d36b",
+    "s5": "#ff8fa3",
+    "s6": "#b6c2d4",
+    "s7": "#6fc3f0",
+    "s8": "#e0c068",
+    "s9": "#b8a1ff",
+    "h0": "#202836",
+    "h1": "#22375c",
+    "h2": "#2a4a80",
+    "h3": "#345da0",
+    "h4": "#94bafb",
+    "h5": "#cfe0ff",
+    "t0": "#a5b0c2",
+    "t1": "#e7ebf2",
+    "t2": "#ffffff",
+    "t3": "#ffffff",
+    "t4": "#101827",
+    "t5": "#101827",
+    "p1": "#1d2f50",
+    "p2": "#25437a",
+    "p3": "#2f58a3",
+    "n1": "#3a2a17",
+    "n2": "#5a3c17",
+    "n3": "#7d5116",
+}
 # Text on the colour behind it, at least 4.5 to 1; a test computes it.
 TEXT_ON = [(text, ground) for text in ("text", "muted", "accent") for ground in ("page", "surface", "sunken")]
-TEXT_ON += [("good", "surface"), ("bad", "surface"), ("text", "warn-soft"), ("accent", "accent-soft"), ("text", "accent-soft")]
-TEXT_ON += [(f"t{index}", f"h{index}") for index in range(6)] + [("text", f"{sign}{index}") for sign in "pn" for index in (1, 2, 3)]
+TEXT_ON += [
+    ("good", "surface"),
+    ("bad", "surface"),
+    ("text", "warn-soft"),
+    ("accent", "accent-soft"),
+    ("text", "accent-soft"),
+]
+TEXT_ON += [(f"t{index}", f"h{index}") for index in range(6)] + [
+    ("text", f"{sign}{index}") for sign in "pn" for index in (1, 2, 3)
+]
 # Lines, bars and marks on the colour behind them, at least 3 to 1.
-MARK_ON = [(f"s{index}", "surface") for index in range(10)] + [("strong-line", "surface"), ("accent", "surface"), ("accent", "page")]
-DASHES = ("none", "7 3", "2 3", "9 3 2 3", "12 4")  # of the line styles in turn, so that colour is not needed to tell ten apart
+MARK_ON = [(f"s{index}", "surface") for index in range(10)] + [
+    ("strong-line", "surface"),
+    ("accent", "surface"),
+    ("accent", "page"),
+]
+DASHES = (
+    "none",
+    "7 3",
+    "2 3",
+    "9 3 2 3",
+    "12 4",
+)  # of the line styles in turn, so that colour is not needed to tell ten apart
 
 _RULES = """
 *, *::before, *::after { box-sizing: border-box }
@@ -145,10 +229,21 @@ footer { color: var(--muted); font-size: .86rem; padding: 0 .2rem }
 
 def style_sheet() -> str:
     """The whole style sheet; the dark colours where the reader's system asks for them, never on paper."""
-    colours = [f".s{index} {{ stroke: var(--s{index}); fill: var(--s{index}); stroke-dasharray: {DASHES[index % len(DASHES)]} }}" for index in range(10)]
-    colours += [f".h{index} {{ fill: var(--h{index}) }} .h{index} text {{ fill: var(--t{index}) }}" for index in range(6)]
+    colours = [
+        f".s{index} {{ stroke: var(--s{index}); fill: var(--s{index}); stroke-dasharray: {DASHES[index % len(DASHES)]} }}"
+        for index in range(10)
+    ]
+    colours += [
+        f".h{index} {{ fill: var(--h{index}) }} .h{index} text {{ fill: var(--t{index}) }}" for index in range(6)
+    ]
     colours += [f"mark.{sign}{index} {{ background: var(--{sign}{index}) }}" for sign in "pn" for index in (1, 2, 3)]
-    colours += ["g.fill, rect.fill { stroke: none }", ".s0 circle, .s1 circle, .line rect, .line circle { stroke-dasharray: none }"]
+    colours += [
+        "g.fill, rect.fill { stroke: none }",
+        ".s0 circle, .s1 circle, .line rect, .line circle { stroke-dasharray: none }",
+    ]
     light, dark = (" ".join(f"--{name}: {colour};" for name, colour in palette.items()) for palette in (LIGHT, DARK))
-    roots = [f":root {{ color-scheme: light dark; {light} }}", f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"]
+    roots = [
+        f":root {{ color-scheme: light dark; {light} }}",
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}",
+    ]
     return "\n".join([*roots, _RULES, *colours, ""])

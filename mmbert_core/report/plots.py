@@ -21,7 +21,14 @@ MAX_CLASSES = 100  # of the confusion picture: with more, the most frequent ones
 MAX_NUMBERED = 20  # with more classes the confusion cells carry no numbers
 
 
-def write_plots(preds: np.ndarray, labels: np.ndarray, folder: str | Path, *, class_names: Sequence[str], threshold: float = BINARY_THRESHOLD) -> list[str]:
+def write_plots(
+    preds: np.ndarray,
+    labels: np.ndarray,
+    folder: str | Path,
+    *,
+    class_names: Sequence[str],
+    threshold: float = BINARY_THRESHOLD,
+) -> list[str]:
     """Write roc.png, precision_recall.png and confusion.png into ``folder`` (made if need be); their paths.
 
     ``preds`` [N] (binary: probability of class 1) or [N, K], ``labels`` int [N], as for compute_metrics; binary curves
@@ -81,7 +88,9 @@ def _draw_precision_recall(axes: Any, preds: np.ndarray, labels: np.ndarray, cla
     return bool(curves)
 
 
-def _draw_confusion(axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float) -> bool:
+def _draw_confusion(
+    axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float
+) -> bool:
     labels, chosen = labels.astype(np.int64), predicted_classes(preds, threshold=threshold)
     of_label, title = np.bincount(labels, minlength=len(class_names)), "Confusion"
     drawn = np.arange(len(class_names))

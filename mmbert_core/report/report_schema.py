@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmbert_core.storage.schema import (  # fmt: skip
+from mmbert_core.storage.schema import (
     Check,
     Mismatch,
     anything,
@@ -58,22 +58,38 @@ CALIBRATION |= dict.fromkeys(("temperature", "ece_before", "ece_after", "rows"),
 CURVE = record({"x": array(VALUE), "y": array(VALUE)}, {"area": VALUE, "share": VALUE}, others=True)
 SLICE = record(
     {"column": text(), "value": text(), "rows": COUNT, "metrics": mapping(VALUE)},
-    {"intervals": nullable(mapping(INTERVAL)), "undefined": nullable(mapping(WORDS)),
-     "share_of_classes": nullable(array(VALUE)), "largest_classes": anything},
+    {
+        "intervals": nullable(mapping(INTERVAL)),
+        "undefined": nullable(mapping(WORDS)),
+        "share_of_classes": nullable(array(VALUE)),
+        "largest_classes": anything,
+    },
     others=True,
-)  # fmt: skip
+)
 COLUMN = record({"name": text(), "drop": VALUE}, {"spread": VALUE, "kind": WORDS}, others=True)
 ERROR = record(
     {"label": text(), "pred": text()},
-    {"place": WORDS, "id": anything, "prob": VALUE, "columns": nullable(mapping(anything)), "method": WORDS,
-     "tokens": nullable(array(array(anything, length=2)))},
+    {
+        "place": WORDS,
+        "id": anything,
+        "prob": VALUE,
+        "columns": nullable(mapping(anything)),
+        "method": WORDS,
+        "tokens": nullable(array(array(anything, length=2))),
+    },
     others=True,
-)  # fmt: skip
+)
 FILE = record({}, {"bytes": VALUE, "sha256": WORDS}, others=True)
-SPLIT = section({}, {
-    "rows": COUNT, "classes": nullable(mapping(COUNT)), "mean_tokens": VALUE, "rows_left_out": COUNT,
-    "classes_left_out": COUNT,
-})  # fmt: skip
+SPLIT = section(
+    {},
+    {
+        "rows": COUNT,
+        "classes": nullable(mapping(COUNT)),
+        "mean_tokens": VALUE,
+        "rows_left_out": COUNT,
+        "classes_left_out": COUNT,
+    },
+)
 TRAINING = dict.fromkeys(("steps", "train_loss", "lr"), nullable(array(VALUE)))
 TRAINING |= {"validations": nullable(array(mapping(anything))), "best_step": VALUE, "metric": WORDS}
 

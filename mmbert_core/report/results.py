@@ -50,28 +50,51 @@ def baseline_features(name: str, dataset: Dataset, positions: np.ndarray) -> tor
 
 
 def figures_of(
-    preds: np.ndarray, labels: np.ndarray, dataset: Dataset, *, stage: str, config: Config, class_names: Sequence[str], judgement: Judgement
+    preds: np.ndarray,
+    labels: np.ndarray,
+    dataset: Dataset,
+    *,
+    stage: str,
+    config: Config,
+    class_names: Sequence[str],
+    judgement: Judgement,
 ) -> dict[str, Any]:
     """`<stage>/<metric>` of the model; under `intervals`, `undefined` and `baselines` the same names, `preds` [N] or [N, K], `labels` [N]."""
     names, threshold = metric_names(class_names), judgement.threshold.value
     with slow_step("metrics"):
-        metrics = compute_metrics(preds, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=threshold)
+        metrics = compute_metrics(
+            preds, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=threshold
+        )
     defined = [name for name in names if metrics.values[f"{stage}/{name}"] is not None]
     with slow_step("bootstrap intervals of the metrics"):
-        intervals = bootstrap_intervals(preds, labels, defined, class_names=class_names, threshold=threshold, seed=config.seed)
+        intervals = bootstrap_intervals(
+            preds, labels, defined, class_names=class_names, threshold=threshold, seed=config.seed
+        )
     if len(class_names) > FEW_CLASSES:
         intervals = {name: around(pair, metrics.values[f"{stage}/{name}"]) for name, pair in intervals.items()}
     figures = {
-        **metrics.values, "undefined": metrics.undefined, "intervals": {f"{stage}/{name}": pair and list(pair) for name, pair in intervals.items()},
-        "threshold": threshold if config.is_binary else None, "baselines": {},
+        **metrics.values,
+        "undefined": metrics.undefined,
+        "intervals": {f"{stage}/{name}": pair and list(pair) for name, pair in intervals.items()},
+        "threshold": threshold if config.is_binary else None,
+        "baselines": {},
         "no_baselines": {} if judgement.baselines is None else dict(judgement.baselines.reasons),
-    }  # fmt: skip
+    }
     if judgement.baselines is not None:
         with slow_step("metrics of the baselines"):
             for name, scores in baseline_predictions(judgement.baselines, dataset).items():
                 scores = scores[:, 1] if config.is_binary else scores
                 cut = judgement.baselines.thresholds.get(name, 0.5)
-                made = compute_metrics(scores, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=cut)
+                made = compute_metrics(
+                    scores,
+                    labels,
+                    names,
+                    config.task,
+                    config.num_classes,
+                    stage,
+                    class_names=class_names,
+                    threshold=cut,
+                )
                 figures["baselines"][name] = made.values
     return figures
 
@@ -102,7 +125,9 @@ def listed_figures(figures: Mapping[str, Any], stage: str, config: Config) -> tu
         return {key: value for key, value in values.items() if key not in left_out}
 
     inner = {key: listed(figures[key]) for key in ("undefined", "intervals") if key in figures}
-    return listed(figures) | inner | {"baselines": {name: listed(values) for name, values in figures.get("baselines", {}).items()}}, len(left_out)
+    return listed(figures) | inner | {
+        "baselines": {name: listed(values) for name, values in figures.get("baselines", {}).items()}
+    }, len(left_out)
 
 
 def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.ndarray]:
@@ -110,7 +135,11 @@ def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.nd
     parts = []
     for start in range(0, len(dataset), CHUNK_ROWS):
         positions = np.arange(start, min(start + CHUNK_ROWS, len(dataset)))
-        parts.append(models.probabilities(len(positions), {name: baseline_features(name, dataset, positions) for name in models.models}))
+        parts.append(
+            models.probabilities(
+                len(positions), {name: baseline_features(name, dataset, positions) for name in models.models}
+            )
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
@@ -123,7 +152,9 @@ def main_metric(config: Config) -> str:
 def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> str:
     """The main one, or, where it compares no models or a class has no row, one that does."""
     main = main_metric(config)
-    first = "auroc" if main in (*ONE_SIDED, "f1_score") else main  # F1 too: where class 1 is rare, class 1 for every row beats the most frequent class
+    first = (
+        "auroc" if main in (*ONE_SIDED, "f1_score") else main
+    )  # F1 too: where class 1 is rare, class 1 for every row beats the most frequent class
     return next((name for name in (first, "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main)
 
 
@@ -131,7 +162,11 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
     """Whether the model is above its baselines: the same words in the test of a run and in `evaluate`. `TRY` is for who trains alone."""
     metric = defined_metric(figures, stage, config)
     key = f"{stage}/{metric}"
-    missing = "".join(f" No baseline {name!r}: {reason}." for name, reason in figures["no_baselines"].items() if not reason.startswith("the model has no"))
+    missing = "".join(
+        f" No baseline {name!r}: {reason}."
+        for name, reason in figures["no_baselines"].items()
+        if not reason.startswith("the model has no")
+    )
     rivals = {name: values[key] for name, values in figures["baselines"].items() if values.get(key) is not None}
     value = figures[key]
     if value is None or not rivals:
@@ -140,7 +175,10 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
     interval = figures["intervals"].get(key)
     beside = f"{metric} {value:.4f} beside {rivals[best]:.4f} ({best})"
     if f"{value:.4f}" == f"{rivals[best]:.4f}" == "1.0000":
-        return f"The model ties with the best of its baselines: {metric} 1.0000 for both ({best}), and more is not possible." + missing
+        return (
+            f"The model ties with the best of its baselines: {metric} 1.0000 for both ({best}), and more is not possible."
+            + missing
+        )
     if value > rivals[best]:
         doubt = ""
         if interval is None:
@@ -151,27 +189,53 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
     return f"{NOT_BETTER}: {beside}." + missing
 
 
-def columns_of(result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], judgement: Judgement) -> Columns:
+def columns_of(
+    result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], judgement: Judgement
+) -> Columns:
     """Scored rows as a prediction file has them; without an id column where the rows came without ids."""
     return prediction_columns(
-        result.preds, class_names, is_binary=config.is_binary, id_name=None if result.ids is None else config.id_name, ids=result.ids,
+        result.preds,
+        class_names,
+        is_binary=config.is_binary,
+        id_name=None if result.ids is None else config.id_name,
+        ids=result.ids,
         labels=dataset.label_strings(range(len(dataset))) if dataset.has_labels else None,
-        calibrated=judgement.calibration.apply(result.preds), threshold=judgement.threshold.value,
-    )  # fmt: skip
+        calibrated=judgement.calibration.apply(result.preds),
+        threshold=judgement.threshold.value,
+    )
 
 
 def write_results(
-    result: EpochResult, dataset: Dataset, folder: Path, *, config: Config, class_names: Sequence[str], judgement: Judgement
+    result: EpochResult,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    config: Config,
+    class_names: Sequence[str],
+    judgement: Judgement,
 ) -> dict[str, Any]:
     """Rank 0 only. Scored rows as a prediction file, figures and pictures in `folder`; returns the figures."""
     figures: dict[str, Any] = {"test/num_rows": len(dataset)}
     broken = broken_rows(result.preds)
     if len(broken):
-        logger.warning("probabilities that are no numbers: %d of %d rows, first %s: their pred says nothing", len(broken), len(dataset), dataset.where(broken[0]))
+        logger.warning(
+            "probabilities that are no numbers: %d of %d rows, first %s: their pred says nothing",
+            len(broken),
+            len(dataset),
+            dataset.where(broken[0]),
+        )
     if dataset.has_labels:
         if result.labels is not None:  # else rows of a prediction, which has no loss
             figures["test_loss"] = result.loss
-        figures |= figures_of(result.preds, dataset.label_index, dataset, stage="test", config=config, class_names=class_names, judgement=judgement)
+        figures |= figures_of(
+            result.preds,
+            dataset.label_index,
+            dataset,
+            stage="test",
+            config=config,
+            class_names=class_names,
+            judgement=judgement,
+        )
     with slow_step("test_result_0.tsv"):
         columns = columns_of(result, dataset, config=config, class_names=class_names, judgement=judgement)
         write_text(folder / "test_result_0.tsv", "".join([table_line(columns), *table_rows(columns)]))
@@ -186,6 +250,8 @@ def draw(preds: np.ndarray, labels: np.ndarray, folder: Path, class_names: Seque
     """Rank 0 only. Pictures are an extra: whatever goes wrong with them, the figures are written."""
     try:
         if not write_plots(preds, labels, folder, class_names=class_names, threshold=threshold):
-            logger.info("no pictures of the test: they need matplotlib (extra `plots`) and labelled rows of several classes")
+            logger.info(
+                "no pictures of the test: they need matplotlib (extra `plots`) and labelled rows of several classes"
+            )
     except Exception as error:  # noqa: BLE001 - matplotlib, fonts, disks
         logger.warning("no pictures of the test: %s: %s", type(error).__name__, error)

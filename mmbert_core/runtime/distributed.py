@@ -35,8 +35,12 @@ CROWDED = 16  # threads on a core, from which on a run is told that it waits for
 MAX_THREADS_PER_CORE = 32  # beyond it a run does little but wait, and hardly hears a signal
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_SECONDS = 600.0  # that a rank waits for the others in a collective
-PATIENCE_SECONDS = 6 * 3600.0  # and for work that is rank 0's alone, whose length depends on the data; a rank that dies is heard of at once
-BACKEND_WORDS = re.compile(r"gloo|NCCL|Connection (closed|reset)|Timed out|pair closure|Broken pipe|[Ss]ocket|TCPStore", re.IGNORECASE)
+PATIENCE_SECONDS = (
+    6 * 3600.0
+)  # and for work that is rank 0's alone, whose length depends on the data; a rank that dies is heard of at once
+BACKEND_WORDS = re.compile(
+    r"gloo|NCCL|Connection (closed|reset)|Timed out|pair closure|Broken pipe|[Ss]ocket|TCPStore", re.IGNORECASE
+)
 ITEMS_PER_ROUND = 64  # lists of batch results: 64 batches of at most 256 rows bound what one round pickles
 _object_group: Any = None  # gloo group for Python objects and CPU tensors; the default group itself on the CPU
 _patient_group: Any = None  # gloo group whose ranks wait for PATIENCE_SECONDS
@@ -67,14 +71,20 @@ def read_context() -> DistContext:
     found = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if "RANK" in found or "WORLD_SIZE" in found:
         if missing := sorted(set(TORCHRUN_VARIABLES) - set(found)):
-            raise InputError(f"environment: expected torchrun's variables or none of them, found {', '.join(found)} without {', '.join(missing)}")
+            raise InputError(
+                f"environment: expected torchrun's variables or none of them, found {', '.join(found)} without {', '.join(missing)}"
+            )
         try:
             rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
         except ValueError as error:
-            raise InputError(f"environment: expected numbers in {', '.join(TORCHRUN_VARIABLES[:4])} ({error})") from None
+            raise InputError(
+                f"environment: expected numbers in {', '.join(TORCHRUN_VARIABLES[:4])} ({error})"
+            ) from None
     else:
         rank, local_rank, world_size, local_world_size = 0, 0, 1, 1
-    device = torch.device("cuda", local_rank) if 0 < local_world_size <= torch.cuda.device_count() else torch.device("cpu")
+    device = (
+        torch.device("cuda", local_rank) if 0 < local_world_size <= torch.cuda.device_count() else torch.device("cpu")
+    )
     return DistContext(rank, local_rank, world_size, local_world_size, device)
 
 
@@ -93,14 +103,25 @@ def set_threads(num_threads: int | str, context: DistContext) -> int:
     threads = max(1, cores // context.local_world_size) if num_threads == "auto" else int(num_threads)
     if forks.is_forked() and threads > 1:
         if num_threads != "auto":
-            logger.warning("num_threads %d: a forked process computes with 1 thread; start it with spawn for more", threads)
+            logger.warning(
+                "num_threads %d: a forked process computes with 1 thread; start it with spawn for more", threads
+            )
         threads = 1
     if threads > cores and threads * context.local_world_size > MAX_THREADS_PER_CORE * cores:
         highest = max(cores, MAX_THREADS_PER_CORE * cores // context.local_world_size)
-        processes = f"{context.local_world_size} {'process shares' if context.local_world_size == 1 else 'processes share'}"
-        raise InputError(f"num_threads: expected at most {highest} ({processes} {cores} cores here), found {threads}: auto is one thread a core")
+        processes = (
+            f"{context.local_world_size} {'process shares' if context.local_world_size == 1 else 'processes share'}"
+        )
+        raise InputError(
+            f"num_threads: expected at most {highest} ({processes} {cores} cores here), found {threads}: auto is one thread a core"
+        )
     if threads * context.local_world_size > CROWDED * cores:
-        logger.warning("num_threads: %d threads in each of %d processes share %d cores, which is much slower than one thread a core", threads, context.local_world_size, cores)
+        logger.warning(
+            "num_threads: %d threads in each of %d processes share %d cores, which is much slower than one thread a core",
+            threads,
+            context.local_world_size,
+            cores,
+        )
     torch.set_num_threads(threads)
     return threads
 
@@ -122,11 +143,17 @@ def process_group(context: DistContext, timeout_seconds: float = TIMEOUT_SECONDS
         torch.cuda.set_device(context.device)  # before any collective: object collectives use the current device
     with lost_peers():
         dist.init_process_group(
-            "nccl" if on_cuda else "gloo", store=_store_of_this_start(context, timeout), rank=context.rank, world_size=context.world_size,
-            timeout=timeout, device_id=context.device if on_cuda else None,
-        )  # fmt: skip
+            "nccl" if on_cuda else "gloo",
+            store=_store_of_this_start(context, timeout),
+            rank=context.rank,
+            world_size=context.world_size,
+            timeout=timeout,
+            device_id=context.device if on_cuda else None,
+        )
         _object_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
-        _patient_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENCE_SECONDS)))
+        _patient_group = dist.new_group(
+            backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENCE_SECONDS))
+        )
     yield context
     barrier()
     dist.destroy_process_group()
@@ -207,7 +234,11 @@ def lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's DistError is one
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, PeerError) and (isinstance(error, dist.DistError) or BACKEND_WORDS.search(str(error))):
+        if (
+            int(os.environ.get("WORLD_SIZE", "1")) > 1
+            and not isinstance(error, PeerError)
+            and (isinstance(error, dist.DistError) or BACKEND_WORDS.search(str(error)))
+        ):
             raise PeerError(f"lost contact with another rank ({str(error).splitlines()[0][:200]})") from error
         raise
 
@@ -313,7 +344,9 @@ def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 
         return dict(tensors or {})
     result = {}
     for name, (shape, dtype) in shapes.items():
-        result[name] = tensors[name].contiguous() if dist.get_rank() == source and tensors else torch.empty(shape, dtype=dtype)
+        result[name] = (
+            tensors[name].contiguous() if dist.get_rank() == source and tensors else torch.empty(shape, dtype=dtype)
+        )
         with lost_peers():
             dist.broadcast(result[name], src=source, group=_object_group)
     return result
@@ -391,7 +424,11 @@ def wrap_ddp(model: nn.Module, context: DistContext, used: UsedRows | None = Non
     if not is_distributed():
         return model
     # torch 2.13 renamed the flag
-    flag = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+    flag = (
+        "forward_sync_buffers"
+        if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+        else "broadcast_buffers"
+    )
     ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
     if used is not None:
         ddp_model.register_comm_hook(used, _average_used_rows)
@@ -410,8 +447,12 @@ def _average_used_rows(used: UsedRows, bucket: dist.GradBucket) -> torch.futures
 
     def write_back(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
         [mean] = done.value()
-        for index, (gradient, part) in enumerate(zip(gradients, mean.split([part.numel() for part in parts]), strict=True)):
-            gradient.index_copy_(0, rows, part.view(len(rows), -1)) if index == place else gradient.copy_(part.view_as(gradient))
+        for index, (gradient, part) in enumerate(
+            zip(gradients, mean.split([part.numel() for part in parts]), strict=True)
+        ):
+            gradient.index_copy_(0, rows, part.view(len(rows), -1)) if index == place else gradient.copy_(
+                part.view_as(gradient)
+            )
         return buffer
 
     return dist.all_reduce(flat, async_op=True).get_future().then(write_back)

@@ -19,13 +19,17 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def check_hub_name(name: str) -> None:
     """Raise `InputError` when `name`, which is no folder, cannot be a name on the hub either."""
     if os.path.exists(name) or HUB_NAME.fullmatch(name) is None:
-        raise InputError(f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder; {ADVICE}")
+        raise InputError(
+            f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder; {ADVICE}"
+        )
 
 
 def check_hub_answers(name: str) -> None:
     """Raise `InputError` when `name`, which the local cache does not have, cannot be fetched."""
     if not hub_answers():
-        raise InputError(f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached; {ADVICE}")
+        raise InputError(
+            f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached; {ADVICE}"
+        )
 
 
 def hub_answers(timeout: float = 5.0) -> bool:

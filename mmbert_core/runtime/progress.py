@@ -54,7 +54,11 @@ class Progress:
         now = time.monotonic()
         if now - self._said > SECONDS_BETWEEN_LINES:
             self._said, seconds = now, now - self._started
-            left = "" if self.lengths is None else f", about {format_seconds(self.seconds_left(file, position, seconds))} left"
+            left = (
+                ""
+                if self.lengths is None
+                else f", about {format_seconds(self.seconds_left(file, position, seconds))} left"
+            )
             logger.info("%d rows scored, %.0f rows/s%s", self.done, self.done / seconds, left)
 
     def seconds_left(self, file: int, position: int, seconds: float) -> float:

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # noted before the long imports: it may be gone after them
+LAUNCHER = (
+    os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+)  # noted before the long imports: it may be gone after them
 SAME_REQUEST_SECONDS = 1.0  # one request may come twice: from SLURM to all processes, and once more through torchrun
 GRACE_SECONDS = 5.0  # for the main thread to leave by itself where nothing is at stake
 PARENT_CHECK_SECONDS = 1.0
@@ -52,7 +54,9 @@ def caught() -> Iterator[None]:
     _state = _State()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    heard = [
+        number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]  # nohup
     before = {number: signal.signal(number, _handle) for number in heard}
     before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     listener = threading.Thread(target=_listen, args=(reader, _state), name="signals", daemon=True)
@@ -116,7 +120,10 @@ def _listen(reader: int, state: _State) -> None:
                 if now - first_seconds > SAME_REQUEST_SECONDS:
                     os._exit(128 + number)
                 if state.deferred:
-                    logger.info("%s: stopping after what is under way; a second signal leaves at once", signal.Signals(number).name)
+                    logger.info(
+                        "%s: stopping after what is under way; a second signal leaves at once",
+                        signal.Signals(number).name,
+                    )
                 else:
                     last_seconds = last_seconds or now + GRACE_SECONDS
         if last_seconds is not None and now > last_seconds:

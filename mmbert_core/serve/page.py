@@ -21,9 +21,24 @@ def content_security_policy(nonce: str) -> str:
     return f"default-src 'none'; script-src {inside}; style-src {inside}; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-def render_page(model_path: str, config: Config, features: Features, labels: Labels, *, threshold: float, nonce: str, class_words: str | None = None) -> str:
+def render_page(
+    model_path: str,
+    config: Config,
+    features: Features,
+    labels: Labels,
+    *,
+    threshold: float,
+    nonce: str,
+    class_words: str | None = None,
+) -> str:
     """The HTML. `nonce` must be new for each answer and stand in its `content_security_policy`."""
-    about = {"labels": labels.names, "is_binary": config.is_binary, "threshold": threshold, "label_name": config.label_name, "texts": config.text_name}
+    about = {
+        "labels": labels.names,
+        "is_binary": config.is_binary,
+        "threshold": threshold,
+        "label_name": config.label_name,
+        "texts": config.text_name,
+    }
     parts = {
         "NONCE": nonce,
         "TITLE": escape(Path(model_path).name or model_path),
@@ -33,7 +48,9 @@ def render_page(model_path: str, config: Config, features: Features, labels: Lab
         "STYLE": STYLE,
         "SCRIPT": SCRIPT,
     }
-    return re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], PAGE)  # in one go: what was put in is not looked at again
+    return re.sub(
+        r"@@([A-Z]+)@@", lambda match: parts[match[1]], PAGE
+    )  # in one go: what was put in is not looked at again
 
 
 def form_fields(config: Config, features: Features) -> list[str]:
@@ -50,7 +67,9 @@ def form_fields(config: Config, features: Features) -> list[str]:
         more = f'autocomplete="off" data-kind="category" list="values{number}"><datalist id="values{number}">{options}</datalist>'
         fields[name] = _field(name, number, f"one of {len(values)} known values, or another", "input", more)
     if config.id_name is not None and config.id_name not in fields:
-        fields[config.id_name] = _field(config.id_name, len(fields), "id; comes back as it is", "input", 'autocomplete="off" data-kind="id">')
+        fields[config.id_name] = _field(
+            config.id_name, len(fields), "id; comes back as it is", "input", 'autocomplete="off" data-kind="id">'
+        )
     return list(fields.values())
 
 

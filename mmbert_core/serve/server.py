@@ -50,8 +50,16 @@ def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -
     """
     with signals.deferred(), Server(predictor, model_path, host=host, port=port) as server:
         if server.local_names is None:
-            logger.warning("listening beyond this machine: there is no authentication, whoever reaches %s can use the model, and so can web pages open in their browsers", server.url)
-        logger.info("serving %s on %s%s", model_path, server.url, f"; {predictor.positive_class_line}" if predictor.positive_class_line else "")
+            logger.warning(
+                "listening beyond this machine: there is no authentication, whoever reaches %s can use the model, and so can web pages open in their browsers",
+                server.url,
+            )
+        logger.info(
+            "serving %s on %s%s",
+            model_path,
+            server.url,
+            f"; {predictor.positive_class_line}" if predictor.positive_class_line else "",
+        )
         server.serve_until(lambda: signals.requested() is not None)
         logger.info("%s: every request under way is answered", signals.requested())
 
@@ -153,10 +161,28 @@ class Handler(BaseHTTPRequestHandler):
         server, loaded = self.server, self.server.predictor.loaded
         if path == "/":
             nonce = secrets.token_urlsafe(16)
-            page = render_page(server.model_path, loaded.config, loaded.features, loaded.labels, threshold=loaded.judgement.threshold.value, nonce=nonce, class_words=server.predictor.positive_class_line)
-            return HTTPStatus.OK, "text/html; charset=utf-8", page.encode("utf-8"), {"Content-Security-Policy": content_security_policy(nonce)}
+            page = render_page(
+                server.model_path,
+                loaded.config,
+                loaded.features,
+                loaded.labels,
+                threshold=loaded.judgement.threshold.value,
+                nonce=nonce,
+                class_words=server.predictor.positive_class_line,
+            )
+            return (
+                HTTPStatus.OK,
+                "text/html; charset=utf-8",
+                page.encode("utf-8"),
+                {"Content-Security-Policy": content_security_policy(nonce)},
+            )
         if path == "/health":
-            value: dict[str, Any] = {"status": "ok", "model_path": server.model_path, "columns": server.columns, **classes_of(server.predictor)}
+            value: dict[str, Any] = {
+                "status": "ok",
+                "model_path": server.model_path,
+                "columns": server.columns,
+                **classes_of(server.predictor),
+            }
         else:
             rows = self._read_json()
             with server.model_lock:
@@ -172,14 +198,20 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError:
             name = None
         if name not in self.server.local_names:
-            raise Refusal(HTTPStatus.FORBIDDEN, f"expected a Host header of this machine ({', '.join(sorted(self.server.local_names))})")
+            raise Refusal(
+                HTTPStatus.FORBIDDEN,
+                f"expected a Host header of this machine ({', '.join(sorted(self.server.local_names))})",
+            )
 
     def _read_json(self) -> Any:
         """The body's value. A form of another page cannot send this type, and its script may not without being asked about first."""
         if self.unread is None:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length")
         if self.unread > MOST_BYTES:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected a body of at most {MOST_BYTES} bytes, found {self.unread}")
+            raise Refusal(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"expected a body of at most {MOST_BYTES} bytes, found {self.unread}",
+            )
         expected, self.unread = self.unread, 0
         try:
             body = self.rfile.read(expected)
@@ -190,7 +222,10 @@ class Handler(BaseHTTPRequestHandler):
             raise InputError(f"expected a body of {expected} bytes as Content-Length says, found {len(body)}")
         self.stream.connection.waiting_since = None
         if self.headers.get_content_type() != "application/json":
-            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"expected Content-Type application/json, found {shown(self.headers.get('Content-Type', ''))}")
+            raise Refusal(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                f"expected Content-Type application/json, found {shown(self.headers.get('Content-Type', ''))}",
+            )
         try:
             return json.loads(body, parse_constant=refuse_constant, object_pairs_hook=object_of)
         except RecursionError:
@@ -229,7 +264,11 @@ class Handler(BaseHTTPRequestHandler):
 
 def classes_of(predictor: Predictor) -> dict[str, Any]:
     """What /health says of the classes: all labels in order, the one that `prob` is about, and its share of the training rows (null: not known)."""
-    return {"labels": list(predictor.loaded.labels.names), "positive_label": predictor.positive_label, "positive_share": predictor.positive_share}
+    return {
+        "labels": list(predictor.loaded.labels.names),
+        "positive_label": predictor.positive_label,
+        "positive_share": predictor.positive_share,
+    }
 
 
 def predicted(predictor: Predictor, rows: Any) -> dict[str, Any]:
@@ -263,7 +302,9 @@ def check_row(row: Any, max_keys: int, prefix: str, expected: str = "an object")
 
 
 def json_type(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+    return {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(
+        type(value), "a number"
+    )
 
 
 def refuse_constant(word: str) -> NoReturn:

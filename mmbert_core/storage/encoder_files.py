@@ -18,8 +18,22 @@ Shapes = dict[str, tuple[int, ...]]  # tensor -> its shape
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 # Files that are read where they exist; those of the second line only where there is no tokenizer.json.
-READ_FILES = (CONFIG, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json")
-VOCABULARY_FILES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+READ_FILES = (
+    CONFIG,
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "modules.json",
+)
+VOCABULARY_FILES = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own reader has it
 MAX_LAYERS = 1024
@@ -117,7 +131,9 @@ def encoder_shapes(folder: str | Path) -> Shapes:
         raise InputError(f"{path}: expected files of its own folder, found {outside[0]!r:.200}")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise InputError(f"{path}: expected {len(files)} weight files, {len(missing)} of them are missing, first {missing[0]!r:.200}")
+        raise InputError(
+            f"{path}: expected {len(files)} weight files, {len(missing)} of them are missing, first {missing[0]!r:.200}"
+        )
     shapes = {file: read_shapes(folder / file) for file in files}
     lost = next((name for name, file in file_of.items() if name not in shapes[file]), None)
     if lost is not None:
@@ -135,7 +151,9 @@ def _num_data_bytes(path: Path) -> int:
 def _check_total(path: Path, total: Any, found: int) -> None:
     """A tensor that several names share is counted more than once by some writers: only files that are too short are refused."""
     if isinstance(total, (int, float)) and total > found:
-        raise InputError(f"{path}: expected weight files with {total:.0f} bytes of tensors (total_size), found {found}: fetch them again")
+        raise InputError(
+            f"{path}: expected weight files with {total:.0f} bytes of tensors (total_size), found {found}: fetch them again"
+        )
 
 
 def settings_in(value: Any) -> Iterator[tuple[str, Any]]:
@@ -149,13 +167,19 @@ def settings_in(value: Any) -> Iterator[tuple[str, Any]]:
             yield from settings_in(inner)
 
 
-def check_config_against_weights(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str) -> None:
+def check_config_against_weights(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str
+) -> None:
     """Raise `InputError` for counts in an encoder's config.json that its weights (`shapes`; {}: not known) cannot have.
 
     Looks at what makes building an encoder long or large even without memory for its tensors: layers, labels, positions.
     """
     of_weights = f" (its weights are {len(shapes)} tensors)"
-    position_rows = [shape[0] for name, shape in shapes.items() if len(shape) == 2 and name.split(".")[-2:-1] in (["position_embeddings"], ["wpe"])]
+    position_rows = [
+        shape[0]
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.split(".")[-2:-1] in (["position_embeddings"], ["wpe"])
+    ]
     for key, value in settings_in(dict(config)):
         limit, reason = None, ""
         if key in LAYER_COUNTS and shapes and config.get("model_type") not in SHARED_LAYERS:
@@ -165,13 +189,17 @@ def check_config_against_weights(config: Mapping[str, Any], shapes: Mapping[str,
         elif key == "num_labels":
             limit = MAX_LABELS
         elif key in POSITIONS:
-            limit, reason = (max(position_rows), " (the rows of its position embeddings)") if position_rows else (MAX_POSITIONS, "")
+            limit, reason = (
+                (max(position_rows), " (the rows of its position embeddings)") if position_rows else (MAX_POSITIONS, "")
+            )
         for number in (value if isinstance(value, list) else [value]) if limit is not None else ():
             if isinstance(number, (int, float)) and not isinstance(number, bool) and number > limit:
                 raise InputError(f"{error_prefix}: {key}: expected at most {limit}{reason}, found {number!r:.40}")
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str) -> None:
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str
+) -> None:
     """Raise `InputError` where the tensors that a config asks for are not those of the weight files, before any is allocated.
 
     A weight file may have the encoder under a prefix ("bert.") and tensors of heads; names that only one side has are
@@ -181,7 +209,9 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, t
     for name, shape in expected.items():
         found = shapes.get(prefix + name, shape)
         if found != shape:
-            raise InputError(f"{error_prefix} asks for {name} of shape {list(shape)}, the weight file has {list(found)}")
+            raise InputError(
+                f"{error_prefix} asks for {name} of shape {list(shape)}, the weight file has {list(found)}"
+            )
     asked, held = (sum(_num_elements(shape) for shape in each.values()) for each in (expected, shapes))
     if asked > 2 * held:
         raise InputError(f"{error_prefix} asks for {asked} weights, the weight file holds {held}")

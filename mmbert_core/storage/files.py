@@ -47,7 +47,9 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
-        raise OSError(error.errno, f"{error.strerror} ({free_bytes(Path(path).parent) / MEGABYTE:.1f} MB free)", str(path)) from error
+        raise OSError(
+            error.errno, f"{error.strerror} ({free_bytes(Path(path).parent) / MEGABYTE:.1f} MB free)", str(path)
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,7 +135,9 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             save_file(dict(tensors), str(path), metadata={"format": "pt"})
     except SafetensorError as error:  # what it makes of a full disk
         found = re.search(r"os error (\d+)", str(error))
-        raise OSError(*([int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"])) from None
+        raise OSError(
+            *([int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"])
+        ) from None
 
 
 def sha256_of(path: Path) -> str:

@@ -19,7 +19,9 @@ def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bo
             step = values["step"]
         except ValueError:
             continue
-        is_pending = ("val_loss" in values and step == last_step and not validated) or ("test/num_rows" in values and not tested)
+        is_pending = ("val_loss" in values and step == last_step and not validated) or (
+            "test/num_rows" in values and not tested
+        )
         if step <= last_step and not is_pending:
             kept.append(line)
     return kept

@@ -152,7 +152,11 @@ def text(*, non_empty: bool = False, choices: Collection[str] | None = None, pat
 
     def check(value: Any) -> None:
         is_text = isinstance(value, str) and (value != "" or not non_empty)
-        if not is_text or (choices is not None and value not in choices) or (pattern and not re.fullmatch(pattern, value)):
+        if (
+            not is_text
+            or (choices is not None and value not in choices)
+            or (pattern and not re.fullmatch(pattern, value))
+        ):
             raise Mismatch(expected, describe(value))
 
     return check
@@ -235,7 +239,12 @@ def either(*checks: Check) -> Check:
 
 
 def array(
-    item: Check, *, length: int | None = None, min_length: int = 0, max_length: int | None = None, distinct: bool = False
+    item: Check,
+    *,
+    length: int | None = None,
+    min_length: int = 0,
+    max_length: int | None = None,
+    distinct: bool = False,
 ) -> Check:
     """A list whose items are as `item` declares; with `distinct`, texts or numbers of which none is repeated."""
     low, high = (length, length) if length is not None else (min_length, max_length)
@@ -267,7 +276,9 @@ def mapping(item: Check, *, keys: Check = anything) -> Check:
     return check
 
 
-def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, others: bool | Check = False) -> Check:
+def record(
+    required: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, others: bool | Check = False
+) -> Check:
     """An object with these keys. `others`: further keys are passed over, for files that other versions write with more, or checked."""
     known = {**required, **(optional or {})}
     other = others if callable(others) else anything

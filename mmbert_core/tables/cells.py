@@ -20,7 +20,9 @@ DIGITS = {"true": "1", "false": "0"}
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # 1.0: what pandas makes of 1 in a column with missing values
 # date, time, fraction of a second, zone: pandas writes as many digits of the fraction as the longest of a column needs
-POINT_IN_TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?")
+POINT_IN_TIME = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?"
+)
 DURATION = re.compile(r"(-?[0-9]+ days)(?: (\+?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?)?")  # as pandas writes it
 
 
@@ -37,7 +39,11 @@ def normal_form(cell: str) -> str:
             return "0" if found[1] == "-0" else found[1]
         if found := POINT_IN_TIME.fullmatch(cell):
             date, time, fraction, zone = found.groups(default="")
-            return _trimmed(date, time, fraction) if not zone else f"{date} {time}{_digits(fraction)}{'+00:00' if zone == 'Z' else zone}"
+            return (
+                _trimmed(date, time, fraction)
+                if not zone
+                else f"{date} {time}{_digits(fraction)}{'+00:00' if zone == 'Z' else zone}"
+            )
         if found := DURATION.fullmatch(cell):
             return _trimmed(*found.groups(default=""))
         return cell
@@ -64,7 +70,9 @@ def index_by_form(index_of: Mapping[str, int]) -> dict[str, int]:
     by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
     if not by_form.keys() & DIGITS.values():
         return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
-    if not by_form.keys() & DIGITS.keys() and not any(WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form):
+    if not by_form.keys() & DIGITS.keys() and not any(
+        WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form
+    ):
         return by_form | {word: by_form[digit] for word, digit in DIGITS.items() if digit in by_form}
     return by_form
 
@@ -94,7 +102,9 @@ def text_of(value: Any) -> str:
         return ""
     if isinstance(value, np.bool_):
         return "true" if value else "false"
-    if isinstance(value, (int, np.integer)) and not isinstance(value, np.timedelta64):  # numpy counts a timedelta among the integers
+    if isinstance(value, (int, np.integer)) and not isinstance(
+        value, np.timedelta64
+    ):  # numpy counts a timedelta among the integers
         return str(int(value))
     if isinstance(value, (float, np.floating)):
         return repr(float(value)) if isinstance(value, float) else str(value)  # float32: its own shortest text

@@ -35,11 +35,15 @@ def csv_header(path: str, delimiter: str, tsv_quoting: str) -> list[str] | None:
     header = first[1]
     if header[0].lower().startswith("sep=") and not any(header[1:]):
         advice = f"remove it, and separate cells by {'tabs' if delimiter == TAB else 'commas'}"
-        raise InputError(f"{path} header (line {first[0]}): expected column names, found {header[0]!r}, a line for spreadsheets: {advice}")
+        raise InputError(
+            f"{path} header (line {first[0]}): expected column names, found {header[0]!r}, a line for spreadsheets: {advice}"
+        )
     return _named(header)
 
 
-def csv_rows(path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str) -> Iterator[tuple[int, Sequence[str]]]:
+def csv_rows(
+    path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str
+) -> Iterator[tuple[int, Sequence[str]]]:
     """Rows of `columns`. Raises `InputError` for a ragged row, broken quoting, a blank line or separators alone between rows."""
     records = _records(path, delimiter, tsv_quoting)
     _, header = next(records)
@@ -51,10 +55,14 @@ def csv_rows(path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str
     pick = itemgetter(*indices) if len(indices) > 1 else lambda cells: [cells[index] for index in indices]
     for row, (line, cells) in enumerate(records, start=1):
         if len(cells) != len(header):
-            raise InputError(f"{row_prefix(path, row, line)}: expected {len(header)} cells as in the header, found {len(cells)}")
+            raise InputError(
+                f"{row_prefix(path, row, line)}: expected {len(header)} cells as in the header, found {len(cells)}"
+            )
         if num_named < len(header) - 1 and any(cells[num_named:]):
             cell = next(filter(None, cells[num_named:]))
-            raise InputError(f"{row_prefix(path, row, line)}: expected no cell under the empty names at the end of the header, found {cell[:40]!r}")
+            raise InputError(
+                f"{row_prefix(path, row, line)}: expected no cell under the empty names at the end of the header, found {cell[:40]!r}"
+            )
         yield line, pick(cells)
 
 
@@ -92,7 +100,9 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
             num_blank += bool(cells)
             continue
         if blank_line:
-            hint = {0: "remove it", 1: 'an empty cell alone is written ""'}.get(num_columns, "remove it, or give the row an id")
+            hint = {0: "remove it", 1: 'an empty cell alone is written ""'}.get(
+                num_columns, "remove it, or give the row an id"
+            )
             raise InputError(f"{row_prefix(path, row, blank_line)}: expected a row, found {blank_kind} ({hint})")
         if is_auto and len(line_cells) > 1 and num_columns:
             _check_span(line_cells, num_columns, row_prefix(path, row, line))
@@ -126,7 +136,14 @@ def _check_span(line_cells: Sequence[int], num_columns: int, prefix: str) -> Non
 def _other_separator(path: str, delimiter: str) -> str | None:
     """What is wrong with a header that cannot be read, where its quoted names have another separator between them."""
     header = next(text_lines(path))
-    found = next((other for other in SEPARATORS if other != delimiter and f'"{other}"' in header and f'"{delimiter}"' not in header), None)
+    found = next(
+        (
+            other
+            for other in SEPARATORS
+            if other != delimiter and f'"{other}"' in header and f'"{delimiter}"' not in header
+        ),
+        None,
+    )
     return None if found is None else f"cells seem to be separated by {SEPARATORS[found][0]}; {SEPARATORS[found][1]}"
 
 

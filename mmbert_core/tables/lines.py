@@ -84,7 +84,9 @@ def text_lines(path: str) -> Iterator[str]:
                         raise BadLine(f"expected text; {kind}")
                     other_encoding = _other_encoding(raw) or other_encoding
                 if len(raw) > MAX_LINE_BYTES:
-                    raise BadLine(f"expected lines of at most {MAX_LINE_BYTES:,} bytes, found a longer one: is one record a line?")
+                    raise BadLine(
+                        f"expected lines of at most {MAX_LINE_BYTES:,} bytes, found a longer one: is one record a line?"
+                    )
                 try:
                     text = raw.decode("utf-8") if offset else ""
                 except UnicodeDecodeError:
@@ -107,7 +109,9 @@ def kind_of(start: bytes) -> str:
         return OPEN_DOCUMENT if name.startswith(b"mimetypeapplication/vnd.oasis") else ZIP
     lower = start[:64].lstrip(BYTE_ORDER_MARK + b" \t\r\n").lower()
     found = next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), "")
-    return found or next((kind for signature, kind in SIGNATURES.items() if signature[:1] == b"<" and lower.startswith(signature)), "")
+    return found or next(
+        (kind for signature, kind in SIGNATURES.items() if signature[:1] == b"<" and lower.startswith(signature)), ""
+    )
 
 
 def _decoded(raw: bytes, offset: int, other_encoding: str) -> str:
@@ -117,10 +121,14 @@ def _decoded(raw: bytes, offset: int, other_encoding: str) -> str:
         text = raw[skipped:].decode("utf-8") if skipped else raw.decode("utf-8")
     except UnicodeDecodeError as error:
         at = error.start + skipped
-        raise BadLine(f"expected UTF-8, found byte 0x{raw[at]:02x} at byte {offset + at} of the file; {_advice(other_encoding)}") from None
+        raise BadLine(
+            f"expected UTF-8, found byte 0x{raw[at]:02x} at byte {offset + at} of the file; {_advice(other_encoding)}"
+        ) from None
     if "\0" in text:
         advice = f"; {_advice(other_encoding)}" if other_encoding != LATIN else ""
-        raise BadLine(f"expected text, found a NUL byte at byte {offset + skipped + raw[skipped:].index(0)} of the file{advice}")
+        raise BadLine(
+            f"expected text, found a NUL byte at byte {offset + skipped + raw[skipped:].index(0)} of the file{advice}"
+        )
     return text
 
 

@@ -46,7 +46,9 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
     """
     file = open_parquet(path)
     try:
-        sizes = [_bytes_per_row(file.metadata.row_group(group), columns) for group in range(file.metadata.num_row_groups)]
+        sizes = [
+            _bytes_per_row(file.metadata.row_group(group), columns) for group in range(file.metadata.num_row_groups)
+        ]
     except READ_ERRORS as error:
         raise InputError(f"{path}: cannot be read as Parquet ({_one_line(error)})") from None
     file = open_parquet(path, read_dictionary=_dictionary_columns(file, columns, sizes), buffer_size=READ_BYTES)
@@ -63,7 +65,9 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
             except StopIteration:
                 break
             except READ_ERRORS as error:
-                raise InputError(f"{path} row {row + 1} or after: cannot be read as Parquet ({_one_line(error)})") from None
+                raise InputError(
+                    f"{path} row {row + 1} or after: cannot be read as Parquet ({_one_line(error)})"
+                ) from None
             cells = [_cells(batch, column, first_row=row + 1, path=path) for column in columns]
             row += batch.num_rows
             yield from map(list, zip(*cells, strict=True))
@@ -89,7 +93,10 @@ def _bytes_per_row(group: Any, columns: Sequence[str]) -> dict[str, float]:
     sizes = dict.fromkeys(columns, 0.0)
     for index in range(group.num_columns):
         chunk = group.column(index)
-        column = next((name for name in columns if chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")), None)
+        column = next(
+            (name for name in columns if chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")),
+            None,
+        )
         if column is not None:
             sizes[column] += chunk.total_uncompressed_size / max(1, group.num_rows)
     return sizes
@@ -102,7 +109,12 @@ def _dictionary_columns(file: Any, columns: Sequence[str], sizes: Sequence[Mappi
     """
     import pyarrow
 
-    kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
+    kinds = (
+        pyarrow.types.is_string,
+        pyarrow.types.is_large_string,
+        pyarrow.types.is_binary,
+        pyarrow.types.is_large_binary,
+    )
     texts = [name for name in columns if any(is_kind(file.schema_arrow.field(name).type) for is_kind in kinds)]
     return [name for name in texts if all(size_of[name] <= MAX_DICTIONARY_BYTES for size_of in sizes)]
 
@@ -112,9 +124,15 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
     try:
         found = _python_values(values)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} row {first_row} or after, column {column!r}: expected UTF-8 text ({error.reason})") from None
-    except READ_ERRORS as error:  # a damaged page, a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
-        raise InputError(f"{path} row {first_row} or after, column {column!r}: cannot be read as {values.type} ({_one_line(error)})") from None
+        raise InputError(
+            f"{path} row {first_row} or after, column {column!r}: expected UTF-8 text ({error.reason})"
+        ) from None
+    except (
+        READ_ERRORS
+    ) as error:  # a damaged page, a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
+        raise InputError(
+            f"{path} row {first_row} or after, column {column!r}: cannot be read as {values.type} ({_one_line(error)})"
+        ) from None
     with suppress(ValueError):  # nearly all batches: nothing to refuse
         cells = list(map(text_of, found))
         if max(map(len, cells), default=0) <= MAX_CELL_CHARACTERS:
@@ -124,7 +142,9 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
         try:
             cells.append(short_text_of(value))
         except ValueError as error:
-            raise InputError(f"{path} row {first_row + len(cells)}, column {column!r}: expected a single value, found {error}") from None
+            raise InputError(
+                f"{path} row {first_row + len(cells)}, column {column!r}: expected a single value, found {error}"
+            ) from None
     return cells
 
 
@@ -133,7 +153,9 @@ def _python_values(values: Any) -> Sequence[Any]:
     if hasattr(values, "dictionary"):
         import pyarrow
 
-        indices = values.indices.cast(pyarrow.int64())  # they may be unsigned, as Polars writes categories, which have no -1
+        indices = values.indices.cast(
+            pyarrow.int64()
+        )  # they may be unsigned, as Polars writes categories, which have no -1
         used, index_of_row = np.unique(indices.fill_null(-1).to_numpy(zero_copy_only=False), return_inverse=True)
         known = _python_values(values.dictionary.take(pyarrow.array(used[used >= 0])))
         distinct = [*([None] if (used < 0).any() else []), *known]

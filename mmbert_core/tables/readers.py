@@ -16,7 +16,12 @@ from mmbert_core.tables.csv_reader import AUTO, csv_header, csv_rows, row_prefix
 from mmbert_core.tables.lines import BadLine, is_gzip_name, short_text_of, text_lines
 from mmbert_core.tables.parquet_reader import open_parquet, parquet_header, parquet_rows
 
-TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}  # suffix -> delimiter; all may end in .gz too
+TEXT_FORMATS = {
+    ".csv": ",",
+    ".tsv": "\t",
+    ".jsonl": None,
+    ".ndjson": None,
+}  # suffix -> delimiter; all may end in .gz too
 FORMATS = [*TEXT_FORMATS, ".parquet"]
 WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods")
 JSON_LINES = "write one object a line, without an array around them, as .jsonl (pandas: orient='records', lines=True)"
@@ -37,7 +42,9 @@ def header_of(path: str, tsv_quoting: str = AUTO) -> list[str]:
     else:
         names = csv_header(path, delimiter, tsv_quoting)
     if names is None:
-        raise InputError(f"{path}: the file is empty, expected a {'JSON object' if TEXT_FORMATS[kind] is None else 'header'} in line 1")
+        raise InputError(
+            f"{path}: the file is empty, expected a {'JSON object' if TEXT_FORMATS[kind] is None else 'header'} in line 1"
+        )
     check_once(path, names)
     return names
 
@@ -64,7 +71,9 @@ def rows_of(path: str, columns: Sequence[str], *, absent: Sequence[str] = (), ts
         for row, (line, record) in enumerate(_json_records(path), start=1):
             for column in absent:
                 if column in record:
-                    raise InputError(f"{row_prefix(path, row, line)}: key {column!r} is there, but row 1 has none; a missing value is written null")
+                    raise InputError(
+                        f"{row_prefix(path, row, line)}: key {column!r} is there, but row 1 has none; a missing value is written null"
+                    )
             yield line, [_json_cell(record, column, row_prefix(path, row, line)) for column in columns]
 
 
@@ -89,7 +98,13 @@ def format_of(path: str) -> str:
     [kind] = (suffixes[:-1] if is_packed else suffixes)[-1:] or [""]
     if kind in TEXT_FORMATS or (kind == ".parquet" and not is_packed):
         return kind
-    advice = "; of a workbook save the sheet as CSV UTF-8" if kind in WORKBOOKS else f"; {JSON_LINES}" if kind == ".json" else ""
+    advice = (
+        "; of a workbook save the sheet as CSV UTF-8"
+        if kind in WORKBOOKS
+        else f"; {JSON_LINES}"
+        if kind == ".json"
+        else ""
+    )
     raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)} (text formats also with .gz){advice}")
 
 
@@ -120,10 +135,14 @@ def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             advice = f"; {JSON_LINES}" if text.strip() in ("[", "{") else ""
-            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r} ({error}){advice}") from None
+            raise InputError(
+                f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r} ({error}){advice}"
+            ) from None
         if not isinstance(record, dict):
             advice = f"; {JSON_LINES}" if isinstance(record, list) else ""
-            raise InputError(f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r}{advice}")
+            raise InputError(
+                f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r}{advice}"
+            )
         yield line, record
         row += 1
 
@@ -142,4 +161,6 @@ def _json_cell(record: dict[str, Any], column: str, error_prefix: str) -> str:
     try:
         return short_text_of(record[column])
     except ValueError as error:
-        raise InputError(f"{error_prefix}, column {column!r}: expected text, a number, true, false or null, found {error}") from None
+        raise InputError(
+            f"{error_prefix}, column {column!r}: expected text, a number, true, false or null, found {error}"
+        ) from None

@@ -98,13 +98,17 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
         else:
             matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
         if not matches:
-            raise InputError(f"{path}: {'no file matches this pattern' if glob.has_magic(path) else 'there is no such file'}")
+            raise InputError(
+                f"{path}: {'no file matches this pattern' if glob.has_magic(path) else 'there is no such file'}"
+            )
         files += matches
     seen: dict[str, str] = {}
     for path in files:
         check_path(path)
         if not os.path.isfile(path):  # files are read more than once
-            raise InputError(f"{path}: expected a file, found a pipe or a device; `mmbert predict` reads standard input as -")
+            raise InputError(
+                f"{path}: expected a file, found a pipe or a device; `mmbert predict` reads standard input as -"
+            )
         real = os.path.realpath(path)
         if real in seen:
             raise InputError(f"{path}: the same file is given twice (also as {seen[real]})")
@@ -118,7 +122,9 @@ def check_path(path: str | os.PathLike[str]) -> None:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
         written = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise InputError(f"{written}: expected a name in UTF-8, found other bytes in it (here as \\x..): rename it") from None
+        raise InputError(
+            f"{written}: expected a name in UTF-8, found other bytes in it (here as \\x..): rename it"
+        ) from None
 
 
 def _parquet_parts(folder: str) -> list[str]:
@@ -127,7 +133,9 @@ def _parquet_parts(folder: str) -> list[str]:
     others = [name for name in names if not name.endswith(".parquet")]
     if len(others) == len(names):
         if (keyed := next((name for name in names if "=" in name), None)) is not None:
-            raise InputError(f"{folder}: expected Parquet files, found folders such as {shown(keyed)}, whose names hold a column: write files with all columns")
+            raise InputError(
+                f"{folder}: expected Parquet files, found folders such as {shown(keyed)}, whose names hold a column: write files with all columns"
+            )
         raise InputError(f"{folder}: expected a file, found a folder (all its files: {os.path.join(folder, '*.csv')})")
     if others:
         raise InputError(f"{folder}: expected a folder of Parquet files alone, found {shown(others[0])} in it")
@@ -136,7 +144,10 @@ def _parquet_parts(folder: str) -> list[str]:
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:
     """Sort key by which part.2 comes before part.10, as Dask writes its parts."""
-    return [(int(piece), "") if piece.isdecimal() and piece.isascii() else (-1, piece) for piece in re.split("([0-9]+)", name)]
+    return [
+        (int(piece), "") if piece.isdecimal() and piece.isascii() else (-1, piece)
+        for piece in re.split("([0-9]+)", name)
+    ]
 
 
 def columns_kept(
@@ -155,7 +166,9 @@ def columns_kept(
         if path != files[0] and found != kept:
             [name, *_] = set(found) ^ set(kept)
             with_it, without = (path, files[0]) if name in found else (files[0], path)
-            raise InputError(f"{without}: column {name!r} not found, but {with_it} has it: expected the same columns in all files")
+            raise InputError(
+                f"{without}: column {name!r} not found, but {with_it} has it: expected the same columns in all files"
+            )
         kept = found
     return kept
 
@@ -180,7 +193,9 @@ def read_chunks(
     files = expand_paths(paths)
     kept = columns_kept(files, columns, optional, tsv_quoting=tsv_quoting)
     absent = [name for name in optional if name not in kept]
-    limits = [(kept.index(name), slice(-count, None) if keep_end else slice(count)) for name, count in (longest or {}).items()]
+    limits = [
+        (kept.index(name), slice(-count, None) if keep_end else slice(count)) for name, count in (longest or {}).items()
+    ]
     rows: list[Sequence[str]] = []
     lines: list[int] = []
     starts: list[tuple[int, int, int]] = []  # where rows of another file begin: index in `rows`, file, row
@@ -209,7 +224,9 @@ def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequen
     names = [str(name) for name in frame.columns]
     check_once(MEMORY_PATH, names)
     kept = _columns_of(MEMORY_PATH, names, columns, optional)
-    return _chunk_in_memory(MEMORY_PATH, {name: _values_of(frame.iloc[:, names.index(name)]) for name in kept}, len(frame))
+    return _chunk_in_memory(
+        MEMORY_PATH, {name: _values_of(frame.iloc[:, names.index(name)]) for name in kept}, len(frame)
+    )
 
 
 def _values_of(column: pd.Series) -> list[object]:
@@ -225,7 +242,9 @@ def _values_of(column: pd.Series) -> list[object]:
     return column.astype(object).tolist()
 
 
-def records_to_chunk(records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
+def records_to_chunk(
+    records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()
+) -> Chunk:
     """The same from rows as dicts; an optional column that one row has must be in all.
 
     Raises `InputError` for a row without a column, and for a cell that is no single value.
@@ -240,7 +259,10 @@ def records_to_chunk(records: Sequence[Mapping[str, object]], columns: Sequence[
 
 def _chunk_in_memory(path: str, values: Mapping[str, Sequence[object]], num_rows: int) -> Chunk:
     return Chunk(
-        cells={name: [_memory_cell(value, path, name, row) for row, value in enumerate(column, start=1)] for name, column in values.items()},
+        cells={
+            name: [_memory_cell(value, path, name, row) for row, value in enumerate(column, start=1)]
+            for name, column in values.items()
+        },
         paths=[path],
         file_index=np.zeros(num_rows, dtype=np.int64),
         row=np.arange(1, num_rows + 1, dtype=np.int64),
@@ -311,7 +333,13 @@ def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, slice]]) -> Seq
     return cells
 
 
-def _chunk_of(rows: list[Sequence[str]], columns: list[str], files: list[str], lines: list[int], starts: list[tuple[int, int, int]]) -> Chunk:
+def _chunk_of(
+    rows: list[Sequence[str]],
+    columns: list[str],
+    files: list[str],
+    lines: list[int],
+    starts: list[tuple[int, int, int]],
+) -> Chunk:
     line = np.array(lines, dtype=np.int64)
     first, file, first_row = np.array(starts, dtype=np.int64).T
     counts = np.diff(first, append=len(rows))

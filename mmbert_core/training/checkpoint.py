@@ -56,13 +56,17 @@ class TrainState:
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None
-    best_val_loss: float | None = None  # of the best step; of equal values of the metric the lower one is the better; older checkpoints have none
+    best_val_loss: float | None = (
+        None  # of the best step; of equal values of the metric the lower one is the better; older checkpoints have none
+    )
     bad_validations: int = 0
     validation_pending: bool = False  # stopped by a signal before or in this step's validation
     finished: bool = False
     train_seconds: float = 0.0
     rows_trained: int = 0
-    test_folder: str | None = None  # name in the run's folder, from the last step on; none: no test, or an older checkpoint
+    test_folder: str | None = (
+        None  # name in the run's folder, from the last step on; none: no test, or an older checkpoint
+    )
 
 
 @dataclass(frozen=True)
@@ -117,24 +121,32 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
 # ---- writing ----
 
 
-def save_checkpoint(folder: Path, *, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, *, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> Path:
     """Rank 0 only. Write `step-<step>` whole; an existing folder of that step is replaced only by a complete one.
 
     Raises `RunError` for weights that are not finite, and when the disk does not take it; then nothing of it is left, and
     the older checkpoints are as they were.
     """
-    if not_finite := [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
+    if not_finite := [
+        name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]:
         raise RunError(f"step {state['step']}: {not_finite[0]} is not finite; no checkpoint written")
     final = step_folder(folder, state["step"])
     check_space(folder, state["step"], weights, moments)
     try:
         _write(final, weights, moments, state)
     except OSError as error:
-        raise RunError(f"the checkpoint of step {state['step']} could not be written: {_space(folder, weights, moments)} ({error})") from error
+        raise RunError(
+            f"the checkpoint of step {state['step']} could not be written: {_space(folder, weights, moments)} ({error})"
+        ) from error
     return final
 
 
-def check_space(folder: Path, step: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> None:
+def check_space(
+    folder: Path, step: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
+) -> None:
     """Raise `RunError` when a checkpoint of these tensors has no place on the disk."""
     if free_bytes(folder) < _size(weights, moments):
         raise RunError(f"no place for the checkpoint of step {step}: {_space(folder, weights, moments)}")
@@ -149,7 +161,9 @@ def _space(folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[s
     return space(folder, _size(weights, moments))
 
 
-def _write(final: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+def _write(
+    final: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
     with atomic_folder(final) as temporary:
         save_tensors(weights, temporary / "model.safetensors")
         save_tensors(moments, temporary / "optimizer.safetensors")
@@ -171,7 +185,9 @@ def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> No
     for step in set(steps) - set(due[-keep:]) - {newest, best_step}:
         try:
             remove_path(step_folder(folder, step))
-        except OSError as error:  # no reason to end a run whose newest checkpoint is whole; the next rotation tries again
+        except (
+            OSError
+        ) as error:  # no reason to end a run whose newest checkpoint is whole; the next rotation tries again
             logger.warning("the old checkpoint of step %d could not be removed: %s", step, error)
 
 
@@ -188,7 +204,11 @@ def set_aside(folder: Path, newest: int) -> None:
     for step in list_steps(folder):
         if step > newest:
             path = step_folder(folder, step)
-            aside = next(name for n in count() if not (name := path.with_name(f"{ASIDE_PREFIX}{path.name}{f'-{n}' if n else ''}")).exists())
+            aside = next(
+                name
+                for n in count()
+                if not (name := path.with_name(f"{ASIDE_PREFIX}{path.name}{f'-{n}' if n else ''}")).exists()
+            )
             path.rename(aside)
             logger.info("the checkpoint of step %d, which this run leaves behind, is now %s", step, aside)
 
@@ -233,11 +253,15 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
     steps = list_steps(folder)
     if resume == "never":
         if steps:
-            raise InputError(f"resume is never, but {folder} has checkpoints up to step {steps[0]}: choose another model_path, or resume: auto")
+            raise InputError(
+                f"resume is never, but {folder} has checkpoints up to step {steps[0]}: choose another model_path, or resume: auto"
+            )
         return None
     if isinstance(resume, int):
         if resume not in steps:
-            raise InputError(f"resume: expected a step that has a checkpoint in {folder} ({', '.join(map(str, sorted(steps))) or 'none'}), found {resume}")
+            raise InputError(
+                f"resume: expected a step that has a checkpoint in {folder} ({', '.join(map(str, sorted(steps))) or 'none'}), found {resume}"
+            )
         steps = [resume]
     for step in steps:
         reason = why_invalid(step_folder(folder, step))
@@ -245,7 +269,9 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
             return step_folder(folder, step)
         logger.warning("checkpoint %s is damaged and passed over: %s", step_folder(folder, step), reason)
     if isinstance(resume, int):
-        raise InputError(f"resume: the checkpoint of step {resume} in {folder} is damaged: choose another step, or auto")
+        raise InputError(
+            f"resume: the checkpoint of step {resume} in {folder} is damaged: choose another step, or auto"
+        )
     if steps:
         raise InputError(f"{folder}: none of the checkpoints is whole; remove the folder to start anew")
     return None
@@ -278,7 +304,9 @@ def clean_up(folder: Path) -> None:
         match = TEMPORARY_FOLDER.fullmatch(path.name)
         if match and not path.is_symlink() and why_invalid(path) is None:
             final = Path(folder) / match.group(1)
-            if why_invalid(final) is not None:  # killed before the rename, or while it removed the checkpoint that this one replaces
+            if (
+                why_invalid(final) is not None
+            ):  # killed before the rename, or while it removed the checkpoint that this one replaces
                 remove_path(final)
                 path.rename(final)
                 sync_path(folder)
@@ -289,7 +317,13 @@ def clean_up(folder: Path) -> None:
 
 
 def check_resumable(
-    state: Mapping[str, Any], *, config: Mapping[str, Any], fingerprints: Mapping[str, Any], parameters: list[list[Any]], versions: Mapping[str, str], free_keys: frozenset[str]
+    state: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    fingerprints: Mapping[str, Any],
+    parameters: list[list[Any]],
+    versions: Mapping[str, str],
+    free_keys: frozenset[str],
 ) -> None:
     """Raise `InputError` naming key, old and new value when config, data or model differ from the checkpoint's.
 
@@ -299,18 +333,34 @@ def check_resumable(
         old = state["config"].get(key, _default_of(key))  # a key that is newer than the checkpoint had its default
         if key == "pooling" and new == state["resolved"]["pooling"]:  # what `auto` meant
             continue
-        if key not in free_keys and (type(old), old) != (type(new), new):  # val_check_interval: 1.0 is an epoch, 1 a step
-            raise InputError(f"{key} was {old!r:.200} in the checkpoint at step {state['step']} and is {new!r:.200} now: set it back, or choose another model_path")
+        if key not in free_keys and (type(old), old) != (
+            type(new),
+            new,
+        ):  # val_check_interval: 1.0 is an epoch, 1 a step
+            raise InputError(
+                f"{key} was {old!r:.200} in the checkpoint at step {state['step']} and is {new!r:.200} now: set it back, or choose another model_path"
+            )
     for path in {**state["fingerprints"], **fingerprints}:  # the paths of globs may come and go
         old, new = state["fingerprints"].get(path), fingerprints.get(path)
         if old != new:
-            raise InputError(f"{path} has changed since the checkpoint at step {state['step']} ({_shown(old)} then, {_shown(new)} now): restore it, or choose another model_path")
-    for old, new in zip_longest(state["parameters"], parameters):  # an encoder folder may hold another model under the same name
+            raise InputError(
+                f"{path} has changed since the checkpoint at step {state['step']} ({_shown(old)} then, {_shown(new)} now): restore it, or choose another model_path"
+            )
+    for old, new in zip_longest(
+        state["parameters"], parameters
+    ):  # an encoder folder may hold another model under the same name
         if old != new:
-            raise InputError(f"encoder: expected a model whose parameter is {old!s:.200} as in the checkpoint at step {state['step']}, found {new!s:.200}: restore it, or choose another model_path")
+            raise InputError(
+                f"encoder: expected a model whose parameter is {old!s:.200} as in the checkpoint at step {state['step']}, found {new!s:.200}: restore it, or choose another model_path"
+            )
     for package, new in versions.items():
         if (old := state["versions"].get(package)) != new:
-            logger.warning("%s was %.40s at the checkpoint and is %s now: numbers may differ in their last digits", package, old, new)
+            logger.warning(
+                "%s was %.40s at the checkpoint and is %s now: numbers may differ in their last digits",
+                package,
+                old,
+                new,
+            )
 
 
 def _default_of(key: str) -> Any:
@@ -329,8 +379,17 @@ def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     if best is None or best == state["step"]:
         return state
     if reason := why_invalid(step_folder(folder, best)):
-        logger.warning("the best step so far, %d, is lost (%s): the best is chosen from step %d on", best, reason, state["step"])
-        return {**state, "best_step": None, "best_value": None, "best_metric": None, "best_val_loss": None, "bad_validations": 0}
+        logger.warning(
+            "the best step so far, %d, is lost (%s): the best is chosen from step %d on", best, reason, state["step"]
+        )
+        return {
+            **state,
+            "best_step": None,
+            "best_value": None,
+            "best_metric": None,
+            "best_val_loss": None,
+            "bad_validations": 0,
+        }
     return state
 
 

@@ -32,9 +32,15 @@ def make_judgement(data: Data, config: Config, val_preds: np.ndarray | None) -> 
         logger.warning("no baselines: %s: %s", type(error).__name__, error)
         fitted = None
     with slow_step("threshold and calibration"):
-        made = fit_judgement(val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted)
+        made = fit_judgement(
+            val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted
+        )
     if config.is_binary and made.threshold.reason:
-        logger.warning("threshold_rule %s could not be followed, the threshold is 0.5: %s", config.threshold_rule, made.threshold.reason)
+        logger.warning(
+            "threshold_rule %s could not be followed, the threshold is 0.5: %s",
+            config.threshold_rule,
+            made.threshold.reason,
+        )
     return made
 
 
@@ -43,7 +49,10 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
     rows, labels = sample(data.train, config.seed, config.num_classes)
     val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed, config.num_classes)
     models, thresholds, reasons = {}, {}, {}
-    for name, is_there in {COLUMNS: bool(config.tab_field_list or config.cat_field_list), WORDS: bool(config.text_name)}.items():
+    for name, is_there in {
+        COLUMNS: bool(config.tab_field_list or config.cat_field_list),
+        WORDS: bool(config.text_name),
+    }.items():
         if not is_there:
             reasons[name] = f"the model has no {'columns' if name == COLUMNS else 'text'}"
         elif config.num_classes > MOST_CLASSES[name]:
@@ -56,7 +65,9 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
                 continue
             models[name] = fitted
             scores = None if val is None else fitted.probabilities(val[0])
-            thresholds[name] = fit_threshold(scores[:, 1] if scores is not None and config.is_binary else scores, val_labels, config.threshold_rule).value
+            thresholds[name] = fit_threshold(
+                scores[:, 1] if scores is not None and config.is_binary else scores, val_labels, config.threshold_rule
+            ).value
     shares = baselines.majority(data.train.label_index, config.num_classes)
     return Baselines(shares, models, thresholds, len(rows), reasons)
 
@@ -64,7 +75,15 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
 def sample(dataset: Dataset, seed: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of all rows, or of as many as MOST_ROWS, MOST_CELLS and MOST_TOKENS allow, ascending, and their labels."""
     rows = np.random.default_rng(seed).permutation(len(dataset))
-    rows = np.sort(rows[: min(MOST_ROWS, MOST_CELLS // num_classes, int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MOST_TOKENS, side="right")) + 1)])
+    rows = np.sort(
+        rows[
+            : min(
+                MOST_ROWS,
+                MOST_CELLS // num_classes,
+                int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MOST_TOKENS, side="right")) + 1,
+            )
+        ]
+    )
     return rows, dataset.label_index[rows]
 
 

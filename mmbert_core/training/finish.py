@@ -50,15 +50,27 @@ def finish(run: Run) -> dict[str, Any]:
     run.log.say(f"model of step {best} written to {run.folder}")
     test_figures, test_folder = test(run, made[0] if made else None) if run.data.test is not None else (None, None)
     best_figures = {"step": best, "metric": run.state.best_metric, "value": run.state.best_value}
-    distributed.on_main(lambda: write_card(run.folder, made[0], data=data_section(run.data), best=best_figures, test=test_figures))
+    distributed.on_main(
+        lambda: write_card(run.folder, made[0], data=data_section(run.data), best=best_figures, test=test_figures)
+    )
     state = run.state
     results = {
-        "steps": state.step, "epochs": state.rows_trained / len(run.data.train), "best_step": best, "best_metric": state.best_metric,
-        "best_value": state.best_value, "rows": state.rows_trained, "train_rows": len(run.data.train), "skipped_steps": state.skipped_steps,
-        "train_seconds": state.train_seconds, "train_rows_per_second": state.rows_trained / state.train_seconds,
-        "peak_memory_mb": peak_memory_mb(run.context.device), "world_size": run.context.world_size, **run.resolved,
-        "test_folder": str(test_folder) if test_folder else None, "test_metrics": test_figures,
-    }  # fmt: skip
+        "steps": state.step,
+        "epochs": state.rows_trained / len(run.data.train),
+        "best_step": best,
+        "best_metric": state.best_metric,
+        "best_value": state.best_value,
+        "rows": state.rows_trained,
+        "train_rows": len(run.data.train),
+        "skipped_steps": state.skipped_steps,
+        "train_seconds": state.train_seconds,
+        "train_rows_per_second": state.rows_trained / state.train_seconds,
+        "peak_memory_mb": peak_memory_mb(run.context.device),
+        "world_size": run.context.world_size,
+        **run.resolved,
+        "test_folder": str(test_folder) if test_folder else None,
+        "test_metrics": test_figures,
+    }
     distributed.on_main(lambda: remove_old_checkpoints(run))
     distributed.on_main(lambda: write_json(run.folder / RESULTS, results))
     return results
@@ -69,9 +81,13 @@ def validation_of_best(run: Run) -> np.ndarray | None:
     if run.data.val is None or run.best_validation is not None:
         return run.best_validation
     outputs = hooks.on_validation_epoch_start()
-    if not evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)):
+    if not evaluate(
+        run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)
+    ):
         signals.ignore()
-        raise Stopped("stopped by a signal while the validation rows were scored; the same command (resume: auto) goes on with that")
+        raise Stopped(
+            "stopped by a signal while the validation rows were scored; the same command (resume: auto) goes on with that"
+        )
     return scoring.gather_results(outputs, len(run.data.val)).preds
 
 
@@ -85,7 +101,9 @@ def check_some_steps_counted(state: TrainState) -> None:
     """Rank 0 only. Raise `RunError` when every step was left out; warn when some were."""
     what = "because their loss or gradient was not finite"
     if state.skipped_steps >= state.step:
-        raise RunError(f"all {state.step} steps were left out {what}: nothing was trained, and no model is written; see the first of these errors")
+        raise RunError(
+            f"all {state.step} steps were left out {what}: nothing was trained, and no model is written; see the first of these errors"
+        )
     if state.skipped_steps:
         logger.warning("%d of %d steps were left out %s", state.skipped_steps, state.step, what)
 
@@ -108,7 +126,9 @@ def first_predictions(run: Run) -> np.ndarray:
     """Probabilities [N] or [N, K] of the first `ROWS_TO_CHECK` training rows, by the weights as they are now."""
     run.model.eval()
     with torch.no_grad():
-        _, preds, _ = hooks.run_epoch(run.model, run.data.train.batch(np.arange(min(ROWS_TO_CHECK, len(run.data.train)))), "pred", task=run.task)
+        _, preds, _ = hooks.run_epoch(
+            run.model, run.data.train.batch(np.arange(min(ROWS_TO_CHECK, len(run.data.train)))), "pred", task=run.task
+        )
     run.model.train()
     return preds.numpy(force=True)
 
@@ -132,14 +152,31 @@ def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
     dataset = run.data.test
     outputs, folder = hooks.on_test_epoch_start(run.folder, run.state.test_folder)
     has_labels = dataset.has_labels
-    if not evaluate(run, dataset, lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels)):
+    if not evaluate(
+        run,
+        dataset,
+        lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels),
+    ):
         distributed.on_main(folder.rmdir)
         signals.ignore()
-        raise Stopped("stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test")
+        raise Stopped(
+            "stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test"
+        )
     judgement = made.judgement if made else None
-    figures, result = hooks.on_test_epoch_end(outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, judgement=judgement)
+    figures, result = hooks.on_test_epoch_end(
+        outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, judgement=judgement
+    )
     distributed.on_main(lambda: report(run, made, result, figures, folder), patient=True)
-    run.log.record({"step": run.state.step, **{name: value for name, value in listed_figures(figures, "test", run.config)[0].items() if name.startswith("test")}})
+    run.log.record(
+        {
+            "step": run.state.step,
+            **{
+                name: value
+                for name, value in listed_figures(figures, "test", run.config)[0].items()
+                if name.startswith("test")
+            },
+        }
+    )
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")
     return figures, folder
 
@@ -150,9 +187,18 @@ def report(run: Run, made: LoadedModel, result: scoring.EpochResult, figures: di
     def scored() -> Scored:
         training = training_section(run.folder, run.state.best_step, run.state.best_metric)
         return Scored(
-            made, run.task, run.data.test, result.preds, result.ids, figures, str(run.folder), training, data_section(run.data),
-            warnings=run.data.warnings, slice_columns=run.config.slice_columns,
-        )  # fmt: skip
+            made,
+            run.task,
+            run.data.test,
+            result.preds,
+            result.ids,
+            figures,
+            str(run.folder),
+            training,
+            data_section(run.data),
+            warnings=run.data.warnings,
+            slice_columns=run.config.slice_columns,
+        )
 
     run.model.eval()
     if write_report(scored, folder):

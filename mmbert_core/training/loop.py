@@ -34,7 +34,13 @@ STEPS_BETWEEN_TRIMS = 100  # sizes differ from step to step, and the holes that 
 
 
 def fit(
-    config: Config, data: Data, model: MultimodalBert, pooling: str | None, context: DistContext, *, loss_op: LossOp | None = None
+    config: Config,
+    data: Data,
+    model: MultimodalBert,
+    pooling: str | None,
+    context: DistContext,
+    *,
+    loss_op: LossOp | None = None,
 ) -> dict[str, Any]:
     """Collective. Train, keep the best step, write the model folder, score the test rows; returns train_results.json.
 
@@ -69,7 +75,9 @@ def train_to_the_end(run: Run) -> None:
         if state.validation_pending and not run.stopping:
             improved = validate(run)
         state.finished = state.finished or (state.step == run.plan.total_steps and not state.validation_pending)
-        if state.finished and run.data.test is not None:  # known before the last checkpoint: a test that is killed and done again has one folder
+        if (
+            state.finished and run.data.test is not None
+        ):  # known before the last checkpoint: a test that is killed and done again has one folder
             state.test_folder = hooks.choose_test_folder(run.folder)
         if run.stopping:
             stop(run, improved=improved)
@@ -88,7 +96,9 @@ def stop(run: Run, *, improved: bool) -> NoReturn:
     save(run, is_due=is_save_due(run, improved=improved))
     signals.ignore()
     how = "the same command" if run.config.resume == "auto" else "with resume: auto the same command"
-    raise Stopped(f"stopped by a signal; the checkpoint of step {run.state.step} is written, and {how} goes on from there")
+    raise Stopped(
+        f"stopped by a signal; the checkpoint of step {run.state.step} is written, and {how} goes on from there"
+    )
 
 
 # ---- one optimizer step ----
@@ -115,7 +125,9 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     if not hand:  # fewer micro-batches than ranks: take part in the synchronisation with a row that weighs nothing
         backward(run, parts[0][:1], 0, math.inf, is_last=True)
 
-    train_loss, sound = agree(run, [parts[index] for index in hand], torch.stack(losses).tolist() if losses else [], len(rows))
+    train_loss, sound = agree(
+        run, [parts[index] for index in hand], torch.stack(losses).tolist() if losses else [], len(rows)
+    )
     lr = run.scheduler.get_last_lr()[0]
     stepped, grad_norm = step_optimizer(run) if sound else (False, math.nan)
     state.skipped_steps += not stepped
@@ -124,9 +136,14 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     seconds = time.perf_counter() - started
     advance(run, len(rows), seconds)
     return {
-        "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "rows": len(rows), "tokens": int(lengths.sum()), "padded": sum(costs),
+        "train_loss": train_loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "rows": len(rows),
+        "tokens": int(lengths.sum()),
+        "padded": sum(costs),
         "seconds": seconds,
-    }  # fmt: skip
+    }
 
 
 def backward(run: Run, rows: np.ndarray, index: int, weight_sum: float, *, is_last: bool) -> torch.Tensor:
@@ -137,7 +154,9 @@ def backward(run: Run, rows: np.ndarray, index: int, weight_sum: float, *, is_la
         with phase(f"the forward pass of step {run.state.step + 1}"):
             loss = hooks.training_step(run.ddp_model, batch, index, task=run.task, weight_sum=weight_sum)["loss"]
         with phase(f"the backward pass of step {run.state.step + 1}"):
-            run.scaler.scale(loss * run.context.world_size).backward()  # DDP takes the mean over ranks; the step wants the sum
+            run.scaler.scale(
+                loss * run.context.world_size
+            ).backward()  # DDP takes the mean over ranks; the step wants the sum
     return loss.detach().double()
 
 
@@ -173,9 +192,13 @@ def step_optimizer(run: Run) -> tuple[bool, float]:
     with phase(f"the optimizer step {run.state.step + 1}"):
         try:
             stepped, grad_norm = optimizer_step(
-                run.model.parameters(), run.optimizer, run.scheduler, run.scaler,
-                max_norm=run.config.gradient_clip_val, skip_nonfinite=run.config.on_nonfinite == "skip",
-            )  # fmt: skip
+                run.model.parameters(),
+                run.optimizer,
+                run.scheduler,
+                run.scaler,
+                max_norm=run.config.gradient_clip_val,
+                skip_nonfinite=run.config.on_nonfinite == "skip",
+            )
         except RunError as error:
             if run.context.is_main:
                 raise RunError(f"{error} at step {run.state.step + 1}; stopped before the optimizer step") from None
@@ -206,11 +229,18 @@ def log_step(run: Run, figures: dict[str, float]) -> None:
     shown = f"epoch {min(state.epoch + 1, run.config.max_epochs)}  train_loss {figures['train_loss']:.4f}  lr {figures['lr']:.2e}  {rate:.1f} rows/s  {format_seconds(left)} left"
     run.log.progress(state.step, shown)
     if state.step % run.config.log_every == 0 or state.step == run.plan.total_steps:
-        run.log.record({
-            "step": state.step, "epoch": state.epoch, "train_loss": finite_or_none(figures["train_loss"]), "lr": figures["lr"],
-            "grad_norm": finite_or_none(figures["grad_norm"]),
-            "rows_per_second": rate, "tokens_per_second": window["tokens"] / window["seconds"], "padding_share": 1 - window["tokens"] / window["padded"],
-        })  # fmt: skip
+        run.log.record(
+            {
+                "step": state.step,
+                "epoch": state.epoch,
+                "train_loss": finite_or_none(figures["train_loss"]),
+                "lr": figures["lr"],
+                "grad_norm": finite_or_none(figures["grad_norm"]),
+                "rows_per_second": rate,
+                "tokens_per_second": window["tokens"] / window["seconds"],
+                "padding_share": 1 - window["tokens"] / window["padded"],
+            }
+        )
         window.clear()
 
 

@@ -1,5 +1,4 @@
-"""Whether a step fits into memory, tried before the first one.
-"""
+"""Whether a step fits into memory, tried before the first one."""
 
 import ctypes
 import logging
@@ -29,7 +28,9 @@ ROWS_LOOKED_AT = 5_000_000  # whole epochs, at least one: a permutation of 10^7 
 CANDIDATES = 64  # steps that are looked at closely: those with the most tokens, and those with the longest texts
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # names of mallopt(3)
 # the last is what oneDNN makes of a failed allocation, and hardly ever of anything else
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive", re.IGNORECASE
+)
 
 
 def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, config: Config) -> int:
@@ -45,7 +46,9 @@ def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task:
     while True:
         largest = largest_micro_batches(steps, dataset, count)
         with phase("the trial of the largest micro-batch"):
-            reason = why_not(lambda: [compute(ddp_model, dataset, rows, task) for rows in largest], task.device, limit_mb)
+            reason = why_not(
+                lambda: [compute(ddp_model, dataset, rows, task) for rows in largest], task.device, limit_mb
+            )
         ddp_model.zero_grad(set_to_none=True)
         [num_failed] = distributed.all_reduce_sum([reason is not None])
         if not num_failed:
@@ -59,7 +62,9 @@ def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task:
 
 
 def refuse(num_tokens: int, reason: str) -> NoReturn:
-    raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): use a smaller max_length, max_chunks or encoder")
+    raise RunError(
+        f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): use a smaller max_length, max_chunks or encoder"
+    )
 
 
 def heaviest_steps(orders: Iterable[np.ndarray], lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -82,14 +87,21 @@ def heaviest(weights: Sequence[int] | np.ndarray) -> set[int]:
 
 def largest_micro_batches(steps: list[np.ndarray], dataset: Dataset, count: int) -> list[np.ndarray]:
     """Of all parts when each step is cut into `count`, those that cost most, with the most tokens, the most when padded, and the most pairs of tokens."""
-    parts = [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], count, packed=dataset.packed)]
-    sizes = [(dataset.cost(part), lengths.sum(), len(lengths) * lengths.max(), (lengths**2).sum()) for part, lengths in ((part, dataset.lengths[part]) for part in parts)]
+    parts = [
+        part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], count, packed=dataset.packed)
+    ]
+    sizes = [
+        (dataset.cost(part), lengths.sum(), len(lengths) * lengths.max(), (lengths**2).sum())
+        for part, lengths in ((part, dataset.lengths[part]) for part in parts)
+    ]
     return [parts[index] for index in dict.fromkeys(np.argmax(sizes, axis=0).tolist())]
 
 
 def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task) -> None:
     """Forward and backward of `rows` without synchronisation, beside stand-ins for AdamW's two moments."""
-    moments = [torch.ones_like(parameter) for parameter in ddp_model.parameters() if parameter.requires_grad for _ in range(2)]
+    moments = [
+        torch.ones_like(parameter) for parameter in ddp_model.parameters() if parameter.requires_grad for _ in range(2)
+    ]
     with distributed.no_sync(ddp_model, enabled=True):
         loss, _, _ = run_epoch(ddp_model, dataset.batch(rows), "train", task=task)
         loss.backward()
@@ -100,7 +112,9 @@ def is_out_of_memory(error: Exception) -> bool:
     """Of a GPU, or of this machine as PyTorch and Python report it; not what this file makes of it."""
     if isinstance(error, RunError):
         return False
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+    )
 
 
 def why_not(action: Callable[[], object], device: torch.device, limit_mb: int | None) -> str | None:

@@ -25,7 +25,10 @@ SMALLEST_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below its start: gradients th
 
 def is_normalisation(module: nn.Module) -> bool:
     """LayerNorm, BatchNorm, RMSNorm, ... by the module's type, whatever the parameter is called."""
-    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)) or "Norm" in type(module).__name__
+    return (
+        isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
+        or "Norm" in type(module).__name__
+    )
 
 
 def names_without_decay(model: nn.Module) -> set[str]:
@@ -51,7 +54,11 @@ def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> 
             groups.setdefault((is_head, name in undecayed), []).append(parameter)
     optimizer = AdamW(
         [
-            {"params": parameters, "weight_decay": 0.0 if no_decay else config.weight_decay, "lr": config.head_lr if is_head else config.lr}
+            {
+                "params": parameters,
+                "weight_decay": 0.0 if no_decay else config.weight_decay,
+                "lr": config.head_lr if is_head else config.lr,
+            }
             for (is_head, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0])
         ],
         lr=config.lr,
@@ -60,7 +67,9 @@ def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> 
     )
     warmup = warmup_in_steps(config.warmup_steps, total_steps)
     if config.run_scheduler:
-        return optimizer, get_linear_schedule_with_warmup(optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+        return optimizer, get_linear_schedule_with_warmup(
+            optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
+        )
     return optimizer, get_constant_schedule_with_warmup(optimizer, num_warmup_steps=warmup)
 
 
@@ -70,7 +79,13 @@ def warmup_in_steps(warmup_steps: int | float, total_steps: int) -> int:
 
 
 def optimizer_step(
-    parameters: Iterable[nn.Parameter], optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler, *, max_norm: float, skip_nonfinite: bool = False
+    parameters: Iterable[nn.Parameter],
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
+    scaler: torch.amp.GradScaler,
+    *,
+    max_norm: float,
+    skip_nonfinite: bool = False,
 ) -> tuple[bool, float]:
     """Unscale, clip, step, update the scaler, schedule, zero the gradients: always in this order, only here.
 

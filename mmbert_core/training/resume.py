@@ -56,20 +56,33 @@ def changed_parts(config: Config, state: dict[str, Any]) -> dict[str, int]:
     new, old = config.microbatches_per_step, state["config"]["microbatches_per_step"]
     if new in ("auto", old, state["resolved"]["microbatches_per_step"]):
         return {}
-    logger.warning("microbatches_per_step was %s at the checkpoint and is %s now: steps have the same rows, but other dropout", state["resolved"]["microbatches_per_step"], new)
+    logger.warning(
+        "microbatches_per_step was %s at the checkpoint and is %s now: steps have the same rows, but other dropout",
+        state["resolved"]["microbatches_per_step"],
+        new,
+    )
     return {"microbatches_asked": new, "microbatches_per_step": new}
 
 
 def check_agreement(config: Config, data: Data, pooling: str | None, context: DistContext) -> None:
     """Collective. All ranks must have read the same config and data, or their plans would part; a node may hold old copies."""
-    here = {**config.to_dict(), "pooling": pooling, "device": context.device.type, **{path: value["sha256"] for path, value in data.fingerprints.items()}}
+    here = {
+        **config.to_dict(),
+        "pooling": pooling,
+        "device": context.device.type,
+        **{path: value["sha256"] for path, value in data.fingerprints.items()},
+    }
     for rank, there in enumerate(item for part in distributed.all_gather_objects([here]) for item in part):
         for key in sorted({*here, *there} - {"num_threads", "model_path", "cache_path"}):  # which may be a node's own
             if here.get(key) != there.get(key):
-                raise InputError(f"{key}: expected the same on all ranks, found {here.get(key)!r} on rank {context.rank} and {there.get(key)!r} on rank {rank}")
+                raise InputError(
+                    f"{key}: expected the same on all ranks, found {here.get(key)!r} on rank {context.rank} and {there.get(key)!r} on rank {rank}"
+                )
 
 
-def read_for_all_ranks(config: Config, data: Data, model: nn.Module, context: DistContext) -> tuple[Checkpoint | None, int]:
+def read_for_all_ranks(
+    config: Config, data: Data, model: nn.Module, context: DistContext
+) -> tuple[Checkpoint | None, int]:
     """Collective. The checkpoint to go on from, on all ranks, and the rank that read it; (None, 0): a fresh start.
 
     The first rank of every node looks into its own disk and the newest one counts, so that no shared disk is needed and
@@ -84,7 +97,9 @@ def read_for_all_ranks(config: Config, data: Data, model: nn.Module, context: Di
         looks = context.is_main or (context.local_rank == 0 and resume == "auto")
         path = checkpoint.find_checkpoint(folder, resume) if looks else None
         if path is None and context.is_main and (folder.parent / WEIGHTS).exists():
-            raise InputError(f"{folder.parent}: expected an empty folder or a run to go on from, found a trained model without checkpoints: choose another model_path")
+            raise InputError(
+                f"{folder.parent}: expected an empty folder or a run to go on from, found a trained model without checkpoints: choose another model_path"
+            )
         return None if path is None else (checkpoint.step_of(path), str(path))
 
     answers = distributed.on_all(look)
@@ -99,7 +114,12 @@ def read_for_all_ranks(config: Config, data: Data, model: nn.Module, context: Di
         with naming_checkpoint(found.path):
             check_run_state(found.state)
         checkpoint.check_resumable(
-            found.state, config=config.to_dict(), fingerprints=data.fingerprints, parameters=parameter_shapes(model), versions=VERSIONS, free_keys=FREE_ON_RESUME
+            found.state,
+            config=config.to_dict(),
+            fingerprints=data.fingerprints,
+            parameters=parameter_shapes(model),
+            versions=VERSIONS,
+            free_keys=FREE_ON_RESUME,
         )
         with naming_checkpoint(found.path):
             check_progress(found.state, num_rows=len(data.train), batch_size=config.batch_size)
@@ -114,7 +134,9 @@ def read_for_all_ranks(config: Config, data: Data, model: nn.Module, context: Di
     return Checkpoint(checkpoint.step_folder(folder, step), weights, moments, state), source
 
 
-def restore(found: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler) -> TrainState:
+def restore(
+    found: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler
+) -> TrainState:
     """Optimizer, schedule and loss scale as they were; the model's weights were loaded before DDP took them."""
     with naming_checkpoint(found.path):
         check_moments(found.moments, dict(model.named_parameters()), file="optimizer.safetensors")

@@ -58,7 +58,9 @@ class Run:
     class_weights: np.ndarray  # [K] float64, as the loss weighs rows
     train_labels: np.ndarray  # [N] int64
     used_rows: UsedRows | None  # of the token embedding; none: DDP sums all of it
-    best_validation: np.ndarray | None = None  # [N] or [N, K] predictions of the best step, if this life of the run validated it
+    best_validation: np.ndarray | None = (
+        None  # [N] or [N, K] predictions of the best step, if this life of the run validated it
+    )
     claim: Claim | None = None  # of the folder, on rank 0
     stopping: bool = False  # all ranks have agreed to stop: one of them had a signal
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
@@ -88,10 +90,14 @@ def save(run: Run, *, is_due: bool = True) -> None:
         if run.claim is not None:
             run.claim.check()
         if not (run.folder / LOCK).exists():
-            raise RunError(f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written")
+            raise RunError(
+                f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written"
+            )
         run.log.sync()  # the lines of the steps that this checkpoint has
         weights, moments = checkpoint.weights_of(run.model), checkpoint.moments_of(run.model, run.optimizer)
-        checkpoint.save_checkpoint(run.checkpoints, weights=weights, moments=moments, state={**state_record(run), checkpoint.DUE: is_due})
+        checkpoint.save_checkpoint(
+            run.checkpoints, weights=weights, moments=moments, state={**state_record(run), checkpoint.DUE: is_due}
+        )
         rotate_checkpoints(run)
 
     with phase("save"):
@@ -100,7 +106,9 @@ def save(run: Run, *, is_due: bool = True) -> None:
 
 def rotate_checkpoints(run: Run) -> None:
     """Rank 0 only. Remove the checkpoints that the run does not keep."""
-    checkpoint.rotate(run.checkpoints, keep=run.config.keep_checkpoints, newest=run.state.step, best_step=run.state.best_step)
+    checkpoint.rotate(
+        run.checkpoints, keep=run.config.keep_checkpoints, newest=run.state.step, best_step=run.state.best_step
+    )
 
 
 def state_record(run: Run) -> dict[str, Any]:

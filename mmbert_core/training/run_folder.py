@@ -30,10 +30,31 @@ from mmbert_core.training import checkpoint
 RESULTS = "train_results.json"
 
 
-RESULTS_JSON = record({"steps": whole(0), "test_metrics": nullable(FIGURES_JSON)}, others=True)  # what is told of a finished run
+RESULTS_JSON = record(
+    {"steps": whole(0), "test_metrics": nullable(FIGURES_JSON)}, others=True
+)  # what is told of a finished run
 
 
-WRITTEN = ("config.json", WEIGHTS, ENCODER, "features.json", "labels.json", THRESHOLDS, BASELINES, BASELINE_WEIGHTS, MANIFEST, SUMMARY, CARD, "checkpoints", "metrics.jsonl", RESULTS, "tensorboard", "cache", LOCK, CLAIM)
+WRITTEN = (
+    "config.json",
+    WEIGHTS,
+    ENCODER,
+    "features.json",
+    "labels.json",
+    THRESHOLDS,
+    BASELINES,
+    BASELINE_WEIGHTS,
+    MANIFEST,
+    SUMMARY,
+    CARD,
+    "checkpoints",
+    "metrics.jsonl",
+    RESULTS,
+    "tensorboard",
+    "cache",
+    LOCK,
+    CLAIM,
+)
 
 
 def already_finished(config: Config) -> dict[str, Any] | None:

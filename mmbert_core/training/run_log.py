@@ -31,17 +31,31 @@ class RunLog:
     `validated`, `tested`: the validation of `first_step`, if one is due there, and the test are done.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, first_step: int, total_steps: int, validated: bool = True, tested: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        first_step: int,
+        total_steps: int,
+        validated: bool = True,
+        tested: bool = False,
+    ) -> None:
         self.is_main = is_main
         self.total_steps = total_steps
         self._last_line = 0.0
         if not is_main:
             return
         self._path = Path(folder) / "metrics.jsonl"
-        write_text(self._path, "".join(line + "\n" for line in kept_lines(self._path, first_step, validated=validated, tested=tested)))
+        write_text(
+            self._path,
+            "".join(line + "\n" for line in kept_lines(self._path, first_step, validated=validated, tested=tested)),
+        )
         self._stream = open(self._path, "a", encoding="utf-8")
         self._first_step, self._tensorboard, self._has_curves = first_step, None, False
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
 
     def record(self, values: Mapping[str, Any]) -> None:
         """One object with `step` and figures; a None is an undefined figure, with its reason in the object `undefined`."""
@@ -51,7 +65,10 @@ class RunLog:
             self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
             self._stream.flush()
         if not self._has_curves:  # not before: a finished run that is started again gets no more files
-            self._has_curves, self._tensorboard = True, _open_tensorboard(self._path.parent / "tensorboard", self._first_step)
+            self._has_curves, self._tensorboard = (
+                True,
+                _open_tensorboard(self._path.parent / "tensorboard", self._first_step),
+            )
         if self._tensorboard is not None:
             try:
                 for name, value in values.items():

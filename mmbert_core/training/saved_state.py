@@ -33,16 +33,32 @@ MAX_MICRO_BATCHES = 1_000_000
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter that it has moved
 
 PROGRESS: dict[str, Check] = {
-    "epoch": whole(0), "rows_consumed": whole(0), "skipped_steps": whole(0), "best_metric": nullable(text()), "best_value": nullable(number()),
-    "best_step": nullable(whole(0)), "bad_validations": whole(0), "validation_pending": boolean, "finished": boolean,
-    "train_seconds": number(0), "rows_trained": whole(0),
-}  # fmt: skip
+    "epoch": whole(0),
+    "rows_consumed": whole(0),
+    "skipped_steps": whole(0),
+    "best_metric": nullable(text()),
+    "best_value": nullable(number()),
+    "best_step": nullable(whole(0)),
+    "bad_validations": whole(0),
+    "validation_pending": boolean,
+    "finished": boolean,
+    "train_seconds": number(0),
+    "rows_trained": whole(0),
+}
 # PyTorch's own keys, of which its versions have more or fewer; only these four are taken over.
-SCHEDULER = {"base_lrs": array(number(0)), "_last_lr": array(number(0)), "last_epoch": whole(0), "_step_count": whole(0)}
+SCHEDULER = {
+    "base_lrs": array(number(0)),
+    "_last_lr": array(number(0)),
+    "last_epoch": whole(0),
+    "_step_count": whole(0),
+}
 SCALER = {
-    "scale": number(above=0), "growth_factor": number(above=0), "backoff_factor": number(above=0), "growth_interval": whole(1),
+    "scale": number(above=0),
+    "growth_factor": number(above=0),
+    "backoff_factor": number(above=0),
+    "growth_interval": whole(1),
     "_growth_tracker": whole(0),
-}  # fmt: skip
+}
 SURROUNDINGS: dict[str, Check] = {
     "scheduler": record(SCHEDULER, others=True),
     "scaler": either(record({}), record(SCALER)),  # empty: not in use
@@ -50,8 +66,10 @@ SURROUNDINGS: dict[str, Check] = {
     "config": mapping(anything),  # compared with the run's own, value by value
     "resolved": record(
         {
-            "pooling": nullable(text(choices=POOLINGS[1:])), "precision": text(choices=("fp32", "bf16", "fp16")),
-            "microbatches_asked": whole(1, MAX_MICRO_BATCHES), "microbatches_per_step": whole(1, MAX_MICRO_BATCHES),
+            "pooling": nullable(text(choices=POOLINGS[1:])),
+            "precision": text(choices=("fp32", "bf16", "fp16")),
+            "microbatches_asked": whole(1, MAX_MICRO_BATCHES),
+            "microbatches_per_step": whole(1, MAX_MICRO_BATCHES),
         },
         others=True,  # versions differ in what they resolve
     ),
@@ -59,9 +77,15 @@ SURROUNDINGS: dict[str, Check] = {
     "parameters": array(array(either(text(), array(whole(0))), length=2)),
     "world_size": whole(1),
     "versions": mapping(text()),
-}  # fmt: skip
-SINCE = {"test_folder": nullable(text(pattern=TEST_FOLDER)), "due": boolean, "best_val_loss": nullable(number())}  # older checkpoints have none of these
-READABLE_STATE = record({"format_version": constant(FORMAT_VERSION), "step": whole(0)}, {**PROGRESS, **SURROUNDINGS, **SINCE}, others=True)
+}
+SINCE = {
+    "test_folder": nullable(text(pattern=TEST_FOLDER)),
+    "due": boolean,
+    "best_val_loss": nullable(number()),
+}  # older checkpoints have none of these
+READABLE_STATE = record(
+    {"format_version": constant(FORMAT_VERSION), "step": whole(0)}, {**PROGRESS, **SURROUNDINGS, **SINCE}, others=True
+)
 RUN_STATE = record({"step": whole(0), **PROGRESS, **SURROUNDINGS}, SINCE, others=True)  # newer versions may write more
 
 
@@ -82,17 +106,25 @@ def check_progress(state: Mapping[str, Any], *, num_rows: int, batch_size: int) 
     """Raise `InputError` unless a run of N rows has this epoch and these rows behind it at the state's step."""
     steps_per_epoch = -(-num_rows // batch_size)
     epoch, step_of_epoch = divmod(state["step"], steps_per_epoch)
-    wanted = {"epoch": epoch, "rows_consumed": step_of_epoch * batch_size, "rows_trained": epoch * num_rows + step_of_epoch * batch_size}
+    wanted = {
+        "epoch": epoch,
+        "rows_consumed": step_of_epoch * batch_size,
+        "rows_trained": epoch * num_rows + step_of_epoch * batch_size,
+    }
     for key, value in wanted.items():
         if state[key] != value:
-            raise InputError(f"{STATE}: {key}: expected {value}, as {num_rows} rows have it after step {state['step']}, found {state[key]}")
+            raise InputError(
+                f"{STATE}: {key}: expected {value}, as {num_rows} rows have it after step {state['step']}, found {state[key]}"
+            )
 
 
 def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, file: str) -> None:
     """Raise `InputError` unless names and shapes are those of the model's own tensors."""
     if different := sorted(set(found) ^ set(expected)):
         has = "has" if different[0] in found else "lacks"
-        raise InputError(f"{file}: {has} the tensor {different[0]!r:.120}, which the model {'lacks' if has == 'has' else 'has'}")
+        raise InputError(
+            f"{file}: {has} the tensor {different[0]!r:.120}, which the model {'lacks' if has == 'has' else 'has'}"
+        )
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise InputError(f"{file}: {name}: expected shape {list(tensor.shape)}, found {list(found[name].shape)}")
@@ -105,7 +137,11 @@ def check_moments(moments: Mapping[str, torch.Tensor], parameters: Mapping[str, 
     known = {name: parameter for name, parameter in parameters.items() if name in moved}
     check_tensors(
         moments,
-        {f"{name}.{entry}": scalar if entry == "step" else parameter for name, parameter in known.items() for entry in MOMENTS},
+        {
+            f"{name}.{entry}": scalar if entry == "step" else parameter
+            for name, parameter in known.items()
+            for entry in MOMENTS
+        },
         file=file,
     )
 
@@ -114,4 +150,6 @@ def check_schedule(scheduler: Mapping[str, Any], *, num_groups: int) -> None:
     """Raise `InputError` unless there is a learning rate for each of the optimizer's groups of parameters."""
     for key in ("base_lrs", "_last_lr"):
         if len(scheduler[key]) != num_groups:
-            raise InputError(f"{STATE}: scheduler.{key}: expected {num_groups} learning rates, found {len(scheduler[key])}")
+            raise InputError(
+                f"{STATE}: scheduler.{key}: expected {num_groups} learning rates, found {len(scheduler[key])}"
+            )

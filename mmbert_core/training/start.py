@@ -1,5 +1,4 @@
-"""Everything of a run put together before its first step: a fresh start or the continuation of a checkpoint.
-"""
+"""Everything of a run put together before its first step: a fresh start or the continuation of a checkpoint."""
 
 import logging
 import math
@@ -56,7 +55,9 @@ def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | Non
     parse_rule(config.threshold_rule)
     check_metric_choices(config.metric_choices, data.labels.names)
     if config.early_stop_metric != "val_loss":
-        check_metric_choices([config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric")
+        check_metric_choices(
+            [config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric"
+        )
     model, pooling = build_model(replace(config, pooling=settled_pooling(config)), data.features)
     if model.text_subnetwork is not None:
         tokens = ProbeTokens(**sample_tokens(data.tokenizer))
@@ -89,7 +90,13 @@ def settle_class_weights(config: Config, data: Data) -> list[float] | None:
 
 
 def start_run(
-    config: Config, data: Data, model: MultimodalBert, pooling: str | None, context: DistContext, *, loss_op: LossOp | None = None
+    config: Config,
+    data: Data,
+    model: MultimodalBert,
+    pooling: str | None,
+    context: DistContext,
+    *,
+    loss_op: LossOp | None = None,
 ) -> Run:
     """Collective. A run at its first step, or at the step of the newest whole checkpoint. `loss_op` replaces cross entropy."""
     folder = Path(config.model_path)
@@ -105,7 +112,9 @@ def start_run(
     with phase("load"):
         found, source = read_for_all_ranks(config, data, model, context)
     if found and found.state["resolved"]["pooling"] != pooling:
-        raise InputError(f"pooling was {found.state['resolved']['pooling']} in the checkpoint at step {found.state['step']} and is {pooling} now: set it back")
+        raise InputError(
+            f"pooling was {found.state['resolved']['pooling']} in the checkpoint at step {found.state['step']} and is {pooling} now: set it back"
+        )
     precision = resolve_precision(found.state["resolved"]["precision"] if found else config.precision, context.device)
     task, class_weights = make_task(config, data, precision, context, loss_op)
     used_rows = rows_to_sum(model, context)
@@ -113,25 +122,53 @@ def start_run(
     if found:
         resolved = {**found.state["resolved"], "precision": precision, **changed_parts(config, found.state)}
     else:
-        sides = {"truncation_side": "left"} if keeps_end(data.tokenizer) else {}  # else right, which folders of before all mean
-        resolved = {"pooling": pooling, "precision": precision, **sides, **settle_parts(config, data, ddp_model, task, context)}
+        sides = (
+            {"truncation_side": "left"} if keeps_end(data.tokenizer) else {}
+        )  # else right, which folders of before all mean
+        resolved = {
+            "pooling": pooling,
+            "precision": precision,
+            **sides,
+            **settle_parts(config, data, ddp_model, task, context),
+        }
     warm_up(ddp_model, data, task)
     plan = make_plan(config, len(data.train), resolved["microbatches_per_step"])
     optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)
     scaler = build_scaler(precision, context.device)
     with phase("load"):
-        state = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler) if found else TrainState())[context.rank]
+        state = distributed.on_all(
+            lambda: restore(found, model, optimizer, scheduler, scaler) if found else TrainState()
+        )[context.rank]
     distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=found is None, finished=state.finished))
     if found and config.resume == state.step:
         distributed.on_main(lambda: checkpoint.set_aside(folder / "checkpoints", state.step))
     log = RunLog(
-        folder, is_main=context.is_main, first_step=state.step, total_steps=plan.total_steps,
-        validated=not state.validation_pending, tested=state.finished and already_finished(config) is not None,
-    )  # fmt: skip
+        folder,
+        is_main=context.is_main,
+        first_step=state.step,
+        total_steps=plan.total_steps,
+        validated=not state.validation_pending,
+        tested=state.finished and already_finished(config) is not None,
+    )
     run = Run(
-        config, data, context, folder, model, ddp_model, task, optimizer, scheduler, scaler, plan, state, log, resolved,
-        class_weights, np.asarray(data.train.label_index), used_rows,
-    )  # fmt: skip
+        config,
+        data,
+        context,
+        folder,
+        model,
+        ddp_model,
+        task,
+        optimizer,
+        scheduler,
+        scaler,
+        plan,
+        state,
+        log,
+        resolved,
+        class_weights,
+        np.asarray(data.train.label_index),
+        used_rows,
+    )
     if source != 0:  # another node had it: from now on it is where the run is written
         save(run)
     elif found:
@@ -139,7 +176,9 @@ def start_run(
     return run
 
 
-def make_task(config: Config, data: Data, precision: str, context: DistContext, loss_op: LossOp | None) -> tuple[Task, np.ndarray]:
+def make_task(
+    config: Config, data: Data, precision: str, context: DistContext, loss_op: LossOp | None
+) -> tuple[Task, np.ndarray]:
     """What every step needs, and the loss's weight of each class [K]."""
     loss_op = build_loss_op(settle_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
     class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
@@ -154,7 +193,14 @@ def rows_to_sum(model: MultimodalBert, context: DistContext) -> UsedRows | None:
     return UsedRows(model.text_subnetwork.encoder.get_input_embeddings().weight)
 
 
-def place_model(model: MultimodalBert, found: Checkpoint | None, data: Data, task: Task, context: DistContext, used_rows: UsedRows | None) -> nn.Module:
+def place_model(
+    model: MultimodalBert,
+    found: Checkpoint | None,
+    data: Data,
+    task: Task,
+    context: DistContext,
+    used_rows: UsedRows | None,
+) -> nn.Module:
     """Collective. The model on its device with the checkpoint's weights, as training sees it."""
     model.to(context.device).train()
     if found:
@@ -171,10 +217,18 @@ def settle_parts(config: Config, data: Data, ddp_model: nn.Module, task: Task, c
         rows_at_once = max(1, int(TOKENS_AT_ONCE[device] / max(1.0, train.lengths.mean())))
     else:
         rows_at_once = ROWS_AT_ONCE[device] if config.text_name else config.batch_size
-    asked = settle_micro_batches(config.microbatches_per_step, batch_size=config.batch_size, num_ranks=context.world_size, rows_at_once=rows_at_once)
+    asked = settle_micro_batches(
+        config.microbatches_per_step,
+        batch_size=config.batch_size,
+        num_ranks=context.world_size,
+        rows_at_once=rows_at_once,
+    )
     used = settle_by_trial(asked, ddp_model, data.train, task=task, config=config)
     if config.microbatches_per_step == "auto":
-        logger.info("microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d", used)
+        logger.info(
+            "microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d",
+            used,
+        )
     return {"microbatches_asked": asked, "microbatches_per_step": used}
 
 
@@ -182,12 +236,20 @@ def freeze_unused(model: nn.Module, data: Data, task: Task) -> None:
     """Freeze parameters that no loss reaches (an encoder's unused parts): DDP would wait for their gradients for ever."""
     _, preds, _ = run_epoch(model, data.train.batch(np.arange(1)), "pred", task=task)
     preds.sum().backward()
-    unused = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None}
+    unused = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    }
     for parameter in unused.values():
         parameter.requires_grad_(False)
     model.zero_grad(set_to_none=True)
     if unused:
-        logger.info("%d parameters are not reached by the loss and stay as they are: %s", len(unused), ", ".join(list(unused)[:4]))
+        logger.info(
+            "%d parameters are not reached by the loss and stay as they are: %s",
+            len(unused),
+            ", ".join(list(unused)[:4]),
+        )
 
 
 def warm_up(ddp_model: nn.Module, data: Data, task: Task) -> None:

@@ -30,15 +30,23 @@ def is_validation_due(run: Run) -> bool:
 def validate(run: Run) -> bool:
     """Collective. Score the validation rows; True when this step is the best so far. May end the run early, or be stopped by a signal."""
     outputs = hooks.on_validation_epoch_start()
-    if not evaluate(run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)):
+    if not evaluate(
+        run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)
+    ):
         return False
     run.state.validation_pending = False
-    values, result = hooks.on_validation_epoch_end(outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names)
+    values, result = hooks.on_validation_epoch_end(
+        outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names
+    )
     run.log.record({"step": run.state.step, **values})
     improved = judge(run, values)
     if improved:
         run.best_validation = result.preds
-    shown = "  ".join(f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in values.items() if name != "undefined")
+    shown = "  ".join(
+        f"{name} {'undefined' if value is None else format(value, '.4f')}"
+        for name, value in values.items()
+        if name != "undefined"
+    )
     run.log.say(f"step {run.state.step}/{run.plan.total_steps}  {shown}{'  (best so far)' if improved else ''}")
     return improved
 
@@ -47,7 +55,11 @@ def judge(run: Run, values: dict[str, Any]) -> bool:
     """Compare with the best validation so far; count the ones in a row that were not better."""
     state, name = run.state, run.config.early_stop_metric
     if values[name] is None and values["val_loss"] is not None:
-        logger.warning("%s is undefined on these validation rows (%s): val_loss decides", name, values.get("undefined", {}).get(name))
+        logger.warning(
+            "%s is undefined on these validation rows (%s): val_loss decides",
+            name,
+            values.get("undefined", {}).get(name),
+        )
         name = "val_loss"
     value = values[name]
     if value is None:
@@ -85,7 +97,10 @@ def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> 
     """
     poll = distributed.Poll()
     run.model.eval()
-    with torch.no_grad(), phase(f"the evaluation at step {run.state.step}"):  # not inference_mode: an encoder may keep a table it makes here for training steps
+    with (
+        torch.no_grad(),
+        phase(f"the evaluation at step {run.state.step}"),
+    ):  # not inference_mode: an encoder may keep a table it makes here for training steps
         for item in scoring.own_batches(dataset, run.context):
             run.stopping = poll.ask(signals.requested() is not None)
             if run.stopping:

@@ -44,7 +44,8 @@ def test_micro_batches_minimise_the_largest_area():
         lengths = np.sort(rng.integers(1, 40, size=8))
         parts = batches.micro_batches(np.arange(8), lengths, 3)
         best = min(
-            max((b - a) * lengths[b - 1] for a, b in [(0, i), (i, j), (j, 8)]) for i, j in itertools.combinations(range(1, 8), 2)
+            max((b - a) * lengths[b - 1] for a, b in [(0, i), (i, j), (j, 8)])
+            for i, j in itertools.combinations(range(1, 8), 2)
         )
         assert max(area(lengths, part) for part in parts) == best
 
@@ -54,7 +55,10 @@ def test_packed_micro_batches_minimise_the_most_tokens():
     for _ in range(20):
         lengths = np.sort(rng.integers(1, 40, size=8))
         parts = batches.micro_batches(np.arange(8), lengths, 3, packed=True)
-        best = min(max(lengths[:i].sum(), lengths[i:j].sum(), lengths[j:].sum()) for i, j in itertools.combinations(range(1, 8), 2))
+        best = min(
+            max(lengths[:i].sum(), lengths[i:j].sum(), lengths[j:].sum())
+            for i, j in itertools.combinations(range(1, 8), 2)
+        )
         assert max(lengths[part].sum() for part in parts) == best
         assert len(parts) == 3 and np.array_equal(np.concatenate(parts), np.arange(8))
 
@@ -94,5 +98,10 @@ def test_dropout_seeds_differ_by_step_and_micro_batch():
 
 
 def test_auto_micro_batches_are_a_multiple_of_the_ranks():
-    assert [batches.settle_micro_batches("auto", batch_size=32, num_ranks=r, rows_at_once=8) for r in (1, 2, 3, 4)] == [4, 4, 6, 4]
+    assert [batches.settle_micro_batches("auto", batch_size=32, num_ranks=r, rows_at_once=8) for r in (1, 2, 3, 4)] == [
+        4,
+        4,
+        6,
+        4,
+    ]
     assert batches.settle_micro_batches(5, batch_size=32, num_ranks=4, rows_at_once=8) == 5

@@ -7,11 +7,28 @@ from mmbert_core.data.class_words import few_rows_warning, positive_class_line, 
 
 
 def test_class_1_and_its_share():
-    assert positive_class_line(("fraud", "legit"), 0.91) == "class 1 (prob, F1, threshold): 'legit', 91.0 % of the training rows"
+    assert (
+        positive_class_line(("fraud", "legit"), 0.91)
+        == "class 1 (prob, F1, threshold): 'legit', 91.0 % of the training rows"
+    )
     assert positive_class_line(("fraud", "legit"), None) == "class 1 (prob, F1, threshold): 'legit'"
 
 
-@pytest.mark.parametrize("names", [("fraud", "legit"), ("abuse", "fine"), ("no", "yes please"), ("A", "B"), ("1a", "b"), ("null", "x"), ("on: x", "z"), ("yes", "z"), ("#1", "ok"), ("12 ", "x")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("fraud", "legit"),
+        ("abuse", "fine"),
+        ("no", "yes please"),
+        ("A", "B"),
+        ("1a", "b"),
+        ("null", "x"),
+        ("on: x", "z"),
+        ("yes", "z"),
+        ("#1", "ok"),
+        ("12 ", "x"),
+    ],
+)
 def test_the_line_to_add_is_the_label_that_was_rare(names):
     [line] = positive_class_warning(names, (9, 91), None)
     words, _, setting = line.rpartition("add: ")
@@ -21,7 +38,20 @@ def test_the_line_to_add_is_the_label_that_was_rare(names):
 
 
 @pytest.mark.parametrize(
-    "names", [("0", "1"), ("-1", "1"), ("0.0", "1.0"), ("1", "2"), ("false", "true"), ("False", "True"), ("no", "yes"), ("N", "Y"), ("class_0", "class_1"), ("LABEL_0", "LABEL_1"), ("negative", "positive")]
+    "names",
+    [
+        ("0", "1"),
+        ("-1", "1"),
+        ("0.0", "1.0"),
+        ("1", "2"),
+        ("false", "true"),
+        ("False", "True"),
+        ("no", "yes"),
+        ("N", "Y"),
+        ("class_0", "class_1"),
+        ("LABEL_0", "LABEL_1"),
+        ("negative", "positive"),
+    ],
 )
 def test_an_order_that_is_the_meaning_needs_no_warning(names):
     assert positive_class_warning(names, (9, 91), None) == []

@@ -24,11 +24,15 @@ def rows_of(num_rows, seed=0, classes=("no", "yes")):
     words = ["item", "late", "refund", "please", "never"]
     return [
         [
-            f"{seed}-{row:03d}", " ".join(generator.choice(words, size=generator.integers(0, 20))), generator.choice(["", "1.5", "200", "7"]),
-            generator.choice(["", "a", "b"]), classes[row % len(classes)], f"g{row // 3}",
+            f"{seed}-{row:03d}",
+            " ".join(generator.choice(words, size=generator.integers(0, 20))),
+            generator.choice(["", "1.5", "200", "7"]),
+            generator.choice(["", "a", "b"]),
+            classes[row % len(classes)],
+            f"g{row // 3}",
         ]
         for row in range(num_rows)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -38,12 +42,20 @@ def config_of(tmp_path, write_table, encoder_folder):
     def config_of(train=None, val=None, test=None, header=None, **changes):
         tables = {"train": rows_of(40) if train is None else train, "val": val, "test": test}
         paths = {
-            f"{name}_path": (write_table(f"{name}.csv", (header or {}).get(name, HEADER), rows),) for name, rows in tables.items() if rows is not None
+            f"{name}_path": (write_table(f"{name}.csv", (header or {}).get(name, HEADER), rows),)
+            for name, rows in tables.items()
+            if rows is not None
         }
         settings = {
-            "text_name": ("text",), "label_name": "y", "id_name": "id", "tab_field_list": ("price",), "cat_field_list": ("kind",),
-            "encoder": encoder_folder, "model_path": str(tmp_path / "run"), "max_length": 12,
-        }  # fmt: skip
+            "text_name": ("text",),
+            "label_name": "y",
+            "id_name": "id",
+            "tab_field_list": ("price",),
+            "cat_field_list": ("kind",),
+            "encoder": encoder_folder,
+            "model_path": str(tmp_path / "run"),
+            "max_length": 12,
+        }
         return Config(**(settings | paths | changes))
 
     return config_of
@@ -77,17 +89,34 @@ def test_a_batch_holds_the_rows_it_is_asked_for(config_of, tokenizer):
     assert batch.input_ids.tolist() == [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in encoded]
     assert batch.attention_mask.tolist() == [[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded]
     assert batch.labels.tolist() == [["no", "yes"].index(source[row][4]) for row in positions]
-    assert int(batch.attention_mask.sum()) == sum(map(len, encoded)) and data.test.cost(positions) == batch.input_ids.numel()
+    assert (
+        int(batch.attention_mask.sum()) == sum(map(len, encoded))
+        and data.test.cost(positions) == batch.input_ids.numel()
+    )
     assert data.test.lengths[positions].tolist() == list(map(len, encoded))
     median = data.features.medians[0]
-    numbers = [[median if source[row][2] == "" else float(source[row][2]), float(source[row][2] == "")] for row in positions]
+    numbers = [
+        [median if source[row][2] == "" else float(source[row][2]), float(source[row][2] == "")] for row in positions
+    ]
     assert batch.numbers.tolist() == numbers
     assert batch.categories.tolist() == [[["", "?", "a", "b"].index(source[row][3])] for row in positions]
-    dtypes = [batch.input_ids.dtype, batch.attention_mask.dtype, batch.categories.dtype, batch.labels.dtype, batch.numbers.dtype]
+    dtypes = [
+        batch.input_ids.dtype,
+        batch.attention_mask.dtype,
+        batch.categories.dtype,
+        batch.labels.dtype,
+        batch.numbers.dtype,
+    ]
     assert dtypes == [torch.int64] * 4 + [torch.float32]
     assert data.test.label_strings(positions) == [source[row][4] for row in positions]
     moved = batch.to("meta")
-    assert moved.numbers.is_meta and moved.labels.is_meta and not moved.row_index.is_meta and not moved.input_ids.is_meta and moved.ids == batch.ids
+    assert (
+        moved.numbers.is_meta
+        and moved.labels.is_meta
+        and not moved.row_index.is_meta
+        and not moved.input_ids.is_meta
+        and moved.ids == batch.ids
+    )
 
 
 def test_chunks_of_a_long_text_are_an_axis_only_when_there_may_be_several(config_of, tokenizer):
@@ -101,7 +130,11 @@ def test_chunks_of_a_long_text_are_an_axis_only_when_there_may_be_several(config
     assert (batch.input_ids[batch.attention_mask.bool()] == tokenizer.cls_token_id).sum() == 5  # special tokens in each
     assert data.train.batch([1, 2]).input_ids.shape == (2, 1, 3)
     assert data.train.lengths[:3].tolist() == [31, 3, 2]
-    assert [data.train.cost(rows) for rows in ([0, 1, 2], [1, 2], [2])] == [5 * 12, 2 * 3, 1 * 2]  # empty chunks are not encoded
+    assert [data.train.cost(rows) for rows in ([0, 1, 2], [1, 2], [2])] == [
+        5 * 12,
+        2 * 3,
+        1 * 2,
+    ]  # empty chunks are not encoded
 
 
 def test_columns_only(config_of):
@@ -220,9 +253,14 @@ def test_what_a_user_would_want_to_know_is_logged_once(config_of, caplog):
     with caplog.at_level(logging.INFO):
         prepare(config_of(test=test, val_fraction=0, max_length=4))
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("mmbert_core")]
-    assert any("texts are longer than 1 x 4 tokens (max_chunks x max_length) and were cut" in message for message in messages)
+    assert any(
+        "texts are longer than 1 x 4 tokens (max_chunks x max_length) and were cut" in message for message in messages
+    )
     assert "test: 1 cells of column 'kind' hold a value that no training row has" in messages
-    assert any(message.startswith("test: 1 rows have an id of a training row, first ") and "row 5" in message for message in messages)
+    assert any(
+        message.startswith("test: 1 rows have an id of a training row, first ") and "row 5" in message
+        for message in messages
+    )
     assert any("classes have fewer than 50 training rows" in message for message in messages)
     assert len(messages) == 4
 
@@ -232,30 +270,47 @@ def test_what_a_user_would_want_to_know_is_logged_once(config_of, caplog):
 
 def test_mistakes_in_labels(config_of):
     rows = rows_of(40)
-    assert "train.csv row 3 (line 4), column 'y': expected a label, found an empty cell" in error_of(config_of(train=changed(rows, 2, "y", "")))
+    assert "train.csv row 3 (line 4), column 'y': expected a label, found an empty cell" in error_of(
+        config_of(train=changed(rows, 2, "y", ""))
+    )
     found = error_of(config_of(train=changed(rows, 5, "y", "maybe")))
-    assert "train.csv row 6 (line 7), column 'y': expected 2 classes (num_classes) in the training rows, found 3: 'maybe', 'no', 'yes'; 'maybe' is" in found
+    assert (
+        "train.csv row 6 (line 7), column 'y': expected 2 classes (num_classes) in the training rows, found 3: 'maybe', 'no', 'yes'; 'maybe' is"
+        in found
+    )
     assert "all training rows have the label 'no'" in error_of(config_of(train=rows_of(10, classes=["no"])))
     assert "expected 3 classes" in error_of(config_of(is_binary=False, num_classes=3))
     for name in ("val", "test"):
         found = error_of(config_of(**{name: changed(rows_of(9, seed=1), 4, "y", "maybe")}))
         assert f"{name}.csv row 5 (line 6), column 'y': expected one of the labels 'no', 'yes', found 'maybe'" in found
         found = error_of(config_of(**{name: changed(rows_of(9, seed=1), 4, "y", "")}))
-        assert f"{name}.csv row 5 (line 6), column 'y': expected one of the labels 'no', 'yes', found an empty cell" in found
-    assert error_of(config_of(positive_label="maybe")).startswith("positive_label: expected one of the labels 'no', 'yes', found 'maybe'")
+        assert (
+            f"{name}.csv row 5 (line 6), column 'y': expected one of the labels 'no', 'yes', found an empty cell"
+            in found
+        )
+    assert error_of(config_of(positive_label="maybe")).startswith(
+        "positive_label: expected one of the labels 'no', 'yes', found 'maybe'"
+    )
 
 
 def test_an_id_column_that_the_prediction_file_would_have_twice(config_of):
     header = ["prob_yes", *HEADER[1:]]
-    assert "id_name: 'prob_yes' is a column that the prediction file has already" in error_of(config_of(header={"train": header}, id_name="prob_yes", is_binary=False))
-    assert prepare(config_of(header={"train": header}, id_name="prob_yes")).labels.names == ("no", "yes")  # two classes have one `prob`
+    assert "id_name: 'prob_yes' is a column that the prediction file has already" in error_of(
+        config_of(header={"train": header}, id_name="prob_yes", is_binary=False)
+    )
+    assert prepare(config_of(header={"train": header}, id_name="prob_yes")).labels.names == (
+        "no",
+        "yes",
+    )  # two classes have one `prob`
 
 
 def test_a_class_that_the_sample_missed(config_of):
     rows = rows_of(60, classes=["no"])
     missed = next(row for row in range(60) if row not in sample_rows(60, 5, 0))
     rows[missed][4] = "yes"
-    assert "max_train_rows: expected rows of every class, found none of class 'yes' among 5" in error_of(config_of(train=rows, max_train_rows=5))
+    assert "max_train_rows: expected rows of every class, found none of class 'yes' among 5" in error_of(
+        config_of(train=rows, max_train_rows=5)
+    )
 
 
 def test_mistakes_in_files(config_of, tmp_path):
@@ -284,10 +339,14 @@ def test_a_missing_column_is_named_with_its_file(config_of, name, column):
 
 def test_mistakes_in_numbers(config_of):
     rows = rows_of(12)
-    assert "train.csv, column 'price': expected numbers, found no value in any of" in error_of(config_of(train=[[*row[:2], "NA", *row[3:]] for row in rows]))
+    assert "train.csv, column 'price': expected numbers, found no value in any of" in error_of(
+        config_of(train=[[*row[:2], "NA", *row[3:]] for row in rows])
+    )
     for name in ("train", "val", "test"):
         found = error_of(config_of(**{name: changed(rows_of(12, seed=1), 3, "price", "1,5")}))
-        assert f"{name}.csv row 4 (line 5), column 'price': expected a finite number" in found and found.endswith("found '1,5'")
+        assert f"{name}.csv row 4 (line 5), column 'price': expected a finite number" in found and found.endswith(
+            "found '1,5'"
+        )
 
 
 def test_a_tokenizer_that_is_not_there(config_of, tmp_path):
@@ -302,21 +361,37 @@ def test_prediction_in_memory_equals_the_store(config_of):
     frame = pd.DataFrame(rows_of(9, seed=1), columns=HEADER).drop(columns="y")
     roles = Roles.from_config(config_of())
     options = {"max_length": 12, "max_chunks": 1}
-    dataset = encode_for_prediction(frame_to_chunk(frame, roles.inputs(), ["y"]), roles, data.tokenizer, data.features, data.labels, **options)
+    dataset = encode_for_prediction(
+        frame_to_chunk(frame, roles.inputs(), ["y"]), roles, data.tokenizer, data.features, data.labels, **options
+    )
     positions = np.array([8, 0, 3])
     mine, stored = dataset.batch(positions), data.test.batch(positions)
     assert torch.equal(mine.input_ids, stored.input_ids) and torch.equal(mine.numbers, stored.numbers)
-    assert torch.equal(mine.categories, stored.categories) and mine.ids == stored.ids and mine.labels is None and not dataset.has_labels
+    assert (
+        torch.equal(mine.categories, stored.categories)
+        and mine.ids == stored.ids
+        and mine.labels is None
+        and not dataset.has_labels
+    )
 
 
 def test_prediction_keeps_unknown_labels_and_takes_odd_rows(config_of):
     data = prepare(config_of())
-    frame = pd.DataFrame([["=1+1", "", "", "never seen", "may\tbe"], ["", "item", None, None, ""], ["7", "late", 3, "a", "yes"]], columns=HEADER[:5])
+    frame = pd.DataFrame(
+        [["=1+1", "", "", "never seen", "may\tbe"], ["", "item", None, None, ""], ["7", "late", 3, "a", "yes"]],
+        columns=HEADER[:5],
+    )
     roles = Roles.from_config(config_of())
     chunk = frame_to_chunk(frame, roles.inputs(), ["y"])
-    dataset = encode_for_prediction(chunk, roles, data.tokenizer, data.features, data.labels, max_length=12, max_chunks=1)
+    dataset = encode_for_prediction(
+        chunk, roles, data.tokenizer, data.features, data.labels, max_length=12, max_chunks=1
+    )
     assert dataset.label_index.tolist() == [-1, -1, 1] and dataset.label_strings(range(3)) == ["may\tbe", "", "yes"]
     batch = dataset.batch(range(3))
-    assert batch.ids == ["=1+1", "", "7"] and batch.categories[:, 0].tolist() == [1, 0, 2] and torch.isfinite(batch.numbers).all()
+    assert (
+        batch.ids == ["=1+1", "", "7"]
+        and batch.categories[:, 0].tolist() == [1, 0, 2]
+        and torch.isfinite(batch.numbers).all()
+    )
     assert batch.attention_mask.sum(dim=1).tolist() == [2, 3, 3]
     assert dataset.unseen() == {"kind": UnseenCells(1, 3, ("never seen",))} and dataset.where(1) == "data frame row 2"

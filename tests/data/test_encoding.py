@@ -18,7 +18,15 @@ def encode(cells, name="n"):
 
 @pytest.mark.parametrize(
     "cell, number",
-    [("1", 1), (" 3.5 ", 3.5), ("1e5", 1e5), ("+.5", 0.5), ("-0", 0), ("1e-320", 1e-320), ("3.4028234663852886e38", 3.4028234663852886e38)],
+    [
+        ("1", 1),
+        (" 3.5 ", 3.5),
+        ("1e5", 1e5),
+        ("+.5", 0.5),
+        ("-0", 0),
+        ("1e-320", 1e-320),
+        ("3.4028234663852886e38", 3.4028234663852886e38),
+    ],
 )
 def test_numbers_as_python_writes_them(cell, number):
     assert encode([cell]).numbers.tolist() == [[number]]
@@ -29,7 +37,9 @@ def test_words_that_mean_missing(cell):
     assert np.isnan(encode([cell]).numbers).all()
 
 
-@pytest.mark.parametrize("cell", ["abc", "1,5", "1_000", "inf", "-Infinity", "1e308", "3.5e38", "0x10", "-", "1 2", "yes"])
+@pytest.mark.parametrize(
+    "cell", ["abc", "1,5", "1_000", "inf", "-Infinity", "1e308", "3.5e38", "0x10", "-", "1 2", "yes"]
+)
 def test_text_and_infinity_in_a_numeric_column(write_table, cell):
     path = write_table("t.csv", list("nkiyg"), [("1", "", "a\nb", "", ""), (cell, "", "", "", "")])
     [chunk] = read_chunks([path], list("nkiyg"))

@@ -30,7 +30,13 @@ def roles_of(numbers=(), categories=()):
 
 def fit(columns, **options):
     numbers = np.array(columns, dtype=np.float64).T
-    return Features.fit(numbers, np.zeros((len(numbers), 0), dtype=np.int32), [], roles_of(f"n{i}" for i in range(len(columns))), **options)
+    return Features.fit(
+        numbers,
+        np.zeros((len(numbers), 0), dtype=np.int32),
+        [],
+        roles_of(f"n{i}" for i in range(len(columns))),
+        **options,
+    )
 
 
 def test_median_indicator_and_statistics_of_the_outputs():
@@ -94,7 +100,9 @@ def test_categories_are_normal_forms_and_one_for_all_spellings():
 def test_categories_of_an_older_folder_match_as_they_stand_first():
     """Its indices, and so its predictions, stay; cells in another spelling are found too."""
     features = Features((), (), (), (), (), ("k",), (("1", "1.0", "True", "pre\u0301cis", "true"),))
-    [lookup] = features.category_lookup([["", "1", "1.0", "1.00", "True", "true", "TRUE", "précis", "pre\u0301cis", "x"]])
+    [lookup] = features.category_lookup(
+        [["", "1", "1.0", "1.00", "True", "true", "TRUE", "précis", "pre\u0301cis", "x"]]
+    )
     assert lookup.tolist() == [MISSING, 2, 3, 2, 4, 6, 4, 5, 5, UNSEEN]
 
 
@@ -112,52 +120,82 @@ def test_unseen_cells_are_counted_with_examples():
     many = np.array([[3, 1], [1, 0], [4, 0], [5, 0], [0, 0]], dtype=np.int32)
 
     def unseen(codes):
-        return {name: unseen_cells(lookups[k], codes[:, k], vocabularies[k]) for k, name in enumerate(features.category_names)}
+        return {
+            name: unseen_cells(lookups[k], codes[:, k], vocabularies[k])
+            for k, name in enumerate(features.category_names)
+        }
 
-    assert unseen_lines("input", unseen(few), features) == ["input: 1 cells of column 'k' hold a value that no training row has"]
+    assert unseen_lines("input", unseen(few), features) == [
+        "input: 1 cells of column 'k' hold a value that no training row has"
+    ]
     first, second = unseen_lines("val", add_by_column(add_by_column({}, unseen(few)), unseen(many)), features)
     assert first == (
         f"val: 5 of 10 cells of column 'k' hold a value that no training row has, such as '1.50', {'x' * 57 + '...'!r}, '2.50'; training rows have '1', '2', '3', ..."
     )
     assert second == "val: 1 cells of column 'other' hold a value that no training row has"
     [alone] = unseen_lines("val", {"other": unseen(many[:1])["other"]}, features)
-    assert alone.endswith("1 of 1 cells of column 'other' hold a value that no training row has, such as 'a'; training rows have none")
+    assert alone.endswith(
+        "1 of 1 cells of column 'other' hold a value that no training row has, such as 'a'; training rows have none"
+    )
 
 
 # ---- numbers outside the training range ----
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-numbers = st.one_of(st.floats(-FLOAT32_MAX, FLOAT32_MAX), st.sampled_from([nan, 0.0, -0.0, 1.0, 20.0, 1e-320, 1.6e9, FLOAT32_MAX, -FLOAT32_MAX]))
+numbers = st.one_of(
+    st.floats(-FLOAT32_MAX, FLOAT32_MAX),
+    st.sampled_from([nan, 0.0, -0.0, 1.0, 20.0, 1e-320, 1.6e9, FLOAT32_MAX, -FLOAT32_MAX]),
+)
 
 
 def as_before(features: Features, raw: np.ndarray) -> np.ndarray:
     """The model's input without limits."""
     missing = np.isnan(raw)
-    return np.concatenate([np.where(missing, features.medians, raw), missing[:, np.array(features.has_indicator)]], axis=1).astype(np.float32)
+    return np.concatenate(
+        [np.where(missing, features.medians, raw), missing[:, np.array(features.has_indicator)]], axis=1
+    ).astype(np.float32)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(numbers, min_size=1, max_size=8).filter(lambda column: not np.isnan(column).all()), st.lists(numbers, max_size=8))
-def test_training_rows_keep_their_bits_and_others_are_limited_a_little_beyond(column: list[float], others: list[float]) -> None:
+@given(
+    st.lists(numbers, min_size=1, max_size=8).filter(lambda column: not np.isnan(column).all()),
+    st.lists(numbers, max_size=8),
+)
+def test_training_rows_keep_their_bits_and_others_are_limited_a_little_beyond(
+    column: list[float], others: list[float]
+) -> None:
     features = fit([column])
     train, new = np.array(column)[:, None], np.array([*others, nan])[:, None]
     assert features.transform_numbers(train).tobytes() == as_before(features, train).tobytes()
     low, high = np.nanmin(column), np.nanmax(column)
     lowest, highest = max(low - 0.1 * (high - low), -FLOAT32_MAX), min(high + 0.1 * (high - low), FLOAT32_MAX)
     found = features.transform_numbers(new)
-    assert np.isfinite(found).all() and found[:, 0].min() >= np.float32(lowest) and found[:, 0].max() <= np.float32(highest)
+    assert (
+        np.isfinite(found).all()
+        and found[:, 0].min() >= np.float32(lowest)
+        and found[:, 0].max() <= np.float32(highest)
+    )
     inside = (new[:, 0] >= low) & (new[:, 0] <= high)
     assert found[inside].tobytes() == as_before(features, new)[inside].tobytes()
     assert (found[:, 1:] == np.isnan(new)).all()  # indicators know nothing of limits
     limited = found[:, 0] != as_before(features, new)[:, 0]
-    assert outside_cells(features, 0, new[:, 0]).count >= limited.sum()  # one beyond by less than float32 holds is counted too
+    assert (
+        outside_cells(features, 0, new[:, 0]).count >= limited.sum()
+    )  # one beyond by less than float32 holds is counted too
 
 
 def test_the_limits_are_a_tenth_of_the_range_beyond_and_a_constant_stays_one() -> None:
     features = fit([[0, 20, nan, 5], [7, 7, 7, 7], [0, 1, 1, 0], [1.6e9, 1.6e9 + 100, 1.6e9, 1.6e9]])
     assert features.minimums == (0, 7, 0, 1.6e9) and features.maximums == (20, 7, 1, 1.6e9 + 100)
     raw = np.array([[100, 8, 3, 0], [-100, -8, -3, 2e9], [21, 7, 1.05, 1.6e9 + 105], [nan, nan, nan, nan]])
-    expected = np.array([[22, 7, 1.1, 1.6e9 - 10, 0], [-2, 7, -0.1, 1.6e9 + 110, 0], [21, 7, 1.05, 1.6e9 + 105, 0], [5, 7, 0.5, 1.6e9, 1]])
+    expected = np.array(
+        [
+            [22, 7, 1.1, 1.6e9 - 10, 0],
+            [-2, 7, -0.1, 1.6e9 + 110, 0],
+            [21, 7, 1.05, 1.6e9 + 105, 0],
+            [5, 7, 0.5, 1.6e9, 1],
+        ]
+    )
     assert features.transform_numbers(raw).tolist() == expected.astype(np.float32).tolist()
 
 
@@ -166,7 +204,9 @@ def test_numbers_outside_are_counted_by_column_over_all_windows() -> None:
     windows = [np.array([[100, 7, 2], [21, 7, nan]]), np.array([[nan, 8, 2], [-3, 6, 2]])]
     outside: dict = {}
     for window in windows:
-        outside = add_by_column(outside, {f"n{index}": outside_cells(features, index, window[:, index]) for index in range(3)})
+        outside = add_by_column(
+            outside, {f"n{index}": outside_cells(features, index, window[:, index]) for index in range(3)}
+        )
     assert outside_lines("input", outside, features) == [
         "input: column 'n0': 2 of 3 numbers lie outside the training range 0 to 20 and were limited to -2 to 22",
         "input: column 'n1': 2 of 4 numbers lie outside the training range 7 to 7 and were limited to 7",
@@ -182,5 +222,7 @@ def test_without_a_training_range_nothing_is_limited_and_far_numbers_are_said() 
     assert older.transform_numbers(raw).tolist() == [[30, 2], [1e6, 2]]
     outside = {f"n{index}": outside_cells(older, index, raw[:, index]) for index in range(2)}
     [line] = outside_lines("input", outside, older)
-    assert line.startswith("input: column 'n0': 1 of 2 numbers lie more than 20 standard deviations from the training mean 8.33333; they were not limited")
+    assert line.startswith(
+        "input: column 'n0': 1 of 2 numbers lie more than 20 standard deviations from the training mean 8.33333; they were not limited"
+    )
     assert Features.from_json(json.loads(json.dumps(older.to_json()))) == older

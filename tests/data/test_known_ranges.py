@@ -55,9 +55,14 @@ def test_rows_of_another_table_are_not_believed(tmp_path: Path) -> None:
 
 
 DAMAGED = [
-    "", "[]", "{}", '{"arrays": {}}', '{"arrays": 5}', '{"arrays": {"numbers": {"dtype": "|O", "shape": [1, 2]}}}',
+    "",
+    "[]",
+    "{}",
+    '{"arrays": {}}',
+    '{"arrays": 5}',
+    '{"arrays": {"numbers": {"dtype": "|O", "shape": [1, 2]}}}',
     '{"arrays": {"numbers": {"dtype": "<f8", "shape": [-1, 99999999999]}}}',
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("content", DAMAGED)

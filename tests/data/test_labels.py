@@ -38,13 +38,25 @@ def test_positive_label_becomes_class_1():
         (["0", "1", ""], 2, "t.csv row 2, column 'y': expected a label, found an empty cell"),
         (["1", "1"], 2, "t.csv row 0, column 'y': all training rows have the label '1', expected 2 classes"),
         (
-                ["0", "1", "2"],
-                2,
-                "t.csv row 2, column 'y': expected 2 classes (num_classes) in the training rows, found 3: '0', '1', '2'; '2' is in this row for the first time",
-            ),
-        (["0", "1"], 5, "t.csv row 0, column 'y': expected 5 classes (num_classes) in the training rows, found 2: '0', '1'"),
-        (["0", "1", "1.0"], 3, "t.csv row 2, column 'y': expected one spelling of a label, found '1' and '1.0' for the same number"),
-        (["1", "01"], 2, "t.csv row 1, column 'y': expected one spelling of a label, found '01' and '1' for the same number"),
+            ["0", "1", "2"],
+            2,
+            "t.csv row 2, column 'y': expected 2 classes (num_classes) in the training rows, found 3: '0', '1', '2'; '2' is in this row for the first time",
+        ),
+        (
+            ["0", "1"],
+            5,
+            "t.csv row 0, column 'y': expected 5 classes (num_classes) in the training rows, found 2: '0', '1'",
+        ),
+        (
+            ["0", "1", "1.0"],
+            3,
+            "t.csv row 2, column 'y': expected one spelling of a label, found '1' and '1.0' for the same number",
+        ),
+        (
+            ["1", "01"],
+            2,
+            "t.csv row 1, column 'y': expected one spelling of a label, found '01' and '1' for the same number",
+        ),
     ],
 )
 def test_labels_that_cannot_be(values, num_classes, message):
@@ -82,7 +94,10 @@ def test_labels_that_mean_the_same_are_one_class_with_the_first_spelling():
     assert Labels.fit(["b", "é"], num_classes=2, positive_label="b").names == ("é", "b")
     with pytest.raises(InputError, match=r"found 'é'; write it as in the training file: 'e\\u0301', not '\\xe9'$"):
         Labels.fit(["b", "e\u0301"], num_classes=2, positive_label="é")
-    with pytest.raises(InputError, match=r"found 2: 'b', .*; the labels 'e\\u0301' and '\\xe9' are one class, written in different ways$"):
+    with pytest.raises(
+        InputError,
+        match=r"found 2: 'b', .*; the labels 'e\\u0301' and '\\xe9' are one class, written in different ways$",
+    ):
         Labels.fit(["b", "e\u0301", "é"], num_classes=3)
 
 

@@ -27,15 +27,27 @@ def table(num_rows: int, seed: int) -> list[dict[str, object]]:
     """Rows without any leak; the same group for two neighbours."""
     rng = np.random.default_rng(seed)
     return [
-        {"row_id": f"{seed}-{row}", "text": " ".join(rng.choice(WORDS, 14)), "age": int(rng.integers(0, 90)), "amount": round(float(rng.normal()), 3),
-         "kind": str(rng.choice(list("abc"))), "thread": f"{seed}/{row // 2}", "label": row % 2}
+        {
+            "row_id": f"{seed}-{row}",
+            "text": " ".join(rng.choice(WORDS, 14)),
+            "age": int(rng.integers(0, 90)),
+            "amount": round(float(rng.normal()), 3),
+            "kind": str(rng.choice(list("abc"))),
+            "thread": f"{seed}/{row // 2}",
+            "label": row % 2,
+        }
         for row in range(num_rows)
-    ]  # fmt: skip
+    ]
 
 
 def found(folder: Path, train: list[dict[str, object]], test: list[dict[str, object]], **changes: object) -> list[str]:
     values = tiny.settings(folder)
-    values |= {"train_path": (write(folder / "a.csv", train),), "val_path": (), "test_path": (write(folder / "b.csv", test),), "group_name": "thread"} | changes
+    values |= {
+        "train_path": (write(folder / "a.csv", train),),
+        "val_path": (),
+        "test_path": (write(folder / "b.csv", test),),
+        "group_name": "thread",
+    } | changes
     return [line for line in prepare(Config(**values)).warnings if not any(words in line for words in OTHER_WARNINGS)]
 
 
@@ -54,7 +66,9 @@ def test_groups_and_texts_on_both_sides(tmp_path: Path) -> None:
     assert sum(int(line.split()[1]) for line in texts) == 3 and all("are those of" in line for line in texts)
 
 
-def test_validation_rows_of_their_own_file_are_compared_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_validation_rows_of_their_own_file_are_compared_both_ways(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Each pair of parts has lines of its own, with counts; what is found is warned of as it is."""
     train, val, test = table(120, 1), table(50, 2), table(40, 3)
     for row in range(4):
@@ -69,7 +83,12 @@ def test_validation_rows_of_their_own_file_are_compared_both_ways(tmp_path: Path
         "test: 1 of 40 texts are those of training rows (texts of 8 tokens or more)",
         "test: 3 of 40 texts are those of validation rows (texts of 8 tokens or more)",
     ]
-    assert [line.split("/")[-1] for line in lines] == ["v.csv row 1 (line 2)", "v.csv row 8 (line 9)", "b.csv row 31 (line 32)", "b.csv row 11 (line 12)"]
+    assert [line.split("/")[-1] for line in lines] == [
+        "v.csv row 1 (line 2)",
+        "v.csv row 8 (line 9)",
+        "b.csv row 31 (line 32)",
+        "b.csv row 11 (line 12)",
+    ]
     assert [message for message in caplog.messages if message in lines] == lines
 
 
@@ -88,9 +107,13 @@ def test_a_column_that_tells_one_of_several_classes(tmp_path: Path) -> None:
         "column 'kind' alone tells class 'green' from the rest with an AUROC of 1.0000: is it known before the label is?",
     ]
     for row, cells in enumerate(train):
-        cells["label"] = "green" if row in (1, 4, 7) else "blue" if row % 3 == 2 else "red"  # three rows of green tell nothing
+        cells["label"] = (
+            "green" if row in (1, 4, 7) else "blue" if row % 3 == 2 else "red"
+        )  # three rows of green tell nothing
         cells["kind"] = "x" if cells["label"] == "green" else str(row % 2)
-    assert [line.split(" from")[0] for line in found(tmp_path, train, test, **several)] == ["column 'age' alone tells class 'blue'"]
+    assert [line.split(" from")[0] for line in found(tmp_path, train, test, **several)] == [
+        "column 'age' alone tells class 'blue'"
+    ]
 
 
 def test_columns_that_know_too_much_or_nothing(tmp_path: Path) -> None:
@@ -98,11 +121,17 @@ def test_columns_that_know_too_much_or_nothing(tmp_path: Path) -> None:
     for row, cells in enumerate(train):
         cells["age"], cells["kind"], cells["amount"] = 7, "yes" if cells["label"] else "no", row
     lines = found(tmp_path, train, table(40, 2))
-    assert [line.split(":")[0] for line in lines] == ["column 'age'", "column 'amount'", "column 'kind' alone tells class '1' from the rest with an AUROC of 1.0000"]
+    assert [line.split(":")[0] for line in lines] == [
+        "column 'age'",
+        "column 'amount'",
+        "column 'kind' alone tells class '1' from the rest with an AUROC of 1.0000",
+    ]
     assert "the same value in all" in lines[0] and "is it an id?" in lines[1]
     for cells in train:
         cells["amount"] = "" if cells["label"] else 3.5  # being missing tells it
-    assert any(line.startswith("column 'amount' alone tells class '1'") for line in found(tmp_path, train, table(40, 2)))
+    assert any(
+        line.startswith("column 'amount' alone tells class '1'") for line in found(tmp_path, train, table(40, 2))
+    )
 
 
 def test_numbers_that_are_codes_are_seen_without_their_order(tmp_path: Path) -> None:
@@ -118,7 +147,10 @@ def test_ids_on_both_sides_and_twice_are_warnings_of_the_report_too(tmp_path: Pa
     test[3]["row_id"] = train[7]["row_id"]
     test[20]["row_id"] = test[21]["row_id"] = "same"
     lines = found(tmp_path, train, test, id_name="row_id")
-    assert [line.split(": ")[1].split(",")[0] for line in lines] == ["1 of 40 ids repeat one of an earlier row", "1 rows have an id of a training row"]
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == [
+        "1 of 40 ids repeat one of an earlier row",
+        "1 rows have an id of a training row",
+    ]
 
 
 def test_many_categories_do_not_tell_by_chance(tmp_path: Path) -> None:

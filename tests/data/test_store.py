@@ -30,18 +30,25 @@ def table(num_rows, seed=0):
     words = ["item", "late", "refund", "please", "\n", "unknown"]
     return [
         (
-            ODD_IDS[row % len(ODD_IDS)], " ".join(generator.choice(words, size=generator.integers(0, 40))), generator.choice(["", "hello"]),
-            generator.choice(["", "1.5", "1e5"]), generator.choice(["", "a", "b", f"c{row}"]), generator.choice(["0", "1"]), f"g{row % 5}",
+            ODD_IDS[row % len(ODD_IDS)],
+            " ".join(generator.choice(words, size=generator.integers(0, 40))),
+            generator.choice(["", "hello"]),
+            generator.choice(["", "1.5", "1e5"]),
+            generator.choice(["", "a", "b", f"c{row}"]),
+            generator.choice(["0", "1"]),
+            f"g{row % 5}",
         )
         for row in range(num_rows)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
 def build(tmp_path, tokenizer):
     def build(paths, *, roles=ROLES, **options):
         options = {"max_length": 8, "max_chunks": 3, "cache_path": tmp_path / "cache"} | options
-        return open_or_build([str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)], roles, tokenizer, **options)
+        return open_or_build(
+            [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)], roles, tokenizer, **options
+        )
 
     return build
 
@@ -73,13 +80,18 @@ def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, wri
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("roles", [ROLES, replace(ROLES, id="text"), replace(ROLES, group="text")])
-def test_long_texts_are_cut_while_reading_and_nothing_else_changes(build, write_table, tokenizer, roles, side, monkeypatch):
+def test_long_texts_are_cut_while_reading_and_nothing_else_changes(
+    build, write_table, tokenizer, roles, side, monkeypatch
+):
     """What no token comes from is not kept of a cell; the ids and the count of cut texts are those of whole cells."""
     monkeypatch.setattr(tokenizer, "truncation_side", side)
     most = characters_read(8, 3)
     lengths = [0, 1, most - 1, most, most + 1, most + 2, 3 * most]
     texts = [("x" * length, "", "y" * length, "a " * length)[row % 4] for length in lengths for row in range(4)]
-    rows = [(f"i{row}", text, other, "1", "a", "1", "g") for row, (text, other) in enumerate((a, b) for a in texts for b in texts)]
+    rows = [
+        (f"i{row}", text, other, "1", "a", "1", "g")
+        for row, (text, other) in enumerate((a, b) for a in texts for b in texts)
+    ]
     path = write_table("t.csv", HEADER, rows)
     [chunk] = read_chunks([path], HEADER)
     whole, stored = encode_chunk(chunk, roles, tokenizer, max_length=8, max_chunks=3), build(path, roles=roles)
@@ -87,7 +99,9 @@ def test_long_texts_are_cut_while_reading_and_nothing_else_changes(build, write_
     for name in ("ids", "chunk_offsets", "row_chunks"):
         assert np.array_equal(getattr(whole.tokens, name), getattr(stored.tokens, name)), name
     positions = np.arange(len(rows))
-    assert whole.ids.take(positions) == stored.ids.take(positions) and np.array_equal(whole.group_codes, stored.group_codes)
+    assert whole.ids.take(positions) == stored.ids.take(positions) and np.array_equal(
+        whole.group_codes, stored.group_codes
+    )
 
 
 def test_arrays_are_mapped_not_read(build, write_table):
@@ -115,7 +129,10 @@ def resident_kb(array):
 @pytest.mark.parametrize(("rows_held", "all_stay"), [(60, False), (10**9, True)])
 def test_pages_of_texts_do_not_pile_up(build, write_table, monkeypatch, rows_held, all_stay):
     monkeypatch.setattr(dataset, "ROWS_HELD", rows_held)
-    rows = build(write_table("t.csv", HEADER, [(f"i{row}", "good " * 2000, "", "1", "a", "1", "g") for row in range(1200)]), max_length=2048)
+    rows = build(
+        write_table("t.csv", HEADER, [(f"i{row}", "good " * 2000, "", "1", "a", "1", "g") for row in range(1200)]),
+        max_length=2048,
+    )
     features, labels = Features.fit(rows.numbers, rows.category_codes, rows.vocabularies, ROLES), Labels(("1",))
     whole = dataset.Dataset(rows, None, features, labels, pad_token_id=0, name="train", require_labels=False)
     held = []
@@ -131,7 +148,9 @@ def test_a_second_start_does_not_read_the_rows_again(build, write_table, monkeyp
     monkeypatch.setattr(store, "read_chunks", lambda *a, **k: pytest.fail("read again"))
     second = build(path)
     assert np.array_equal(first.tokens.ids, second.tokens.ids)
-    assert second.fingerprints[path]["bytes"] == os.path.getsize(path) and len(second.fingerprints[path]["sha256"]) == 64
+    assert (
+        second.fingerprints[path]["bytes"] == os.path.getsize(path) and len(second.fingerprints[path]["sha256"]) == 64
+    )
 
 
 def test_the_same_content_elsewhere_keeps_its_own_name_in_messages(build, write_table):
@@ -235,7 +254,10 @@ def start(path, cache, encoder, mode):
 
 def test_processes_that_start_together_build_once(write_table, tmp_path, encoder_folder):
     path = write_table("t.csv", HEADER, table(60))
-    outputs = [process.communicate(timeout=60) for process in [start(path, tmp_path / "cache", encoder_folder, "slow") for _ in range(2)]]
+    outputs = [
+        process.communicate(timeout=60)
+        for process in [start(path, tmp_path / "cache", encoder_folder, "slow") for _ in range(2)]
+    ]
     lines = [output.split("\n") for output, _ in outputs]
     assert sum("built 60" in some for some in lines) == 1, outputs
     assert lines[0][-2] == lines[1][-2] and lines[0][-2].startswith("opened 60 ")
@@ -295,7 +317,10 @@ def test_a_file_that_is_truncated_while_it_is_in_use_is_one_line(build, write_ta
     [file] = tmp_path.glob(f"cache/*/{name}.bin")
     expected = file.stat().st_size
     os.truncate(file, 1)
-    with pytest.raises(RunError, match=f"{name}.bin: this file of the cache was truncated while it was in use: expected {expected} bytes, found 1; start again"):
+    with pytest.raises(
+        RunError,
+        match=f"{name}.bin: this file of the cache was truncated while it was in use: expected {expected} bytes, found 1; start again",
+    ):
         getattr(data, read)([3, 24])
     again = build(path)
     assert file.stat().st_size == expected and again.num_rows == 25

@@ -30,7 +30,9 @@ def chunks_of(tokens, row):
 @pytest.mark.parametrize("max_chunks", [1, 3])
 def test_equals_the_tokenizers_own_call(tokenizer, max_chunks):
     generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS, size=generator.integers(0, 60))) for _ in range(1500)]  # more than one Rust call
+    texts = [
+        " ".join(generator.choice(WORDS, size=generator.integers(0, 60))) for _ in range(1500)
+    ]  # more than one Rust call
     tokens = tokenise(tokenizer, texts, max_length=12, max_chunks=max_chunks)
     own = tokenizer(texts, truncation=True, max_length=12, return_overflowing_tokens=True)
     expected = [[] for _ in texts]
@@ -51,8 +53,30 @@ def test_an_empty_text_is_its_special_tokens(tokenizer):
 
 @pytest.mark.parametrize(
     "text",
-    [" " * 50, "\u200b\u200f", "🙂" * 20, "שלום", "zzz qqq", "item [SEP] item", "a" * 1_000_000, "a " * 500_000, "漢" * 1_000_000, "\x01\x7f"],
-    ids=["spaces", "zero-width", "emoji", "rtl", "unknown", "special", "million", "million-words", "million-han", "control"],
+    [
+        " " * 50,
+        "\u200b\u200f",
+        "🙂" * 20,
+        "שלום",
+        "zzz qqq",
+        "item [SEP] item",
+        "a" * 1_000_000,
+        "a " * 500_000,
+        "漢" * 1_000_000,
+        "\x01\x7f",
+    ],
+    ids=[
+        "spaces",
+        "zero-width",
+        "emoji",
+        "rtl",
+        "unknown",
+        "special",
+        "million",
+        "million-words",
+        "million-han",
+        "control",
+    ],
 )
 def test_every_text_gives_bounded_chunks_quickly(tokenizer, text):
     started = time.perf_counter()
@@ -131,14 +155,20 @@ def test_the_last_characters_of_a_huge_text_are_those_that_are_read(left):
 
 
 @pytest.mark.parametrize("max_chunks", [1, 2, 5])
-@pytest.mark.parametrize("text", ["", "item", "the item b!  seller, never arrived", "a seller " * 9 + "refund", "x" * 3000 + " money back"])
+@pytest.mark.parametrize(
+    "text", ["", "item", "the item b!  seller, never arrived", "a seller " * 9 + "refund", "x" * 3000 + " money back"]
+)
 def test_spans_are_those_of_the_end_that_is_read(left, text, max_chunks):
     spans, read = token_spans(left, text, max_length=8, max_chunks=max_chunks)
     ids = tokenise(left, [text], max_length=8, max_chunks=max_chunks).ids
     assert len(spans) == len(ids) and text.endswith(read)
     ends = [end for start, end in spans if start < end]
     assert ends == sorted(ends) and all(0 <= start <= end <= len(read) for start, end in spans)
-    pieces = [(read[start:end], token) for (start, end), token in zip(spans, left.convert_ids_to_tokens(ids.tolist()), strict=True) if start < end]
+    pieces = [
+        (read[start:end], token)
+        for (start, end), token in zip(spans, left.convert_ids_to_tokens(ids.tolist()), strict=True)
+        if start < end
+    ]
     assert all(piece == token.removeprefix("##") or token == "[UNK]" for piece, token in pieces)
     if not text or tokenise(left, [text], max_length=8, max_chunks=max_chunks).num_cut == 0:
         assert read == text
@@ -153,7 +183,9 @@ def test_the_side_is_part_of_the_fingerprint_and_the_right_one_changes_nothing(l
     assert keeps_end(loaded) and tokenizer_fingerprint(loaded) == tokenizer_fingerprint(left)
     loaded.save_pretrained(tmp_path / "again")
     assert keeps_end(load_tokenizer(str(tmp_path / "again")))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "truncation_side"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if key != "truncation_side"})
+    )
     state = json.loads((tmp_path / "tokenizer.json").read_text())
     state["truncation"] = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))  # said by the Rust tokenizer alone

@@ -32,8 +32,12 @@ def auroc(score: np.ndarray, label: np.ndarray) -> float:
 def test_table_is_strings_with_missing_cells(drawn):
     table, _ = drawn
     assert list(table.columns) == [
-        "message_id", "message", *sample.NUMBER_COLUMNS, *sample.CATEGORY_COLUMNS, "is_abuse",
-    ]  # fmt: skip
+        "message_id",
+        "message",
+        *sample.NUMBER_COLUMNS,
+        *sample.CATEGORY_COLUMNS,
+        "is_abuse",
+    ]
     assert all(isinstance(cell, str) for column in table for cell in table[column])
     assert table["message_id"].is_unique and table["message_id"][17] == "m000017"
     for name in sample.NUMBER_COLUMNS:

@@ -63,7 +63,10 @@ class OriginalMultimodalBert(pl.LightningModule):
         decayed, undecayed = [], []
         for name, parameter in self.named_parameters():
             (undecayed if any(part in name for part in NO_DECAY) else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": self.config["weight_decay"]}, {"params": undecayed, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": self.config["weight_decay"]},
+            {"params": undecayed, "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=self.config["lr"], eps=self.config["adam_epsilon"])
         warmup = self.config["warmup_steps"]
         if self.config["run_scheduler"]:
@@ -73,7 +76,9 @@ class OriginalMultimodalBert(pl.LightningModule):
             schedule = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=warmup)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 1}]
 
-    def run_epoch(self, batch: dict[str, Any], stage: str) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    def run_epoch(
+        self, batch: dict[str, Any], stage: str
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """In spite of its name one batch: loss, probabilities [B] or [B, K], labels [B]."""
         tab_data = torch.stack([batch[name] for name in self.config["tab_field_list"]], dim=1)  # [B, F]
         logits = self(batch[self.text_name], batch[self.text_attention_mask], tab_data)
@@ -102,7 +107,10 @@ class OriginalMultimodalBert(pl.LightningModule):
         preds, labels = np.asarray(gathered(self.pred_lst)), np.asarray(gathered(self.label_lst))
         chosen = preds > 0.5 if self.is_binary else preds.argmax(axis=1)
         average = "binary" if self.is_binary else "macro"
-        values = {"val/accuracy": accuracy_score(labels, chosen), "val/f1_score": f1_score(labels, chosen, average=average)}
+        values = {
+            "val/accuracy": accuracy_score(labels, chosen),
+            "val/f1_score": f1_score(labels, chosen, average=average),
+        }
         self.log_dict({name: float(value) for name, value in values.items()}, prog_bar=True)
 
     # ---- test and prediction ----
@@ -113,7 +121,9 @@ class OriginalMultimodalBert(pl.LightningModule):
     def on_test_epoch_start(self) -> None:
         self.clear_lists()
         self.test_has_label = False
-        self.test_output_folder = Path(self.config["model_path"]) / f"{self.model_class}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+        self.test_output_folder = (
+            Path(self.config["model_path"]) / f"{self.model_class}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+        )
         if self.trainer.is_global_zero:
             self.test_output_folder.mkdir(parents=True, exist_ok=True)
 

@@ -35,14 +35,24 @@ TOLERANCE = 1e-6
 NUM_STEPS = 20
 CONTEXT = DistContext(0, 0, 1, 1, torch.device("cpu"))
 HOOKS = (
-    "training_step", "on_validation_epoch_start", "validation_step", "on_validation_epoch_end",
-    "on_test_epoch_start", "test_step", "on_test_epoch_end", "predict_step",
-)  # fmt: skip
+    "training_step",
+    "on_validation_epoch_start",
+    "validation_step",
+    "on_validation_epoch_end",
+    "on_test_epoch_start",
+    "test_step",
+    "on_test_epoch_end",
+    "predict_step",
+)
 CASES = {
     "binary": {},
     "binary, class weights, clipping": {"class_weights": (0.4, 1.7), "gradient_clip_val": 1.0},
     "three classes, clipping": {"num_classes": 3, "gradient_clip_val": 1.0},
-    "three classes, class weights, constant schedule": {"num_classes": 3, "class_weights": (0.5, 1.3, 2.1), "run_scheduler": False},
+    "three classes, class weights, constant schedule": {
+        "num_classes": 3,
+        "class_weights": (0.5, 1.3, 2.1),
+        "run_scheduler": False,
+    },
 }
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}:lightning") for kind in ("UserWarning", "FutureWarning")]
@@ -110,7 +120,12 @@ def run_ours(config: Config, data: Data, network: nn.Module, monkeypatch: pytest
     lines = metrics_lines(Path(config.model_path))
     record.losses = [line["train_loss"] for line in lines if "train_loss" in line]
     record.validations = [line for line in lines if "val_loss" in line]
-    record.test_rows = pd.read_csv(Path(results["test_folder"]) / "test_result_0.tsv", sep="\t", dtype={"row_id": str}, float_precision="round_trip")
+    record.test_rows = pd.read_csv(
+        Path(results["test_folder"]) / "test_result_0.tsv",
+        sep="\t",
+        dtype={"row_id": str},
+        float_precision="round_trip",
+    )
     scored = predictor.Predictor.from_folder(config.model_path, CONTEXT).score(data.test)
     record.predicted = dict(zip(scored.ids, scored.preds, strict=True))
     return record, results["best_step"]
@@ -141,12 +156,17 @@ class PlannedBatches(pl.LightningDataModule):
         self.config, self.data = config, data
 
     def loader(self, dataset: Dataset, plan: list[np.ndarray]) -> DataLoader:
-        return DataLoader([original_batch(dataset.batch(rows), self.config, self.data) for rows in plan], batch_size=None)
+        return DataLoader(
+            [original_batch(dataset.batch(rows), self.config, self.data) for rows in plan], batch_size=None
+        )
 
     def train_dataloader(self) -> DataLoader:
         dataset, config = self.data.train, self.config
         order = epoch_order(len(dataset), config.seed, self.trainer.current_epoch)
-        steps = [step_rows(order, index, config.batch_size) for index in range(steps_per_epoch(len(dataset), config.batch_size))]
+        steps = [
+            step_rows(order, index, config.batch_size)
+            for index in range(steps_per_epoch(len(dataset), config.batch_size))
+        ]
         return self.loader(dataset, [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], 1)])
 
     def val_dataloader(self) -> DataLoader:
@@ -161,7 +181,10 @@ class PlannedBatches(pl.LightningDataModule):
 def number_fields(data: Data) -> list[str]:
     """A name for each numeric input: the columns, then the indicators of missing cells."""
     names = data.features.number_names
-    return [*names, *(f"{name} is missing" for name, has in zip(names, data.features.has_indicator, strict=True) if has)]
+    return [
+        *names,
+        *(f"{name} is missing" for name, has in zip(names, data.features.has_indicator, strict=True) if has),
+    ]
 
 
 def original_batch(batch: Batch, config: Config, data: Data) -> dict[str, Any]:
@@ -184,26 +207,52 @@ def run_original(config: Config, data: Data, network: nn.Module, folder: Path, b
     # Without dropout nothing here depends on it; said anyway, as the original means to train in train mode.
     module.train()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, precision="32-true", max_epochs=config.max_epochs, gradient_clip_val=config.gradient_clip_val,
-        num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1, callbacks=[Follower(record, data.val.batch(range(len(data.val))))],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        precision="32-true",
+        max_epochs=config.max_epochs,
+        gradient_clip_val=config.gradient_clip_val,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        callbacks=[Follower(record, data.val.batch(range(len(data.val))))],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
     batches = PlannedBatches(config, data)
     trainer.fit(module, datamodule=batches)
-    network.load_state_dict(record.weights[best_step - 1])  # the part of Lightning's ModelCheckpoint: its own weights, put back
+    network.load_state_dict(
+        record.weights[best_step - 1]
+    )  # the part of Lightning's ModelCheckpoint: its own weights, put back
     trainer.test(module, datamodule=batches, verbose=False)
-    record.test_rows = pd.read_csv(module.test_output_folder / "test_result_0.tsv", sep="\t", dtype={"row_id": str}, float_precision="round_trip")
-    for batch, (preds, _) in zip(batches.predict_dataloader(), trainer.predict(module, datamodule=batches), strict=True):
+    record.test_rows = pd.read_csv(
+        module.test_output_folder / "test_result_0.tsv", sep="\t", dtype={"row_id": str}, float_precision="round_trip"
+    )
+    for batch, (preds, _) in zip(
+        batches.predict_dataloader(), trainer.predict(module, datamodule=batches), strict=True
+    ):
         record.predicted |= zip(batch[config.id_name], preds.numpy(), strict=True)
     return record
 
 
-def run_both(folder: Path, monkeypatch: pytest.MonkeyPatch, *, evaluation_rows: int, **changes: Any) -> tuple[Record, Record, Config]:
+def run_both(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, evaluation_rows: int, **changes: Any
+) -> tuple[Record, Record, Config]:
     """The same run on both sides from the same weights, with evaluation batches of `evaluation_rows` rows."""
     plan = partial(evaluation_batches, max_rows=evaluation_rows)
     monkeypatch.setattr(scoring, "evaluation_batches", plan)
-    shared = {"cat_field_list": (), "microbatches_per_step": 1, "warmup_steps": 4, "weight_decay": 0.05, "early_stop_metric": "val_loss"}
-    config = Config(**settings(folder, num_rows=77, **shared, **changes))  # 77: each epoch of ten steps ends with a short one
+    shared = {
+        "cat_field_list": (),
+        "microbatches_per_step": 1,
+        "warmup_steps": 4,
+        "weight_decay": 0.05,
+        "early_stop_metric": "val_loss",
+    }
+    config = Config(
+        **settings(folder, num_rows=77, **shared, **changes)
+    )  # 77: each epoch of ten steps ends with a short one
     data = prepare(config)
     network, pooling = start.prepare_model(config, data)
     assert pooling == "pooler"
@@ -258,10 +307,14 @@ def test_twenty_steps_validation_and_test_equal_the_original(case, tmp_path, mon
     by_step = ("losses", "learning_rates", "grad_norms", "logits", "weights")
     differences = {name: largest_difference(getattr(ours, name), getattr(original, name)) for name in by_step}
     for name in ("val_loss", "val/accuracy", "val/f1_score"):
-        differences[name] = largest_difference(*([values[name] for values in side.validations] for side in (ours, original)))
+        differences[name] = largest_difference(
+            *([values[name] for values in side.validations] for side in (ours, original))
+        )
     test_sides = [probabilities_by_id(side.test_rows, config.num_classes) for side in (ours, original)]
     differences["test probabilities"] = largest_difference(*test_sides)
-    differences["predict probabilities"] = largest_difference(*(dict(sorted(side.predicted.items())) for side in (ours, original)))
+    differences["predict probabilities"] = largest_difference(
+        *(dict(sorted(side.predicted.items())) for side in (ours, original))
+    )
     print(f"\n{case}: " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
     assert all(value <= TOLERANCE for value in differences.values()), differences  # NaN fails too
 
@@ -298,6 +351,8 @@ def test_hooks_run_in_the_original_order(tmp_path, monkeypatch):
     record_calls(monkeypatch, OriginalMultimodalBert, ("configure_optimizers", *HOOKS), original)
     run_both(tmp_path, monkeypatch, evaluation_rows=8)
     assert ours == original
-    epoch = ["training_step"] * 10 + ["on_validation_epoch_start"] + ["validation_step"] * 3 + ["on_validation_epoch_end"]
+    epoch = (
+        ["training_step"] * 10 + ["on_validation_epoch_start"] + ["validation_step"] * 3 + ["on_validation_epoch_end"]
+    )
     test = ["on_test_epoch_start"] + ["test_step"] * 5 + ["on_test_epoch_end"]
     assert ours == ["configure_optimizers", *epoch, *epoch, *test, *["predict_step"] * 5]

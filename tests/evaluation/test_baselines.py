@@ -12,7 +12,10 @@ def texts(num_rows: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.nd
     """Token ids of rows whose label is told by which words are frequent."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes, num_rows)
-    rows = [rng.choice(100, rng.integers(3, 30), p=weights / weights.sum()) for weights in 1 + 3.0 * (np.arange(100) % num_classes == labels[:, None])]
+    rows = [
+        rng.choice(100, rng.integers(3, 30), p=weights / weights.sum())
+        for weights in 1 + 3.0 * (np.arange(100) % num_classes == labels[:, None])
+    ]
     return np.concatenate(rows).astype(np.int32), np.concatenate([[0], np.cumsum([len(row) for row in rows])]), labels
 
 
@@ -21,7 +24,9 @@ def test_words_and_pairs_are_counted() -> None:
     assert made.shape == (2, baselines.HASHED)
     counted = [sorted(np.round(row[row > 0].numpy(), 4).tolist()) for row in made]
     first = np.array([1, 1, 1, 1 + np.log(2)])  # 5 twice, 7, (5, 5), (5, 7)
-    assert counted[0] == pytest.approx(sorted(np.round(first / np.linalg.norm(first), 4))) and counted[1] == pytest.approx([3**-0.5] * 3, abs=1e-4)
+    assert counted[0] == pytest.approx(sorted(np.round(first / np.linalg.norm(first), 4))) and counted[
+        1
+    ] == pytest.approx([3**-0.5] * 3, abs=1e-4)
     assert int(((made[0] > 0) & (made[1] > 0)).sum()) == 2  # 5 and 7; (7, 5) is not (5, 7)
 
 
@@ -40,7 +45,9 @@ def test_it_is_scikit_learns_logistic_regression(num_classes: int) -> None:
     used = features.to_dense().numpy()
     used = used[:, (used > 0).any(0)]
     # two classes: scikit-learn penalises one vector w, here two of half its size
-    oracle = LogisticRegression(C=1 / (strength * 400) * (2 if num_classes == 2 else 1), max_iter=2000, tol=1e-8).fit(used, labels)
+    oracle = LogisticRegression(C=1 / (strength * 400) * (2 if num_classes == 2 else 1), max_iter=2000, tol=1e-8).fit(
+        used, labels
+    )
     np.testing.assert_allclose(made.probabilities(features), oracle.predict_proba(used), atol=2e-3)
 
 
@@ -48,7 +55,12 @@ def test_the_validation_rows_choose_the_penalty() -> None:
     train, val = ((baselines.word_features(*part[:2]), part[2]) for part in (texts(300, 2, 1), texts(300, 2, 2)))
     best = baselines.fit_best(train, val, 2)
     transposed = train[0].to_sparse_coo().t().coalesce().to_sparse_csr()
-    losses = [baselines._fit(train[0], transposed, torch.from_numpy(train[1]), 2, strength).loss(val[0], torch.from_numpy(val[1])) for strength in baselines.STRENGTHS]
+    losses = [
+        baselines._fit(train[0], transposed, torch.from_numpy(train[1]), 2, strength).loss(
+            val[0], torch.from_numpy(val[1])
+        )
+        for strength in baselines.STRENGTHS
+    ]
     assert best.loss(val[0], torch.from_numpy(val[1])) == pytest.approx(min(losses), abs=1e-6)
     assert (best.probabilities(val[0]).argmax(1) == val[1]).mean() > 0.8
 

@@ -12,14 +12,19 @@ from mmbert_core.evaluation.calibration import HIGHEST, LOWEST, Calibration, fit
 from mmbert_core.export import example as export_example
 
 
-def sharpened(num_classes: int, temperature: float, seed: int = 0, num_rows: int = 20_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sharpened(
+    num_classes: int, temperature: float, seed: int = 0, num_rows: int = 20_000
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities of a model that is too sure by `temperature`, the true ones, and labels drawn from these."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(scale=1.5, size=(num_rows, num_classes))
     true = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = (rng.random((num_rows, 1)) > true.cumsum(axis=1)).sum(axis=1)
     sure = np.exp(temperature * logits) / np.exp(temperature * logits).sum(axis=1, keepdims=True)
-    return tuple(part[:, 1].astype(np.float32) if num_classes == 2 and part.ndim == 2 else part for part in (sure.astype(np.float32), true, labels))
+    return tuple(
+        part[:, 1].astype(np.float32) if num_classes == 2 and part.ndim == 2 else part
+        for part in (sure.astype(np.float32), true, labels)
+    )
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])
@@ -44,7 +49,9 @@ def test_certainties_stay_finite() -> None:
     assert np.isfinite(made.apply(preds)).all() and np.isfinite(made.temperature)
 
 
-@pytest.mark.parametrize(("num_rows", "positives", "reason"), [(100, 50, "100 validation rows"), (1000, 3, "a class with 3 validation rows")])
+@pytest.mark.parametrize(
+    ("num_rows", "positives", "reason"), [(100, 50, "100 validation rows"), (1000, 3, "a class with 3 validation rows")]
+)
 def test_too_few_rows_are_left_alone(num_rows: int, positives: int, reason: str) -> None:
     preds, labels = np.full(num_rows, 0.7, np.float32), np.zeros(num_rows, int)
     labels[:positives] = 1
@@ -63,7 +70,9 @@ def test_a_probability_that_was_rounded_to_one_is_about_as_sure_as_its_neighbour
         preds[0] = sure
         made.append(fit_temperature(preds, labels, num_classes=2))
     assert made[0].temperature == pytest.approx(made[1].temperature, rel=0.05)
-    assert Calibration(4.0).apply(np.float32([1.0]))[0] == pytest.approx(Calibration(4.0).apply(np.nextafter(np.float32([1]), np.float32(0)))[0], abs=0.01)
+    assert Calibration(4.0).apply(np.float32([1.0]))[0] == pytest.approx(
+        Calibration(4.0).apply(np.nextafter(np.float32([1]), np.float32(0)))[0], abs=0.01
+    )
 
 
 # ---- rows that are told apart without an error ----
@@ -71,7 +80,9 @@ def test_a_probability_that_was_rounded_to_one_is_about_as_sure_as_its_neighbour
 
 @pytest.mark.parametrize("num_classes", [2, 3])
 @pytest.mark.parametrize("scale", [1.0, 8.0, 60.0])  # of the logits: with 60 most probabilities are exactly 0 or 1
-def test_rows_told_apart_without_an_error_do_not_drive_the_temperature_to_its_bound(num_classes: int, scale: float) -> None:
+def test_rows_told_apart_without_an_error_do_not_drive_the_temperature_to_its_bound(
+    num_classes: int, scale: float
+) -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(300) % num_classes
     logits = scale * (np.eye(num_classes)[labels] * (2 + 0.3 * rng.random((300, 1))))
@@ -81,15 +92,20 @@ def test_rows_told_apart_without_an_error_do_not_drive_the_temperature_to_its_bo
     calibrated = made.apply(preds)
     assert 2 * LOWEST < made.temperature < 0.8 * HIGHEST and made.reason is None and "1 / (rows + 1)" in made.method
     assert calibrated.min() > 0 and calibrated.max() < 1
-    of_label = np.where(labels == 1, calibrated, 1 - calibrated) if num_classes == 2 else calibrated[np.arange(300), labels]
+    of_label = (
+        np.where(labels == 1, calibrated, 1 - calibrated) if num_classes == 2 else calibrated[np.arange(300), labels]
+    )
     assert 1 - 10 / 300 < of_label.mean() < 1 - 0.1 / 300  # 300 rows without an error allow no more
 
 
-@pytest.mark.parametrize(("preds", "reason"), [
-    ([0.4999, 0.5001], "below 0.05: their probabilities hardly differ, their labels do"),
-    ([0.7, 0.3], "above 20: their probabilities say next to nothing of their labels"),
-    ([0.5, 0.5], "above 20"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preds", "reason"),
+    [
+        ([0.4999, 0.5001], "below 0.05: their probabilities hardly differ, their labels do"),
+        ([0.7, 0.3], "above 20: their probabilities say next to nothing of their labels"),
+        ([0.5, 0.5], "above 20"),
+    ],
+)
 def test_a_temperature_at_its_bound_is_left_out_with_the_reason(preds: list[float], reason: str) -> None:
     labels = np.arange(300) % 2
     made = fit_temperature(np.array(preds, np.float32)[labels], labels, num_classes=2)
@@ -129,7 +145,9 @@ def test_calibrated_probabilities_are_exact_in_order_and_inside(drawn: list[floa
     by_class = np.stack([1 - preds, preds / 2, preds / 2], axis=1)
     for values, expected in ((preds, made), (by_class, Calibration(temperature).apply(by_class))):
         exported = export_example.calibrated(values, temperature)
-        assert np.array_equal(exported[:, 1] if values.ndim == 1 else exported, expected)  # example.py gives the same bits
+        assert np.array_equal(
+            exported[:, 1] if values.ndim == 1 else exported, expected
+        )  # example.py gives the same bits
 
 
 def test_two_in_ten_to_the_eighteen_stays_that() -> None:
@@ -139,11 +157,15 @@ def test_two_in_ten_to_the_eighteen_stays_that() -> None:
     assert float(made) == pytest.approx(exactly(float(probability), 1 / 2.0663), rel=1e-6) and 1e-18 < made < 3e-18
 
 
-def test_of_many_classes_a_share_of_the_rows_gives_the_temperature_and_of_few_classes_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_classes_a_share_of_the_rows_gives_the_temperature_and_of_few_classes_all_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     preds, _, labels = sharpened(40, 2.0, num_rows=3_000)
     whole = fit_temperature(preds, labels, num_classes=40)
     monkeypatch.setattr(calibration, "MAX_CELLS", 40 * 1_500)
     share = fit_temperature(preds, labels, num_classes=40)
-    assert (whole.rows, share.rows) == (3_000, 1_500) and share.temperature == pytest.approx(whole.temperature, rel=0.05)
+    assert (whole.rows, share.rows) == (3_000, 1_500) and share.temperature == pytest.approx(
+        whole.temperature, rel=0.05
+    )
     assert calibration.rows_to_fit(100_000, 30).tolist() == list(range(100_000))
     assert len(calibration.rows_to_fit(50_000, 10_000)) == 200

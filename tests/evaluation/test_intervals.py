@@ -29,9 +29,13 @@ def test_with_all_weights_one_it_is_the_metric(num_classes: int, ties: bool) -> 
     preds, labels = scored(500, num_classes, 0, ties=ties)
     names = [str(index) for index in range(num_classes)]
     wanted = [*METRICS, *(f"average_precision_class_{name}" for name in names)]
-    expected = compute_metrics(preds, labels, wanted, "binary" if num_classes == 2 else "multiclass", num_classes, "test").values
+    expected = compute_metrics(
+        preds, labels, wanted, "binary" if num_classes == 2 else "multiclass", num_classes, "test"
+    ).values
     for name in wanted:
-        assert weighted_metric(name, preds, labels, names)(np.ones(500)) == pytest.approx(expected[f"test/{name}"], abs=1e-6), name
+        assert weighted_metric(name, preds, labels, names)(np.ones(500)) == pytest.approx(
+            expected[f"test/{name}"], abs=1e-6
+        ), name
 
 
 def test_weights_are_repeated_rows() -> None:
@@ -40,14 +44,20 @@ def test_weights_are_repeated_rows() -> None:
     rows = np.repeat(np.arange(300), weights)
     expected = compute_metrics(preds[rows], labels[rows], METRICS, "binary", 2, "test").values
     for name in METRICS:
-        assert weighted_metric(name, preds, labels, ["0", "1"])(weights.astype(float)) == pytest.approx(expected[f"test/{name}"], abs=1e-6), name
+        assert weighted_metric(name, preds, labels, ["0", "1"])(weights.astype(float)) == pytest.approx(
+            expected[f"test/{name}"], abs=1e-6
+        ), name
 
 
 def test_against_an_oracle_with_weights() -> None:
     preds, labels = scored(300, 2, 2)
     weights = np.random.default_rng(0).poisson(1, 300).astype(float)
-    assert weighted_metric("auroc", preds, labels, ["0", "1"])(weights) == pytest.approx(oracle.roc_auc_score(labels, preds, sample_weight=weights))
-    assert weighted_metric("average_precision", preds, labels, ["0", "1"])(weights) == pytest.approx(oracle.average_precision_score(labels, preds, sample_weight=weights))
+    assert weighted_metric("auroc", preds, labels, ["0", "1"])(weights) == pytest.approx(
+        oracle.roc_auc_score(labels, preds, sample_weight=weights)
+    )
+    assert weighted_metric("average_precision", preds, labels, ["0", "1"])(weights) == pytest.approx(
+        oracle.average_precision_score(labels, preds, sample_weight=weights)
+    )
 
 
 def test_intervals_cover_at_their_rate() -> None:
@@ -65,7 +75,9 @@ def test_intervals_cover_at_their_rate() -> None:
 def test_a_biased_metric_has_no_interval_and_neither_have_few_rows_that_are_all_right() -> None:
     preds, labels = scored(300, 2, 4)
     assert bootstrap_intervals(preds, labels, ["ece", "auroc"], class_names=["0", "1"])["ece"] is None
-    made = bootstrap_intervals(labels.astype(np.float32), labels, ["accuracy", "auroc", "log_loss"], class_names=["0", "1"])
+    made = bootstrap_intervals(
+        labels.astype(np.float32), labels, ["accuracy", "auroc", "log_loss"], class_names=["0", "1"]
+    )
     assert made["accuracy"] is None and made["auroc"] is None
 
 
@@ -81,17 +93,27 @@ def test_too_few_rows_of_a_class_give_no_interval() -> None:
 # ---- many classes ----
 
 
-def rows_of_many(num_rows: int, num_classes: int, *, most_frequent: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def rows_of_many(
+    num_rows: int, num_classes: int, *, most_frequent: int = 0
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Each class a few rows, the first one `most_frequent` more; scores in hundredths, so that many are equal."""
     rng = np.random.default_rng(num_rows)
     labels = np.concatenate([np.arange(num_rows) % num_classes, np.zeros(most_frequent, np.int64)])
     preds = rng.random((len(labels), num_classes)) + 0.4 * np.eye(num_classes)[labels]
-    return np.round(preds / preds.sum(axis=1, keepdims=True), 4).astype(np.float32), labels, [f"c{index}" for index in range(num_classes)]
+    return (
+        np.round(preds / preds.sum(axis=1, keepdims=True), 4).astype(np.float32),
+        labels,
+        [f"c{index}" for index in range(num_classes)],
+    )
 
 
 @pytest.mark.parametrize("shift", [0, 150])
-def test_many_classes_have_the_intervals_of_one_metric_after_the_other(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    preds, labels, names = rows_of_many(320, 32, most_frequent=shift)  # 10 rows of a class; with 150 more the first has a sorted sum of its own
+def test_many_classes_have_the_intervals_of_one_metric_after_the_other(
+    shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preds, labels, names = rows_of_many(
+        320, 32, most_frequent=shift
+    )  # 10 rows of a class; with 150 more the first has a sorted sum of its own
     wanted = [*METRICS, *(f"average_precision_class_{name}" for name in names)]
     made = bootstrap_intervals(preds, labels, wanted, class_names=names, draws=200, seed=3)
     monkeypatch.setattr(intervals, "FEW_CLASSES", 32)
@@ -100,7 +122,9 @@ def test_many_classes_have_the_intervals_of_one_metric_after_the_other(shift: in
     assert all(made[name] == pytest.approx(expected[name], abs=1e-12) for name in wanted)
 
 
-def test_classes_that_few_draws_have_are_not_ranked_and_rare_ones_go_first_when_work_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_that_few_draws_have_are_not_ranked_and_rare_ones_go_first_when_work_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     counts = np.array([1, 2, 3, 100, 50, 400])
     assert affordable_classes(counts, range(6), 1000, with_means=True) == ([2, 3, 4, 5], False, 1000)
     assert affordable_classes(np.full(40, 20), [], 1000, with_means=True) == (list(range(40)), True, 1000)
@@ -114,8 +138,15 @@ def test_classes_that_few_draws_have_are_not_ranked_and_rare_ones_go_first_when_
 def test_one_row_of_each_of_many_classes_gives_intervals_of_what_is_defined() -> None:
     preds, labels, names = rows_of_many(100, 100)
     made = bootstrap_intervals(preds, labels, [*METRICS, "average_precision_class_c7"], class_names=names)
-    assert {name for name, pair in made.items() if pair is None} == {"auroc", "average_precision", "average_precision_class_c7"}
-    assert bootstrap_intervals(preds[:2], labels[:2], ["accuracy", "log_loss", "f1_macro"], class_names=names)["accuracy"] is None  # a draw of no rows
+    assert {name for name, pair in made.items() if pair is None} == {
+        "auroc",
+        "average_precision",
+        "average_precision_class_c7",
+    }
+    assert (
+        bootstrap_intervals(preds[:2], labels[:2], ["accuracy", "log_loss", "f1_macro"], class_names=names)["accuracy"]
+        is None
+    )  # a draw of no rows
 
 
 def test_memory_of_ten_thousand_classes_is_that_of_their_predictions() -> None:
@@ -126,7 +157,9 @@ def test_memory_of_ten_thousand_classes_is_that_of_their_predictions() -> None:
     tracemalloc.start()
     try:
         values = compute_metrics(preds, labels, wanted, "multiclass", 10_000, "test", class_names=names).values
-        bootstrap_intervals(preds, labels, [name for name in wanted if values[f"test/{name}"] is not None], class_names=names, draws=20)
+        bootstrap_intervals(
+            preds, labels, [name for name in wanted if values[f"test/{name}"] is not None], class_names=names, draws=20
+        )
         assert tracemalloc.get_traced_memory()[1] < 60_000_000
     finally:
         tracemalloc.stop()

@@ -228,12 +228,23 @@ def test_no_metric_leaves_its_range(seed: int) -> None:
     for scores, expected in ((preds, 1.0), (1 - preds, 0.0)):
         values = compute_metrics(scores, labels, METRICS, "binary", 2, "x").values
         assert values["x/auroc"] == pytest.approx(expected, abs=1e-6)
-        assert all(0 <= value <= 1 for name, value in values.items() if name not in ("x/mcc", "x/log_loss")) and -1 <= values["x/mcc"] <= 1
-        drawn = [weighted_metric(name, scores, labels, ["0", "1"])(weights) for name in ("auroc", "average_precision", "average_precision_class_0")]
+        assert (
+            all(0 <= value <= 1 for name, value in values.items() if name not in ("x/mcc", "x/log_loss"))
+            and -1 <= values["x/mcc"] <= 1
+        )
+        drawn = [
+            weighted_metric(name, scores, labels, ["0", "1"])(weights)
+            for name in ("auroc", "average_precision", "average_precision_class_0")
+        ]
         assert all(0 <= value <= 1 for value in [*drawn, leaks.auroc(scores, labels == 1)])
     for name in ("auroc", "mcc", "log_loss"):
         assert np.isnan(within_range(name, float("nan")))
-    assert (within_range("auroc", 1.0000001), within_range("auroc", -1e-9), within_range("mcc", -1.1), within_range("log_loss", 7.0)) == (1.0, 0.0, -1.0, 7.0)
+    assert (
+        within_range("auroc", 1.0000001),
+        within_range("auroc", -1e-9),
+        within_range("mcc", -1.1),
+        within_range("log_loss", 7.0),
+    ) == (1.0, 0.0, -1.0, 7.0)
 
 
 # ---- many classes ----

@@ -13,7 +13,11 @@ def scored(num_rows: int = 2000) -> tuple[np.ndarray, np.ndarray, dict[str, obje
     """The model guesses on rows of kind "bad"."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, num_rows)
-    kinds = rng.choice(["good", "fair", "bad", "", *(f"rare{i}" for i in range(60))], num_rows, p=[0.3, 0.3, 0.2, 0.1, *[0.1 / 60] * 60])
+    kinds = rng.choice(
+        ["good", "fair", "bad", "", *(f"rare{i}" for i in range(60))],
+        num_rows,
+        p=[0.3, 0.3, 0.2, 0.1, *[0.1 / 60] * 60],
+    )
     noise = np.where(kinds == "bad", 1e9, 1.0)
     preds = 1 / (1 + np.exp(-np.clip(rng.normal(size=num_rows) * noise + 2 * labels, -30, 30)))
     ages = rng.integers(18, 80, num_rows).astype(float)
@@ -39,7 +43,9 @@ def test_every_row_is_in_one_slice_of_a_column() -> None:
     for column in ("kind", "age"):
         assert sum(part.rows for part in made if part.column == column) == len(labels)
     assert {part.value for part in made if part.column == "kind"} == {"good", "fair", "bad", MISSING, OTHERS}
-    assert len([part for part in made if part.column == "age"]) == 5 and MISSING in {part.value for part in made if part.column == "age"}
+    assert len([part for part in made if part.column == "age"]) == 5 and MISSING in {
+        part.value for part in made if part.column == "age"
+    }
     assert not [part for part in made if part.column == "flag"]  # a constant number makes no quarters
 
 
@@ -48,22 +54,39 @@ def test_one_class_in_a_slice_is_undefined_with_its_reason_and_last() -> None:
     kinds = np.array(columns["kind"])
     labels[kinds == "good"] = 1
     made = slices_of(preds, labels, {"kind": columns["kind"]}, ["auroc"], class_names=CLASSES)
-    assert made[-1].value == "good" and made[-1].metrics["auroc"] is None and "only one class" in made[-1].undefined["auroc"] and made[-1].intervals["auroc"] is None
+    assert (
+        made[-1].value == "good"
+        and made[-1].metrics["auroc"] is None
+        and "only one class" in made[-1].undefined["auroc"]
+        and made[-1].intervals["auroc"] is None
+    )
 
 
 def test_many_values_are_the_most_frequent_and_the_rest() -> None:
     rng = np.random.default_rng(0)
     cells = [f"v{index}" for index in rng.integers(0, 40, 4000)]
-    made = slices_of(rng.random(4000).astype(np.float32), rng.integers(0, 2, 4000), {"c": cells}, ["accuracy"], class_names=CLASSES)
+    made = slices_of(
+        rng.random(4000).astype(np.float32), rng.integers(0, 2, 4000), {"c": cells}, ["accuracy"], class_names=CLASSES
+    )
     assert len(made) == slices.MOST_VALUES + 1 and sum(part.rows for part in made) == 4000
 
 
 def test_a_common_number_stands_alone_and_the_rest_is_quartered() -> None:
     """The zeros of a count would swallow the quartiles that they fill."""
     rng = np.random.default_rng(0)
-    for common, others in ((0, rng.integers(1, 60, 400)), (100, rng.integers(1, 100, 400)), (30, rng.integers(0, 60, 400))):
+    for common, others in (
+        (0, rng.integers(1, 60, 400)),
+        (100, rng.integers(1, 100, 400)),
+        (30, rng.integers(0, 60, 400)),
+    ):
         numbers = rng.permutation(np.append(np.full(800, common), others[others != common])).astype(float)
-        made = slices_of(rng.random(len(numbers)).astype(np.float32), rng.integers(0, 2, len(numbers)), {"n": numbers}, ["accuracy"], class_names=CLASSES)
+        made = slices_of(
+            rng.random(len(numbers)).astype(np.float32),
+            rng.integers(0, 2, len(numbers)),
+            {"n": numbers},
+            ["accuracy"],
+            class_names=CLASSES,
+        )
         assert sum(part.rows for part in made) == len(numbers) and len(made) == 5
         assert [part.rows for part in made if part.value == str(common)] == [800]
         assert sum(f"without {common}" in part.value for part in made) == (common == 30)
@@ -71,7 +94,13 @@ def test_a_common_number_stands_alone_and_the_rest_is_quartered() -> None:
 
 def test_rare_values_of_a_few_numbers_are_put_together() -> None:
     numbers = np.repeat(np.arange(6.0), [100, 100, 20, 20, 20, 5])
-    made = slices_of(np.random.default_rng(0).random(265).astype(np.float32), np.arange(265) % 2, {"n": numbers}, ["accuracy"], class_names=CLASSES)
+    made = slices_of(
+        np.random.default_rng(0).random(265).astype(np.float32),
+        np.arange(265) % 2,
+        {"n": numbers},
+        ["accuracy"],
+        class_names=CLASSES,
+    )
     assert {part.value: part.rows for part in made} == {"0": 100, "1": 100, OTHERS: 65}
 
 
@@ -91,8 +120,15 @@ def test_of_many_classes_a_slice_has_the_largest_and_its_draws_are_counted_with_
     preds = rng.random((700, 400)).astype(np.float32)
     [made] = slices_of(preds, labels, {"kind": ["a"] * 700}, ["accuracy"], class_names=names)
     values = made.to_json()
-    assert values["largest_classes"][0] == (0, 301 / 700) and len(values["largest_classes"]) == 9 and "share_of_classes" not in values
-    assert "largest_classes" not in slices_of(*scored(60)[:2], {"kind": ["a"] * 60}, ["accuracy"], class_names=CLASSES)[0].to_json()
+    assert (
+        values["largest_classes"][0] == (0, 301 / 700)
+        and len(values["largest_classes"]) == 9
+        and "share_of_classes" not in values
+    )
+    assert (
+        "largest_classes"
+        not in slices_of(*scored(60)[:2], {"kind": ["a"] * 60}, ["accuracy"], class_names=CLASSES)[0].to_json()
+    )
 
 
 def test_slices_of_very_many_classes_have_no_intervals_rather_than_minutes_of_them(monkeypatch) -> None:

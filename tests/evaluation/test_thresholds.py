@@ -26,7 +26,15 @@ def brute_force(preds: np.ndarray, labels: np.ndarray) -> list[tuple[float, floa
     rows = []
     for value in [-1.0, *np.unique(preds).tolist()]:
         chosen = (preds > value).astype(int)
-        rows.append((*(measure(labels, chosen, zero_division=0) for measure in (oracle.f1_score, oracle.precision_score, oracle.recall_score)), chosen.sum()))
+        rows.append(
+            (
+                *(
+                    measure(labels, chosen, zero_division=0)
+                    for measure in (oracle.f1_score, oracle.precision_score, oracle.recall_score)
+                ),
+                chosen.sum(),
+            )
+        )
     return rows
 
 
@@ -38,9 +46,13 @@ def test_each_rule_finds_the_best_cut(seed: int, ties: bool) -> None:
     chosen = choose_threshold(preds, labels, "best_f1")
     assert chosen.f1 == pytest.approx(max(f1 for f1, *_ in tried))
     chosen = choose_threshold(preds, labels, "recall_at_precision=0.6")
-    assert chosen.precision >= 0.6 and chosen.recall == pytest.approx(max(recall for _, precision, recall, _ in tried if precision >= 0.6))
+    assert chosen.precision >= 0.6 and chosen.recall == pytest.approx(
+        max(recall for _, precision, recall, _ in tried if precision >= 0.6)
+    )
     chosen = choose_threshold(preds, labels, "precision_at_recall=0.7")
-    assert chosen.recall >= 0.7 and chosen.precision == pytest.approx(max(precision for _, precision, recall, _ in tried if recall >= 0.7))
+    assert chosen.recall >= 0.7 and chosen.precision == pytest.approx(
+        max(precision for _, precision, recall, _ in tried if recall >= 0.7)
+    )
     chosen = choose_threshold(preds, labels, "alerts_per_1000=50")
     assert chosen.alerts_per_1000 == pytest.approx(5 * max(found for *_, found in tried if found <= 10))
 
@@ -49,7 +61,9 @@ def test_figures_are_those_of_the_rows_above() -> None:
     preds, labels = scored(7)
     chosen = choose_threshold(preds, labels, "best_f1")
     above = (preds > chosen.value).astype(int)
-    assert (chosen.precision, chosen.recall, chosen.f1) == pytest.approx(tuple(measure(labels, above) for measure in (oracle.precision_score, oracle.recall_score, oracle.f1_score)))
+    assert (chosen.precision, chosen.recall, chosen.f1) == pytest.approx(
+        tuple(measure(labels, above) for measure in (oracle.precision_score, oracle.recall_score, oracle.f1_score))
+    )
     assert Threshold.from_json(chosen.to_json()) == chosen
     assert choose_threshold(preds, labels, "half").value == 0.5
 
@@ -61,14 +75,28 @@ def test_cuts_run_from_none_to_all() -> None:
     assert [int((preds > value).sum()) for value in cuts.values] == [0, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("rule", "reason"), [("recall_at_precision=0.99", "no threshold reaches 0.99"), ("best_f1", "no validation row of class 1")])
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [("recall_at_precision=0.99", "no threshold reaches 0.99"), ("best_f1", "no validation row of class 1")],
+)
 def test_what_cannot_be_reached_is_said(rule: str, reason: str) -> None:
     preds, labels = np.array([0.9, 0.8, 0.1], np.float32), np.array([0, 1, 0] if "=" in rule else [0, 0, 0])
     chosen = choose_threshold(preds, labels, rule)
     assert chosen.value == 0.5 and reason in chosen.reason
 
 
-@pytest.mark.parametrize("text", ["f1", "best_f1=1", "recall_at_precision", "recall_at_precision=x", "recall_at_precision=1.5", "alerts_per_1000=0", "half=0.3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f1",
+        "best_f1=1",
+        "recall_at_precision",
+        "recall_at_precision=x",
+        "recall_at_precision=1.5",
+        "alerts_per_1000=0",
+        "half=0.3",
+    ],
+)
 def test_a_rule_that_is_none(text: str) -> None:
     with pytest.raises(InputError, match="threshold_rule: expected"):
         parse_rule(text)
@@ -76,9 +104,25 @@ def test_a_rule_that_is_none(text: str) -> None:
 
 # ---- ties, zeros, ones, neighbours ----
 
-FLOAT32 = [0.0, 1e-45, 1.1754944e-38, 1e-30, 0.25, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 0.75, np.nextafter(np.float32(1), np.float32(0)), 1.0]
+FLOAT32 = [
+    0.0,
+    1e-45,
+    1.1754944e-38,
+    1e-30,
+    0.25,
+    0.5,
+    np.nextafter(np.float32(0.5), np.float32(1)),
+    0.75,
+    np.nextafter(np.float32(1), np.float32(0)),
+    1.0,
+]
 FLOAT64 = [0.0, 5e-324, 0.5, np.nextafter(0.5, 1), np.nextafter(np.nextafter(0.5, 1), 1), np.nextafter(1.0, 0), 1.0]
-NUMBERS = {"best_f1": [None], "recall_at_precision": [0.07, 0.5, 2 / 3, 1.0], "precision_at_recall": [0.1, 0.7, 1.0], "alerts_per_1000": [20.0, 70.0, 290.0, 500.0, 1000.0]}
+NUMBERS = {
+    "best_f1": [None],
+    "recall_at_precision": [0.07, 0.5, 2 / 3, 1.0],
+    "precision_at_recall": [0.1, 0.7, 1.0],
+    "alerts_per_1000": [20.0, 70.0, 290.0, 500.0, 1000.0],
+}
 
 
 @st.composite
@@ -96,13 +140,19 @@ def hard_rows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def exact_figures(above: np.ndarray, labels: np.ndarray) -> dict[str, Fraction]:
     """The figures of the rows above, as fractions."""
     found, true, positives = int(above.sum()), int((above & (labels == 1)).sum()), int(labels.sum())
-    figures = {"precision": Fraction(true, found) if found else Fraction(0), "recall": Fraction(true, positives), "f1": Fraction(2 * true, found + positives)}
+    figures = {
+        "precision": Fraction(true, found) if found else Fraction(0),
+        "recall": Fraction(true, positives),
+        "f1": Fraction(2 * true, found + positives),
+    }
     return figures | {"alerts_per_1000": Fraction(1000 * found, len(labels))}
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(hard_rows(), st.sampled_from([(rule, number) for rule, numbers in NUMBERS.items() for number in numbers]))
-def test_the_promise_of_a_rule_holds_whatever_the_probabilities(rows: tuple[np.ndarray, np.ndarray], rule: tuple[str, float | None]) -> None:
+def test_the_promise_of_a_rule_holds_whatever_the_probabilities(
+    rows: tuple[np.ndarray, np.ndarray], rule: tuple[str, float | None]
+) -> None:
     """Figures are those of the rows above the value, the promise is kept where a cut keeps it, and no cut is better."""
     (preds, labels), (name, number) = rows, rule
     chosen = choose_threshold(preds, labels, name if number is None else f"{name}={number!r}")
@@ -111,7 +161,11 @@ def test_the_promise_of_a_rule_holds_whatever_the_probabilities(rows: tuple[np.n
     figures = [exact_figures(mask, labels) for mask in above]
     key, best, kept = {
         "best_f1": ("f1", max, lambda each: each["alerts_per_1000"] > 0),
-        "recall_at_precision": ("recall", max, lambda each: each["alerts_per_1000"] > 0 and float(each["precision"]) >= number),
+        "recall_at_precision": (
+            "recall",
+            max,
+            lambda each: each["alerts_per_1000"] > 0 and float(each["precision"]) >= number,
+        ),
         "precision_at_recall": ("precision", max, lambda each: float(each["recall"]) >= number),
         "alerts_per_1000": ("alerts_per_1000", max, lambda each: 0 < float(each["alerts_per_1000"]) <= number),
     }[name]

@@ -40,7 +40,13 @@ CASES = {  # what a model may have and lack
     "numbers only": {"text_name": (), "cat_field_list": ()},
     "categories only": {"text_name": (), "tab_field_list": (), "id_name": None},
     "three classes": {"num_classes": 3},
-    "two texts in chunks": {"text_name": ("text", "kind"), "cat_field_list": (), "max_chunks": 3, "max_length": 9, "pooling": "mean"},
+    "two texts in chunks": {
+        "text_name": ("text", "kind"),
+        "cat_field_list": (),
+        "max_chunks": 3,
+        "max_length": 9,
+        "pooling": "mean",
+    },
 }
 COLUMNS = ["row_id", "text", "age", "amount", "kind"]
 HOSTILE = [
@@ -88,7 +94,11 @@ def build(folder: Path, **changes) -> LoadedModel:
     run.mkdir()
     resolved = {"pooling": pooling, "precision": "fp32"}
     judgement = Judgement(Threshold(0.45, "given"), Calibration(1.7, 300))
-    save_model_folder(run, model.state_dict(), LoadedModel(model, config, data.features, data.labels, data.tokenizer, resolved, judgement))
+    save_model_folder(
+        run,
+        model.state_dict(),
+        LoadedModel(model, config, data.features, data.labels, data.tokenizer, resolved, judgement),
+    )
     return load_model_folder(run)
 
 
@@ -123,7 +133,9 @@ def test_the_example_keeps_its_input_and_says_what_is_wrong_with_it(case):
 def run_example(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """example.py in an empty place of its own, where importing torch, transformers, pandas or this package fails."""
     command = [sys.executable, "-c", BLOCKED, str(folder / "example.py"), *arguments]
-    return subprocess.run(command, cwd=folder, env={"PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env={"PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
 
 
 def write_csv(path: Path, rows: list[list[str]], columns: list[str] = COLUMNS) -> Path:
@@ -176,18 +188,31 @@ def test_the_graph_takes_any_number_of_rows_chunks_and_tokens(case):
     folder, loaded = case
     session = onnxruntime.InferenceSession(folder / "exported" / "model.onnx", providers=["CPUExecutionProvider"])
     inputs, axes = exporter.example_inputs(loaded)
-    assert {each.name: {place: size for place, size in enumerate(each.shape) if isinstance(size, str)} for each in session.get_inputs()} == axes
-    assert [each.type for each in session.get_inputs()] == [f"tensor({'float' if name == 'numbers' else 'int64'})" for name in inputs]
+    assert {
+        each.name: {place: size for place, size in enumerate(each.shape) if isinstance(size, str)}
+        for each in session.get_inputs()
+    } == axes
+    assert [each.type for each in session.get_inputs()] == [
+        f"tensor({'float' if name == 'numbers' else 'int64'})" for name in inputs
+    ]
     [output] = session.get_outputs()
     assert (output.name, output.shape) == ("probabilities", ["batch"] if loaded.config.is_binary else ["batch", 3])
     for batch, chunks, tokens in ((1, 1, 1), (5, 3, 9), (2, 1, 9)):
         sizes = {"batch": batch, "chunks": chunks, "tokens": tokens}
-        shapes = {name: [sizes[axes[name][place]] if place in axes[name] else size for place, size in enumerate(tensor.shape)] for name, tensor in inputs.items()}
+        shapes = {
+            name: [sizes[axes[name][place]] if place in axes[name] else size for place, size in enumerate(tensor.shape)]
+            for name, tensor in inputs.items()
+        }
         fed = {name: np.ones(shapes[name], dtype=tensor.numpy().dtype) for name, tensor in inputs.items()}
         [found] = session.run(["probabilities"], fed)
         tensors = {name: torch.from_numpy(values) for name, values in fed.items()}
         with torch.inference_mode():
-            logits = loaded.model(tensors.get("input_ids"), tensors.get("attention_mask"), tensors.get("numbers", torch.zeros(batch, 0)), tensors.get("categories"))
+            logits = loaded.model(
+                tensors.get("input_ids"),
+                tensors.get("attention_mask"),
+                tensors.get("numbers", torch.zeros(batch, 0)),
+                tensors.get("categories"),
+            )
         expected = torch.softmax(logits, dim=1).numpy()
         np.testing.assert_allclose(found, expected[:, 1] if loaded.config.is_binary else expected, atol=1e-5)
 
@@ -207,7 +232,14 @@ def test_the_graph_itself_limits_numbers_to_the_training_range(case, tmp_path):
     low, high = (np.array([pair[end] for pair in stored["limits"]]) for end in (0, 1))
 
     def probabilities(*rows: list[float]) -> np.ndarray:
-        numbers = np.array([features.transform_numbers(np.array([row]))[0] if np.isnan(row).any() else np.append(row, np.zeros(features.num_numbers - len(row))) for row in rows])
+        numbers = np.array(
+            [
+                features.transform_numbers(np.array([row]))[0]
+                if np.isnan(row).any()
+                else np.append(row, np.zeros(features.num_numbers - len(row)))
+                for row in rows
+            ]
+        )
         [found] = session.run(["probabilities"], {**inputs, "numbers": numbers.astype(np.float32)})
         return found
 
@@ -217,8 +249,16 @@ def test_the_graph_itself_limits_numbers_to_the_training_range(case, tmp_path):
     assert not np.array_equal(far[0], far[2])
     if loaded.config.text_name:  # whose export takes seconds
         return
-    source = write_csv(tmp_path / "far.csv", [["r", "refund", age, amount, "a"] for age, amount in (("1e30", "-1e30"), ("-1e30", "1e30"), ("7", "1e9"), ("", "1"))])
-    assert exporter.export_model(loaded, tmp_path / "checked", format="onnx", check=str(source)) < 1e-5  # --check with such rows
+    source = write_csv(
+        tmp_path / "far.csv",
+        [
+            ["r", "refund", age, amount, "a"]
+            for age, amount in (("1e30", "-1e30"), ("-1e30", "1e30"), ("7", "1e9"), ("", "1"))
+        ],
+    )
+    assert (
+        exporter.export_model(loaded, tmp_path / "checked", format="onnx", check=str(source)) < 1e-5
+    )  # --check with such rows
 
 
 def test_the_folder_names_no_path_of_this_machine(case):
@@ -244,7 +284,9 @@ def test_a_wrong_row_is_one_line(plain, tmp_path):
         source = write_csv(tmp_path / f"{name}.csv", rows, columns)
         done = run_example(tmp_path / "exported", str(source), str(tmp_path / "out.tsv"))
         assert done.returncode == 1 and problem in done.stderr and len(done.stderr.splitlines()) == 1
-    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes().replace(b"\r\n\r\n", b"\r\n") + b"\r\n\r\n")  # a mark at the start, blank lines at the end
+    source.write_bytes(
+        b"\xef\xbb\xbf" + source.read_bytes().replace(b"\r\n\r\n", b"\r\n") + b"\r\n\r\n"
+    )  # a mark at the start, blank lines at the end
     assert run_example(tmp_path / "exported", str(source), str(tmp_path / "out.tsv")).returncode == 0
     assert len(read_tsv(tmp_path / "out.tsv")) == 2
 
@@ -256,8 +298,14 @@ def test_a_wrong_row_is_one_line(plain, tmp_path):
 def test_the_saved_program_is_the_model(tmp_path, changes):
     loaded = build(tmp_path, **changes)
     assert exporter.export_model(loaded, tmp_path / "exported", format="torch_export") <= 1e-5
-    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"model.pt2", "preprocessing.json", "tokenizer.json"}
-    assert [size for name, size in entries(tmp_path / "exported" / "model.pt2") if name.endswith((".pt", ".pkl"))] == [0], "nothing in it is a pickle"
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {
+        "model.pt2",
+        "preprocessing.json",
+        "tokenizer.json",
+    }
+    assert [size for name, size in entries(tmp_path / "exported" / "model.pt2") if name.endswith((".pt", ".pkl"))] == [
+        0
+    ], "nothing in it is a pickle"
     settings, tokenizer = export_example.load_preprocessing(tmp_path / "exported")
     run = exporter.in_memory(torch.export.load(tmp_path / "exported" / "model.pt2"))
     rows = exporter.rows_of_file(loaded, str(tmp_path / "test.csv"))
@@ -272,10 +320,25 @@ def test_the_saved_program_is_the_model(tmp_path, changes):
 
 def test_the_command_says_what_it_compared(plain, tmp_path, capsys):
     folder, _ = plain
-    assert cli.main(["export", str(folder / "run"), str(tmp_path / "new" / "exported"), "--format", "torch_export", "--check", str(folder / "test.csv")]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                str(folder / "run"),
+                str(tmp_path / "new" / "exported"),
+                "--format",
+                "torch_export",
+                "--check",
+                str(folder / "test.csv"),
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().err
     assert "37 rows of" in told and "differ from PyTorch's by at most" in told and "model.pt2" in told
-    assert cli.main(["export", str(folder / "run"), str(tmp_path / "new" / "exported"), "--format", "torch_export"]) == 2
+    assert (
+        cli.main(["export", str(folder / "run"), str(tmp_path / "new" / "exported"), "--format", "torch_export"]) == 2
+    )
     assert "expected a new or empty folder, found files in it" in capsys.readouterr().err
     with pytest.raises(InputError, match="found the one that this command runs in"):
         exporter.check_request(Path("."), "onnx")
@@ -286,9 +349,16 @@ def test_the_command_says_what_it_compared(plain, tmp_path, capsys):
 def test_the_loaded_model_stays_as_it_was(plain, tmp_path):
     _, loaded = plain
     text = loaded.model.text_subnetwork
-    before, truncation = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}, loaded.tokenizer.backend_tokenizer.truncation
+    before, truncation = (
+        {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()},
+        loaded.tokenizer.backend_tokenizer.truncation,
+    )
     exporter.export_model(loaded, tmp_path / "exported", format="torch_export")
-    assert text.is_packed and text.encoder.config._attn_implementation == packing.ATTENTION and loaded.tokenizer.backend_tokenizer.truncation == truncation
+    assert (
+        text.is_packed
+        and text.encoder.config._attn_implementation == packing.ATTENTION
+        and loaded.tokenizer.backend_tokenizer.truncation == truncation
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
@@ -303,7 +373,9 @@ def test_other_probabilities_leave_nothing(plain, tmp_path, monkeypatch, wrong):
         return lambda inputs: run(inputs) + (2e-4 if wrong == "probabilities" else np.nan)
 
     monkeypatch.setattr(exporter, "in_memory", dishonest)
-    with pytest.raises(RunError, match=r"not written: expected PyTorch's probabilities to 0.0001, found a difference of (2.\de-04|nan)"):
+    with pytest.raises(
+        RunError, match=r"not written: expected PyTorch's probabilities to 0.0001, found a difference of (2.\de-04|nan)"
+    ):
         exporter.export_model(loaded, tmp_path / "exported", format="torch_export")
     assert list(tmp_path.iterdir()) == []
 
@@ -313,7 +385,9 @@ def test_an_encoder_that_cannot_be_exported_is_one_line(plain, tmp_path, monkeyp
         raise TypeError("data-dependent\nmany lines")
 
     monkeypatch.setattr(torch.exporter, "export", refuse)
-    with pytest.raises(RunError, match=r"^the encoder \(bert\) of this model cannot be exported as onnx: TypeError: data-dependent$"):
+    with pytest.raises(
+        RunError, match=r"^the encoder \(bert\) of this model cannot be exported as onnx: TypeError: data-dependent$"
+    ):
         exporter.export_model(plain[1], tmp_path / "exported", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -337,7 +411,9 @@ def test_made_up_rows_try_every_kind_of_cell(plain):
     _, loaded = plain
     rows = exporter.generated_rows(loaded)
     assert rows == exporter.generated_rows(loaded) and len(rows) == exporter.GENERATED_ROWS
-    assert {"", "NA"} < {row["age"] for row in rows} and {"", *loaded.features.categories[0]} < {row["kind"] for row in rows}
+    assert {"", "NA"} < {row["age"] for row in rows} and {"", *loaded.features.categories[0]} < {
+        row["kind"] for row in rows
+    }
     words = [len(row["text"].split()) for row in rows]
     assert min(words) == 0 and max(words) > loaded.config.max_length
     assert json.loads(json.dumps(exporter.preprocessing(loaded), allow_nan=False))["text"]["columns"] == ["text"]

@@ -48,11 +48,18 @@ def main() -> None:
     if distributed.read_context().is_main:
         training = seconds["steps"] + seconds["validations"] + seconds["checkpoints"]
         safety = seconds["checkpoints"] + seconds["agreement"] + seconds["polls"]
-        print(json.dumps({
-            "seconds": dict(seconds), "calls": dict(calls), "share_of_training": safety / training,
-            "milliseconds_of_agreement_per_step": 1000 * seconds["agreement"] / calls["steps"],
-            "seconds_per_checkpoint": seconds["checkpoints"] / calls["checkpoints"], "seconds_per_step": seconds["steps"] / calls["steps"],
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "seconds": dict(seconds),
+                    "calls": dict(calls),
+                    "share_of_training": safety / training,
+                    "milliseconds_of_agreement_per_step": 1000 * seconds["agreement"] / calls["steps"],
+                    "seconds_per_checkpoint": seconds["checkpoints"] / calls["checkpoints"],
+                    "seconds_per_step": seconds["steps"] / calls["steps"],
+                }
+            )
+        )
     sys.exit(code)
 
 

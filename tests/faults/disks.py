@@ -42,13 +42,22 @@ def small_disk(place: Path, kilobytes: int) -> Iterator[Disk]:
     user = ["--user", "--map-root-user"] if os.geteuid() else []
     script = 'mount -t tmpfs -o size="$1"k,mode=0755 tmpfs "$0" && echo mounted && exec cat'
     # `cat` ends when the test's process does, however that ends, and the disk with it
-    holder = subprocess.Popen(["unshare", *user, "--mount", "sh", "-c", script, str(place), str(kilobytes)],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    holder = subprocess.Popen(
+        ["unshare", *user, "--mount", "sh", "-c", script, str(place), str(kilobytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         if holder.stdout.readline() != "mounted\n":
             pytest.skip(f"mount namespaces are not allowed here: {holder.stderr.read().strip()}")
         credentials = ("--user", "--preserve-credentials") if user else ()
-        yield Disk(place, Path(f"/proc/{holder.pid}/root") / place.relative_to("/"), ("nsenter", "-t", str(holder.pid), *credentials, "--mount"))
+        yield Disk(
+            place,
+            Path(f"/proc/{holder.pid}/root") / place.relative_to("/"),
+            ("nsenter", "-t", str(holder.pid), *credentials, "--mount"),
+        )
     finally:
         holder.kill()
         holder.communicate()

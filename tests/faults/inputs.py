@@ -118,7 +118,9 @@ def count_refusal(figures: Figures, case: str, done: Done, *expected: str) -> No
         figures.refused(True)
 
 
-def training_refuses(figures: Figures, case: str, folder: Path, expected: Sequence[str], *, tables: Path | None = None, **changes: Any) -> None:
+def training_refuses(
+    figures: Figures, case: str, folder: Path, expected: Sequence[str], *, tables: Path | None = None, **changes: Any
+) -> None:
     """`--check` and the training itself refuse a config, and the finished run that it would write to stays as it was."""
     tables = tables or trained()
     config = write_config(folder, tables, **changes)
@@ -129,7 +131,9 @@ def training_refuses(figures: Figures, case: str, folder: Path, expected: Sequen
     figures.count(contents(tables) == before and not left, f"{case}: the earlier run was changed, or {left} left")
 
 
-def prediction_refuses(figures: Figures, case: str, source: Path, expected: Sequence[str], *, model: Path | None = None) -> None:
+def prediction_refuses(
+    figures: Figures, case: str, source: Path, expected: Sequence[str], *, model: Path | None = None
+) -> None:
     """`predict` refuses; an older file of the output's name and the model folder stay as they were."""
     model = model or trained() / "run"
     output = source.parent / "refused.tsv"
@@ -137,10 +141,15 @@ def prediction_refuses(figures: Figures, case: str, source: Path, expected: Sequ
     before = contents(model)
     count_refusal(figures, f"{case} predict", command("predict", model, source, output), *expected)
     left = [path.name for path in source.parent.glob(".tmp-*")]
-    figures.count(output.read_text() == "an older prediction\n" and contents(model) == before and not left, f"{case}: older files were changed, or {left} left")
+    figures.count(
+        output.read_text() == "an older prediction\n" and contents(model) == before and not left,
+        f"{case}: older files were changed, or {left} left",
+    )
 
 
-def count_prediction(figures: Figures, case: str, source: Path, output: Path, *, num_rows: int, model: Path | None = None) -> list[dict[str, str]]:
+def count_prediction(
+    figures: Figures, case: str, source: Path, output: Path, *, num_rows: int, model: Path | None = None
+) -> list[dict[str, str]]:
     """`predict` accepts: exit code 0, every row once with probabilities in [0, 1]. Returns the output's rows."""
     done = command("predict", model or trained() / "run", source, output, "--num_threads", 1)
     if not figures.count(done.code == 0, f"{case}: exit code {done.code}: {done.err[-600:]}"):
@@ -148,9 +157,14 @@ def count_prediction(figures: Figures, case: str, source: Path, output: Path, *,
     rows = read_tsv(output)
     figures.rows_lost += max(0, num_rows - len(rows))
     figures.rows_repeated += max(0, len(rows) - num_rows)
-    numbers = [[float(cell) for name, cell in row.items() if name.startswith("prob") and name != "prob_calibrated"] for row in rows]
+    numbers = [
+        [float(cell) for name, cell in row.items() if name.startswith("prob") and name != "prob_calibrated"]
+        for row in rows
+    ]
     sums_hold = all(abs(sum(row) - 1) <= 1e-6 for row in numbers if len(row) > 1)
-    figures.count(sums_hold and all(0 <= value <= 1 for row in numbers for value in row), f"{case}: probabilities {numbers[:3]}")
+    figures.count(
+        sums_hold and all(0 <= value <= 1 for row in numbers for value in row), f"{case}: probabilities {numbers[:3]}"
+    )
     return rows
 
 

@@ -26,7 +26,9 @@ def write_config(folder: Path, **changes: Any) -> Path:
     """A config file over the tiny tables and encoder of `folder` (made once); its run is `folder/run` unless changed."""
     values = tiny.settings(folder, **changes)
     path = Path(folder) / f"{Path(values['model_path']).name}.json"
-    path.write_text(json.dumps({name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}))
+    path.write_text(
+        json.dumps({name: list(value) if isinstance(value, tuple) else value for name, value in values.items()})
+    )
     return path
 
 
@@ -34,23 +36,58 @@ class Job:
     """`torchrun` (or, with `num_processes=0`, plain Python) on the worker with planted faults, running in the background."""
 
     def __init__(
-        self, num_processes: int, arguments: list[str], *, plants: dict[str, Any] | None = None, max_restarts: int = 0,
-        ends: Path | None = None, prefix: Sequence[str] = (), **environment: str,
-    ) -> None:  # fmt: skip
+        self,
+        num_processes: int,
+        arguments: list[str],
+        *,
+        plants: dict[str, Any] | None = None,
+        max_restarts: int = 0,
+        ends: Path | None = None,
+        prefix: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         """`ends`: a file for `exit_codes`. `prefix`: words before the command, such as those of `nsenter`."""
         self.num_processes, self._ends = num_processes, ends
         if ends:
             ends.unlink(missing_ok=True)
-        launcher = [*([LAUNCHER, str(ends)] if ends else ["-m"]), "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", f"--max_restarts={max_restarts}"]
+        launcher = [
+            *([LAUNCHER, str(ends)] if ends else ["-m"]),
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={num_processes}",
+            f"--max_restarts={max_restarts}",
+        ]
         # tests that nohup or a shell's & started would hand on that these are to be ignored
-        command = [*prefix, "env", "--default-signal=HUP,INT,QUIT", sys.executable, *(launcher if num_processes else []), WORKER, json.dumps(plants or {}), *arguments]
+        command = [
+            *prefix,
+            "env",
+            "--default-signal=HUP,INT,QUIT",
+            sys.executable,
+            *(launcher if num_processes else []),
+            WORKER,
+            json.dumps(plants or {}),
+            *arguments,
+        ]
         hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        variables = {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", **environment}
+        variables = {k: v for k, v in os.environ.items() if k not in hidden} | {
+            "PYTHONPATH": str(tiny.ROOT),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
         self.process = subprocess.Popen(
-            command, cwd=tiny.ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+            command,
+            cwd=tiny.ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
         self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)  # a pipe that nobody reads would fill and stop a job of many lives
+        self._reader = threading.Thread(
+            target=self._read, daemon=True
+        )  # a pipe that nobody reads would fill and stop a job of many lives
         self._reader.start()
         self._seen: set[int] = set()
 
@@ -66,9 +103,15 @@ class Job:
                 continue
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if WORKER.encode() not in words or b"torch.distributed.run" in words or int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) not in self._parents():
+                if (
+                    WORKER.encode() not in words
+                    or b"torch.distributed.run" in words
+                    or int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) not in self._parents()
+                ):
                     continue
-                variables = dict(item.split(b"=", 1) for item in (entry / "environ").read_bytes().split(b"\0") if b"=" in item)
+                variables = dict(
+                    item.split(b"=", 1) for item in (entry / "environ").read_bytes().split(b"\0") if b"=" in item
+                )
                 if restart in (None, int(variables.get(b"TORCHELASTIC_RESTART_COUNT", b"0"))):
                     found[int(variables.get(b"RANK", b"0"))] = int(entry.name)
             except (OSError, ValueError, IndexError):
@@ -86,7 +129,9 @@ class Job:
             if value := condition():
                 return value
             if self.process.poll() is not None:
-                raise AssertionError(f"the job ended with {self.process.returncode} before its time:\n{self.output()[-4000:]}")
+                raise AssertionError(
+                    f"the job ended with {self.process.returncode} before its time:\n{self.output()[-4000:]}"
+                )
             time.sleep(0.02)
         self.kill_all()
         raise AssertionError(f"waited {seconds} s in vain:\n{self.output()[-4000:]}")
@@ -111,7 +156,9 @@ class Job:
         """Rank -> exit code of its process, as the system told torchrun (asked for by `ends`); minus a signal's number when that killed it."""
         if not self.num_processes:
             return {0: self.process.returncode}
-        pairs = (line.split() for line in self._ends.read_text().splitlines()) if self._ends and self._ends.exists() else ()
+        pairs = (
+            (line.split() for line in self._ends.read_text().splitlines()) if self._ends and self._ends.exists() else ()
+        )
         return {int(rank): int(code) for rank, code in sorted(pairs)}
 
     def output(self) -> str:
@@ -175,7 +222,9 @@ def digest(run: Path, step: int | None = None) -> dict[str, Any]:
         "scheduler": state["scheduler"],
         "best": [state["best_step"], state["best_value"]],
         "model": sha256_of(run / "model.safetensors") if (run / "model.safetensors").exists() else None,
-        "losses": [(line["step"], line["train_loss"], line["lr"]) for line in tiny.metrics_lines(run) if "train_loss" in line],
+        "losses": [
+            (line["step"], line["train_loss"], line["lr"]) for line in tiny.metrics_lines(run) if "train_loss" in line
+        ],
         "validations": [(line["step"], line["val_loss"]) for line in tiny.metrics_lines(run) if "val_loss" in line],
     }
 

@@ -37,7 +37,9 @@ class Figures:
     def check(self) -> None:
         """Every try held, no row lost or repeated, nothing wrongly accepted, no hang. Raises `AssertionError`."""
         assert self.tried > 0, "nothing was tried"
-        assert not self.problems and self.held == self.tried, f"{self.held} of {self.tried} held: " + "; ".join(self.problems)
+        assert not self.problems and self.held == self.tried, f"{self.held} of {self.tried} held: " + "; ".join(
+            self.problems
+        )
         assert (self.rows_lost, self.rows_repeated, self.wrongly_accepted) == (0, 0, 0), self
         assert max(self.seconds, default=0.0) <= LONGEST_SECONDS, self.seconds
 
@@ -57,7 +59,9 @@ class Row:
 ROWS: list[Row] = []
 
 
-def row(name: str, injected: str, required: str, *, full: dict[str, Any] | None = None, marker: str | None = None) -> Callable:
+def row(
+    name: str, injected: str, required: str, *, full: dict[str, Any] | None = None, marker: str | None = None
+) -> Callable:
     """Register `test_<name>...(tmp_path, count=small) -> Figures` as a row and make it a test that checks its figures."""
 
     def register(measure: Callable[..., Figures]) -> Callable[..., None]:

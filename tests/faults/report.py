@@ -33,7 +33,9 @@ from tests.support import tiny
 
 DOCUMENT = tiny.ROOT / "docs/reliability.md"
 MODULES = sorted(path for folder in ("faults", "gpu") for path in (tiny.ROOT / "tests" / folder).glob("test_*.py"))
-FIRST_LANE = frozenset({*(f"F{number}" for number in range(1, 12)), "F16"})  # the others are the second: about half of the time each
+FIRST_LANE = frozenset(
+    {*(f"F{number}" for number in range(1, 12)), "F16"}
+)  # the others are the second: about half of the time each
 
 
 @lru_cache
@@ -63,7 +65,11 @@ def run_row(number: int, *, full: bool) -> tuple[int, Figures | None, float]:
 
 
 def holds(figures: Figures) -> bool:
-    return max(figures.seconds, default=0.0) <= LONGEST_SECONDS and figures.held == figures.tried and not (figures.rows_lost or figures.rows_repeated or figures.wrongly_accepted or figures.problems)
+    return (
+        max(figures.seconds, default=0.0) <= LONGEST_SECONDS
+        and figures.held == figures.tried
+        and not (figures.rows_lost or figures.rows_repeated or figures.wrongly_accepted or figures.problems)
+    )
 
 
 def added(parts: list[Figures]) -> Figures:
@@ -84,15 +90,25 @@ def table(measured: dict[str, tuple[list[Row], Figures | None]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (rows, figures) in measured.items():
-        injected, required = ("; ".join(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("injected", "required"))
+        injected, required = (
+            "; ".join(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("injected", "required")
+        )
         if figures is None:
-            cells = ["-"] * 6 + ["not run here" + (": needs a GPU (`pytest -m gpu tests/gpu`)" if rows[0].marker == "gpu" else "")]
+            cells = ["-"] * 6 + [
+                "not run here" + (": needs a GPU (`pytest -m gpu tests/gpu`)" if rows[0].marker == "gpu" else "")
+            ]
         else:
             seconds = f"{max(figures.seconds):.1f}" if figures.seconds else ""
-            notes = "; ".join(dict.fromkeys([*figures.notes, *(f"**did not hold**: {problem}" for problem in figures.problems)]))
+            notes = "; ".join(
+                dict.fromkeys([*figures.notes, *(f"**did not hold**: {problem}" for problem in figures.problems)])
+            )
             counts = [figures.tried, figures.held, figures.rows_lost, figures.rows_repeated, figures.wrongly_accepted]
             cells = [*map(str, counts), seconds, notes]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in [name, injected, required, *cells]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in [name, injected, required, *cells])
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -120,7 +136,11 @@ def measure(rows: list[int], *, full: bool) -> Iterator[tuple[int, Figures | Non
         pending = []
         for is_first in (True, False):
             lane = stack.enter_context(ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")))
-            pending += [lane.submit(run_row, number, full=full) for number in reversed(rows) if (load_rows()[number].name in FIRST_LANE) == is_first]
+            pending += [
+                lane.submit(run_row, number, full=full)
+                for number in reversed(rows)
+                if (load_rows()[number].name in FIRST_LANE) == is_first
+            ]
         for done in as_completed(pending):
             yield done.result()
 
@@ -143,9 +163,18 @@ def main() -> int:
             continue
         found[number] = figures
         held = "held" if holds(figures) else "DID NOT HOLD"
-        print(f"{row.name:4} {row.measure.__name__:60} {figures.held}/{figures.tried} {held}, {seconds:.0f} s", *figures.problems, sep="\n     ", flush=True)
+        print(
+            f"{row.name:4} {row.measure.__name__:60} {figures.held}/{figures.tried} {held}, {seconds:.0f} s",
+            *figures.problems,
+            sep="\n     ",
+            flush=True,
+        )
         if arguments.json:
-            arguments.json.write_text(json.dumps({f"{rows[n].name} {rows[n].measure.__name__}": asdict(found[n]) for n in sorted(found)}, indent=2))
+            arguments.json.write_text(
+                json.dumps(
+                    {f"{rows[n].name} {rows[n].measure.__name__}": asdict(found[n]) for n in sorted(found)}, indent=2
+                )
+            )
     measured: dict[str, tuple[list[Row], Figures | None]] = {}
     for name in dict.fromkeys(rows[number].name for number in chosen):
         same = [number for number in chosen if rows[number].name == name]

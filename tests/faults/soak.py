@@ -28,15 +28,47 @@ from tests.support import tiny
 NUM_ROWS, BATCH_SIZE, EPOCHS = 45, 8, 4  # 6 steps an epoch, the last of 5 rows
 STEPS = 24
 RUN = {
-    "batch_size": BATCH_SIZE, "max_epochs": EPOCHS, "val_check_interval": 0.5, "gradient_clip_val": 1.0, "weight_decay": 0.01, "head_lr": 3e-3, "save_every": 2,
-}  # fmt: skip
+    "batch_size": BATCH_SIZE,
+    "max_epochs": EPOCHS,
+    "val_check_interval": 0.5,
+    "gradient_clip_val": 1.0,
+    "weight_decay": 0.01,
+    "head_lr": 3e-3,
+    "save_every": 2,
+}
 BATCHES = {"evaluation_rows": 5}  # several batches of validation and test for each rank
-SLOW = {"slow_step": 0.05, "slow_forward": 0.02, "slow_save": 0.01, "slow_eval": 0.02}  # room for instants; no bit depends on it
-PHASES = {"imports": 3.0, "data": 1.5, "start": 0.4, "step": 0.15, "validation": 0.15, "save": 0.1, "finish": 0.3}  # within so many seconds of its beginning
-WEIGHTS = {"imports": 4, "data": 4, "start": 2, "step": 8, "validation": 4, "save": 4, "finish": 3}  # how often a kill aims at it
+SLOW = {
+    "slow_step": 0.05,
+    "slow_forward": 0.02,
+    "slow_save": 0.01,
+    "slow_eval": 0.02,
+}  # room for instants; no bit depends on it
+PHASES = {
+    "imports": 3.0,
+    "data": 1.5,
+    "start": 0.4,
+    "step": 0.15,
+    "validation": 0.15,
+    "save": 0.1,
+    "finish": 0.3,
+}  # within so many seconds of its beginning
+WEIGHTS = {
+    "imports": 4,
+    "data": 4,
+    "start": 2,
+    "step": 8,
+    "validation": 4,
+    "save": 4,
+    "finish": 3,
+}  # how often a kill aims at it
 WAIT_SECONDS = 120.0  # for a phase; longer is a hang
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": ""}  # bits are promised on the CPU
-PLACES = {"imports": "before step 1", "data": "before step 1", "start": "before step 1", "finish": "after the last step"}
+PLACES = {
+    "imports": "before step 1",
+    "data": "before step 1",
+    "start": "before step 1",
+    "finish": "after the last step",
+}
 
 
 # ---- runs ----
@@ -68,7 +100,9 @@ def plants_of(folder: Path, **more: Any) -> dict[str, Any]:
 @lru_cache
 def straight(num_processes: int, *, num_rows: int = NUM_ROWS, **changes: Any) -> Path:
     """The folder of an undisturbed job, made once in a process. Its checkpoints are all there."""
-    folder = inputs(num_rows) / "-".join(["straight", str(num_processes), *(f"{key}={value}" for key, value in changes.items())])
+    folder = inputs(num_rows) / "-".join(
+        ["straight", str(num_processes), *(f"{key}={value}" for key, value in changes.items())]
+    )
     config = write_run(folder, num_rows=num_rows, **{"save_every": 1, "keep_checkpoints": 1000} | changes)
     code, output = run_job(num_processes, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
     assert code == 0, f"the undisturbed run ended with {code}:\n{output[-4000:]}"
@@ -80,7 +114,9 @@ def count_rows(folder: Path, *, num_rows: int = NUM_ROWS, epochs: int = EPOCHS) 
     steps, per_epoch = rows_of_steps(folder), -(-num_rows // BATCH_SIZE)
     lost = repeated = 0
     for epoch in range(epochs):
-        seen = Counter(row for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for row in steps.get(step, []))
+        seen = Counter(
+            row for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for row in steps.get(step, [])
+        )
         lost += sum(row not in seen for row in range(num_rows))
         repeated += sum(count - 1 for count in seen.values())
     return lost, repeated
@@ -88,7 +124,9 @@ def count_rows(folder: Path, *, num_rows: int = NUM_ROWS, epochs: int = EPOCHS) 
 
 def predictions(run: Path) -> bytes:
     """The file of the test stage that the run's results name."""
-    return (Path(json.loads((run / "train_results.json").read_text())["test_folder"]) / "test_result_0.tsv").read_bytes()
+    return (
+        Path(json.loads((run / "train_results.json").read_text())["test_folder"]) / "test_result_0.tsv"
+    ).read_bytes()
 
 
 def differences(folder: Path, expected: Path) -> list[str]:
@@ -97,7 +135,9 @@ def differences(folder: Path, expected: Path) -> list[str]:
     problems = [f"{key} differ" for key in wanted if found[key] != wanted[key]]
     if "losses differ" in problems:
         pairs = zip(found["losses"], wanted["losses"])
-        problems.append(f"losses differ by {max((abs(a - b) / abs(b) for (_, a, _), (_, b, _) in pairs), default=1.0):.1e} relative at most")
+        problems.append(
+            f"losses differ by {max((abs(a - b) / abs(b) for (_, a, _), (_, b, _) in pairs), default=1.0):.1e} relative at most"
+        )
     if predictions(folder / "run") != predictions(expected / "run"):
         problems.append("predictions differ")
     if rows_of_steps(folder) != rows_of_steps(expected):
@@ -151,7 +191,9 @@ def random_strikes(generator: random.Random, count: int, num_processes: int) -> 
     for phase in generator.choices(list(WEIGHTS), list(WEIGHTS.values()), k=count):
         nth = generator.randint(2, 5) if phase == "step" else 1
         strikes.append(Strike(phase, generator.uniform(0.0, PHASES[phase]), generator.randrange(num_processes), nth))
-    return sorted(strikes, key=lambda strike: strike.phase == "finish")  # else the lives after it would have no step left
+    return sorted(
+        strikes, key=lambda strike: strike.phase == "finish"
+    )  # else the lives after it would have no step left
 
 
 def until(condition: Callable[[], Any], job: Job, *, seconds: float = WAIT_SECONDS) -> Any:
@@ -188,7 +230,9 @@ def notes_of(folder: Path, life: int, rank: int = 0) -> list[dict[str, Any]]:
 def kill(job: Job, pid: int, folder: Path, life: int, rank: int) -> Kill | None:
     """SIGKILL, and the seconds until torchrun has started the next life or has ended. None when the process had ended."""
     try:
-        if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":  # ended, and torchrun has not looked yet
+        if (
+            Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        ):  # ended, and torchrun has not looked yet
             return None
         os.kill(pid, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):
@@ -220,7 +264,13 @@ def strike(job: Job, life: int, strike: Strike, folder: Path) -> Kill | None:
 def struck_run(folder: Path, num_processes: int, strikes: list[Strike], **changes: Any) -> Outcome:
     """A job that gets one strike in each of its first lives, as long as it has not ended; then it may end."""
     config = write_run(folder, **changes)
-    job = Job(num_processes, ["train", str(config)], plants=plants_of(folder, **SLOW), max_restarts=len(strikes), **ENVIRONMENT)
+    job = Job(
+        num_processes,
+        ["train", str(config)],
+        plants=plants_of(folder, **SLOW),
+        max_restarts=len(strikes),
+        **ENVIRONMENT,
+    )
     try:
         kills: list[Kill] = []
         for planned in strikes:
@@ -230,7 +280,19 @@ def struck_run(folder: Path, num_processes: int, strikes: list[Strike], **change
             kills.append(struck)
         code = job.wait(seconds=2 * WAIT_SECONDS)
         (folder / "output.txt").write_text(job.output())
-        return Outcome(code, job.output(), kills, max((note["restart"] for path in folder.glob("phases-*") for note in map(json.loads, path.read_text().splitlines())), default=0))
+        return Outcome(
+            code,
+            job.output(),
+            kills,
+            max(
+                (
+                    note["restart"]
+                    for path in folder.glob("phases-*")
+                    for note in map(json.loads, path.read_text().splitlines())
+                ),
+                default=0,
+            ),
+        )
     finally:
         job.kill_all()
 
@@ -279,15 +341,30 @@ class Soak:
         part["jobs"] += 1
         part["kills"] += len(kills)
         part["bit_equal"] += not problems
-        self.problems += [f"{num_processes} processes, {', '.join(f'{kill.phase} {kill.step} of rank {kill.rank}' for kill in kills)}: {problem}" for problem in problems]
+        self.problems += [
+            f"{num_processes} processes, {', '.join(f'{kill.phase} {kill.step} of rank {kill.rank}' for kill in kills)}: {problem}"
+            for problem in problems
+        ]
 
     def summary(self) -> dict[str, Any]:
         """For JSON."""
         values = {name.removeprefix("rows_"): value for name, value in vars(self).items() if name != "restart_seconds"}
-        return {**values, "seconds": round(self.seconds, 1), "slowest_restart": round(max(self.restart_seconds, default=0.0), 1)}
+        return {
+            **values,
+            "seconds": round(self.seconds, 1),
+            "slowest_restart": round(max(self.restart_seconds, default=0.0), 1),
+        }
 
 
-def soak(folder: Path, num_kills: int, seed: int, *, processes: tuple[int, ...] = (1, 2, 3, 4), most_in_a_job: int = 10, say: Callable[[str], None] = lambda line: None) -> Soak:
+def soak(
+    folder: Path,
+    num_kills: int,
+    seed: int,
+    *,
+    processes: tuple[int, ...] = (1, 2, 3, 4),
+    most_in_a_job: int = 10,
+    say: Callable[[str], None] = lambda line: None,
+) -> Soak:
     """Jobs of these numbers of processes in turn, in an order from the seed, until so many kills were sent."""
     generator, total, started = random.Random(seed), Soak(), time.monotonic()
     turns: list[int] = []
@@ -308,7 +385,9 @@ def soak(folder: Path, num_kills: int, seed: int, *, processes: tuple[int, ...] 
         in_vain = 0 if kills else in_vain + 1
         total.seconds = time.monotonic() - started
         where = ", ".join(f"{kill.phase} {kill.step or ''}".strip() for kill in kills)
-        say(f"{total.kills}/{num_kills}  {num_processes} processes, {len(kills)} kills ({where}): {'bit-equal' if not problems else problems}  {time.monotonic() - begun:.0f} s")
+        say(
+            f"{total.kills}/{num_kills}  {num_processes} processes, {len(kills)} kills ({where}): {'bit-equal' if not problems else problems}  {time.monotonic() - begun:.0f} s"
+        )
         if not problems:
             shutil.rmtree(place)
     if total.kills < num_kills:

@@ -1,6 +1,6 @@
 """Disks that are full, or will not be written to. Small ones of their own: nothing here touches the machine's.
 
-    pytest tests/faults/test_disk.py -s
+pytest tests/faults/test_disk.py -s
 """
 
 import os
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.fault
 KILOBYTES = 8000  # room for several checkpoints of a third of a megabyte, and for the megabyte beside that is asked for
 
 
-def count_refusal(figures: Figures, case: str, job: Job, since: float | None, *expected: str, exit_code: int = 1) -> None:
+def count_refusal(
+    figures: Figures, case: str, job: Job, since: float | None, *expected: str, exit_code: int = 1
+) -> None:
     """The job ends in time with one line that has the expected words; no rank ends with 0."""
     code = job.wait(seconds=LONGEST_SECONDS)
     if since is not None:
@@ -28,7 +30,10 @@ def count_refusal(figures: Figures, case: str, job: Job, since: float | None, *e
     figures.count(code == (1 if job.num_processes else exit_code), f"{case}: exit code {code}: {job.output()[-4000:]}")
     figures.count(0 not in job.exit_codes().values(), f"{case}: exit codes {job.exit_codes()}: {job.output()[-4000:]}")
     lines = error_lines(job.output())
-    figures.count(len(lines) == 1 and all(words in lines[0] for words in expected), f"{case}: expected one line with {expected}, found {lines}: {job.output()[-4000:]}")
+    figures.count(
+        len(lines) == 1 and all(words in lines[0] for words in expected),
+        f"{case}: expected one line with {expected}, found {lines}: {job.output()[-4000:]}",
+    )
     own = job.output().split("Exception in thread")[0]  # TensorBoard's thread has one of its own
     figures.count("Traceback" not in own or job.num_processes > 0, f"{case}: {job.output()[-4000:]}")
 
@@ -41,7 +46,9 @@ def count_whole(figures: Figures, case: str, run: Path, *, steps: list[int] | No
     figures.count(steps is None or saved == steps, f"{case}: expected checkpoints {steps}, found {saved}")
 
 
-def goes_on(figures: Figures, case: str, job: Job, words: list[str], run: Path, expected: Path, *, prefix: tuple[str, ...] = ()) -> None:
+def goes_on(
+    figures: Figures, case: str, job: Job, words: list[str], run: Path, expected: Path, *, prefix: tuple[str, ...] = ()
+) -> None:
     """With place on the disk again the run goes on from the last whole checkpoint, to the bits of `expected`."""
     step = steps_saved(run)[-1]
     code, output = run_job(job.num_processes, words, prefix=prefix)
@@ -70,65 +77,139 @@ def fill_in_mid_run(disk: Disk, run: Path, job: Job) -> float:
 
 
 # when the disk is full, the share of a checkpoint that still finds place
-WAYS = (("before", 0.0), *(("within", share) for share in (0.0, 0.1, 0.3, 0.4, 0.7, 0.95, 1.0)), *(("too long", share) for share in (0.0, 0.2, 0.5)))
+WAYS = (
+    ("before", 0.0),
+    *(("within", share) for share in (0.0, 0.1, 0.3, 0.4, 0.7, 0.95, 1.0)),
+    *(("too long", share) for share in (0.0, 0.2, 0.5)),
+)
 
 
-@row("F10", "the disk of the run is full: before a checkpoint is written, in the middle of each of its files (tmpfs, ENOSPC), or a file gets too long (RLIMIT_FSIZE, EFBIG)",
-     "exit other than 0; one line: need X MB, have Y MB at PATH; the checkpoints before it are whole, nothing of the failed one is left; with place again the run goes on to the same bits",
-     full={"cases": tuple((count, *way) for count in (0, 2) for way in WAYS)})  # fmt: skip
+@row(
+    "F10",
+    "the disk of the run is full: before a checkpoint is written, in the middle of each of its files (tmpfs, ENOSPC), or a file gets too long (RLIMIT_FSIZE, EFBIG)",
+    "exit other than 0; one line: need X MB, have Y MB at PATH; the checkpoints before it are whole, nothing of the failed one is left; with place again the run goes on to the same bits",
+    full={"cases": tuple((count, *way) for count in (0, 2) for way in WAYS)},
+)
 def test_F10_no_place_for_a_checkpoint(
-    tmp_path: Path, cases: tuple[tuple[int, str, float], ...] = ((0, "before", 0.0), (0, "within", 0.1), (0, "too long", 0.5))
-) -> Figures:  # fmt: skip
+    tmp_path: Path,
+    cases: tuple[tuple[int, str, float], ...] = ((0, "before", 0.0), (0, "within", 0.1), (0, "too long", 0.5)),
+) -> Figures:
     """`cases`: processes and one of WAYS. A third of a checkpoint is weights, the rest moments."""
     figures = Figures()
     config = write_config(tmp_path, save_every=1, timeout_seconds=120)
     straight = straight_runs(figures, tmp_path, {case[0] for case in cases}, config)
     for num_processes, way, share in cases:
-        case, folder = f"{way} a checkpoint, {share:.0%} of it fits, {num_processes} processes", tmp_path / f"{num_processes}-{way.replace(' ', '-')}-{share}"
+        case, folder = (
+            f"{way} a checkpoint, {share:.0%} of it fits, {num_processes} processes",
+            tmp_path / f"{num_processes}-{way.replace(' ', '-')}-{share}",
+        )
         with small_disk(folder / "disk", KILOBYTES) as disk:
             run, seen = disk.place / "run", disk.seen / "run"
             words = ["train", str(config), "--model_path", str(run)]
-            plants = {"before": {"slow_step": 0.2}, "within": {"fill": [str(disk.place), 4, share]}, "too long": {"file_limit": [4, share]}}[way]
+            plants = {
+                "before": {"slow_step": 0.2},
+                "within": {"fill": [str(disk.place), 4, share]},
+                "too long": {"file_limit": [4, share]},
+            }[way]
             job = Job(num_processes, words, plants=plants, ends=folder / "ends.txt", prefix=disk.prefix)
             since = fill_in_mid_run(disk, seen, job) if way == "before" else None
-            said = "no place for the checkpoint of step" if way == "before" else "the checkpoint of step 4 could not be written"
+            said = (
+                "no place for the checkpoint of step"
+                if way == "before"
+                else "the checkpoint of step 4 could not be written"
+            )
             rank = "rank 0, " if num_processes > 1 else ""
-            count_refusal(figures, case, job, since, f"error: {rank}save: {said}", "need ", " MB, have ", f" MB at {run / 'checkpoints'}")
-            figures.notes.append(f"{case}: {error_lines(job.output())[0].replace(str(folder), '')}" if error_lines(job.output()) else case)
+            count_refusal(
+                figures,
+                case,
+                job,
+                since,
+                f"error: {rank}save: {said}",
+                "need ",
+                " MB, have ",
+                f" MB at {run / 'checkpoints'}",
+            )
+            figures.notes.append(
+                f"{case}: {error_lines(job.output())[0].replace(str(folder), '')}"
+                if error_lines(job.output())
+                else case
+            )
             count_whole(figures, case, seen, steps=None if way == "before" else [2, 3])
             (disk.seen / "of-another-user").unlink(missing_ok=True)
             goes_on(figures, case, job, words, seen, straight[num_processes], prefix=disk.prefix)
     return figures
 
 
-@row("F10", "the disk of the run or of the cache is full when another file is written: cache, log, model, test predictions, results",
-     "exit 1; one line with the path and what is left there; nothing torn is left; with place again the run goes on to the same bits",
-     full={"cases": tuple((count, place) for count in (0, 2) for place in ("cache", "metrics", "model", "test", "results") if (count, place) != (2, "cache"))})  # fmt: skip
-def test_F10_no_place_for_another_file(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((0, "cache"), (0, "metrics"), (0, "model"))) -> Figures:
+@row(
+    "F10",
+    "the disk of the run or of the cache is full when another file is written: cache, log, model, test predictions, results",
+    "exit 1; one line with the path and what is left there; nothing torn is left; with place again the run goes on to the same bits",
+    full={
+        "cases": tuple(
+            (count, place)
+            for count in (0, 2)
+            for place in ("cache", "metrics", "model", "test", "results")
+            if (count, place) != (2, "cache")
+        )
+    },
+)
+def test_F10_no_place_for_another_file(
+    tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((0, "cache"), (0, "metrics"), (0, "model"))
+) -> Figures:
     """`cases`: processes, the file."""
     figures = Figures()
-    values = {"timeout_seconds": 120, "max_epochs": 4, "val_check_interval": 32}  # no checkpoint before the last of 32 steps
+    values = {
+        "timeout_seconds": 120,
+        "max_epochs": 4,
+        "val_check_interval": 32,
+    }  # no checkpoint before the last of 32 steps
     config = write_config(tmp_path, **values)
     straight = straight_runs(figures, tmp_path, {case[0] for case in cases}, config)
-    expected = {"cache": "disk/cache", "metrics": "disk/run/metrics.jsonl", "model": "MB at {run}", "test": "test_result_0.tsv", "results": "train_results.json"}
+    expected = {
+        "cache": "disk/cache",
+        "metrics": "disk/run/metrics.jsonl",
+        "model": "MB at {run}",
+        "test": "test_result_0.tsv",
+        "results": "train_results.json",
+    }
     for num_processes, place in cases:
         case, folder = f"{place}, {num_processes} processes", tmp_path / f"{num_processes}-{place}"
         with small_disk(folder / "disk", KILOBYTES) as disk:
             run, seen = disk.place / "run", disk.seen / "run"
             words = ["train", str(config), "--model_path", str(run), "--cache_path", str(disk.place / "cache")]
-            job = Job(num_processes, words, plants={"full": [str(disk.place), place]}, ends=folder / "ends.txt", prefix=disk.prefix)
+            job = Job(
+                num_processes,
+                words,
+                plants={"full": [str(disk.place), place]},
+                ends=folder / "ends.txt",
+                prefix=disk.prefix,
+            )
             count_refusal(figures, case, job, None, "No space left on device", expected[place].format(run=run), " MB")
-            figures.notes.append(f"{case}: {error_lines(job.output())[0].replace(str(folder), '')}" if error_lines(job.output()) else case)
+            figures.notes.append(
+                f"{case}: {error_lines(job.output())[0].replace(str(folder), '')}"
+                if error_lines(job.output())
+                else case
+            )
             left = [str(path) for path in disk.seen.rglob(".tmp-*")]
-            figures.count(not left and not (seen / "train_results.json").exists(), f"{case}: {left} left, or results of an unfinished run")
+            figures.count(
+                not left and not (seen / "train_results.json").exists(),
+                f"{case}: {left} left, or results of an unfinished run",
+            )
             (disk.seen / "of-another-user").unlink()
             code, output = run_job(num_processes, words, prefix=disk.prefix)
-            figures.count(code == 0 and digest(seen) == digest(straight[num_processes]), f"{case}: resumed: exit code {code}: {output[-3000:]}")
+            figures.count(
+                code == 0 and digest(seen) == digest(straight[num_processes]),
+                f"{case}: resumed: exit code {code}: {output[-3000:]}",
+            )
     return figures
 
 
-@row("F10", "the disk of the prediction file is full, the target is /dev/full", "exit other than 0; one line with the path; an older file of that name is as it was; nothing torn is left",
-     full={"counts": (0, 2, 3)})  # fmt: skip
+@row(
+    "F10",
+    "the disk of the prediction file is full, the target is /dev/full",
+    "exit other than 0; one line with the path; an older file of that name is as it was; nothing torn is left",
+    full={"counts": (0, 2, 3)},
+)
 def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
     figures = Figures()
     config = write_config(tmp_path, max_epochs=1)
@@ -141,14 +222,37 @@ def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = 
             (disk.seen / "predictions.tsv").write_text("older\n")
             disk.fill(left=50_000)
             words = ["predict", str(tmp_path / "run"), str(table)]
-            job = Job(num_processes, [*words, str(disk.place / "predictions.tsv")], ends=tmp_path / "ends.txt", prefix=disk.prefix)
+            job = Job(
+                num_processes,
+                [*words, str(disk.place / "predictions.tsv")],
+                ends=tmp_path / "ends.txt",
+                prefix=disk.prefix,
+            )
             rank = "rank 0, " if num_processes > 1 else ""
-            count_refusal(figures, case, job, None, f"error: {rank}prediction: ", "No space left on device", str(disk.place / "predictions.tsv"))
-            figures.notes.append(f"{case}: {error_lines(job.output())[0].replace(str(tmp_path), '')}" if error_lines(job.output()) else case)
+            count_refusal(
+                figures,
+                case,
+                job,
+                None,
+                f"error: {rank}prediction: ",
+                "No space left on device",
+                str(disk.place / "predictions.tsv"),
+            )
+            figures.notes.append(
+                f"{case}: {error_lines(job.output())[0].replace(str(tmp_path), '')}"
+                if error_lines(job.output())
+                else case
+            )
             files = {path.name for path in disk.seen.iterdir()}
-            figures.count(files == {"predictions.tsv", "of-another-user"} and (disk.seen / "predictions.tsv").read_text() == "older\n", f"{case}: {files} left")
+            figures.count(
+                files == {"predictions.tsv", "of-another-user"}
+                and (disk.seen / "predictions.tsv").read_text() == "older\n",
+                f"{case}: {files} left",
+            )
         job = Job(num_processes, [*words, "/dev/full"], ends=tmp_path / "ends.txt")
-        count_refusal(figures, f"/dev/full, {case}", job, None, "error: /dev/full: expected a file to write", exit_code=2)
+        count_refusal(
+            figures, f"/dev/full, {case}", job, None, "error: /dev/full: expected a file to write", exit_code=2
+        )
     return figures
 
 
@@ -158,8 +262,12 @@ def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = 
 AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner") if not os.geteuid() else ()
 
 
-@row("F11", "the run's folder lies on a read-only disk, or its mode forbids to write, before the start", "exit 2 and one line before step 1; nothing is written",
-     full={"counts": (0, 2, 3)})  # fmt: skip
+@row(
+    "F11",
+    "the run's folder lies on a read-only disk, or its mode forbids to write, before the start",
+    "exit 2 and one line before step 1; nothing is written",
+    full={"counts": (0, 2, 3)},
+)
 def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
     figures = Figures()
     config = write_config(tmp_path)
@@ -169,22 +277,42 @@ def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] =
             disk.run("mount", "-o", "remount,ro", str(disk.place))
             for name in ("there", "new"):
                 case = f"read-only disk, {name}, {num_processes} processes"
-                job = Job(num_processes, ["train", str(config), "--model_path", str(disk.place / name)], ends=tmp_path / "ends.txt", prefix=disk.prefix)
-                count_refusal(figures, case, job, None, f"error: model_path: {disk.place}", "cannot be written to", exit_code=2)
+                job = Job(
+                    num_processes,
+                    ["train", str(config), "--model_path", str(disk.place / name)],
+                    ends=tmp_path / "ends.txt",
+                    prefix=disk.prefix,
+                )
+                count_refusal(
+                    figures, case, job, None, f"error: model_path: {disk.place}", "cannot be written to", exit_code=2
+                )
         closed = tmp_path / f"closed{num_processes}"
         closed.mkdir(mode=0o555)
         for key in ("model_path", "cache_path"):
             case = f"mode 0555, {key}, {num_processes} processes"
-            job = Job(num_processes, ["train", str(config), f"--{key}", str(closed / "new")], ends=tmp_path / "ends.txt", prefix=AS_OTHERS)
+            job = Job(
+                num_processes,
+                ["train", str(config), f"--{key}", str(closed / "new")],
+                ends=tmp_path / "ends.txt",
+                prefix=AS_OTHERS,
+            )
             count_refusal(figures, case, job, None, f"error: {key}: {closed}: cannot be written to", exit_code=2)
-        figures.count(not [*closed.iterdir()] and not (tmp_path / "run").exists(), f"{num_processes} processes: something was written")
+        figures.count(
+            not [*closed.iterdir()] and not (tmp_path / "run").exists(),
+            f"{num_processes} processes: something was written",
+        )
     return figures
 
 
-@row("F11", "the run's folder is removed in mid-run, or its mode forbids to write from then on",
-     "exit 1 and one line at the next checkpoint; the folder does not come back; what was there is whole",
-     full={"cases": tuple((count, way) for count in (0, 2, 3) for way in ("removed", "moved", "closed"))})  # fmt: skip
-def test_F11_gone_in_mid_run(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "removed"), (0, "closed"))) -> Figures:
+@row(
+    "F11",
+    "the run's folder is removed in mid-run, or its mode forbids to write from then on",
+    "exit 1 and one line at the next checkpoint; the folder does not come back; what was there is whole",
+    full={"cases": tuple((count, way) for count in (0, 2, 3) for way in ("removed", "moved", "closed"))},
+)
+def test_F11_gone_in_mid_run(
+    tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "removed"), (0, "closed"))
+) -> Figures:
     """`cases`: processes, what happens to the folder."""
     figures = Figures()
     config = write_config(tmp_path, save_every=1, timeout_seconds=120)
@@ -203,9 +331,15 @@ def test_F11_gone_in_mid_run(tmp_path: Path, cases: tuple[tuple[int, str], ...] 
             shutil.rmtree(run, ignore_errors=True)
             shutil.rmtree(run, ignore_errors=True)  # a checkpoint may have been under way
         rank = "rank 0, " if num_processes > 1 else ""
-        expected = ("Permission denied", str(run / "checkpoints")) if way == "closed" else (f"the run's folder {run} is gone",)
+        expected = (
+            ("Permission denied", str(run / "checkpoints")) if way == "closed" else (f"the run's folder {run} is gone",)
+        )
         count_refusal(figures, case, job, time.monotonic(), f"error: {rank}save: ", *expected)
-        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s: {error_lines(job.output())[0].replace(str(run.parent), '')}" if error_lines(job.output()) else case)
+        figures.notes.append(
+            f"{case}: {figures.seconds[-1]:.1f} s: {error_lines(job.output())[0].replace(str(run.parent), '')}"
+            if error_lines(job.output())
+            else case
+        )
         if way == "removed":
             figures.count(not run.exists(), f"{case}: {[*run.rglob('*')]} is there again")
             continue

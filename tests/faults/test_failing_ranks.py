@@ -1,6 +1,6 @@
 """One rank fails, stalls or computes nonsense: all end soon, with one line that says which and where, or all leave the step out.
 
-    pytest tests/faults/test_failing_ranks.py -s
+pytest tests/faults/test_failing_ranks.py -s
 """
 
 import json
@@ -21,9 +21,13 @@ from tests.support import tiny
 pytestmark = pytest.mark.fault
 STEPS = 16  # 2 epochs
 PHASES = {  # as the error line has them
-    "data": "reading data and encoder", "forward": "the forward pass of step 3", "backward": "the backward pass of step 3",
-    "eval": "the evaluation at step 8", "save": "save", "predict": "prediction",
-}  # fmt: skip
+    "data": "reading data and encoder",
+    "forward": "the forward pass of step 3",
+    "backward": "the backward pass of step 3",
+    "eval": "the evaluation at step 8",
+    "save": "save",
+    "predict": "prediction",
+}
 
 
 def count_failure(figures: Figures, case: str, job: Job, since: float, *expected: str) -> None:
@@ -32,10 +36,16 @@ def count_failure(figures: Figures, case: str, job: Job, since: float, *expected
     figures.seconds.append(time.monotonic() - since)
     figures.count(code == 1, f"{case}: exit code {code}: {job.output()[-4000:]}")
     codes = job.exit_codes()
-    figures.count(len(codes) == max(1, job.num_processes) and 0 not in codes.values(), f"{case}: exit codes {codes}: {job.output()[-4000:]}")
+    figures.count(
+        len(codes) == max(1, job.num_processes) and 0 not in codes.values(),
+        f"{case}: exit codes {codes}: {job.output()[-4000:]}",
+    )
     figures.count(not job.left_alive(), f"{case}: {job.left_alive()} left alive")
     lines = error_lines(job.output())
-    figures.count(len(lines) == 1 and all(words in lines[0] for words in expected), f"{case}: expected one line with {expected}, found {lines}: {job.output()[-4000:]}")
+    figures.count(
+        len(lines) == 1 and all(words in lines[0] for words in expected),
+        f"{case}: expected one line with {expected}, found {lines}: {job.output()[-4000:]}",
+    )
 
 
 def wait_for(job: Job, mark: Path) -> float:
@@ -48,9 +58,24 @@ def wait_for(job: Job, mark: Path) -> float:
 # ---- F14, F15: an exception on one rank ----
 
 
-@row("F14", "an exception on one rank: data, forward, backward, evaluation, save, predict", "all ranks exit other than 0 within 60 s; one line names rank and phase, once",
-     full={"cases": tuple((count, rank, phase) for count in (2, 3) for phase in PHASES for rank in range(count) if phase != "save" or rank == 0)})  # fmt: skip
-def test_F14_one_rank_raises(tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = tuple((2, int(phase != "save"), phase) for phase in PHASES)) -> Figures:
+@row(
+    "F14",
+    "an exception on one rank: data, forward, backward, evaluation, save, predict",
+    "all ranks exit other than 0 within 60 s; one line names rank and phase, once",
+    full={
+        "cases": tuple(
+            (count, rank, phase)
+            for count in (2, 3)
+            for phase in PHASES
+            for rank in range(count)
+            if phase != "save" or rank == 0
+        )
+    },
+)
+def test_F14_one_rank_raises(
+    tmp_path: Path,
+    cases: tuple[tuple[int, int, str], ...] = tuple((2, int(phase != "save"), phase) for phase in PHASES),
+) -> Figures:
     """`cases`: processes, the rank that fails, phase. Only rank 0 saves."""
     figures = Figures()
     config = write_config(tmp_path)
@@ -62,29 +87,55 @@ def test_F14_one_rank_raises(tmp_path: Path, cases: tuple[tuple[int, int, str], 
         words = ["train", str(config), "--model_path", str(folder / "run"), "--timeout_seconds", "300"]
         if phase == "predict":
             words = ["predict", str(tmp_path / "trained"), str(tmp_path / "test.csv"), str(folder / "predictions.tsv")]
-        job = Job(num_processes, words, plants={"evaluation_rows": 2, "fail": [rank, phase, 3], "failed": str(folder)}, ends=folder / "ends.txt")
-        count_failure(figures, case, job, wait_for(job, folder / "failed"), f"error: rank {rank}, {PHASES[phase]}: Planted: planted in {phase}")
+        job = Job(
+            num_processes,
+            words,
+            plants={"evaluation_rows": 2, "fail": [rank, phase, 3], "failed": str(folder)},
+            ends=folder / "ends.txt",
+        )
+        count_failure(
+            figures,
+            case,
+            job,
+            wait_for(job, folder / "failed"),
+            f"error: rank {rank}, {PHASES[phase]}: Planted: planted in {phase}",
+        )
         figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s; exit codes {job.exit_codes()}")
         if phase == "predict":
             left = sorted(path.name for path in folder.iterdir() if "pred" in path.name)
             figures.count(not left, f"{case}: {left} left")
         elif phase != "data":
             left = [*(folder / "run").rglob(".tmp-*")]
-            figures.count(steps_saved(folder / "run") == [] and not left, f"{case}: checkpoints {steps_saved(folder / 'run')}, {left} left")
+            figures.count(
+                steps_saved(folder / "run") == [] and not left,
+                f"{case}: checkpoints {steps_saved(folder / 'run')}, {left} left",
+            )
     return figures
 
 
-@row("F15", "rank 0 fails in save; one rank fails in load", "every rank ends with the same error; the checkpoints that were there are whole, and the run goes on from them",
-     full={"cases": tuple((count, rank, phase) for count in (2, 3) for rank, phase in ((0, "save"), (0, "load"), (count - 1, "load"), (0, "manifest"), (0, "read")))})  # fmt: skip
+@row(
+    "F15",
+    "rank 0 fails in save; one rank fails in load",
+    "every rank ends with the same error; the checkpoints that were there are whole, and the run goes on from them",
+    full={
+        "cases": tuple(
+            (count, rank, phase)
+            for count in (2, 3)
+            for rank, phase in ((0, "save"), (0, "load"), (count - 1, "load"), (0, "manifest"), (0, "read"))
+        )
+    },
+)
 def test_F15_every_rank_ends_with_the_same_error(
     tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = ((2, 1, "load"), (2, 0, "manifest"))
-) -> Figures:  # fmt: skip
+) -> Figures:
     """`cases`: processes, the rank that fails, phase; `manifest`: the last file of a checkpoint, when all others are written."""
     figures = Figures()
     config = write_config(tmp_path, save_every=1, keep_checkpoints=100)
     for num_processes in sorted({case[0] for case in cases}):
         straight = tmp_path / f"straight{num_processes}"
-        code, output = run_job(num_processes, ["train", str(config), "--model_path", str(straight)], plants={"die_after_save": 5})
+        code, output = run_job(
+            num_processes, ["train", str(config), "--model_path", str(straight)], plants={"die_after_save": 5}
+        )
         figures.count(steps_saved(straight) == [1, 2, 3, 4, 5], f"first life: exit code {code}: {output[-3000:]}")
         shutil.copytree(straight, tmp_path / f"first{num_processes}")
         code, output = run_job(num_processes, ["train", str(config), "--model_path", str(straight)])
@@ -94,26 +145,52 @@ def test_F15_every_rank_ends_with_the_same_error(
         folder.mkdir()
         run = shutil.copytree(tmp_path / f"first{num_processes}", folder / "run")
         words = ["train", str(config), "--model_path", str(run)]
-        job = Job(num_processes, words, plants={"fail": [rank, phase, 6], "failed": str(folder), "errors": str(folder)}, ends=folder / "ends.txt")
+        job = Job(
+            num_processes,
+            words,
+            plants={"fail": [rank, phase, 6], "failed": str(folder), "errors": str(folder)},
+            ends=folder / "ends.txt",
+        )
         place = "load" if phase in ("load", "read") else "save"
-        count_failure(figures, case, job, wait_for(job, folder / "failed"), f"error: rank {rank}, {place}: Planted: planted in {phase}")
+        count_failure(
+            figures,
+            case,
+            job,
+            wait_for(job, folder / "failed"),
+            f"error: rank {rank}, {place}: Planted: planted in {phase}",
+        )
         errors = {path.name.removeprefix("error-"): path.read_text() for path in folder.glob("error-*")}
-        expected = {str(other): f"{'Planted: ' if other == rank else f'PeerError: rank {rank}: Planted: '}planted in {phase}" for other in range(num_processes)}
+        expected = {
+            str(other): f"{'Planted: ' if other == rank else f'PeerError: rank {rank}: Planted: '}planted in {phase}"
+            for other in range(num_processes)
+        }
         figures.count(errors == expected, f"{case}: expected {expected}, found {errors}")
         invalid = [step for step in steps_saved(run) if why_invalid(step_folder(run / "checkpoints", step))]
         left = [*run.rglob(".tmp-*")]
-        figures.count(steps_saved(run) == [1, 2, 3, 4, 5] and not invalid and not left, f"{case}: checkpoints {steps_saved(run)}, invalid {invalid}, {left} left")
+        figures.count(
+            steps_saved(run) == [1, 2, 3, 4, 5] and not invalid and not left,
+            f"{case}: checkpoints {steps_saved(run)}, invalid {invalid}, {left} left",
+        )
         code, output = run_job(num_processes, words)
-        figures.count(code == 0 and digest(run) == digest(tmp_path / f"straight{num_processes}"), f"{case}: resumed: exit code {code}: {output[-3000:]}")
+        figures.count(
+            code == 0 and digest(run) == digest(tmp_path / f"straight{num_processes}"),
+            f"{case}: resumed: exit code {code}: {output[-3000:]}",
+        )
     return figures
 
 
 # ---- F16: a rank that stands still ----
 
 
-@row("F16", "SIGSTOP of one rank, timeout_seconds 20", "the others give up after that time, one line says so; all, the stopped one too, gone within 60 s",
-     full={"cases": ((2, 0), (3, 1)), "timeout_seconds": 20})  # fmt: skip
-def test_F16_a_rank_stalls(tmp_path: Path, cases: tuple[tuple[int, int], ...] = ((2, 1),), timeout_seconds: int = 5) -> Figures:
+@row(
+    "F16",
+    "SIGSTOP of one rank, timeout_seconds 20",
+    "the others give up after that time, one line says so; all, the stopped one too, gone within 60 s",
+    full={"cases": ((2, 0), (3, 1)), "timeout_seconds": 20},
+)
+def test_F16_a_rank_stalls(
+    tmp_path: Path, cases: tuple[tuple[int, int], ...] = ((2, 1),), timeout_seconds: int = 5
+) -> Figures:
     """`cases`: processes, the rank that is stopped. torchrun kills it 30 s after another one has failed; its `--shutdown-timeout` counts for signals alone."""
     figures = Figures()
     for num_processes, rank in cases:
@@ -124,9 +201,14 @@ def test_F16_a_rank_stalls(tmp_path: Path, cases: tuple[tuple[int, int], ...] = 
         job.wait_until(lambda: len(steps_saved(folder / "run")) >= 2)
         since = job.send(signal.SIGSTOP, rank)
         count_failure(figures, case, job, since, "lost contact with another rank")
-        figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s with timeout_seconds {timeout_seconds}; exit codes {job.exit_codes()}")
+        figures.notes.append(
+            f"{case}: {figures.seconds[-1]:.1f} s with timeout_seconds {timeout_seconds}; exit codes {job.exit_codes()}"
+        )
         saved = steps_saved(folder / "run")
-        figures.count(why_invalid(step_folder(folder / "run/checkpoints", saved[-1])) is None, f"{case}: the checkpoint of step {saved[-1]} is damaged")
+        figures.count(
+            why_invalid(step_folder(folder / "run/checkpoints", saved[-1])) is None,
+            f"{case}: the checkpoint of step {saved[-1]} is damaged",
+        )
     return figures
 
 
@@ -135,20 +217,35 @@ def test_F16_a_rank_stalls(tmp_path: Path, cases: tuple[tuple[int, int], ...] = 
 
 def all_finite(run: Path) -> bool:
     """Every tensor of every checkpoint and of the model."""
-    tensors = [load_file(path) for path in (*run.glob("checkpoints/step-*/*.safetensors"), *run.glob("model.safetensors"))]
+    tensors = [
+        load_file(path) for path in (*run.glob("checkpoints/step-*/*.safetensors"), *run.glob("model.safetensors"))
+    ]
     return all(abs(value).max() < float("inf") for part in tensors for value in part.values() if value.size)
 
 
-@row("F17", "a loss that is nan on one rank, or an infinite gradient, in step 3",
-     "on_nonfinite stop: exit other than 0 before the optimizer step; skip: all ranks leave the step out, the learning rate does not advance, "
-     "the run ends; no checkpoint holds a number that is none",
-     full={"cases": tuple((*place, kind, policy) for place in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 2)) for kind in ("loss", "gradient") for policy in ("stop", "skip"))})  # fmt: skip
+@row(
+    "F17",
+    "a loss that is nan on one rank, or an infinite gradient, in step 3",
+    "on_nonfinite stop: exit other than 0 before the optimizer step; skip: all ranks leave the step out, the learning rate does not advance, "
+    "the run ends; no checkpoint holds a number that is none",
+    full={
+        "cases": tuple(
+            (*place, kind, policy)
+            for place in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 2))
+            for kind in ("loss", "gradient")
+            for policy in ("stop", "skip")
+        )
+    },
+)
 def test_F17_numbers_that_are_none(
     tmp_path: Path,
     cases: tuple[tuple[int, int, str, str], ...] = (
-        (0, 0, "loss", "skip"), (0, 0, "gradient", "stop"), (2, 1, "loss", "stop"), (2, 1, "gradient", "skip"),
+        (0, 0, "loss", "skip"),
+        (0, 0, "gradient", "stop"),
+        (2, 1, "loss", "stop"),
+        (2, 1, "gradient", "skip"),
     ),
-) -> Figures:  # fmt: skip
+) -> Figures:
     """`cases`: processes, rank, loss or gradient, on_nonfinite."""
     figures = Figures()
     straight = tmp_path / "straight"
@@ -157,15 +254,27 @@ def test_F17_numbers_that_are_none(
     figures.count(code == 0, f"straight: {output[-3000:]}")
     rates = [line["lr"] for line in tiny.metrics_lines(straight) if "lr" in line]
     for num_processes, rank, kind, policy in cases:
-        case, folder = f"{kind} of rank {rank} of {num_processes}, {policy}", tmp_path / f"{num_processes}-{rank}-{kind}-{policy}"
+        case, folder = (
+            f"{kind} of rank {rank} of {num_processes}, {policy}",
+            tmp_path / f"{num_processes}-{rank}-{kind}-{policy}",
+        )
         folder.mkdir()
-        run, words = folder / "run", ["train", str(config), "--model_path", str(folder / "run"), "--on_nonfinite", policy]
-        job = Job(num_processes, words, plants={"poison": [rank, 3, kind], "weights": str(folder)}, ends=folder / "ends.txt")
+        run, words = (
+            folder / "run",
+            ["train", str(config), "--model_path", str(folder / "run"), "--on_nonfinite", policy],
+        )
+        job = Job(
+            num_processes, words, plants={"poison": [rank, 3, kind], "weights": str(folder)}, ends=folder / "ends.txt"
+        )
         if policy == "stop":
             # the loss: told by the rank that has it; the gradient is the same on all ranks, and rank 0 tells
             teller = rank if kind == "loss" else 0
             place = f"error: rank {teller}" if num_processes > 1 else "error: "
-            expected = ("the loss of a micro-batch of step 3 is nan", "first ", "train.csv row ") if kind == "loss" else ("the gradient norm is ", "at step 3")
+            expected = (
+                ("the loss of a micro-batch of step 3 is nan", "first ", "train.csv row ")
+                if kind == "loss"
+                else ("the gradient norm is ", "at step 3")
+            )
             count_failure(figures, case, job, time.monotonic(), place, *expected)
             figures.seconds.pop()  # counted from the start, not from the fault
             figures.count(steps_saved(run) == [1, 2], f"{case}: checkpoints {steps_saved(run)}")
@@ -173,15 +282,29 @@ def test_F17_numbers_that_are_none(
             code = job.wait()
             lines = [line for line in tiny.metrics_lines(run) if "train_loss" in line]
             results = json.loads((run / "train_results.json").read_text()) if code == 0 else {}
-            figures.count(code == 0 and results["steps"] == STEPS and results["skipped_steps"] == 1, f"{case}: exit code {code}, {results}: {job.output()[-3000:]}")
-            figures.count([line["lr"] for line in lines] == rates[:3] + rates[2:-1], f"{case}: rates {[line['lr'] for line in lines]}, expected {rates[:3] + rates[2:-1]}")
-            weights = [(folder / f"weights-{other}.txt").read_text().splitlines() for other in range(max(1, num_processes))]
+            figures.count(
+                code == 0 and results["steps"] == STEPS and results["skipped_steps"] == 1,
+                f"{case}: exit code {code}, {results}: {job.output()[-3000:]}",
+            )
+            figures.count(
+                [line["lr"] for line in lines] == rates[:3] + rates[2:-1],
+                f"{case}: rates {[line['lr'] for line in lines]}, expected {rates[:3] + rates[2:-1]}",
+            )
+            weights = [
+                (folder / f"weights-{other}.txt").read_text().splitlines() for other in range(max(1, num_processes))
+            ]
             moved = [old.split()[1] != new.split()[1] for old, new in zip(weights[0], weights[0][1:])]
             # the first step's rate is 0, and the second's, of step 1, is the first to move anything
-            figures.count(all(each == weights[0] for each in weights) and moved[1] is False and all(moved[2:]), f"{case}: weights of the ranks after each step {weights}")
+            figures.count(
+                all(each == weights[0] for each in weights) and moved[1] is False and all(moved[2:]),
+                f"{case}: weights of the ranks after each step {weights}",
+            )
             said = re.findall(r"^error: .*|.*left out.*", job.output(), re.MULTILINE)
             counted = f"warning: 1 of {STEPS} steps were left out because their loss or gradient was not finite"
-            figures.count(len(said) == 2 and "left out" in said[0] and said[1] == counted, f"{case}: expected a line of the step and one of their number, found {said}")
+            figures.count(
+                len(said) == 2 and "left out" in said[0] and said[1] == counted,
+                f"{case}: expected a line of the step and one of their number, found {said}",
+            )
         figures.count(all_finite(run), f"{case}: a checkpoint has a number that is none")
     return figures
 
@@ -191,12 +314,17 @@ def test_F17_numbers_that_are_none(
 
 def children_of(pid: int) -> list[int]:
     """Child processes that are there now."""
-    return [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    return [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
 
 
-@row("F21", "looked for in reading, training, validation and test: processes beside the ranks, such as loaders of data",
-     "there are none: torchrun has its ranks as children, the ranks have none",
-     full={"counts": (0, 1, 2, 4)})  # fmt: skip
+@row(
+    "F21",
+    "looked for in reading, training, validation and test: processes beside the ranks, such as loaders of data",
+    "there are none: torchrun has its ranks as children, the ranks have none",
+    full={"counts": (0, 1, 2, 4)},
+)
 def test_F21_there_are_no_other_processes(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
     """`counts`: processes. That a killed rank ends the job is F3's."""
     figures = Figures()
@@ -206,13 +334,20 @@ def test_F21_there_are_no_other_processes(tmp_path: Path, counts: tuple[int, ...
         notes.mkdir(parents=True)
         config = write_config(folder)
         slow = {"evaluation_rows": 2, "slow_data": 1, "slow_step": 0.1, "slow_eval": 0.1}
-        job = Job(num_processes, ["train", str(config), "--num_threads", "2"], plants={**slow, "places": [str(notes), 3]})
+        job = Job(
+            num_processes, ["train", str(config), "--num_threads", "2"], plants={**slow, "places": [str(notes), 3]}
+        )
         for place in ("reading", "training", "validation", "test"):
             job.wait_until(lambda: len(list(notes.glob(f"{place}-*"))) == max(1, num_processes))
             workers = job.workers()
             children = {pid: children_of(pid) for pid in workers.values()}
             launched = sorted(children_of(job.process.pid)) if num_processes else []
-            figures.count(not any(children.values()) and launched == (sorted(children) if num_processes else []), f"{place}: children {children}, torchrun's {launched}")
-        figures.notes.append(f"{num_processes} processes: {len(workers)} ranks, {len(launched) - len(workers) if num_processes else 0} other children of torchrun, 0 of the ranks")
+            figures.count(
+                not any(children.values()) and launched == (sorted(children) if num_processes else []),
+                f"{place}: children {children}, torchrun's {launched}",
+            )
+        figures.notes.append(
+            f"{num_processes} processes: {len(workers)} ranks, {len(launched) - len(workers) if num_processes else 0} other children of torchrun, 0 of the ranks"
+        )
         figures.count(job.wait() == 0, f"exit code {job.process.returncode}: {job.output()[-3000:]}")
     return figures

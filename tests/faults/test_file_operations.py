@@ -13,8 +13,12 @@ from tests.support import tiny
 pytestmark = pytest.mark.fault
 
 
-@row("F25", "SIGKILL right before a file operation of a run: opening, renaming, removing, making, syncing",
-     "the resumed run's folder has the files of an undisturbed run, with the same bytes: one test folder, the same checkpoints", full={"every": 1})  # fmt: skip
+@row(
+    "F25",
+    "SIGKILL right before a file operation of a run: opening, renaming, removing, making, syncing",
+    "the resumed run's folder has the files of an undisturbed run, with the same bytes: one test folder, the same checkpoints",
+    full={"every": 1},
+)
 def test_F25_kills_before_file_operations(tmp_path: Path, every: int = 23) -> Figures:
     """In a process of its own, because it forks."""
     command = [

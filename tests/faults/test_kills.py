@@ -42,7 +42,7 @@ from tests.faults.soak import (
     struck_run,
     until,
     write_run,
-)  # fmt: skip
+)
 from tests.faults.writer import BEST_EVERY, best_of, tensors_of
 from tests.support import tiny
 
@@ -57,7 +57,14 @@ def count_deaths(figures: Figures, folder: Path, num_processes: int, steps: tupl
     """One job in which all ranks die right after the checkpoint of each of `steps`; compared with one that nobody disturbed."""
     config = write_run(folder, save_every=1, keep_checkpoints=2, **SHORT)
     plants = plants_of(folder, die_after_save=list(steps))
-    code, output = run_job(num_processes, ["train", str(config)], plants=plants, max_restarts=len(steps), seconds=60 + 60 * len(steps), **ENVIRONMENT)
+    code, output = run_job(
+        num_processes,
+        ["train", str(config)],
+        plants=plants,
+        max_restarts=len(steps),
+        seconds=60 + 60 * len(steps),
+        **ENVIRONMENT,
+    )
     where = f"{num_processes} processes killed after {', '.join(map(str, steps))}"
     if code != 0:
         figures.count(False, f"{where}: exit code {code}:\n{output[-3000:]}")
@@ -68,18 +75,27 @@ def count_deaths(figures: Figures, folder: Path, num_processes: int, steps: tupl
     figures.rows_repeated += repeated
     for life, step in enumerate(steps):
         last = notes_of(folder, life)[-1]
-        figures.count(not problems and (last["phase"], last["step"]) == ("save", step), f"{where}: life {life} ended in {last}; {problems}")
+        figures.count(
+            not problems and (last["phase"], last["step"]) == ("save", step),
+            f"{where}: life {life} ended in {last}; {problems}",
+        )
 
 
-@row("F1", "SIGKILL of all ranks right after the checkpoint of every step", "the same weights, moments, step, schedule and losses as without, bit for bit",
-     full={"chains": dict.fromkeys((1, 2, 3, 4), 8)})  # fmt: skip
+@row(
+    "F1",
+    "SIGKILL of all ranks right after the checkpoint of every step",
+    "the same weights, moments, step, schedule and losses as without, bit for bit",
+    full={"chains": dict.fromkeys((1, 2, 3, 4), 8)},
+)
 def test_F1_death_after_any_step_leaves_no_trace(tmp_path: Path, chains: dict[int, int] | None = None) -> Figures:
     """`chains`: processes -> in one job, death after so many of the 8 steps, the last among them."""
     figures = Figures()
     for num_processes, count in (chains or {2: 2, 4: 1}).items():
         steps = tuple(8 * index // count for index in range(1, count + 1))
         count_deaths(figures, tmp_path / f"chain{num_processes}", num_processes, steps)
-        figures.notes.append(f"{num_processes} processes: one job that died after the steps {', '.join(map(str, steps))}")
+        figures.notes.append(
+            f"{num_processes} processes: one job that died after the steps {', '.join(map(str, steps))}"
+        )
     return figures
 
 
@@ -97,13 +113,23 @@ def count_outcome(figures: Figures, outcome: Outcome, folder: Path, num_processe
         figures.seconds.append(done.seconds)
 
 
-@row("F2", "SIGKILL of a random rank at random instants, with restarts", "exit 0; bit-equal to an undisturbed run; every row once an epoch",
-     full={"kills": 50, "processes": (1, 2, 3, 4)})  # fmt: skip
-def test_F2_kills_at_random_instants(tmp_path: Path, kills: int = 4, processes: tuple[int, ...] = (2,), seed: int = 0) -> Figures:
+@row(
+    "F2",
+    "SIGKILL of a random rank at random instants, with restarts",
+    "exit 0; bit-equal to an undisturbed run; every row once an epoch",
+    full={"kills": 50, "processes": (1, 2, 3, 4)},
+)
+def test_F2_kills_at_random_instants(
+    tmp_path: Path, kills: int = 4, processes: tuple[int, ...] = (2,), seed: int = 0
+) -> Figures:
     total = soak(tmp_path, kills, seed, processes=processes)
-    figures = Figures(tried=total.kills, held=total.recovered, rows_lost=total.rows_lost, rows_repeated=total.rows_repeated)
+    figures = Figures(
+        tried=total.kills, held=total.recovered, rows_lost=total.rows_lost, rows_repeated=total.rows_repeated
+    )
     figures.seconds, figures.problems = total.restart_seconds, total.problems
-    figures.notes.append(f"{total.jobs} jobs; kills by what the rank was doing: {', '.join(f'{phase} {count}' for phase, count in sorted(total.phases.items()))}")
+    figures.notes.append(
+        f"{total.jobs} jobs; kills by what the rank was doing: {', '.join(f'{phase} {count}' for phase, count in sorted(total.phases.items()))}"
+    )
     return figures
 
 
@@ -113,10 +139,16 @@ def test_F4_three_kills_in_one_epoch(tmp_path: Path, processes: tuple[int, ...] 
     figures = Figures()
     for num_processes in processes:
         generator, folder = random.Random(num_processes), tmp_path / f"by{num_processes}"
-        strikes = [Strike("step", generator.uniform(0.0, 0.1), generator.randrange(num_processes), step=step) for step in (8, 9, 11)]
+        strikes = [
+            Strike("step", generator.uniform(0.0, 0.1), generator.randrange(num_processes), step=step)
+            for step in (8, 9, 11)
+        ]
         outcome = struck_run(folder, num_processes, strikes)
         steps = [done.step for done in outcome.kills]
-        figures.count(len(steps) == 3 and all(7 <= step <= 12 for step in steps), f"{num_processes} processes: killed in steps {steps}")
+        figures.count(
+            len(steps) == 3 and all(7 <= step <= 12 for step in steps),
+            f"{num_processes} processes: killed in steps {steps}",
+        )
         figures.notes.append(f"{num_processes} processes: killed in the steps {', '.join(map(str, steps))}")
         count_outcome(figures, outcome, folder, num_processes)
     return figures
@@ -125,9 +157,15 @@ def test_F4_three_kills_in_one_epoch(tmp_path: Path, processes: tuple[int, ...] 
 # ---- F3: without restarts ----
 
 
-@row("F3", "SIGKILL of one rank, no restarts", "exit code not 0; the other ranks gone within 60 s; the newest checkpoint is whole",
-     full={"processes": (2, 3, 4), "phases": ("start", "step", "validation", "save", "finish")})  # fmt: skip
-def test_F3_no_restarts(tmp_path: Path, processes: tuple[int, ...] = (2,), phases: tuple[str, ...] = ("step",)) -> Figures:
+@row(
+    "F3",
+    "SIGKILL of one rank, no restarts",
+    "exit code not 0; the other ranks gone within 60 s; the newest checkpoint is whole",
+    full={"processes": (2, 3, 4), "phases": ("start", "step", "validation", "save", "finish")},
+)
+def test_F3_no_restarts(
+    tmp_path: Path, processes: tuple[int, ...] = (2,), phases: tuple[str, ...] = ("step",)
+) -> Figures:
     figures = Figures()
     for num_processes in processes:
         for index, phase in enumerate(phases):
@@ -138,7 +176,10 @@ def test_F3_no_restarts(tmp_path: Path, processes: tuple[int, ...] = (2,), phase
             started = time.monotonic()
             code = job.wait(seconds=LONGEST_SECONDS)
             figures.seconds.append(time.monotonic() - started + (done.seconds if done else 0.0))
-            figures.count(done is not None and code not in (0, -999), f"{where}: {done}, exit code {code}:\n{job.output()[-2000:]}")
+            figures.count(
+                done is not None and code not in (0, -999),
+                f"{where}: {done}, exit code {code}:\n{job.output()[-2000:]}",
+            )
             figures.count(not job.left_alive(), f"{where}: {job.left_alive()} are still there")
             steps = steps_saved(folder / "run")
             if phase != "start":
@@ -158,7 +199,11 @@ class Writer:
         folder.mkdir(parents=True)
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.writer", str(folder)], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.faults.writer", str(folder)],
+            cwd=tiny.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def kill_while_it_writes(self, generator: random.Random, **what: int) -> bool:
@@ -180,7 +225,11 @@ class Writer:
     def written(self) -> tuple[int, int]:
         """Step and version of the last checkpoint that was said to be written."""
         path = self.folder.parent / "written.txt"
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+        lines = (
+            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if path.exists()
+            else []
+        )
         return tuple(map(int, lines[-1].split())) if lines else (0, 0)
 
     def close(self) -> None:
@@ -211,7 +260,10 @@ def count_start_after_kill(figures: Figures, writer: Writer, before: tuple[int, 
     has_best = best is None or why_invalid(step_folder(writer.folder, best)) is None
     left = [path.name for path in writer.folder.glob(".tmp-*")]
     holds = place in allowed and is_right and has_best and not left and not warnings
-    figures.count(holds, f"written {step, version}, found {place}, torn before {torn}, whole tensors {is_right}, best {best} there {has_best}, left {left}, warned {warnings}")
+    figures.count(
+        holds,
+        f"written {step, version}, found {place}, torn before {torn}, whole tensors {is_right}, best {best} there {has_best}, left {left}, warned {warnings}",
+    )
     return place
 
 
@@ -231,7 +283,9 @@ def kill_writers(figures: Figures, folder: Path, instants: int, seed: int) -> No
     finally:
         writer.close()
     figures.count(in_writes == instants, f"only {in_writes} of {tries} kills came while a temporary folder was there")
-    figures.notes.append(f"{in_writes} kills of a process that only writes checkpoints, {in_removals} of them between removing an old folder and renaming the new one")
+    figures.notes.append(
+        f"{in_writes} kills of a process that only writes checkpoints, {in_removals} of them between removing an old folder and renaming the new one"
+    )
 
 
 def strike_write(figures: Figures, job: Job, folder: Path, life: int, generator: random.Random) -> bool:
@@ -253,7 +307,9 @@ def strike_write(figures: Figures, job: Job, folder: Path, life: int, generator:
     figures.seconds.append(done.seconds)
     # the next life is still at its imports
     whole = [step_of(path) for path in checkpoints.glob("step-*") if why_invalid(path) is None]
-    whole += [step_of(Path(path.name.removeprefix(".tmp-").rpartition("-")[0])) for path in left if why_invalid(path) is None]
+    whole += [
+        step_of(Path(path.name.removeprefix(".tmp-").rpartition("-")[0])) for path in left if why_invalid(path) is None
+    ]
     expected = max(whole, default=0)
 
     def first_note() -> dict | None:
@@ -262,7 +318,10 @@ def strike_write(figures: Figures, job: Job, folder: Path, life: int, generator:
     note = until(first_note, job) or first_note()
     first = (note or {"step": -1})["step"] - (note or {"phase": "step"})["phase"].startswith("step")
     still = [path.name for path in left if path.exists()]
-    figures.count(first == expected and not still, f"life {life}, killed in {done}: went on from {first}, expected {expected}; still there: {still}")
+    figures.count(
+        first == expected and not still,
+        f"life {life}, killed in {done}: went on from {first}, expected {expected}; still there: {still}",
+    )
     return True
 
 
@@ -281,7 +340,9 @@ def kill_jobs_in_writes(figures: Figures, folder: Path, count: int, seed: int) -
             lives += 1
         code = job.wait(seconds=240)
         tried = figures.tried - start
-        problems = differences(place, straight(num_processes)) if code == 0 else [f"exit code {code}:\n{job.output()[-3000:]}"]
+        problems = (
+            differences(place, straight(num_processes)) if code == 0 else [f"exit code {code}:\n{job.output()[-3000:]}"]
+        )
         problems += [line for line in job.output().splitlines() if "damaged" in line]
         lost, repeated = count_rows(place) if code == 0 else (0, 0)
         figures.rows_lost += lost
@@ -291,9 +352,15 @@ def kill_jobs_in_writes(figures: Figures, folder: Path, count: int, seed: int) -
     figures.notes.append(f"{tried} kills of rank 0 of a real run while it wrote a checkpoint")
 
 
-@row("F8", "SIGKILL while a checkpoint is written", "the next start goes on from the last whole one; nothing cannot be read; what was left is gone; bit-equal in the end",
-     full={"instants": 200, "in_jobs": 15})  # fmt: skip
-def test_F8_killed_while_a_checkpoint_is_written(tmp_path: Path, instants: int = 15, in_jobs: int = 2, seed: int = 0) -> Figures:
+@row(
+    "F8",
+    "SIGKILL while a checkpoint is written",
+    "the next start goes on from the last whole one; nothing cannot be read; what was left is gone; bit-equal in the end",
+    full={"instants": 200, "in_jobs": 15},
+)
+def test_F8_killed_while_a_checkpoint_is_written(
+    tmp_path: Path, instants: int = 15, in_jobs: int = 2, seed: int = 0
+) -> Figures:
     figures = Figures()
     kill_writers(figures, tmp_path / "writer/checkpoints", instants, seed)
     kill_jobs_in_writes(figures, tmp_path / "jobs", in_jobs, seed)

@@ -40,21 +40,52 @@ SPELLING = "column 'label': expected one spelling of a label, found "
 KNOWN = "column 'label': expected one of the labels '0', '1', found "
 LABELS = {
     "unknown": ("val", {7: "maybe"}, [" row 7 (line 8), " + KNOWN + "'maybe'"]),
-    "unknown in many rows": ("test", {3: "yes", 8: "no", 11: "x", 20: ""}, [" row 3 (line 4), " + KNOWN + "'yes' (4 such rows; also ", " row 8 (line 9), ", " row 11 (line 12))"]),
+    "unknown in many rows": (
+        "test",
+        {3: "yes", 8: "no", 11: "x", 20: ""},
+        [" row 3 (line 4), " + KNOWN + "'yes' (4 such rows; also ", " row 8 (line 9), ", " row 11 (line 12))"],
+    ),
     "other case of the training's": ("val", {2: "1 "}, [" row 2 (line 3), " + KNOWN + "'1 '"]),
     "missing": ("train", {4: ""}, [" row 4 (line 5), column 'label': expected a label, found an empty cell"]),
-    "missing in many rows": ("train", {4: "", 9: "", 10: "", 30: ""}, [" row 4 (line 5), column 'label': expected a label, found an empty cell (4 such rows; also ", " row 9 (line 10), ", " row 10 (line 11))"]),
+    "missing in many rows": (
+        "train",
+        {4: "", 9: "", 10: "", 30: ""},
+        [
+            " row 4 (line 5), column 'label': expected a label, found an empty cell (4 such rows; also ",
+            " row 9 (line 10), ",
+            " row 10 (line 11))",
+        ],
+    ),
     "missing in validation": ("val", {5: ""}, [" row 5 (line 6), " + KNOWN + "an empty cell"]),
-    "missing in test": ("test", {1: "", 2: ""}, [" row 1 (line 2), " + KNOWN + "an empty cell (2 such rows; also ", " row 2 (line 3))"]),
-    "a class too many": ("train", {12: "2"}, [" row 12 (line 13), " + COUNT + "'0', '1', '2'; '2' is in this row for the first time"]),
-    "a class too many in many rows": ("train", {12: "2", 20: "2", 21: "2", 22: "2"}, [" row 12 (line 13), ", "for the first time (4 such rows; also ", " row 20 (line 21), ", " row 21 (line 22))"]),
+    "missing in test": (
+        "test",
+        {1: "", 2: ""},
+        [" row 1 (line 2), " + KNOWN + "an empty cell (2 such rows; also ", " row 2 (line 3))"],
+    ),
+    "a class too many": (
+        "train",
+        {12: "2"},
+        [" row 12 (line 13), " + COUNT + "'0', '1', '2'; '2' is in this row for the first time"],
+    ),
+    "a class too many in many rows": (
+        "train",
+        {12: "2", 20: "2", 21: "2", 22: "2"},
+        [" row 12 (line 13), ", "for the first time (4 such rows; also ", " row 20 (line 21), ", " row 21 (line 22))"],
+    ),
     "a word beside numbers": ("train", {6: "True"}, [" row 6 (line 7), " + COUNT + "'0', '1', 'True'"]),
-    "1.0 beside 1": ("train", {40: "1.0", 41: "1.0"}, [" row 40 (line 41), " + SPELLING + "'1' and '1.0' for the same number (2 such rows; also ", " row 41 (line 42))"]),
+    "1.0 beside 1": (
+        "train",
+        {40: "1.0", 41: "1.0"},
+        [
+            " row 40 (line 41), " + SPELLING + "'1' and '1.0' for the same number (2 such rows; also ",
+            " row 41 (line 42))",
+        ],
+    ),
     "01 beside 1": ("train", {40: "01"}, [" row 40 (line 41), " + SPELLING + "'01' and '1'"]),
     "+1 beside 1": ("train", {40: "+1"}, [" row 40 (line 41), " + SPELLING]),
     "a space beside 1": ("train", {40: " 1"}, [" row 40 (line 41), " + SPELLING]),
     "01 in validation": ("val", {3: "01"}, [" row 3 (line 4), " + KNOWN + "'01'"]),
-}  # fmt: skip
+}
 
 
 @row(
@@ -70,12 +101,31 @@ def test_D11_labels(tmp_path: Path) -> Figures:
         path = write_rows(tmp_path / f"{part}.csv", with_labels(part, labels))
         training_refuses(figures, case, tmp_path, [str(path), *expected], encoder=encoder, **{f"{part}_path": path})
     for num_classes in (3, 5):
-        expected = [f"column 'label': expected {num_classes} classes (num_classes) in the training rows, found 2: '0', '1'"]
-        training_refuses(figures, f"{num_classes} classes asked for", tmp_path, expected, encoder=encoder, is_binary=False, num_classes=num_classes)
+        expected = [
+            f"column 'label': expected {num_classes} classes (num_classes) in the training rows, found 2: '0', '1'"
+        ]
+        training_refuses(
+            figures,
+            f"{num_classes} classes asked for",
+            tmp_path,
+            expected,
+            encoder=encoder,
+            is_binary=False,
+            num_classes=num_classes,
+        )
     path = write_rows(tmp_path / "train.csv", column_of("label", "")(rows_of("train")))
-    training_refuses(figures, "all missing", tmp_path, [str(path), "found an empty cell (64 such rows; also "], encoder=encoder, train_path=path)
+    training_refuses(
+        figures,
+        "all missing",
+        tmp_path,
+        [str(path), "found an empty cell (64 such rows; also "],
+        encoder=encoder,
+        train_path=path,
+    )
     expected = ["positive_label: expected one of the labels '0', '1', found '1.0'"]
-    training_refuses(figures, "positive_label of another spelling", tmp_path, expected, encoder=encoder, positive_label="1.0")
+    training_refuses(
+        figures, "positive_label of another spelling", tmp_path, expected, encoder=encoder, positive_label="1.0"
+    )
     return figures
 
 
@@ -88,49 +138,85 @@ def test_D12_one_class_in_train(tmp_path: Path) -> Figures:
     part, edit, expected = TRAINING_TABLES["one class only"]
     path = write_rows(tmp_path / "train.csv", edit(rows_of(part)))
     for changes in ({}, {"val_path": [], "val_fraction": 0.3}, {"is_binary": False, "num_classes": 3}):
-        words = expected if not changes.get("num_classes") else ["column 'label': all training rows have the label '1', expected 3 classes"]
+        words = (
+            expected
+            if not changes.get("num_classes")
+            else ["column 'label': all training rows have the label '1', expected 3 classes"]
+        )
         training_refuses(figures, f"one class, {changes}", tmp_path, [str(path), *words], train_path=path, **changes)
-    path = write_rows(tmp_path / "train.csv", cell(1, "label", "0")(edit(rows_of(part))))  # one row of class 0, which a sample may miss
+    path = write_rows(
+        tmp_path / "train.csv", cell(1, "label", "0")(edit(rows_of(part)))
+    )  # one row of class 0, which a sample may miss
     outcomes = set()
     for seed in range(4):
         changes = {"train_path": path, "max_train_rows": 8, "seed": seed}
         outcomes.add(0 in sample_rows(64, 8, seed))
         if 0 not in sample_rows(64, 8, seed):
-            expected = ["max_train_rows: expected rows of every class, found none of class '0' among 8 sampled training rows"]
+            expected = [
+                "max_train_rows: expected rows of every class, found none of class '0' among 8 sampled training rows"
+            ]
             training_refuses(figures, f"sample of seed {seed}", tmp_path, expected, **changes)
     figures.count(False in outcomes, "no sample missed the class: other seeds are needed")
     return figures
 
 
-@row("D12", "one class only in the validation and test rows", "AUROC null with its reason, never 0.0; accuracy a number; val_loss chooses the best step")
+@row(
+    "D12",
+    "one class only in the validation and test rows",
+    "AUROC null with its reason, never 0.0; accuracy a number; val_loss chooses the best step",
+)
 def test_D12_one_class_in_validation(tmp_path: Path) -> Figures:
     figures = Figures()
     for num_classes, metric, label in ((2, "auroc", "0"), (2, "average_precision", "1"), (3, "auroc", "2")):
         case = f"{num_classes} classes, {metric}, all {label}"
         folder = tmp_path / f"{metric}{num_classes}"
         folder.mkdir()
-        paths = {f"{name}_path": write_rows(folder / f"{name}.csv", column_of("label", label)(rows_of(name, num_classes))) for name in ("val", "test")}
+        paths = {
+            f"{name}_path": write_rows(folder / f"{name}.csv", column_of("label", label)(rows_of(name, num_classes)))
+            for name in ("val", "test")
+        }
         config = write_config(
-            folder, trained(num_classes), num_classes=num_classes, is_binary=num_classes == 2, model_path=folder / "run", max_epochs=2, lr=1e-2,
-            early_stop_metric=f"val/{metric}", metric_choices=["accuracy", "auroc", "average_precision"], **paths,
-        )  # fmt: skip
+            folder,
+            trained(num_classes),
+            num_classes=num_classes,
+            is_binary=num_classes == 2,
+            model_path=folder / "run",
+            max_epochs=2,
+            lr=1e-2,
+            early_stop_metric=f"val/{metric}",
+            metric_choices=["accuracy", "auroc", "average_precision"],
+            **paths,
+        )
         done = train_run(figures, case, config)
         validations = [line for line in tiny.metrics_lines(folder / "run") if "val_loss" in line]
         for values in validations:
             undefined = [values["val/auroc"], values["val/average_precision"]]
-            figures.count(undefined == [None, None] and isinstance(values["val/accuracy"], float), f"{case}: validation has {values}")
-        figures.count(f"val/{metric} is undefined on these validation rows" in done.err, f"{case}: not said: {done.err}")
+            figures.count(
+                undefined == [None, None] and isinstance(values["val/accuracy"], float),
+                f"{case}: validation has {values}",
+            )
+        figures.count(
+            f"val/{metric} is undefined on these validation rows" in done.err, f"{case}: not said: {done.err}"
+        )
         best = min(validations, key=lambda values: values["val_loss"])
         results = read_json(folder / "run/train_results.json")
         chosen = [results["best_metric"], results["best_step"], results["best_value"]]
-        figures.count(chosen == ["val_loss", best["step"], best["val_loss"]], f"{case}: best is {chosen}, expected {best}")
+        figures.count(
+            chosen == ["val_loss", best["step"], best["val_loss"]], f"{case}: best is {chosen}, expected {best}"
+        )
         rows = read_tsv(predictions_of(folder / "run"))
         metrics = read_json(predictions_of(folder / "run").with_name("test_metrics.json"))
         accuracy = sum(line["label"] == line["pred"] for line in rows) / len(rows)
-        figures.count(abs(metrics["test/accuracy"] - accuracy) < 1e-7, f"{case}: accuracy {metrics['test/accuracy']}, counted {accuracy}")
+        figures.count(
+            abs(metrics["test/accuracy"] - accuracy) < 1e-7,
+            f"{case}: accuracy {metrics['test/accuracy']}, counted {accuracy}",
+        )
         for name in ("test/auroc", "test/average_precision"):
             reason = metrics["undefined"].get(name)
-            figures.count(metrics[name] is None and reason == f"only one class in the labels: '{label}'", f"{case}: {name} {metrics[name]}, {reason!r}")
+            figures.count(
+                metrics[name] is None and reason == f"only one class in the labels: '{label}'",
+                f"{case}: {name} {metrics[name]}, {reason!r}",
+            )
     return figures
 
 
@@ -171,7 +257,9 @@ def test_D13_shared_ids(tmp_path: Path) -> Figures:
     }.items():
         folder = tmp_path / case
         folder.mkdir()
-        done = train_run(figures, case, write_config(folder, trained(), **options, **tables_with_ids(folder, **ids)), "--check")
+        done = train_run(
+            figures, case, write_config(folder, trained(), **options, **tables_with_ids(folder, **ids)), "--check"
+        )
         found[case] = (warnings_of(done), folder)
 
     def warning(folder: Path, part: str, count: int, other: str, first: int) -> str:
@@ -188,7 +276,17 @@ def test_D13_shared_ids(tmp_path: Path) -> Figures:
         lines, folder = found[case]
         figures.count(lines == [warning(folder, *words) for words in expected], f"{case}: {lines}")
     paths = tables_with_ids(tmp_path, train={place: f"pair-{place // 2}" for place in range(1, 65)})
-    done = train_run(figures, "one file", write_config(tmp_path, trained(), **{**options, **paths, "val_path": [], "val_fraction": 0.5}), "--check")
+    done = train_run(
+        figures,
+        "one file",
+        write_config(tmp_path, trained(), **{**options, **paths, "val_path": [], "val_fraction": 0.5}),
+        "--check",
+    )
     lines = warnings_of(done)
-    figures.count(len(lines) == 1 and lines[0].startswith("warning: val: ") and f"first {tmp_path / 'train.csv'} row " in lines[0], f"one file: {lines}")
+    figures.count(
+        len(lines) == 1
+        and lines[0].startswith("warning: val: ")
+        and f"first {tmp_path / 'train.csv'} row " in lines[0],
+        f"one file: {lines}",
+    )
     return figures

@@ -11,15 +11,33 @@ from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 SCRIPT = tiny.ROOT / "torchrun.sh"
-VARIABLES = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_ADDR", "RDZV_ID", "MAX_RESTARTS", "OMP_NUM_THREADS", "DRY_RUN", "PYTHON",
-             "PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")  # fmt: skip
+VARIABLES = (
+    "NPROC",
+    "NNODES",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_ADDR",
+    "RDZV_ID",
+    "MAX_RESTARTS",
+    "OMP_NUM_THREADS",
+    "DRY_RUN",
+    "PYTHON",
+    "PET_SIGNALS_TO_HANDLE",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+)
 TWO_NODES = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0", "NPROC": "1"}
 
 
 def start(arguments: list[str], *, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """torchrun.sh with `environment`, and nothing of the caller's that it reads."""
-    variables = {name: value for name, value in os.environ.items() if name not in VARIABLES and not name.startswith("SLURM_")}
-    return subprocess.run([str(SCRIPT), *arguments], cwd=cwd, env=variables | environment, capture_output=True, text=True, timeout=60)
+    variables = {
+        name: value for name, value in os.environ.items() if name not in VARIABLES and not name.startswith("SLURM_")
+    }
+    return subprocess.run(
+        [str(SCRIPT), *arguments], cwd=cwd, env=variables | environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def dry_run(arguments: list[str], **environment: str) -> list[str]:
@@ -52,7 +70,10 @@ def fake_python(tmp_path) -> str:
 def test_one_machine_checks_then_starts_without_any_address():
     check, command = dry_run(["run.yaml", "--lr", "3e-5"], NPROC="2")
     assert check == "train.py run.yaml --lr 3e-5 --check"
-    assert command == "-m torch.distributed.run --rdzv-backend=c10d --rdzv-endpoint=FILE --rdzv-conf=store_type=file --nproc-per-node=2 --max-restarts=0 train.py run.yaml --lr 3e-5"
+    assert (
+        command
+        == "-m torch.distributed.run --rdzv-backend=c10d --rdzv-endpoint=FILE --rdzv-conf=store_type=file --nproc-per-node=2 --max-restarts=0 train.py run.yaml --lr 3e-5"
+    )
 
 
 def test_built_in_sample_needs_no_check():
@@ -84,7 +105,11 @@ def test_environment_of_the_workers(fake_python):
 
     plain = environment(NPROC="2")
     assert plain["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    assert (plain["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"], plain["OMP_NUM_THREADS"], plain["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]) == ("120", "1", "1")
+    assert (
+        plain["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"],
+        plain["OMP_NUM_THREADS"],
+        plain["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"],
+    ) == ("120", "1", "1")
     chosen = {"PET_SIGNALS_TO_HANDLE": "SIGTERM", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9", "OMP_NUM_THREADS": "4"}
     assert chosen.items() <= environment(NPROC="2", **chosen).items()
     assert "OMP_NUM_THREADS" not in environment(NPROC="1")
@@ -93,7 +118,9 @@ def test_environment_of_the_workers(fake_python):
 
 def test_torchrun_takes_the_place_of_the_script(fake_python):
     """So that a signal to the script's process is one to torchrun."""
-    process = subprocess.Popen([str(SCRIPT)], env=os.environ | {"NPROC": "1", "PYTHON": fake_python}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [str(SCRIPT)], env=os.environ | {"NPROC": "1", "PYTHON": fake_python}, stdout=subprocess.PIPE, text=True
+    )
     assert f"pid {process.pid}\n" in process.communicate(timeout=60)[0]
 
 
@@ -114,28 +141,48 @@ def test_torchrun_knows_what_is_set():
 def test_first_machine_hosts_the_rendezvous():
     found = flags(dry_run(["run.yaml"], **TWO_NODES)[1])
     assert found == {
-        "--nnodes": "2", "--rdzv-backend": "c10d", "--rdzv-endpoint": "node0:29500", "--rdzv-id": "mmbert", "--rdzv-conf": "is_host=1,read_timeout=600",
-        "--local-addr": "node0", "--nproc-per-node": "1", "--max-restarts": "0",
-    }  # fmt: skip
+        "--nnodes": "2",
+        "--rdzv-backend": "c10d",
+        "--rdzv-endpoint": "node0:29500",
+        "--rdzv-id": "mmbert",
+        "--rdzv-conf": "is_host=1,read_timeout=600",
+        "--local-addr": "node0",
+        "--nproc-per-node": "1",
+        "--max-restarts": "0",
+    }
 
 
 def test_other_machines_join_it():
     for rank, name in (("1", "~00001"), ("15", "~00015")):
         found = flags(dry_run(["run.yaml"], **TWO_NODES | {"NNODES": "16", "NODE_RANK": rank})[1])
-        assert (found["--rdzv-conf"], found["--rdzv-endpoint"], found["--local-addr"]) == ("is_host=0,read_timeout=600", "node0:29500", name)
+        assert (found["--rdzv-conf"], found["--rdzv-endpoint"], found["--local-addr"]) == (
+            "is_host=0,read_timeout=600",
+            "node0:29500",
+            name,
+        )
 
 
 def test_names_sort_by_node_rank():
     """torchrun ranks machines by the order of their names; the one with NODE_RANK=0 must get rank 0, whatever its address."""
     for first in ("zeus.example.org", "10.0.0.9", "UPPER"):
-        names = [flags(dry_run(["run.yaml"], **TWO_NODES | {"NNODES": "11", "NODE_RANK": str(rank), "MASTER_ADDR": first})[1])["--local-addr"] for rank in (0, 1, 2, 10)]
+        names = [
+            flags(
+                dry_run(["run.yaml"], **TWO_NODES | {"NNODES": "11", "NODE_RANK": str(rank), "MASTER_ADDR": first})[1]
+            )["--local-addr"]
+            for rank in (0, 1, 2, 10)
+        ]
         assert names == sorted(names) and names[0] == first
 
 
 def test_port_address_and_name_of_the_job_can_be_given():
     given = {"MASTER_PORT": "29777", "LOCAL_ADDR": "10.0.0.1", "RDZV_ID": "night", "MAX_RESTARTS": "2"}
     found = flags(dry_run(["run.yaml"], **TWO_NODES | given)[1])
-    assert (found["--rdzv-endpoint"], found["--local-addr"], found["--rdzv-id"], found["--max-restarts"]) == ("node0:29777", "10.0.0.1", "night", "2")
+    assert (found["--rdzv-endpoint"], found["--local-addr"], found["--rdzv-id"], found["--max-restarts"]) == (
+        "node0:29777",
+        "10.0.0.1",
+        "night",
+        "2",
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +193,7 @@ def test_port_address_and_name_of_the_job_can_be_given():
         ({"NODE_RANK": "first"}, "NODE_RANK: expected which of the machines this is, from 0, found first"),
         ({"NODE_RANK": "2"}, "NODE_RANK: expected a number below NNODES, found 2"),
     ],
-)  # fmt: skip
+)
 def test_incomplete_settings_are_refused_in_one_line(fake_python, changes, problem):
     done = start(["run.yaml"], PYTHON=fake_python, **TWO_NODES | changes)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"torchrun.sh: {problem} (NNODES=2)\n")
@@ -169,8 +216,13 @@ def slurm(tmp_path) -> dict[str, str]:
     (folder / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames n[7-9]" ] && printf "n7\\nn8\\nn9\\n"\n')
     (folder / "scontrol").chmod(0o755)
     return {
-        "PATH": f"{folder}:{os.environ['PATH']}", "NPROC": "1", "SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[7-9]", "SLURM_JOB_ID": "4711",
-    }  # fmt: skip
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "NPROC": "1",
+        "SLURM_STEP_NUM_NODES": "3",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_NODELIST": "n[7-9]",
+        "SLURM_JOB_ID": "4711",
+    }
 
 
 def test_slurm_step_says_all(slurm):
@@ -183,12 +235,20 @@ def test_slurm_step_says_all(slurm):
 
 def test_own_settings_go_over_slurms(slurm):
     found = flags(dry_run(["run.yaml"], **slurm, NNODES="2", NODE_RANK="0", MASTER_ADDR="head", RDZV_ID="mine")[1])
-    assert (found["--nnodes"], found["--rdzv-endpoint"], found["--rdzv-id"], found["--rdzv-conf"]) == ("2", "head:29500", "mine", "is_host=1,read_timeout=600")
+    assert (found["--nnodes"], found["--rdzv-endpoint"], found["--rdzv-id"], found["--rdzv-conf"]) == (
+        "2",
+        "head:29500",
+        "mine",
+        "is_host=1,read_timeout=600",
+    )
 
 
 def test_batch_script_outside_srun_is_one_machine(slurm):
     """It runs on the first node alone, whatever the size of its job."""
-    outside = {name: value for name, value in slurm.items() if "STEP" not in name} | {"SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "n[7-9]"}
+    outside = {name: value for name, value in slurm.items() if "STEP" not in name} | {
+        "SLURM_NNODES": "3",
+        "SLURM_JOB_NODELIST": "n[7-9]",
+    }
     assert flags(dry_run(["run.yaml"], **outside)[1])["--rdzv-conf"] == "store_type=file"
 
 

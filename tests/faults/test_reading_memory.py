@@ -35,7 +35,13 @@ def predicted(source: Path, output: Path) -> tuple[int, int, str]:
 
 def table_of(texts: list[str], **columns: list[str]) -> pyarrow.Table:
     count = len(texts)
-    values = {"row_id": [str(row) for row in range(count)], "text": texts, "age": ["30"] * count, "amount": ["1"] * count, "kind": ["a"] * count}
+    values = {
+        "row_id": [str(row) for row in range(count)],
+        "text": texts,
+        "age": ["30"] * count,
+        "amount": ["1"] * count,
+        "kind": ["a"] * count,
+    }
     return pyarrow.table(values | columns)
 
 
@@ -52,7 +58,9 @@ def base(tmp_path_factory) -> int:
 def test_long_texts_take_no_more_memory_in_parquet_than_in_csv(tmp_path, base):
     (tmp_path / "new.csv").write_bytes(HEADER + b"".join(f"{row},{TEXT},30,1,a\n".encode() for row in range(300)))
     parquet.write_table(table_of([TEXT] * 300), tmp_path / "new.parquet")
-    parquet.write_table(table_of([TEXT] * 300), tmp_path / "plain.parquet", use_dictionary=False, row_group_size=16, compression="zstd")
+    parquet.write_table(
+        table_of([TEXT] * 300), tmp_path / "plain.parquet", use_dictionary=False, row_group_size=16, compression="zstd"
+    )
     for name in ("new.csv", "new.parquet", "plain.parquet"):
         code, peak, line = predicted(tmp_path / name, tmp_path / f"{name}.tsv")
         assert code == 0 and peak < base + 250, (name, peak, base, line)
@@ -77,4 +85,6 @@ def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path, base):
                 stream.write(end * 500_000)
         code, peak, line = predicted(tmp_path / name, tmp_path / "out.tsv")
         assert code == 2 and peak < base + 700, (name, peak, base, line)
-        assert line.startswith(f"error: {tmp_path / name} ") and ("expected lines of at most" in line or "expected cells of at most" in line), line
+        assert line.startswith(f"error: {tmp_path / name} ") and (
+            "expected lines of at most" in line or "expected cells of at most" in line
+        ), line

@@ -28,7 +28,11 @@ MANY, BATCH = 1501, 256  # a table of several batches as they are by default
 
 def launch(num_processes: int, arguments: list[str]) -> CompletedProcess[str]:
     """One process is started plainly, without torchrun. A job that hangs counts as one that failed."""
-    start = tiny.run_command if num_processes == 1 else lambda words, **options: tiny.torchrun(num_processes, words, **options)
+    start = (
+        tiny.run_command
+        if num_processes == 1
+        else lambda words, **options: tiny.torchrun(num_processes, words, **options)
+    )
     try:
         return start(arguments, timeout=240)
     except subprocess.TimeoutExpired as expired:
@@ -41,7 +45,12 @@ def results_of(num_processes: int) -> tuple[Path, str]:
     folder = tables()
     pairs = [*((num_rows, most) for num_rows in SIZES for most in BATCHES), (MANY, BATCH)]
     done = launch(num_processes, [WORKER, str(folder), *(f"{num_rows}x{most}" for num_rows, most in pairs)])
-    return folder / f"by{num_processes}", "" if done.returncode == 0 else f"{num_processes} processes: exit code {done.returncode}: {done.stderr[-1500:]}"
+    return (
+        folder / f"by{num_processes}",
+        ""
+        if done.returncode == 0
+        else f"{num_processes} processes: exit code {done.returncode}: {done.stderr[-1500:]}",
+    )
 
 
 @lru_cache
@@ -67,9 +76,11 @@ def count_rows(figures: Figures, case: str, file: Path, table: Path) -> list[dic
 
 
 @row(
-    "D1", "tables of 0, 1, 2, 3, W - 1, W, W + 1 and 97 rows, in batches of 1, 2 and 5, validated, tested and predicted on W processes",
-    "every row once, in input order; figures equal to those of one process and to the counts", full={"processes": (1, 2, 3, 4)},
-)  # fmt: skip
+    "D1",
+    "tables of 0, 1, 2, 3, W - 1, W, W + 1 and 97 rows, in batches of 1, 2 and 5, validated, tested and predicted on W processes",
+    "every row once, in input order; figures equal to those of one process and to the counts",
+    full={"processes": (1, 2, 3, 4)},
+)
 def test_D1_rows_that_the_processes_do_not_share_evenly(tmp_path: Path, processes: tuple[int, ...] = (1, 4)) -> Figures:
     figures = Figures()
     alone, _ = results_of(1)
@@ -85,12 +96,20 @@ def test_D1_rows_that_the_processes_do_not_share_evenly(tmp_path: Path, processe
                     rows = count_rows(figures, case, folder / name / "predicted.tsv", tables() / f"rows{num_rows}.csv")
                     if num_rows == 0:
                         continue
-                    figures.count(len({line["prob" if model == "two" else "prob_0"] for line in rows}) > num_rows // 2, f"{case}: rows have the same score")
-                    test, validation = (read_json(folder / name / file) for file in ("test_metrics.json", "validation.json"))
+                    figures.count(
+                        len({line["prob" if model == "two" else "prob_0"] for line in rows}) > num_rows // 2,
+                        f"{case}: rows have the same score",
+                    )
+                    test, validation = (
+                        read_json(folder / name / file) for file in ("test_metrics.json", "validation.json")
+                    )
                     counted = sum(line["label"] == line["pred"] for line in rows)
                     found = [round(test["test/accuracy"] * num_rows, 4), test["test/num_rows"]]
                     figures.count(found == [counted, num_rows], f"{case}: {counted} are right, found {found}")
-                    same = [validation["val/accuracy"], validation["val_loss"]] == [test["test/accuracy"], test["test_loss"]]
+                    same = [validation["val/accuracy"], validation["val_loss"]] == [
+                        test["test/accuracy"],
+                        test["test_loss"],
+                    ]
                     figures.count(same, f"{case}: validation and test differ")
                     for file in ("predicted.tsv", "test_result_0.tsv", "test_metrics.json", "validation.json"):
                         same = (folder / name / file).read_bytes() == (alone / name / file).read_bytes()
@@ -104,30 +123,63 @@ def test_D1_rows_that_the_processes_do_not_share_evenly(tmp_path: Path, processe
     "no hang; the row's figures are right",
     full={"processes": (2, 3, 4), "sizes": (1, 0)},
 )
-def test_D2_processes_without_rows(tmp_path: Path, processes: tuple[int, ...] = (4,), sizes: tuple[int, ...] = (1,)) -> Figures:
+def test_D2_processes_without_rows(
+    tmp_path: Path, processes: tuple[int, ...] = (4,), sizes: tuple[int, ...] = (1,)
+) -> Figures:
     figures = Figures()
     one = {f"{name}_path": write_rows(tmp_path / f"{name}.csv", rows_of(name)[:2]) for name in ("val", "test")}
     new = {num_rows: write_rows(tmp_path / f"new{num_rows}.csv", rows_of("test")[: num_rows + 1]) for num_rows in sizes}
     for num_processes in processes:
         folder = tmp_path / f"by{num_processes}"
         folder.mkdir()
-        changes = {"max_train_rows": 16, "batch_size": 2, "microbatches_per_step": 2}  # steps of fewer rows than processes, too
+        changes = {
+            "max_train_rows": 16,
+            "batch_size": 2,
+            "microbatches_per_step": 2,
+        }  # steps of fewer rows than processes, too
         config = write_config(folder, trained(), model_path=folder / "run", **one, **changes)
         started = time.monotonic()
         done = launch(num_processes, ["train.py", str(config)])
-        figures.notes.append(f"{num_processes} processes: {time.monotonic() - started:.0f} s from start to end of a training with 1 validation and 1 test row")
-        if not figures.count(done.returncode == 0, f"{num_processes} processes: training: exit code {done.returncode}: {done.stderr[-1500:]}"):
+        figures.notes.append(
+            f"{num_processes} processes: {time.monotonic() - started:.0f} s from start to end of a training with 1 validation and 1 test row"
+        )
+        if not figures.count(
+            done.returncode == 0,
+            f"{num_processes} processes: training: exit code {done.returncode}: {done.stderr[-1500:]}",
+        ):
             continue
-        [line] = count_rows(figures, f"{num_processes} processes: test stage", predictions_of(folder / "run"), one["test_path"])
+        [line] = count_rows(
+            figures, f"{num_processes} processes: test stage", predictions_of(folder / "run"), one["test_path"]
+        )
         metrics = read_json(predictions_of(folder / "run").with_name("test_metrics.json"))
         found = [metrics["test/accuracy"], metrics["test/num_rows"], metrics["test/auroc"]]
-        figures.count(found == [float(line["label"] == line["pred"]), 1, None], f"{num_processes} processes: test figures {found} for {line}")
+        figures.count(
+            found == [float(line["label"] == line["pred"]), 1, None],
+            f"{num_processes} processes: test figures {found} for {line}",
+        )
         validations = [values for values in tiny.metrics_lines(folder / "run") if "val_loss" in values]
-        holds = bool(validations) and all(values["val/accuracy"] in (0.0, 1.0) and values["val_loss"] > 0 for values in validations)
+        holds = bool(validations) and all(
+            values["val/accuracy"] in (0.0, 1.0) and values["val_loss"] > 0 for values in validations
+        )
         figures.count(holds, f"{num_processes} processes: validations {validations}")
         for num_rows, source in new.items():
-            done = launch(num_processes, ["-m", "mmbert_core", "predict", str(folder / "run"), str(source), str(folder / "out.tsv"), "--num_threads", "1"])
-            figures.count(done.returncode == 0, f"{num_processes} processes: {num_rows} new rows: exit code {done.returncode}: {done.stderr[-1500:]}")
+            done = launch(
+                num_processes,
+                [
+                    "-m",
+                    "mmbert_core",
+                    "predict",
+                    str(folder / "run"),
+                    str(source),
+                    str(folder / "out.tsv"),
+                    "--num_threads",
+                    "1",
+                ],
+            )
+            figures.count(
+                done.returncode == 0,
+                f"{num_processes} processes: {num_rows} new rows: exit code {done.returncode}: {done.stderr[-1500:]}",
+            )
             count_rows(figures, f"{num_processes} processes: {num_rows} new rows", folder / "out.tsv", source)
             if num_rows:
                 same = (folder / "out.tsv").read_bytes() == predictions_of(folder / "run").read_bytes()
@@ -145,7 +197,9 @@ def test_D3_the_same_file_on_any_number_of_processes(tmp_path: Path, processes: 
     figures = Figures()
     for model in MODELS:
         name, table = f"{model}-rows{MANY}-batch{BATCH}", tables() / f"rows{MANY}.csv"
-        done = command("predict", tables() / model, table, tmp_path / f"{model}.tsv", "--num_threads", 1)  # the command itself, in this process
+        done = command(
+            "predict", tables() / model, table, tmp_path / f"{model}.tsv", "--num_threads", 1
+        )  # the command itself, in this process
         figures.count(done.code == 0, f"{model}: exit code {done.code}: {done.err[-600:]}")
         for num_processes in processes:
             folder, problem = results_of(num_processes)
@@ -154,5 +208,7 @@ def test_D3_the_same_file_on_any_number_of_processes(tmp_path: Path, processes: 
             count_rows(figures, f"{num_processes} processes, {name}", folder / name / "predicted.tsv", table)
             for file in ("predicted.tsv", "test_result_0.tsv"):
                 same = (folder / name / file).read_bytes() == (tmp_path / f"{model}.tsv").read_bytes()
-                figures.count(same, f"{num_processes} processes, {name}: {file} differs from that of the command on one process")
+                figures.count(
+                    same, f"{num_processes} processes, {name}: {file} differs from that of the command on one process"
+                )
     return figures

@@ -52,7 +52,9 @@ class Outcome:
     def refused(self) -> bool:
         """Exit code 2 and one line that says why."""
         lines = self.text.splitlines()
-        return self.code == 2 and sum(line.startswith("error: ") for line in lines) == 1 and "Traceback" not in self.text
+        return (
+            self.code == 2 and sum(line.startswith("error: ") for line in lines) == 1 and "Traceback" not in self.text
+        )
 
     def __str__(self) -> str:
         return f"exit code {self.code}: {self.text.strip()[-600:]}"
@@ -62,7 +64,9 @@ def write_config(folder: Path, **changes: Any) -> Path:
     """The config of a run of 8 steps in `folder/run`, with its cache in it."""
     values = tiny.settings(folder, num_rows=32, cache_path=None, save_every=1, keep_checkpoints=100, **changes)
     path = folder / "run.json"
-    path.write_text(json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}))
+    path.write_text(
+        json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in values.items()})
+    )
     return path
 
 
@@ -83,8 +87,16 @@ def half_way(run: Path) -> None:
 
 def write_manifest(checkpoint: Path, **changes: Any) -> None:
     """A manifest that fits the files as they are now, so that only their content can be refused."""
-    files = {name: {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256_of(checkpoint / name)} for name in PARTS if (checkpoint / name).is_file()}
-    version = json.loads((checkpoint / "state.json").read_text())["format_version"] if is_json(checkpoint / "state.json") else 2
+    files = {
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256_of(checkpoint / name)}
+        for name in PARTS
+        if (checkpoint / name).is_file()
+    }
+    version = (
+        json.loads((checkpoint / "state.json").read_text())["format_version"]
+        if is_json(checkpoint / "state.json")
+        else 2
+    )
     (checkpoint / MANIFEST).write_text(json.dumps({"format_version": version, "files": files} | changes))
 
 
@@ -104,7 +116,13 @@ def listing(folder: Path, *, but: Sequence[Path] = ()) -> dict[str, str]:
         for name in (*folders, *files):
             path = Path(parent, name)
             if path not in but:
-                found[str(path)] = f"link to {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else f"{sha256_of(path)} of {path.stat().st_mtime_ns}"
+                found[str(path)] = (
+                    f"link to {os.readlink(path)}"
+                    if path.is_symlink()
+                    else "folder"
+                    if path.is_dir()
+                    else f"{sha256_of(path)} of {path.stat().st_mtime_ns}"
+                )
     return found
 
 
@@ -135,8 +153,12 @@ def pickles(canary: Path) -> dict[str, bytes]:
     return forms
 
 
-@row("S1", "pickles that run a command: as weights, optimizer.pt, rng.pt of encoders, model folders and checkpoints; in the place of every file of a run, of data and of the config",
-     "no command runs; what needs the file ends with one line and exit code 2, what does not goes on as without it", full={"forms": ("pickle", "torch", "old torch")})  # fmt: skip
+@row(
+    "S1",
+    "pickles that run a command: as weights, optimizer.pt, rng.pt of encoders, model folders and checkpoints; in the place of every file of a run, of data and of the config",
+    "no command runs; what needs the file ends with one line and exit code 2, what does not goes on as without it",
+    full={"forms": ("pickle", "torch", "old torch")},
+)
 def test_S1_no_pickle_is_ever_read(tmp_path: Path, forms: tuple[str, ...] = ("torch",)) -> Figures:
     figures, canary = Figures(), tmp_path / "canary"
     problems = unsafe_problems(tiny.ROOT)
@@ -164,14 +186,24 @@ def judge(figures: Figures, outcome: Outcome, canary: Path, place: str, *, must_
 
 
 def pickled_encoders(folder: Path, content: bytes, canary: Path, figures: Figures, form: str) -> None:
-    index = json.dumps({"metadata": {}, "weight_map": {"embeddings.word_embeddings.weight": "pytorch_model.bin"}}).encode()
+    index = json.dumps(
+        {"metadata": {}, "weight_map": {"embeddings.word_embeddings.weight": "pytorch_model.bin"}}
+    ).encode()
     encoders: dict[str, tuple[dict[str, bytes | None], bool]] = {
         "pytorch_model.bin alone": ({"model.safetensors": None, "pytorch_model.bin": content}, True),
         "a pickle named model.safetensors": ({"model.safetensors": content}, True),
-        "an index that leads to pytorch_model.bin": ({"model.safetensors": None, "model.safetensors.index.json": index, "pytorch_model.bin": content}, True),
+        "an index that leads to pytorch_model.bin": (
+            {"model.safetensors": None, "model.safetensors.index.json": index, "pytorch_model.bin": content},
+            True,
+        ),
         "a pickled config.json": ({"config.json": content}, True),
         "a pickled tokenizer.json": ({"tokenizer.json": content, "vocab.txt": None}, True),
-        "pickles beside good files": (dict.fromkeys(("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt"), content), False),
+        "pickles beside good files": (
+            dict.fromkeys(
+                ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt"), content
+            ),
+            False,
+        ),
     }
     for name, (files, must_refuse) in encoders.items():
         encoder = folder / "evil" / name.replace(" ", "-")
@@ -190,9 +222,20 @@ def pickled_models(folder: Path, content: bytes, canary: Path, figures: Figures,
         "a pickle named model.safetensors": ({"model.safetensors": content}, True),
         "pytorch_model.bin alone": ({"model.safetensors": None, "pytorch_model.bin": content}, True),
         "pickles beside good files": (
-            dict.fromkeys(("optimizer.pt", "rng.pt", "pytorch_model.bin", "encoder/pytorch_model.bin", "encoder/optimizer.pt", "features.pkl"), content), False,
+            dict.fromkeys(
+                (
+                    "optimizer.pt",
+                    "rng.pt",
+                    "pytorch_model.bin",
+                    "encoder/pytorch_model.bin",
+                    "encoder/optimizer.pt",
+                    "features.pkl",
+                ),
+                content,
+            ),
+            False,
         ),
-    }  # fmt: skip
+    }
     for name, (files, must_refuse) in cases.items():
         model = folder / "evil" / f"model-{name.replace(' ', '-')}"
         shutil.copytree(folder / "run", model, ignore=shutil.ignore_patterns("checkpoints", "cache"))
@@ -211,7 +254,10 @@ def pickled_checkpoints(folder: Path, content: bytes, canary: Path, figures: Fig
         "a pickle named optimizer.safetensors": ({"optimizer.safetensors": content}, True),
         "optimizer.pt alone": ({"optimizer.safetensors": None, "optimizer.pt": content}, True),
         "a pickled state.json": ({"state.json": content}, True),
-        "pickles beside good files": (dict.fromkeys(("optimizer.pt", "rng.pt", "pytorch_model.bin", "scheduler.pt"), content), False),
+        "pickles beside good files": (
+            dict.fromkeys(("optimizer.pt", "rng.pt", "pytorch_model.bin", "scheduler.pt"), content),
+            False,
+        ),
     }
     for name, (files, must_refuse) in cases.items():
         run = folder / "evil" / f"checkpoint-{name.replace(' ', '-')}"
@@ -235,13 +281,20 @@ def pickled_files(folder: Path, content: bytes, canary: Path, figures: Figures, 
     shutil.copytree(folder / "run", whole)
     half_way(whole)
     shutil.copy(folder / "run/model.safetensors", whole)
-    names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and ("checkpoints" not in path.parts or "step-00000004" in path.parts)]
+    names = [
+        path.relative_to(whole)
+        for path in sorted(whole.rglob("*"))
+        if path.is_file() and ("checkpoints" not in path.parts or "step-00000004" in path.parts)
+    ]
     for name in names:
         run = folder / "evil/one"
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(whole, run)
         (run / name).write_bytes(content)
-        outcomes = (Outcome("predict", run, folder / "test.csv", folder / "evil/out.tsv"), Outcome("train", folder / "run.json", "--model_path", run))
+        outcomes = (
+            Outcome("predict", run, folder / "test.csv", folder / "evil/out.tsv"),
+            Outcome("train", folder / "run.json", "--model_path", run),
+        )
         figures.count(not canary.exists(), f"{form}, {name} of a run: THE PAYLOAD RAN; {outcomes[0]}; {outcomes[1]}")
         canary.unlink(missing_ok=True)
     figures.notes.append(f"{form}: {len(names)} files of a run replaced")
@@ -251,15 +304,20 @@ def pickled_inputs(folder: Path, content: bytes, canary: Path, figures: Figures,
     for suffix in (".csv", ".tsv", ".jsonl", ".parquet", ".pkl", ".csv.gz"):
         path = folder / f"evil/rows{suffix}"
         path.write_bytes(content)
-        outcomes = {"train": Outcome("train", folder / "run.json", "--train_path", path, "--model_path", folder / "evil/none")}
+        outcomes = {
+            "train": Outcome("train", folder / "run.json", "--train_path", path, "--model_path", folder / "evil/none")
+        }
         outcomes["predict"] = Outcome("predict", folder / "run", path, folder / "evil/out.tsv")
         for command, outcome in outcomes.items():
             judge(figures, outcome, canary, f"{form}, rows{suffix}, {command}", must_refuse=True)
     command = f"touch {canary}"
     configs = {
-        "pickle.yaml": content, "pickle.json": content, "apply.yaml": f"lr: !!python/object/apply:os.system ['{command}']\n".encode(),
-        "new.yaml": f"lr: !!python/object/new:os.system ['{command}']\n".encode(), "module.yaml": b"lr: !!python/module:os\n",
-    }  # fmt: skip
+        "pickle.yaml": content,
+        "pickle.json": content,
+        "apply.yaml": f"lr: !!python/object/apply:os.system ['{command}']\n".encode(),
+        "new.yaml": f"lr: !!python/object/new:os.system ['{command}']\n".encode(),
+        "module.yaml": b"lr: !!python/module:os\n",
+    }
     for name, data in configs.items():
         (folder / "evil" / name).write_bytes(data)
         judge(figures, Outcome("train", folder / "evil" / name), canary, f"{form}, config {name}", must_refuse=True)
@@ -271,9 +329,23 @@ LONG_NAME = "x" * 300
 HOSTILE_NAMES = ("../x", "a/../../b", "", "..", "con\n", LONG_NAME)  # and absolute ones, which need a folder
 
 
-@row("S2", "names that lead out of a run: in MANIFEST.json, state.json, config.json, features.json, labels.json, class names; checkpoint folders with odd names; links in the place of every file and folder",
-     "refused or passed by; no file outside the run is made, changed or removed", full={"linked": None})  # fmt: skip
-def test_S2_no_name_leads_out_of_a_run(tmp_path: Path, linked: tuple[str, ...] | None = ("checkpoints", "encoder", "run.lock", "cache", ".tmp-model.safetensors", "metrics.jsonl")) -> Figures:
+@row(
+    "S2",
+    "names that lead out of a run: in MANIFEST.json, state.json, config.json, features.json, labels.json, class names; checkpoint folders with odd names; links in the place of every file and folder",
+    "refused or passed by; no file outside the run is made, changed or removed",
+    full={"linked": None},
+)
+def test_S2_no_name_leads_out_of_a_run(
+    tmp_path: Path,
+    linked: tuple[str, ...] | None = (
+        "checkpoints",
+        "encoder",
+        "run.lock",
+        "cache",
+        ".tmp-model.safetensors",
+        "metrics.jsonl",
+    ),
+) -> Figures:
     """`linked`: the parts of a run that are replaced by links; None: all of them."""
     figures, folder = Figures(), tmp_path / "inside"
     whole = trained(folder)
@@ -325,14 +397,28 @@ def hostile_manifests(folder: Path, names: Sequence[str], figures: Figures) -> N
 
             place = f"MANIFEST.json, {'instead of ' + part if part else 'besides'}: {name[:40]!r}"
             outcome = go_on(folder, spoil, figures, place)
-            passed_over = "step-00000004 is damaged and passed over: MANIFEST.json" in outcome.text and outcome.code == 0
+            passed_over = (
+                "step-00000004 is damaged and passed over: MANIFEST.json" in outcome.text and outcome.code == 0
+            )
             figures.refused(outcome.refused or passed_over, f"{place}: not refused; {outcome}")
 
 
 def hostile_states(folder: Path, names: Sequence[str], figures: Figures) -> None:
     """state.json with names where numbers belong, and numbers that no run has; the manifest fits."""
-    values: list[tuple[str, Any]] = [(key, name) for key in ("step", "best_step", "epoch", "rows_consumed") for name in names]
-    values += [("step", 10**30), ("step", -1), ("best_step", -1), ("best_step", 10**30), ("rows_consumed", -8), ("epoch", True), ("step", 3.5), ("best_step", None), ("finished", "../x")]
+    values: list[tuple[str, Any]] = [
+        (key, name) for key in ("step", "best_step", "epoch", "rows_consumed") for name in names
+    ]
+    values += [
+        ("step", 10**30),
+        ("step", -1),
+        ("best_step", -1),
+        ("best_step", 10**30),
+        ("rows_consumed", -8),
+        ("epoch", True),
+        ("step", 3.5),
+        ("best_step", None),
+        ("finished", "../x"),
+    ]
     for key, value in values:
 
         def spoil(run: Path, outside: Path) -> None:
@@ -358,7 +444,10 @@ def hostile_models(folder: Path, names: Sequence[str], figures: Figures) -> None
             "train_path": ("config.json", lambda value: value["config"].update(train_path=[name])),
             "pooling": ("config.json", lambda value: value["resolved"].update(pooling=name)),
             "id_name": ("config.json", lambda value: value["config"].update(id_name=name)),
-            "columns": ("features.json", lambda value: value.update({key: [name] for key in value if key.endswith("names")})),
+            "columns": (
+                "features.json",
+                lambda value: value.update({key: [name] for key in value if key.endswith("names")}),
+            ),
             "classes": ("labels.json", lambda value: value.update(names=[name, "b"])),
         }
         for key, (file, edit) in edits.items():
@@ -375,16 +464,44 @@ def hostile_models(folder: Path, names: Sequence[str], figures: Figures) -> None
             changed = [path for path in differences(before, listing(folder.parent)) if path != str(output)]
             place = f"{file}, {key}: {name[:40]!r}"
             figures.count(not changed, f"{place}: changed {changed[:5]}; {outcome}")
-            figures.count(outcome.refused or (outcome.code == 0 and key not in ("pooling", "id_name", "columns")), f"{place}: {outcome}")
+            figures.count(
+                outcome.refused or (outcome.code == 0 and key not in ("pooling", "id_name", "columns")),
+                f"{place}: {outcome}",
+            )
 
 
 def hostile_checkpoint_folders(folder: Path, names: Sequence[str], figures: Figures) -> None:
     """Whole checkpoints under names that no step gets, and links to whole checkpoints: passed by, and left as they are."""
-    odd = ("step-", "step-x", "step-4", "step-0000000９", "step-00000009\n", "step--0000009", "step-0000000009", "step-" + "9" * 200, " step-00000009", "-rf", "con\n", "step-00000009.tmp", "x" * 255)
+    odd = (
+        "step-",
+        "step-x",
+        "step-4",
+        "step-0000000９",
+        "step-00000009\n",
+        "step--0000009",
+        "step-0000000009",
+        "step-" + "9" * 200,
+        " step-00000009",
+        "-rf",
+        "con\n",
+        "step-00000009.tmp",
+        "x" * 255,
+    )
     for name in odd:
-        outcome = go_on(folder, lambda run, outside: shutil.copytree(run / "checkpoints/step-00000004", run / "checkpoints" / name) and None, figures, f"checkpoint folder {name[:40]!r}")
+        outcome = go_on(
+            folder,
+            lambda run, outside: (
+                shutil.copytree(run / "checkpoints/step-00000004", run / "checkpoints" / name) and None
+            ),
+            figures,
+            f"checkpoint folder {name[:40]!r}",
+        )
         left = (folder / "run-spoiled/checkpoints" / name).is_dir()
-        figures.count(outcome.refused or ("going on from" in outcome.text and "step-00000004" in outcome.text and outcome.code == 0 and left), f"checkpoint folder {name[:40]!r}: {outcome}")
+        figures.count(
+            outcome.refused
+            or ("going on from" in outcome.text and "step-00000004" in outcome.text and outcome.code == 0 and left),
+            f"checkpoint folder {name[:40]!r}: {outcome}",
+        )
     for name in names:
         for key in ("--resume", "--save_every"):
             outcome = Outcome("train", folder / "run.json", "--model_path", folder / "half", key, name)
@@ -394,8 +511,20 @@ def hostile_checkpoint_folders(folder: Path, names: Sequence[str], figures: Figu
 def hostile_links(folder: Path, linked: tuple[str, ...] | None, figures: Figures) -> None:
     """Each part of a run in turn becomes a link to a file or folder elsewhere; and a link under each name that a run writes."""
     half = folder / "half"
-    new = ["model.safetensors", "train_results.json", ".tmp-model.safetensors", "checkpoints/step-00000005", "checkpoints/step-00000009", "checkpoints/.tmp-x", ".tmp-x"]
-    parts = [str(path.relative_to(half)) for path in sorted(half.rglob("*")) if "checkpoints" not in path.parts or path.name == "checkpoints" or "step-00000004" in path.parts]
+    new = [
+        "model.safetensors",
+        "train_results.json",
+        ".tmp-model.safetensors",
+        "checkpoints/step-00000005",
+        "checkpoints/step-00000009",
+        "checkpoints/.tmp-x",
+        ".tmp-x",
+    ]
+    parts = [
+        str(path.relative_to(half))
+        for path in sorted(half.rglob("*"))
+        if "checkpoints" not in path.parts or path.name == "checkpoints" or "step-00000004" in path.parts
+    ]
     for name in linked or (*parts, *new):
 
         def spoil(run: Path, outside: Path) -> None:
@@ -432,14 +561,19 @@ def hostile_classes(tmp_path: Path, figures: Figures) -> None:
     before = listing(tmp_path, but=[folder / "run"])
     outcome = Outcome("train", config)
     changed = differences(before, listing(tmp_path, but=[folder / "run"]))
-    figures.count(outcome.code == 0 and not changed, f"classes and columns that are paths: changed {changed[:5]}; {outcome}")
+    figures.count(
+        outcome.code == 0 and not changed, f"classes and columns that are paths: changed {changed[:5]}; {outcome}"
+    )
 
 
 # ---- S3: code of an encoder ----
 
 
-@row("S3", "encoders with code of their own (auto_map of config, model, tokenizer), with attention code to fetch (_attn_implementation_internal and its like), in a folder to train from and in a model folder",
-     "the code does not run; exit code 2 and one line, where the encoder cannot do without it")  # fmt: skip
+@row(
+    "S3",
+    "encoders with code of their own (auto_map of config, model, tokenizer), with attention code to fetch (_attn_implementation_internal and its like), in a folder to train from and in a model folder",
+    "the code does not run; exit code 2 and one line, where the encoder cannot do without it",
+)
 def test_S3_code_of_an_encoder_is_never_run(tmp_path: Path) -> Figures:
     figures, canary = Figures(), tmp_path / "canary"
     run = trained(tmp_path)
@@ -460,8 +594,16 @@ def test_S3_code_of_an_encoder_is_never_run(tmp_path: Path) -> Figures:
         "flash attention": ("config.json", {"attn_implementation": "flash_attention_2"}, True),
         "_experts_implementation_internal": ("config.json", {"_experts_implementation_internal": kernel}, True),
         "eager": ("config.json", {"attn_implementation": "eager"}, False),
-        "tokenizer of its own": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"}, False),
-        "tokenizer beside a known one": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "evil.T"]}}, False),
+        "tokenizer of its own": (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"},
+            False,
+        ),
+        "tokenizer beside a known one": (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": [None, "evil.T"]}},
+            False,
+        ),
     }
     (tmp_path / "evil.py").write_text(code)
     subprocess.run([sys.executable, "-c", "import evil"], cwd=tmp_path, check=True)
@@ -482,25 +624,55 @@ def test_S3_code_of_an_encoder_is_never_run(tmp_path: Path) -> Figures:
             if kind == "predict":
                 outcome = Outcome("predict", model, tmp_path / "test.csv", tmp_path / "out.tsv")
             else:
-                outcome = Outcome("train", tmp_path / "run.json", "--encoder", encoder, "--model_path", model / "run", "--max_epochs", "1")
+                outcome = Outcome(
+                    "train",
+                    tmp_path / "run.json",
+                    "--encoder",
+                    encoder,
+                    "--model_path",
+                    model / "run",
+                    "--max_epochs",
+                    "1",
+                )
             figures.count(not canary.exists(), f"{place}: THE CODE RAN; {outcome}")
             canary.unlink(missing_ok=True)
             if must_refuse:
                 figures.refused(outcome.refused, f"{place}: expected a refusal in one line, found {outcome}")
             else:
                 figures.count(outcome.refused or outcome.code == 0, f"{place}: {outcome}")
-    figures.count("trust_remote_code=True" not in "".join(path.read_text() for path in (tiny.ROOT / "mmbert_core").rglob("*.py")), "the package trusts code of others")
+    figures.count(
+        "trust_remote_code=True" not in "".join(path.read_text() for path in (tiny.ROOT / "mmbert_core").rglob("*.py")),
+        "the package trusts code of others",
+    )
     return figures
 
 
 # ---- S4: formulas ----
 
-FORMULAS = ("=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1+1", "\r=1+1", "=cmd|' /C calc'!A0", '=HYPERLINK("http://x","y")', "+", "-", "-x", "=\n1", "-2+3+cmd|' /C calc'!A0")
+FORMULAS = (
+    "=1+1",
+    "+1+1",
+    "-1+1",
+    "@SUM(A1)",
+    "\t=1+1",
+    "\r=1+1",
+    "=cmd|' /C calc'!A0",
+    '=HYPERLINK("http://x","y")',
+    "+",
+    "-",
+    "-x",
+    "=\n1",
+    "-2+3+cmd|' /C calc'!A0",
+)
 PLAIN_TEXTS = ("plain", "007", "a=b", "1e5", "NA", " =1", "'=1", "x\ty", 'say "hi"', "é=")
 NUMBERS = ("-5", "+1.5", "-1e5", "-.5")  # which a spreadsheet shows as what they are
 
 
-@row("S4", "ids and class names that a spreadsheet would compute: = + - @ tab, carriage return first", "plain: byte for byte; --sheet_safe: a ' before them and before nothing else; probabilities the same in both")
+@row(
+    "S4",
+    "ids and class names that a spreadsheet would compute: = + - @ tab, carriage return first",
+    "plain: byte for byte; --sheet_safe: a ' before them and before nothing else; probabilities the same in both",
+)
 def test_S4_formula_cells(tmp_path: Path) -> Figures:
     figures = Figures()
     ids = (*FORMULAS, *PLAIN_TEXTS, *NUMBERS)
@@ -511,7 +683,10 @@ def test_S4_formula_cells(tmp_path: Path) -> Figures:
         for name in ("train", "val", "test"):
             with open(folder / f"{name}.csv", newline="") as stream:
                 rows = list(csv.DictReader(stream))
-            rows = [line | {"label": swaps[line["label"]], "=id": ids[index] if name == "test" else line["row_id"]} for index, line in enumerate(rows[: len(ids) if name == "test" else None])]
+            rows = [
+                line | {"label": swaps[line["label"]], "=id": ids[index] if name == "test" else line["row_id"]}
+                for index, line in enumerate(rows[: len(ids) if name == "test" else None])
+            ]
             with open(folder / f"{name}.csv", "w", newline="") as stream:
                 writer = csv.DictWriter(stream, list(rows[0]))
                 writer.writeheader()
@@ -527,13 +702,27 @@ def test_S4_formula_cells(tmp_path: Path) -> Figures:
             with open(output, newline="", encoding="utf-8") as stream:
                 tables[bool(words)] = list(csv.reader(stream, delimiter="\t"))
         with open(next(run.glob("multimodal_bert-*")) / "test_result_0.tsv", newline="", encoding="utf-8") as stream:
-            figures.count(list(csv.reader(stream, delimiter="\t")) == tables[False], "the test stage's file differs from the plain one")
+            figures.count(
+                list(csv.reader(stream, delimiter="\t")) == tables[False],
+                "the test stage's file differs from the plain one",
+            )
         compare_cells(figures, tables[False], tables[True], ids, labels, swaps)
     return figures
 
 
-def compare_cells(figures: Figures, plain: list[list[str]], safe: list[list[str]], ids: Sequence[str], labels: Sequence[str], swaps: dict[str, str]) -> None:
-    label, pred, calibrated = len(plain[0]) - 3, len(plain[0]) - 2, len(plain[0]) - 1  # between id and label stand probabilities
+def compare_cells(
+    figures: Figures,
+    plain: list[list[str]],
+    safe: list[list[str]],
+    ids: Sequence[str],
+    labels: Sequence[str],
+    swaps: dict[str, str],
+) -> None:
+    label, pred, calibrated = (
+        len(plain[0]) - 3,
+        len(plain[0]) - 2,
+        len(plain[0]) - 1,
+    )  # between id and label stand probabilities
     figures.rows_lost += max(0, len(ids) - len(plain) + 1)
     figures.count([line[0] for line in plain[1:]] == list(ids), f"plain ids: {[line[0] for line in plain[1:]]}")
     figures.count([line[label] for line in plain[1:]] == list(labels), "plain labels")
@@ -550,10 +739,23 @@ def compare_cells(figures: Figures, plain: list[list[str]], safe: list[list[str]
 # ---- S5: secrets ----
 
 
-@row("S5", "secrets in the environment of a training on 2 processes, of one that fails, and of a prediction", "no byte of them in any file of the run, of the launcher, or in what is printed")
+@row(
+    "S5",
+    "secrets in the environment of a training on 2 processes, of one that fails, and of a prediction",
+    "no byte of them in any file of the run, of the launcher, or in what is printed",
+)
 def test_S5_secrets_stay_in_the_environment(tmp_path: Path) -> Figures:
     figures = Figures()
-    names = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "DATABASE_PASSWORD", "GITHUB_TOKEN", "HTTPS_PROXY", "MMBERT_SECRET", "SLURM_JWT")
+    names = (
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "DATABASE_PASSWORD",
+        "GITHUB_TOKEN",
+        "HTTPS_PROXY",
+        "MMBERT_SECRET",
+        "SLURM_JWT",
+    )
     secrets = {name: f"canary-{hashlib.sha256(name.encode()).hexdigest()[:24]}" for name in names}
     secrets["HTTPS_PROXY"] = f"http://user:{secrets['HTTPS_PROXY']}@127.0.0.1:9"
     scratch, out = tmp_path / "scratch", tmp_path / "out.tsv"
@@ -564,17 +766,31 @@ def test_S5_secrets_stay_in_the_environment(tmp_path: Path) -> Figures:
     figures.count(done["train"].returncode == 0, done["train"].stderr[-2000:])
     infinite = ["train.py", str(config), "--model_path", str(tmp_path / "fails"), "--lr", "1e30", "--warmup_steps", "0"]
     done["a training that fails"] = tiny.torchrun(2, infinite, **environment)
-    figures.count(done["a training that fails"].returncode != 0, "the training with an absurd learning rate did not fail")
-    done["predict"] = tiny.run_command(["-m", "mmbert_core", "predict", str(tmp_path / "run"), str(tmp_path / "test.csv"), str(out)], **environment)
-    done["a prediction that fails"] = tiny.run_command(["-m", "mmbert_core", "predict", str(tmp_path / "no"), str(tmp_path / "test.csv"), str(out)], **environment)
+    figures.count(
+        done["a training that fails"].returncode != 0, "the training with an absurd learning rate did not fail"
+    )
+    done["predict"] = tiny.run_command(
+        ["-m", "mmbert_core", "predict", str(tmp_path / "run"), str(tmp_path / "test.csv"), str(out)], **environment
+    )
+    done["a prediction that fails"] = tiny.run_command(
+        ["-m", "mmbert_core", "predict", str(tmp_path / "no"), str(tmp_path / "test.csv"), str(out)], **environment
+    )
     texts = {f"{name}, printed": (process.stdout + process.stderr).encode() for name, process in done.items()}
     files = {str(path): path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     figures.count(any(path.startswith(str(tmp_path / "run")) for path in files) and out.exists(), "nothing was written")
     for place, content in {**texts, **files}.items():
         for name, secret in secrets.items():
-            forms = (secret.encode(), secret.encode().hex().encode(), base64.b64encode(secret.encode()).rstrip(b"="), secret[::-1].encode(), secret.encode("utf-16-le"))
+            forms = (
+                secret.encode(),
+                secret.encode().hex().encode(),
+                base64.b64encode(secret.encode()).rstrip(b"="),
+                secret[::-1].encode(),
+                secret.encode("utf-16-le"),
+            )
             figures.count(not any(form in content for form in forms), f"{name} is in {place}")
-    figures.notes.append(f"{len(files)} files of {sum(map(len, files.values())) / 2**20:.1f} MB and {len(texts)} outputs searched for {len(secrets)} secrets")
+    figures.notes.append(
+        f"{len(files)} files of {sum(map(len, files.values())) / 2**20:.1f} MB and {len(texts)} outputs searched for {len(secrets)} secrets"
+    )
     return figures
 
 
@@ -607,8 +823,12 @@ def listening(pids: Sequence[int]) -> set[tuple[str, str]]:
             words = line.split()
             if words[3] == LISTEN:
                 raw = bytes.fromhex(words[1].split(":")[0])
-                packed = b"".join(raw[start : start + 4][::-1] for start in range(0, len(raw), 4))  # little-endian words
-                addresses[f"socket:[{words[9]}]"] = socket.inet_ntop(socket.AF_INET if table == "tcp" else socket.AF_INET6, packed)
+                packed = b"".join(
+                    raw[start : start + 4][::-1] for start in range(0, len(raw), 4)
+                )  # little-endian words
+                addresses[f"socket:[{words[9]}]"] = socket.inet_ntop(
+                    socket.AF_INET if table == "tcp" else socket.AF_INET6, packed
+                )
     found = set()
     for pid in pids:
         try:
@@ -620,15 +840,22 @@ def listening(pids: Sequence[int]) -> set[tuple[str, str]]:
     return found
 
 
-def sockets_of_a_run(folder: Path, command: list[str], prefix: Sequence[str] = ()) -> tuple[set[tuple[str, str]], int, str]:
+def sockets_of_a_run(
+    folder: Path, command: list[str], prefix: Sequence[str] = ()
+) -> tuple[set[tuple[str, str]], int, str]:
     """All that a run's processes listen on while it lives, its exit code, its output."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "SLURM_"))}
     output = folder / f"output-{time.monotonic_ns()}.txt"
     with open(output, "w") as stream:
         process = subprocess.Popen(
-            [*prefix, *command], cwd=folder, env=variables | {"NPROC": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tiny.ROOT)},
-            stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [*prefix, *command],
+            cwd=folder,
+            env=variables
+            | {"NPROC": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tiny.ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
     found: set[tuple[str, str]] = set()
     deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline:
@@ -652,20 +879,45 @@ def named_elsewhere(folder: Path) -> list[str]:
     hosts = folder / "hosts"
     hosts.write_text(f"127.0.0.1 localhost\n{address} elsewhere\n")
     script = f"mount --bind '{hosts}' /etc/hosts && hostname elsewhere && exec \"$@\""
-    prefix = ["unshare", *(["--user", "--map-root-user"] if os.geteuid() else []), "--uts", "--mount", "sh", "-c", script, "sh"]
+    prefix = [
+        "unshare",
+        *(["--user", "--map-root-user"] if os.geteuid() else []),
+        "--uts",
+        "--mount",
+        "sh",
+        "-c",
+        script,
+        "sh",
+    ]
     if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         return []
     return prefix
 
 
-@row("S6", "listening sockets of a training on 2 processes of one machine, whose own name leads to an outer address", "with ./torchrun.sh all at 127.0.0.1; with `torchrun --standalone` those of the workers, while torchrun's own two are at all addresses")
+@row(
+    "S6",
+    "listening sockets of a training on 2 processes of one machine, whose own name leads to an outer address",
+    "with ./torchrun.sh all at 127.0.0.1; with `torchrun --standalone` those of the workers, while torchrun's own two are at all addresses",
+)
 def test_S6_sockets_listen_on_loopback_alone(tmp_path: Path) -> Figures:
     figures = Figures()
     config = write_config(tmp_path, max_epochs=6)
     prefix = named_elsewhere(tmp_path)
-    figures.notes.append("the machine's name leads to an outer address" if prefix else "the machine's name could not be changed")
+    figures.notes.append(
+        "the machine's name leads to an outer address" if prefix else "the machine's name could not be changed"
+    )
     safe = [str(tiny.ROOT / "torchrun.sh"), str(config)]
-    plain = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tiny.ROOT / "train.py"), str(config), "--model_path", str(tmp_path / "plain")]
+    plain = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(tiny.ROOT / "train.py"),
+        str(config),
+        "--model_path",
+        str(tmp_path / "plain"),
+    ]
     for name, command in (("./torchrun.sh", safe), ("torchrun --standalone", plain)):
         found, code, text = sockets_of_a_run(tmp_path, command, prefix)
         figures.count(code == 0, f"{name}: exit code {code}: {text[-2000:]}")

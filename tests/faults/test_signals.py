@@ -65,7 +65,16 @@ def undisturbed(num_processes: int) -> dict[str, Any]:
     return result(folder / "run")
 
 
-def start(num_processes: int, config: Path, place: str, *, ranks: int | None = None, step: int = 3, slow: dict[str, Any] | None = None, **environment: str) -> Job:
+def start(
+    num_processes: int,
+    config: Path,
+    place: str,
+    *,
+    ranks: int | None = None,
+    step: int = 3,
+    slow: dict[str, Any] | None = None,
+    **environment: str,
+) -> Job:
     """A job that is at `place` now, on its first `ranks` ranks."""
     notes = config.parent / "notes"
     shutil.rmtree(notes, ignore_errors=True)
@@ -105,12 +114,17 @@ def count_stop(figures: Figures, case: str, job: Job, run: Path, since: float, *
     figures.count(code == expected, f"{case}: exit code {code}, expected {expected}: {job.output()[-3000:]}")
     figures.count(figures.seconds[-1] <= SECONDS_TO_STOP, f"{case}: {figures.seconds[-1]:.1f} s until the end")
     codes = job.exit_codes()
-    figures.count(codes == {rank: EXIT_STOPPED for rank in range(max(1, job.num_processes))}, f"{case}: exit codes {codes}: {job.output()[-3000:]}")
+    figures.count(
+        codes == {rank: EXIT_STOPPED for rank in range(max(1, job.num_processes))},
+        f"{case}: exit codes {codes}: {job.output()[-3000:]}",
+    )
     figures.count(not job.left_alive(), f"{case}: {job.left_alive()} left alive")
     figures.count("error: " not in own_lines(job), f"{case}: {own_lines(job)[-3000:]}")
     figures.count(not [*run.rglob(".tmp-*")], f"{case}: {[*run.rglob('.tmp-*')]} left")
     saved, step = steps_saved(run), last_step(run)
-    holds = (saved[-1:] == [step] and why_invalid(step_folder(run / "checkpoints", step)) is None) if step else not saved
+    holds = (
+        (saved[-1:] == [step] and why_invalid(step_folder(run / "checkpoints", step)) is None) if step else not saved
+    )
     figures.count(holds, f"{case}: checkpoints {saved} after {step} steps")
 
 
@@ -143,18 +157,34 @@ def stop(figures: Figures, folder: Path, num_processes: int, name: str, place: s
         state = json.loads((step_folder(run / "checkpoints", STEPS_PER_EPOCH) / "state.json").read_text())
         figures.count(state["validation_pending"], f"{case}: the validation was not cut short")
     if place == "test":
-        figures.count((run / "model.safetensors").exists() and not [*run.glob("multimodal_bert-*")], f"{case}: {os.listdir(run)}")
+        figures.count(
+            (run / "model.safetensors").exists() and not [*run.glob("multimodal_bert-*")], f"{case}: {os.listdir(run)}"
+        )
     goes_on(figures, case, num_processes, config)
 
 
-@row("F5", "SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 or Ctrl-C to torchrun, or to a single process, in reading, tokenisation, training, validation, test, a checkpoint's writing",
-     "ended within 25 s; every worker exits 75; the step reached is in a checkpoint; started again it ends with the bits of an undisturbed run",
-     full={"cases": (*product((2,), ("SIGTERM",), PLACES), *product((0, 3), ("SIGTERM",), ("training", "validation", "checkpoint")),
-                     *product((2,), ("SIGINT", "SIGUSR1", "Ctrl-C"), ("training", "test")),
-                     (2, "SIGHUP", "training"), (2, "SIGQUIT", "checkpoint"), (0, "SIGHUP", "training"))})  # fmt: skip
+@row(
+    "F5",
+    "SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 or Ctrl-C to torchrun, or to a single process, in reading, tokenisation, training, validation, test, a checkpoint's writing",
+    "ended within 25 s; every worker exits 75; the step reached is in a checkpoint; started again it ends with the bits of an undisturbed run",
+    full={
+        "cases": (
+            *product((2,), ("SIGTERM",), PLACES),
+            *product((0, 3), ("SIGTERM",), ("training", "validation", "checkpoint")),
+            *product((2,), ("SIGINT", "SIGUSR1", "Ctrl-C"), ("training", "test")),
+            (2, "SIGHUP", "training"),
+            (2, "SIGQUIT", "checkpoint"),
+            (0, "SIGHUP", "training"),
+        )
+    },
+)
 def test_F5_a_signal_stops_and_nothing_is_lost(
     tmp_path: Path,
-    cases: tuple[tuple[int, str, str], ...] = ((0, "SIGHUP", "tokenisation"), (2, "SIGUSR1", "training"), (2, "Ctrl-C", "test")),
+    cases: tuple[tuple[int, str, str], ...] = (
+        (0, "SIGHUP", "tokenisation"),
+        (2, "SIGUSR1", "training"),
+        (2, "Ctrl-C", "test"),
+    ),
 ) -> Figures:
     """`cases`: processes (0: without torchrun), signal, place. SIGTERM is F6's and F7's."""
     figures = Figures()
@@ -166,22 +196,43 @@ def test_F5_a_signal_stops_and_nothing_is_lost(
 # ---- F6: a stop that not everyone hears ----
 
 
-@row("F6", "SIGTERM to one worker, in training and in validation", "all ranks stop after the same step, with one checkpoint more; every worker exits 75; a resume loses nothing",
-     full={"cases": tuple((count, rank, place) for count, rank in ((2, 0), (2, 1), (3, 2)) for place in ("training", "validation", "test"))})  # fmt: skip
-def test_F6_one_rank_hears_it_all_stop(tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = ((2, 1, "validation"),)) -> Figures:
+@row(
+    "F6",
+    "SIGTERM to one worker, in training and in validation",
+    "all ranks stop after the same step, with one checkpoint more; every worker exits 75; a resume loses nothing",
+    full={
+        "cases": tuple(
+            (count, rank, place)
+            for count, rank in ((2, 0), (2, 1), (3, 2))
+            for place in ("training", "validation", "test")
+        )
+    },
+)
+def test_F6_one_rank_hears_it_all_stop(
+    tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = ((2, 1, "validation"),)
+) -> Figures:
     """`cases`: processes, the rank that gets the signal, place."""
     figures = Figures()
     for num_processes, rank, place in cases:
-        case, folder = f"SIGTERM to rank {rank} of {num_processes} in {place}", tmp_path / f"{num_processes}-{rank}-{place}"
+        case, folder = (
+            f"SIGTERM to rank {rank} of {num_processes} in {place}",
+            tmp_path / f"{num_processes}-{rank}-{place}",
+        )
         config, rows = config_for(folder), folder / "rows"
         rows.mkdir()
         job = start(num_processes, config, place, slow={**PLACES[place], "rows": str(rows)})
         before = steps_saved(folder / "run")
         count_stop(figures, case, job, folder / "run", job.send(signal.SIGTERM, rank))
         last = {path.name: json.loads(path.read_text().splitlines()[-1])["step"] for path in rows.glob("rows-*.jsonl")}
-        figures.count(len(last) == num_processes and set(last.values()) == {last_step(folder / "run")}, f"{case}: last steps {last}")
+        figures.count(
+            len(last) == num_processes and set(last.values()) == {last_step(folder / "run")},
+            f"{case}: last steps {last}",
+        )
         more = 0 if place == "test" else 1
-        figures.count(len(steps_saved(folder / "run")) == len(before) + more, f"{case}: checkpoints {before}, then {steps_saved(folder / 'run')}")
+        figures.count(
+            len(steps_saved(folder / "run")) == len(before) + more,
+            f"{case}: checkpoints {before}, then {steps_saved(folder / 'run')}",
+        )
         figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s, all after step {last_step(folder / 'run')}")
         goes_on(figures, case, num_processes, config)
     return figures
@@ -198,9 +249,20 @@ def orphans_are_ours() -> Iterator[None]:
         prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-@row("F6", "SIGKILL to torchrun; SIGTERM to torchrun and, while the checkpoint is written, SIGKILL", "the workers notice, write a checkpoint and exit 75; a resume loses nothing",
-     full={"cases": ((1, "training"), *product((2,), ("reading", "training", "validation", "checkpoint", "test", "asked before")))})  # fmt: skip
-def test_F6_workers_outlive_no_launcher(tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "training"), (2, "asked before"))) -> Figures:
+@row(
+    "F6",
+    "SIGKILL to torchrun; SIGTERM to torchrun and, while the checkpoint is written, SIGKILL",
+    "the workers notice, write a checkpoint and exit 75; a resume loses nothing",
+    full={
+        "cases": (
+            (1, "training"),
+            *product((2,), ("reading", "training", "validation", "checkpoint", "test", "asked before")),
+        )
+    },
+)
+def test_F6_workers_outlive_no_launcher(
+    tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "training"), (2, "asked before"))
+) -> Figures:
     """`cases`: processes, place; `asked before`: SIGTERM in training, SIGKILL 2 s later, when the checkpoint that it asked for takes 6 s."""
     figures = Figures()
     for num_processes, place in cases:
@@ -219,7 +281,10 @@ def test_F6_workers_outlive_no_launcher(tmp_path: Path, cases: tuple[tuple[int, 
             figures.count(job.wait(seconds=LONGEST_SECONDS) == -signal.SIGKILL, f"{case}: {job.output()[-3000:]}")
             figures.seconds.append(time.monotonic() - since)
             codes = {rank: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for rank, pid in workers.items()}
-        figures.count(codes == dict.fromkeys(range(num_processes), EXIT_STOPPED), f"{case}: exit codes {codes}: {job.output()[-3000:]}")
+        figures.count(
+            codes == dict.fromkeys(range(num_processes), EXIT_STOPPED),
+            f"{case}: exit codes {codes}: {job.output()[-3000:]}",
+        )
         saved, step = steps_saved(folder / "run"), last_step(folder / "run")
         figures.count(saved[-1:] == ([step] if step else []), f"{case}: checkpoints {saved} after {step} steps")
         figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s, step {step}")
@@ -243,19 +308,38 @@ def twice(job: Job, target: str, number: int, gap: float) -> float:
     return send()
 
 
-@row("F7", "SIGTERM or SIGINT twice, 1.5 s apart, to the workers or to torchrun, in a step and in a checkpoint's writing",
-     "ended within 5 s of the second; every worker exits with 128 + signal; the checkpoint before it is whole, and a resume loses no more than what came after it",
-     full={"cases": tuple(product((0, 2), ("workers", "torchrun"), ("SIGTERM", "SIGINT"), ("training", "validation", "checkpoint")))})  # fmt: skip
+@row(
+    "F7",
+    "SIGTERM or SIGINT twice, 1.5 s apart, to the workers or to torchrun, in a step and in a checkpoint's writing",
+    "ended within 5 s of the second; every worker exits with 128 + signal; the checkpoint before it is whole, and a resume loses no more than what came after it",
+    full={
+        "cases": tuple(
+            product((0, 2), ("workers", "torchrun"), ("SIGTERM", "SIGINT"), ("training", "validation", "checkpoint"))
+        )
+    },
+)
 def test_F7_a_second_signal_ends_it_at_once(
-    tmp_path: Path, cases: tuple[tuple[int, str, str, str], ...] = ((2, "workers", "SIGTERM", "checkpoint"), (2, "torchrun", "SIGINT", "training"))
+    tmp_path: Path,
+    cases: tuple[tuple[int, str, str, str], ...] = (
+        (2, "workers", "SIGTERM", "checkpoint"),
+        (2, "torchrun", "SIGINT", "training"),
+    ),
 ) -> Figures:
     """`cases`: processes, who gets it, signal, place."""
     figures = Figures()
-    slow: dict[str, dict[str, Any]] = {"training": {"slow_step": [30, 4]}, "validation": {"slow_eval": 2}, "checkpoint": {"slow_save": [30, 4]}}
+    slow: dict[str, dict[str, Any]] = {
+        "training": {"slow_step": [30, 4]},
+        "validation": {"slow_eval": 2},
+        "checkpoint": {"slow_save": [30, 4]},
+    }
     for num_processes, target, name, place in cases:
         if not num_processes and target == "torchrun":
             continue
-        case, folder, number = f"two {name} to {target} of {num_processes} in {place}", tmp_path / f"{num_processes}-{target}-{name}-{place}", signal.Signals[name]
+        case, folder, number = (
+            f"two {name} to {target} of {num_processes} in {place}",
+            tmp_path / f"{num_processes}-{target}-{name}-{place}",
+            signal.Signals[name],
+        )
         config, run = config_for(folder, save_every=1), folder / "run"
         job = start(num_processes, config, place, step=4, slow=slow[place])
         job.workers()
@@ -263,13 +347,24 @@ def test_F7_a_second_signal_ends_it_at_once(
         since = twice(job, target, number, 1.5)
         code = job.wait(seconds=LONGEST_SECONDS)
         figures.seconds.append(time.monotonic() - since)
-        figures.count(code == (1 if num_processes else 128 + number), f"{case}: exit code {code}: {job.output()[-3000:]}")
+        figures.count(
+            code == (1 if num_processes else 128 + number), f"{case}: exit code {code}: {job.output()[-3000:]}"
+        )
         figures.count(figures.seconds[-1] <= SECONDS_TO_LEAVE, f"{case}: {figures.seconds[-1]:.1f} s until the end")
-        codes, heard = job.exit_codes(), signal.SIGTERM if target == "torchrun" else number  # torchrun hurries with that, whatever it got
-        figures.count(codes == {rank: 128 + heard for rank in range(max(1, num_processes))}, f"{case}: exit codes {codes}: {job.output()[-3000:]}")
+        codes, heard = (
+            job.exit_codes(),
+            signal.SIGTERM if target == "torchrun" else number,
+        )  # torchrun hurries with that, whatever it got
+        figures.count(
+            codes == {rank: 128 + heard for rank in range(max(1, num_processes))},
+            f"{case}: exit codes {codes}: {job.output()[-3000:]}",
+        )
         figures.count(not job.left_alive(), f"{case}: {job.left_alive()} left alive")
         invalid = [step for step in before if why_invalid(step_folder(run / "checkpoints", step))]
-        figures.count(steps_saved(run) == before and len(before) == 3 and not invalid, f"{case}: checkpoints {before}, then {steps_saved(run)}, invalid {invalid}")
+        figures.count(
+            steps_saved(run) == before and len(before) == 3 and not invalid,
+            f"{case}: checkpoints {before}, then {steps_saved(run)}, invalid {invalid}",
+        )
         figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s")
         goes_on(figures, case, num_processes, config)
     return figures

@@ -37,12 +37,19 @@ pytestmark = pytest.mark.fault
 TORN = {
     **DAMAGES,
     "half": lambda path, data: path.write_bytes(data[: len(data) // 2]),
-    "a flipped bit": lambda path, data: path.write_bytes(data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 1]) + data[len(data) // 3 + 1 :]),
+    "a flipped bit": lambda path, data: path.write_bytes(
+        data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 1]) + data[len(data) // 3 + 1 :]
+    ),
 }
 
 
 def save(folder: Path, step: int, version: int = 0) -> Path:
-    return save_checkpoint(folder, weights=tensors_of(step, version), moments=tensors_of(version, step), state={"step": step, "version": version})
+    return save_checkpoint(
+        folder,
+        weights=tensors_of(step, version),
+        moments=tensors_of(version, step),
+        state={"step": step, "version": version},
+    )
 
 
 def torn_copies(folder: Path, work: Path) -> Iterator[tuple[str, str, Path]]:
@@ -57,9 +64,15 @@ def torn_copies(folder: Path, work: Path) -> Iterator[tuple[str, str, Path]]:
             yield name, damage, copy
 
 
-@row("F9", f"each file of a checkpoint: {', '.join(TORN)}", "never loaded; the one before counts, with one warning that names the file; refused when none is whole",
-     full={"random_bits": 200, "in_jobs": (*PARTS, MANIFEST)})  # fmt: skip
-def test_F9_torn_files(tmp_path: Path, random_bits: int = 20, in_jobs: tuple[str, ...] = ("model.safetensors",)) -> Figures:
+@row(
+    "F9",
+    f"each file of a checkpoint: {', '.join(TORN)}",
+    "never loaded; the one before counts, with one warning that names the file; refused when none is whole",
+    full={"random_bits": 200, "in_jobs": (*PARTS, MANIFEST)},
+)
+def test_F9_torn_files(
+    tmp_path: Path, random_bits: int = 20, in_jobs: tuple[str, ...] = ("model.safetensors",)
+) -> Figures:
     """`random_bits`: flipped bits anywhere in any file. `in_jobs`: files that are torn under a real run."""
     figures = Figures()
     whole = tmp_path / "whole"
@@ -67,9 +80,18 @@ def test_F9_torn_files(tmp_path: Path, random_bits: int = 20, in_jobs: tuple[str
     for name, damage, copy in torn_copies(whole, tmp_path):
         with logged() as warnings:
             found = find_checkpoint(copy, "auto")
-        names = PARTS if (name, damage) == (MANIFEST, "a flipped bit") else ()  # then it is the file whose sum it holds that differs
-        is_told = len(warnings) == 1 and any(word in warnings[0] for word in (name, *names)) and "step-00000020" in warnings[0] and "\n" not in warnings[0]
-        figures.refused(found == step_folder(copy, 10) and is_told, f"{name} {damage}: found {found}, warned {warnings}")
+        names = (
+            PARTS if (name, damage) == (MANIFEST, "a flipped bit") else ()
+        )  # then it is the file whose sum it holds that differs
+        is_told = (
+            len(warnings) == 1
+            and any(word in warnings[0] for word in (name, *names))
+            and "step-00000020" in warnings[0]
+            and "\n" not in warnings[0]
+        )
+        figures.refused(
+            found == step_folder(copy, 10) and is_told, f"{name} {damage}: found {found}, warned {warnings}"
+        )
         shutil.rmtree(step_folder(copy, 10))
         try:
             figures.refused(False, f"{name} {damage}, nothing else there: found {find_checkpoint(copy, 'auto')}")
@@ -78,7 +100,9 @@ def test_F9_torn_files(tmp_path: Path, random_bits: int = 20, in_jobs: tuple[str
     count_random_bits(figures, whole, tmp_path, random_bits)
     for name in in_jobs:
         count_torn_run(figures, tmp_path / f"run-{name}", name)
-    figures.notes.append(f"{len(PARTS) + 1} files x {len(TORN)} damages with and without an older checkpoint, {random_bits} random bits, {len(in_jobs)} real runs")
+    figures.notes.append(
+        f"{len(PARTS) + 1} files x {len(TORN)} damages with and without an older checkpoint, {random_bits} random bits, {len(in_jobs)} real runs"
+    )
     return figures
 
 
@@ -96,8 +120,13 @@ def count_random_bits(figures: Figures, whole: Path, work: Path, count: int) -> 
         file.write_bytes(data)
         with logged() as warnings:
             found = find_checkpoint(copy, "auto")
-        is_blank = file.name == MANIFEST and bytes(data).split() == (step_folder(whole, 20) / MANIFEST).read_bytes().split()
-        figures.refused(is_blank or (found == step_folder(copy, 10) and len(warnings) == 1), f"{file.name}, bit {bit} of byte {place}: found {found}, warned {warnings}")
+        is_blank = (
+            file.name == MANIFEST and bytes(data).split() == (step_folder(whole, 20) / MANIFEST).read_bytes().split()
+        )
+        figures.refused(
+            is_blank or (found == step_folder(copy, 10) and len(warnings) == 1),
+            f"{file.name}, bit {bit} of byte {place}: found {found}, warned {warnings}",
+        )
 
 
 def count_torn_run(figures: Figures, folder: Path, name: str) -> None:
@@ -105,7 +134,10 @@ def count_torn_run(figures: Figures, folder: Path, name: str) -> None:
     config = write_run(folder, save_every=1, val_path=(), val_fraction=0.0)
     checkpoints = folder / "run/checkpoints"
     code, _ = run_job(0, ["train", str(config)], plants=plants_of(folder, die_after_save=9), **ENVIRONMENT)
-    figures.count(code == -signal.SIGKILL and steps_saved(folder / "run") == [8, 9], f"exit code {code}, checkpoints {steps_saved(folder / 'run')}")
+    figures.count(
+        code == -signal.SIGKILL and steps_saved(folder / "run") == [8, 9],
+        f"exit code {code}, checkpoints {steps_saved(folder / 'run')}",
+    )
     shutil.copytree(folder, folder.with_suffix(".hopeless"))
     file = step_folder(checkpoints, 9) / name
     TORN["half"](file, file.read_bytes())
@@ -113,7 +145,10 @@ def count_torn_run(figures: Figures, folder: Path, name: str) -> None:
     warnings = [line for line in output.splitlines() if line.startswith("warning: checkpoint ")]
     is_told = len(warnings) == 1 and str(file.parent) in warnings[0] and name in warnings[0]
     figures.count(code == 0 and is_told, f"{name}: exit code {code}, warnings {warnings}:\n{output[-2000:]}")
-    figures.count(f"going on from {step_folder(checkpoints, 8)}" in output, f"{name}: did not go on from step 8:\n{output[-2000:]}")
+    figures.count(
+        f"going on from {step_folder(checkpoints, 8)}" in output,
+        f"{name}: did not go on from step 8:\n{output[-2000:]}",
+    )
     if code == 0:
         problems = differences(folder, straight(0, val_path=(), val_fraction=0.0))
         figures.count(not problems, f"{name}: {problems}")
@@ -126,7 +161,10 @@ def count_torn_run(figures: Figures, folder: Path, name: str) -> None:
     code, output = run_job(0, ["train", str(config)], plants=BATCHES, **ENVIRONMENT)
     last = output.splitlines()[-1]
     is_told = code == 2 and last.startswith("error: ") and "none of the checkpoints is whole" in last
-    figures.refused(is_told and contents(folder / "run/checkpoints") == before, f"{name}, none whole: exit code {code}:\n{output[-2000:]}")
+    figures.refused(
+        is_told and contents(folder / "run/checkpoints") == before,
+        f"{name}, none whole: exit code {code}:\n{output[-2000:]}",
+    )
 
 
 # ---- F23: rotation ----
@@ -147,8 +185,12 @@ def strangers(folder: Path, generator: random.Random) -> None:
 
 def foreign(folder: Path) -> dict[str, str]:
     """All that is no checkpoint, and where links lead."""
-    found = contents(folder.parent / "elsewhere") | {"links": str({path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()})}
-    return found | {name: value for name, value in contents(folder).items() if not re.match(r"(aside-)?step-\d{8}/", name)}
+    found = contents(folder.parent / "elsewhere") | {
+        "links": str({path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()})
+    }
+    return found | {
+        name: value for name, value in contents(folder).items() if not re.match(r"(aside-)?step-\d{8}/", name)
+    }
 
 
 def count_history(figures: Figures, folder: Path, seed: int) -> None:
@@ -168,17 +210,28 @@ def count_history(figures: Figures, folder: Path, seed: int) -> None:
             below = [other for other in steps if other <= step]
             is_there = why_invalid(step_folder(folder, step)) is None and why_invalid(step_folder(folder, best)) is None
             holds = is_there and len(below) == len(set(below)) and len(below) <= keep + (best not in below[:keep])
-            figures.count(holds and foreign(folder) == before, f"history {seed}: step {step}, best {best}, keep {keep}: {steps} left; strangers as before: {foreign(folder) == before}")
+            figures.count(
+                holds and foreign(folder) == before,
+                f"history {seed}: step {step}, best {best}, keep {keep}: {steps} left; strangers as before: {foreign(folder) == before}",
+            )
         # the next life starts from an earlier step, which leaves higher ones of this life behind
-        whole = [other for other in list_steps(folder) if why_invalid(step_folder(folder, other)) is None and (best is None or other >= best)]
+        whole = [
+            other
+            for other in list_steps(folder)
+            if why_invalid(step_folder(folder, other)) is None and (best is None or other >= best)
+        ]
         step = generator.choice(whole)
         for stale in (other for other in list_steps(folder) if other > step):
             if generator.random() < 0.5:
                 (step_folder(folder, stale) / MANIFEST).unlink(missing_ok=True)
 
 
-@row("F23", "rotation with a pinned best, higher steps of an earlier life, torn and strange folders", "the newest and the best are always there and whole; what is no checkpoint is not touched",
-     full={"histories": 200})  # fmt: skip
+@row(
+    "F23",
+    "rotation with a pinned best, higher steps of an earlier life, torn and strange folders",
+    "the newest and the best are always there and whole; what is no checkpoint is not touched",
+    full={"histories": 200},
+)
 def test_F23_rotation(tmp_path: Path, histories: int = 15) -> Figures:
     figures = Figures()
     for seed in range(histories):
@@ -199,14 +252,23 @@ def count_rotating_run(figures: Figures, folder: Path) -> None:
     config = write_run(folder, save_every=1, keep_checkpoints=2, resume=4)
     link = checkpoints / "step-00009999"
     code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
-    figures.refused(code == 2 and f"error: {link}: expected no links" in output and foreign(checkpoints) == before, f"a link: exit code {code}:\n{output[-2000:]}")
+    figures.refused(
+        code == 2 and f"error: {link}: expected no links" in output and foreign(checkpoints) == before,
+        f"a link: exit code {code}:\n{output[-2000:]}",
+    )
     link.unlink()
     before = foreign(checkpoints)
     code, output = run_job(0, ["train", str(config)], plants=plants_of(folder), **ENVIRONMENT)
-    figures.count(code == 0 and f"going on from {step_folder(checkpoints, 4)}" in output, f"from step 4: exit code {code}:\n{output[-2000:]}")
+    figures.count(
+        code == 0 and f"going on from {step_folder(checkpoints, 4)}" in output,
+        f"from step 4: exit code {code}:\n{output[-2000:]}",
+    )
     wanted = straight(0)
     problems = differences(folder, wanted)
-    figures.count(not problems and foreign(checkpoints) == before, f"from step 4: {problems}; strangers as before: {foreign(checkpoints) == before}")
+    figures.count(
+        not problems and foreign(checkpoints) == before,
+        f"from step 4: {problems}; strangers as before: {foreign(checkpoints) == before}",
+    )
     best = int(re.search(r'"best_step": (\d+)', (folder / "run/train_results.json").read_text())[1])
     left = steps_saved(folder / "run")
     aside = [path for path in checkpoints.glob("aside-*") if why_invalid(path) is None]
@@ -216,7 +278,11 @@ def count_rotating_run(figures: Figures, folder: Path) -> None:
 # ---- F24: two runs in one folder ----
 
 
-@row("F24", "two runs in one folder at once", "the second is refused with exit 2 and a line naming process and machine; the first is as undisturbed; the lock goes with its process, also by SIGKILL")
+@row(
+    "F24",
+    "two runs in one folder at once",
+    "the second is refused with exit 2 and a line naming process and machine; the first is as undisturbed; the lock goes with its process, also by SIGKILL",
+)
 def test_F24_two_runs_in_one_folder(tmp_path: Path) -> Figures:
     figures, folder = Figures(), tmp_path / "shared"
     config = write_run(folder)
@@ -227,8 +293,15 @@ def test_F24_two_runs_in_one_folder(tmp_path: Path) -> Figures:
         for num_processes in (0, 2):  # plain Python: exit code 2; torchrun makes 1 of it
             code, output = run_job(num_processes, ["train", str(config)], plants=BATCHES, **ENVIRONMENT)
             errors = error_lines(output)
-            is_told = len(errors) == 1 and f"process {holder} on {socket.gethostname()}" in errors[0] and str(folder / "run") in errors[0]
-            figures.refused(code == (2 if num_processes == 0 else 1) and is_told, f"{num_processes} processes: exit code {code}, {errors}:\n{output[-2000:]}")
+            is_told = (
+                len(errors) == 1
+                and f"process {holder} on {socket.gethostname()}" in errors[0]
+                and str(folder / "run") in errors[0]
+            )
+            figures.refused(
+                code == (2 if num_processes == 0 else 1) and is_told,
+                f"{num_processes} processes: exit code {code}, {errors}:\n{output[-2000:]}",
+            )
         figures.count(first.process.poll() is None, "the first run ended before it was tried")
         first.send(signal.SIGKILL, rank=0)
         first.wait(seconds=LONGEST_SECONDS)

@@ -38,7 +38,9 @@ class Machine:
         new = ["unshare", "--net"] if parent or not os.geteuid() else ["unshare", "--user", "--map-root-user", "--net"]
         inside = ["nsenter", "-t", str(parent.holder.pid), *self.as_user] if parent and self.as_user else []
         # `cat` ends when the test's process does, however that ends
-        self.holder = subprocess.Popen([*inside, *new, "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.holder = subprocess.Popen(
+            [*inside, *new, "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         deadline = time.monotonic() + 5
         while self.network() in (None, os.readlink("/proc/self/ns/net")):
             if self.holder.poll() is not None or time.monotonic() > deadline:
@@ -102,7 +104,18 @@ def two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
         try:
             machines.append(Machine(folder / "node0", None))
             machines.append(Machine(folder / "node1", machines[0]))
-            machines[0].ip("link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", str(machines[1].holder.pid))
+            machines[0].ip(
+                "link",
+                "add",
+                INTERFACE,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                INTERFACE,
+                "netns",
+                str(machines[1].holder.pid),
+            )
             for machine, address in zip(machines, ADDRESSES):
                 machine.ip("addr", "add", f"{address}/24", "dev", INTERFACE)
                 machine.ip("link", "set", INTERFACE, "up")
@@ -121,9 +134,17 @@ def two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
 def write_node(folder: Path, **changes: object) -> None:
     """Data, encoder and config of one machine; the same bytes each time, every path relative."""
     values = tiny.settings(folder, val_check_interval=1.0) | {
-        "train_path": "train.csv", "val_path": "val.csv", "test_path": "test.csv", "encoder": "encoder", "model_path": "run", "cache_path": "cache", **changes,
-    }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}))
+        "train_path": "train.csv",
+        "val_path": "val.csv",
+        "test_path": "test.csv",
+        "encoder": "encoder",
+        "model_path": "run",
+        "cache_path": "cache",
+        **changes,
+    }
+    (folder / "run.json").write_text(
+        json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in values.items()})
+    )
 
 
 class Job:
@@ -132,12 +153,23 @@ class Job:
     def __init__(self, folder: Path, places: list[tuple[Path, Callable[..., list[str]], dict[str, str]]]) -> None:
         self.outputs = [folder / f"output-{time.monotonic_ns()}-{index}.txt" for index in range(len(places))]
         common = {"PYTHON": sys.executable, "PYTHONPATH": str(tiny.ROOT)}
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "GLOO_", "PET_"))} | common
+        variables = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "GLOO_", "PET_"))
+        } | common
         self.processes = []
         for output, (cwd, command, environment) in zip(self.outputs, places):
             with open(output, "w") as stream:
                 words = command(str(tiny.ROOT / "torchrun.sh"), "run.json")
-                self.processes.append(subprocess.Popen(words, cwd=cwd, env=variables | environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT))
+                self.processes.append(
+                    subprocess.Popen(
+                        words,
+                        cwd=cwd,
+                        env=variables | environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=stream,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
 
     def wait(self, seconds: float = RUN_SECONDS) -> list[int | None]:
         """Exit codes; None for what did not end in time."""
@@ -148,19 +180,44 @@ class Job:
 
     def text(self) -> str:
         """The last lines of every machine, for the message of a failure."""
-        return "".join(f"\n--- machine {index} ---\n{output.read_text(errors='replace')[-3000:]}" for index, output in enumerate(self.outputs))
+        return "".join(
+            f"\n--- machine {index} ---\n{output.read_text(errors='replace')[-3000:]}"
+            for index, output in enumerate(self.outputs)
+        )
 
 
-def start_on(machines: tuple[Machine, Machine], folder: Path, *, processes: int = 1, first: int = 0, **environment: str) -> Job:
+def start_on(
+    machines: tuple[Machine, Machine], folder: Path, *, processes: int = 1, first: int = 0, **environment: str
+) -> Job:
     """As the head of torchrun.sh tells; `first` has NODE_RANK=0. The machines' own name leads to 127.0.0.1, so they are told the interface."""
-    common = {"NNODES": "2", "NPROC": str(processes), "MASTER_ADDR": ADDRESSES[first], "GLOO_SOCKET_IFNAME": INTERFACE, **environment}
-    return Job(folder, [(machine.folder, machine.command, {**common, "NODE_RANK": str(index ^ first)}) for index, machine in enumerate(machines)])
+    common = {
+        "NNODES": "2",
+        "NPROC": str(processes),
+        "MASTER_ADDR": ADDRESSES[first],
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        **environment,
+    }
+    return Job(
+        folder,
+        [
+            (machine.folder, machine.command, {**common, "NODE_RANK": str(index ^ first)})
+            for index, machine in enumerate(machines)
+        ],
+    )
 
 
 def on_one_machine(folder: Path, *, processes: int, **changes: object) -> tuple[Path, list[int | None], str]:
     """The run that the others are compared with: as many processes, one machine. Its folder, exit code, output."""
     write_node(folder, **changes)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(tiny.ROOT / "train.py"), "run.json"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        str(tiny.ROOT / "train.py"),
+        "run.json",
+    ]
     job = Job(folder, [(folder, lambda *words: launcher, {"OMP_NUM_THREADS": "1"})])
     codes = job.wait()
     for process in job.processes:
@@ -175,12 +232,18 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def compare(figures: Figures, run: Path, expected: Path, place: str, *, after: int = 0) -> None:
     """Count whether two runs have the same bits: losses of all steps, weights, predictions. `after` that step only, of a run that was written elsewhere before."""
     found, wanted = losses(run), [line for line in losses(expected) if line[0] > after]
-    figures.count([step for step, _ in found] == [step for step, _ in wanted], f"{place}: steps {[step for step, _ in found]}")
+    figures.count(
+        [step for step, _ in found] == [step for step, _ in wanted], f"{place}: steps {[step for step, _ in found]}"
+    )
     worst = max((abs(a - b) / abs(b) for (_, a), (_, b) in zip(found, wanted)), default=1.0)
     figures.notes.append(f"{place}: largest relative difference of {len(wanted)} losses {worst:.1e}")
     figures.count(worst == 0.0, f"{place}: losses differ by {worst:.1e}")
     last = f"checkpoints/step-{wanted[-1][0]:08d}"
-    for name in (f"{last}/model.safetensors", f"{last}/optimizer.safetensors", *([] if after else ["model.safetensors"])):
+    for name in (
+        f"{last}/model.safetensors",
+        f"{last}/optimizer.safetensors",
+        *([] if after else ["model.safetensors"]),
+    ):
         figures.count(sha256_of(run / name) == sha256_of(expected / name), f"{place}: {name} differs")
     if after:  # the best step of before stayed on the other machine
         return
@@ -205,7 +268,12 @@ def reached(run: Path, step: int, job: Job) -> bool:
 # ---- the rows ----
 
 
-@row("E1", "two machines without a shared folder", "the same losses, weights and predictions as one machine, bit for bit; only the first writes the run", full={"counts": (1, 2)})
+@row(
+    "E1",
+    "two machines without a shared folder",
+    "the same losses, weights and predictions as one machine, bit for bit; only the first writes the run",
+    full={"counts": (1, 2)},
+)
 def test_E1_two_machines_compute_what_one_does(tmp_path: Path, counts: tuple[int, ...] = (1,)) -> Figures:
     """`counts`: processes on each machine."""
     figures = Figures()
@@ -257,9 +325,22 @@ def stop_second(machines: tuple[Machine, Machine], job: Job) -> tuple[int, ...]:
     return (1,)
 
 
-@row("E2", "both machines lose power; one does; one is told to stop; both come back in each other's place", "all end in time; the same commands go on from the newest checkpoint of either machine, to the same bits",
-     full={"ways": ("both lose power", "the second loses power", "the second is told to stop", "both lose power and change places")})  # fmt: skip
-def test_E2_a_run_on_two_machines_goes_on(tmp_path: Path, ways: tuple[str, ...] = ("both lose power and change places",)) -> Figures:
+@row(
+    "E2",
+    "both machines lose power; one does; one is told to stop; both come back in each other's place",
+    "all end in time; the same commands go on from the newest checkpoint of either machine, to the same bits",
+    full={
+        "ways": (
+            "both lose power",
+            "the second loses power",
+            "the second is told to stop",
+            "both lose power and change places",
+        )
+    },
+)
+def test_E2_a_run_on_two_machines_goes_on(
+    tmp_path: Path, ways: tuple[str, ...] = ("both lose power and change places",)
+) -> Figures:
     figures = Figures()
     for way in ways:
         expected, folder = written(tmp_path, way, figures)
@@ -273,13 +354,19 @@ def test_E2_a_run_on_two_machines_goes_on(tmp_path: Path, ways: tuple[str, ...] 
             allowed = interrupt(machines, job)
             codes = job.wait(LONGEST_SECONDS)
             figures.seconds.append(time.monotonic() - started)
-            figures.count(all(code in allowed for code in codes), f"{way}: exit codes {codes}, expected {allowed}{job.text()}")
-            figures.count(not (run / "train_results.json").exists(), f"{way}: the run had ended before it was interrupted")
+            figures.count(
+                all(code in allowed for code in codes), f"{way}: exit codes {codes}, expected {allowed}{job.text()}"
+            )
+            figures.count(
+                not (run / "train_results.json").exists(), f"{way}: the run had ended before it was interrupted"
+            )
             step = newest_step(run)
             job = start_on(machines, folder, first=first)
             codes = job.wait()
         figures.count(codes == [0, 0], f"{way}: started again: exit codes {codes}{job.text()}")
-        figures.count(f"step-{step:08d}" in job.outputs[first].read_text(), f"{way}: did not go on from step {step}{job.text()}")
+        figures.count(
+            f"step-{step:08d}" in job.outputs[first].read_text(), f"{way}: did not go on from step {step}{job.text()}"
+        )
         figures.notes.append(f"{way}: went on from step {step} of {losses(expected)[-1][0]}")
         if codes == [0, 0]:
             compare(figures, folder / f"node{first}/run", expected, way, after=step if first else 0)
@@ -287,7 +374,12 @@ def test_E2_a_run_on_two_machines_goes_on(tmp_path: Path, ways: tuple[str, ...] 
     return figures
 
 
-@row("E3", "a worker on either machine is killed, MAX_RESTARTS=1", "torchrun starts the workers of both machines anew; the same bits in the end", full={"kills": (0, 1)})
+@row(
+    "E3",
+    "a worker on either machine is killed, MAX_RESTARTS=1",
+    "torchrun starts the workers of both machines anew; the same bits in the end",
+    full={"kills": (0, 1)},
+)
 def test_E3_a_restart_takes_both_machines(tmp_path: Path, kills: tuple[int, ...] = (1,)) -> Figures:
     """`kills`: the machines whose worker is killed, one run for each."""
     figures = Figures()

@@ -1,30 +1,30 @@
 """A training or prediction with faults planted: `worker.py PLANTS COMMAND...`, PLANTS a JSON object; the command line is mmbert's.
 
-    {"rows": FOLDER}                 every rank notes the rows of each step in FOLDER/rows-<rank>.jsonl
-    {"fail": [rank, phase, step]}    raise on that rank: data, forward, backward, eval, save, manifest, read, load, predict (step: where it has one)
-    {"failed": FOLDER}               FOLDER/failed appears when it does
-    {"die_after_save": step}         every rank kills itself right after that step's checkpoint; [step, ...]: after each of them
-    {"slow_save": seconds}           so long between the files of a checkpoint; [seconds, step]: of that step's alone
-    {"slow_step": seconds}           so long before each step; [seconds, step]: before that one
-    {"slow_forward": seconds}        so long before each micro-batch
-    {"slow_eval": seconds}           so long before each evaluated batch
-    {"slow_data": seconds}           so long before data are read
-    {"poison": [rank, step, kind]}   loss (nan) or gradient (inf) of one micro-batch
-    {"places": [FOLDER, step]}       FOLDER/<place>-<rank> appears when a rank gets to reading, training (that step), checkpoint
-                                     (that step's or later), validation or test (the rank's third batch). The last plant, to come before slow ones
-    {"evaluation_rows": number}      at most so many rows of a batch of validation and test
-    {"native_data": seconds}         so long in native code, which no signal reaches, before data are read
-    {"phases": FOLDER}               every rank notes what it begins in FOLDER/phases-<rank>.jsonl: data, start, step, validation, save, finish.
-                                     After the slow ones, to be told before they wait
-    {"weights": FOLDER}              every rank notes a digest of its weights after each step in FOLDER/weights-<rank>.txt
-    {"errors": FOLDER}               every rank notes the error that ended its training in FOLDER/error-<rank>
-    {"fill": [FOLDER, step, share]}  the disk of FOLDER is full but for that share of a checkpoint, right before that step's is written
-    {"full": [FOLDER, place]}        not a byte is left on the disk of FOLDER when rank 0 gets to place: cache, metrics (step 3), model, test, results
-    {"file_limit": [step, share]}    no file of rank 0 may get longer than that share of a checkpoint, from that step's on
-    {"memory": [rank, step, MB]}     that rank's address space may grow by so much, from that step on (0: from the trial before step 1 on)
-    {"gpu_memory": [rank, step, MB]} the same for a GPU's memory; lifted after the trial
-    {"loss_scale": [first, factor]}  fp16 begins with that loss scale, and shrinks it by that factor after an overflow
-    {"trials": FOLDER}               every rank notes the most resident MB of each trial of a micro-batch in FOLDER/trials-<rank>.txt, of all steps in steps-...
+{"rows": FOLDER}                 every rank notes the rows of each step in FOLDER/rows-<rank>.jsonl
+{"fail": [rank, phase, step]}    raise on that rank: data, forward, backward, eval, save, manifest, read, load, predict (step: where it has one)
+{"failed": FOLDER}               FOLDER/failed appears when it does
+{"die_after_save": step}         every rank kills itself right after that step's checkpoint; [step, ...]: after each of them
+{"slow_save": seconds}           so long between the files of a checkpoint; [seconds, step]: of that step's alone
+{"slow_step": seconds}           so long before each step; [seconds, step]: before that one
+{"slow_forward": seconds}        so long before each micro-batch
+{"slow_eval": seconds}           so long before each evaluated batch
+{"slow_data": seconds}           so long before data are read
+{"poison": [rank, step, kind]}   loss (nan) or gradient (inf) of one micro-batch
+{"places": [FOLDER, step]}       FOLDER/<place>-<rank> appears when a rank gets to reading, training (that step), checkpoint
+                                 (that step's or later), validation or test (the rank's third batch). The last plant, to come before slow ones
+{"evaluation_rows": number}      at most so many rows of a batch of validation and test
+{"native_data": seconds}         so long in native code, which no signal reaches, before data are read
+{"phases": FOLDER}               every rank notes what it begins in FOLDER/phases-<rank>.jsonl: data, start, step, validation, save, finish.
+                                 After the slow ones, to be told before they wait
+{"weights": FOLDER}              every rank notes a digest of its weights after each step in FOLDER/weights-<rank>.txt
+{"errors": FOLDER}               every rank notes the error that ended its training in FOLDER/error-<rank>
+{"fill": [FOLDER, step, share]}  the disk of FOLDER is full but for that share of a checkpoint, right before that step's is written
+{"full": [FOLDER, place]}        not a byte is left on the disk of FOLDER when rank 0 gets to place: cache, metrics (step 3), model, test, results
+{"file_limit": [step, share]}    no file of rank 0 may get longer than that share of a checkpoint, from that step's on
+{"memory": [rank, step, MB]}     that rank's address space may grow by so much, from that step on (0: from the trial before step 1 on)
+{"gpu_memory": [rank, step, MB]} the same for a GPU's memory; lifted after the trial
+{"loss_scale": [first, factor]}  fp16 begins with that loss scale, and shrinks it by that factor after an overflow
+{"trials": FOLDER}               every rank notes the most resident MB of each trial of a micro-batch in FOLDER/trials-<rank>.txt, of all steps in steps-...
 """
 
 import functools
@@ -90,8 +90,20 @@ def plant_rows(folder: str) -> None:
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
 
     def note(model, batch, batch_idx, *, task, weight_sum=None):
-        if current and weight_sum != float("inf"):  # not the row without weight of an idle rank, nor a trial before step 1
-            stream.write(json.dumps({"life": [launcher, distributed.restart_count()], "time": time.time(), "step": step_now(), "rows": batch.row_index.tolist()}) + "\n")
+        if current and weight_sum != float(
+            "inf"
+        ):  # not the row without weight of an idle rank, nor a trial before step 1
+            stream.write(
+                json.dumps(
+                    {
+                        "life": [launcher, distributed.restart_count()],
+                        "time": time.time(),
+                        "step": step_now(),
+                        "rows": batch.row_index.tolist(),
+                    }
+                )
+                + "\n"
+            )
             stream.flush()
 
     before(hooks, "training_step", note)
@@ -120,11 +132,19 @@ def plant_fail(rank: int, phase: str, step: int = 1) -> None:
         torch.Tensor.backward = backward
     else:
         places = {
-            "data": (cli, "prepare", fail), "forward": (hooks, "training_step", fail_at_step), "eval": (hooks, "validation_step", fail),
-            "save": (checkpoint, "save_checkpoint", fail), "load": (resume, "restore", fail), "predict": (hooks, "run_epoch", fail),
-            "manifest": (checkpoint, "write_json", lambda path, _: fail() if path.name == checkpoint.MANIFEST else None),
+            "data": (cli, "prepare", fail),
+            "forward": (hooks, "training_step", fail_at_step),
+            "eval": (hooks, "validation_step", fail),
+            "save": (checkpoint, "save_checkpoint", fail),
+            "load": (resume, "restore", fail),
+            "predict": (hooks, "run_epoch", fail),
+            "manifest": (
+                checkpoint,
+                "write_json",
+                lambda path, _: fail() if path.name == checkpoint.MANIFEST else None,
+            ),
             "read": (checkpoint, "read_checkpoint", fail),
-        }  # fmt: skip
+        }
         before(*places[phase])
 
 
@@ -223,7 +243,9 @@ def plant_weights(folder: str) -> None:
     stream = open(Path(folder) / f"weights-{RANK}.txt", "a", encoding="utf-8")
 
     def note(result: Any, run: Any, order: Any) -> Any:
-        digest = hashlib.sha256(b"".join(tensor.numpy(force=True).tobytes() for tensor in run.model.state_dict().values()))
+        digest = hashlib.sha256(
+            b"".join(tensor.numpy(force=True).tobytes() for tensor in run.model.state_dict().values())
+        )
         stream.write(f"{run.state.step} {digest.hexdigest()}\n")
         stream.flush()
         return result
@@ -300,9 +322,12 @@ def plant_full(folder: str, place: str) -> None:
             fill_disk(folder)
 
     places = {
-        "cache": (cli, "prepare"), "metrics": (loop, "log_step"), "model": (finish, "save_model_folder"), "test": (hooks, "on_test_epoch_end"),
+        "cache": (cli, "prepare"),
+        "metrics": (loop, "log_step"),
+        "model": (finish, "save_model_folder"),
+        "test": (hooks, "on_test_epoch_end"),
         "results": (finish, "write_json"),
-    }  # fmt: skip
+    }
     before(*places[place], fill)
 
 
@@ -337,7 +362,9 @@ def plant_gpu_memory(rank: int, step: int, megabytes: int) -> None:
     def limit(*_: Any, **__: Any) -> None:
         torch.cuda.empty_cache()
         most = torch.cuda.memory_reserved() + megabytes * 2**20
-        torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            most / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        )
 
     def lift(micro_batches: int, *_: Any, **__: Any) -> int:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -351,10 +378,14 @@ def plant_gpu_memory(rank: int, step: int, megabytes: int) -> None:
 
 
 def plant_loss_scale(first: float, factor: float) -> None:
-    start.build_scaler = lambda precision, device: torch.amp.GradScaler(device.type, init_scale=first, backoff_factor=factor)
+    start.build_scaler = lambda precision, device: torch.amp.GradScaler(
+        device.type, init_scale=first, backoff_factor=factor
+    )
 
 
-PLANTS: dict[str, Callable[..., None]] = {name.removeprefix("plant_"): value for name, value in list(globals().items()) if name.startswith("plant_")}
+PLANTS: dict[str, Callable[..., None]] = {
+    name.removeprefix("plant_"): value for name, value in list(globals().items()) if name.startswith("plant_")
+}
 
 
 def main() -> None:

@@ -62,7 +62,9 @@ def write_for_ever(folder: Path, *, step: int, version: int, replace: bool, seco
     with open(folder.parent / "written.txt", "a") as stream:
         while True:
             state = {"step": step, "version": version}
-            checkpoint.save_checkpoint(folder, weights=tensors_of(step, version), moments=tensors_of(version, step), state=state)
+            checkpoint.save_checkpoint(
+                folder, weights=tensors_of(step, version), moments=tensors_of(version, step), state=state
+            )
             stream.write(f"{step} {version}\n")
             stream.flush()
             checkpoint.rotate(folder, keep=KEEP, newest=step, best_step=best_of(step))

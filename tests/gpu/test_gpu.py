@@ -43,7 +43,9 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture
 def config_of(files, tmp_path):
     def make(**changes: Any) -> Config:
-        return Config(**tiny.settings(files, **({"model_path": str(tmp_path / "run"), "microbatches_per_step": 2} | changes)))
+        return Config(
+            **tiny.settings(files, **({"model_path": str(tmp_path / "run"), "microbatches_per_step": 2} | changes))
+        )
 
     return make
 
@@ -86,7 +88,9 @@ def test_a_precision_trains_tests_and_predicts(gpu, config_of, asked):
     tested = pd.read_csv(Path(results["test_folder"]) / "test_result_0.tsv", sep="\t", dtype={"row_id": str})
     scored = Predictor.from_folder(config.model_path, gpu, precision=asked).score(data.test)
     assert scored.ids == tested["row_id"].tolist() and np.isfinite(scored.preds).all()
-    print(f"{asked}: largest difference, in the run and from the model folder: {np.abs(scored.preds - tested['prob']).max():.1e}")
+    print(
+        f"{asked}: largest difference, in the run and from the model folder: {np.abs(scored.preds - tested['prob']).max():.1e}"
+    )
     assert np.abs(scored.preds - tested["prob"]).max() < 1e-5
 
 
@@ -105,10 +109,19 @@ def test_mixed_precision_predicts_nearly_what_fp32_does(gpu, config_of):
     config = config_of(precision="fp32", lr=3e-3)
     train(config, context=gpu)
     test = prepare(config).test
-    preds = {name: Predictor.from_folder(config.model_path, gpu, precision=name).score(test).preds for name in ("fp32", "bf16", "fp16")}
+    preds = {
+        name: Predictor.from_folder(config.model_path, gpu, precision=name).score(test).preds
+        for name in ("fp32", "bf16", "fp16")
+    }
     on_cpu = Predictor.from_folder(config.model_path, CPU).score(test).preds
-    differences = {"cpu": np.abs(on_cpu - preds["fp32"]).max(), **{name: np.abs(preds[name] - preds["fp32"]).max() for name in ("bf16", "fp16")}}
-    print("largest difference of a probability from fp32 on the GPU:", {name: f"{value:.1e}" for name, value in differences.items()})
+    differences = {
+        "cpu": np.abs(on_cpu - preds["fp32"]).max(),
+        **{name: np.abs(preds[name] - preds["fp32"]).max() for name in ("bf16", "fp16")},
+    }
+    print(
+        "largest difference of a probability from fp32 on the GPU:",
+        {name: f"{value:.1e}" for name, value in differences.items()},
+    )
     assert differences["cpu"] < 1e-4 and 0 < differences["fp16"] < 5e-3 and 0 < differences["bf16"] < 3e-2
 
 
@@ -118,7 +131,9 @@ def test_mixed_precision_predicts_nearly_what_fp32_does(gpu, config_of):
 @pytest.mark.parametrize("precision", ("fp32", "bf16", "fp16"))
 def test_a_deterministic_run_resumes_to_the_same_bits(gpu, config_of, tmp_path, precision):
     """Through the command line, in processes of their own: cuBLAS reads its switch before the first product."""
-    config = config_of(precision=precision, deterministic=True, save_every=1, keep_checkpoints=100, val_check_interval=3)
+    config = config_of(
+        precision=precision, deterministic=True, save_every=1, keep_checkpoints=100, val_check_interval=3
+    )
     run(config, tmp_path)
     again = replace(config, model_path=str(tmp_path / "again"))
     run(again, tmp_path)
@@ -127,9 +142,13 @@ def test_a_deterministic_run_resumes_to_the_same_bits(gpu, config_of, tmp_path, 
     for other in (again, resumed):
         for step in (5, STEPS):
             for name in ("model.safetensors", "optimizer.safetensors"):
-                ours, theirs = (step_folder(Path(each.model_path) / "checkpoints", step) / name for each in (config, other))
+                ours, theirs = (
+                    step_folder(Path(each.model_path) / "checkpoints", step) / name for each in (config, other)
+                )
                 assert ours.read_bytes() == theirs.read_bytes(), f"{other.model_path} step {step} {name}"
-        assert (Path(config.model_path) / "model.safetensors").read_bytes() == (Path(other.model_path) / "model.safetensors").read_bytes()
+        assert (Path(config.model_path) / "model.safetensors").read_bytes() == (
+            Path(other.model_path) / "model.safetensors"
+        ).read_bytes()
         for key in ("scaler", "scheduler", "best_step", "best_value", "skipped_steps"):
             assert state_of(config, STEPS)[key] == state_of(other, STEPS)[key]
         assert losses_of(other) == losses_of(config)
@@ -158,23 +177,40 @@ def test_every_gpu_of_the_machine_trains(gpu, config_of, tmp_path):
 def test_overflow_skips_optimizer_and_schedule_and_the_scale_survives_a_resume(gpu, config_of, tmp_path, monkeypatch):
     """A loss scale of 2**40 overflows in fp16 until it has come down by steps of 2**12."""
     monkeypatch.setattr(
-        start, "build_scaler", lambda precision, device: torch.amp.GradScaler(device.type, init_scale=2.0**40, backoff_factor=2.0**-12)
-    )  # fmt: skip
+        start,
+        "build_scaler",
+        lambda precision, device: torch.amp.GradScaler(device.type, init_scale=2.0**40, backoff_factor=2.0**-12),
+    )
     config = config_of(precision="fp16", save_every=1, keep_checkpoints=100, warmup_steps=0, lr=1e-3, test_path=())
     results, _, _ = train(config, context=gpu)
     assert 1 <= results["skipped_steps"] <= 4 and results["steps"] == STEPS
     skipped = results["skipped_steps"]
     lines = [line for line in tiny.metrics_lines(config.model_path) if "train_loss" in line]
     moved = [line["grad_norm"] is not None for line in lines]
-    print("steps that moved:", moved, "scales:", [state_of(config, step)["scaler"]["scale"] for step in range(1, STEPS + 1)])
+    print(
+        "steps that moved:",
+        moved,
+        "scales:",
+        [state_of(config, step)["scaler"]["scale"] for step in range(1, STEPS + 1)],
+    )
     assert moved == [False] * skipped + [True] * (STEPS - skipped)
-    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (1 - sum(moved[: index + 1]) / STEPS) for index in range(STEPS)])
-    weights = [(step_folder(Path(config.model_path) / "checkpoints", step) / "model.safetensors").read_bytes() for step in range(1, STEPS + 1)]
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [1e-3 * (1 - sum(moved[: index + 1]) / STEPS) for index in range(STEPS)]
+    )
+    weights = [
+        (step_folder(Path(config.model_path) / "checkpoints", step) / "model.safetensors").read_bytes()
+        for step in range(1, STEPS + 1)
+    ]
     assert [old != new for old, new in zip(weights, weights[1:])] == moved[1:]
 
     resumed = as_if_killed_after(skipped, config, tmp_path / "resumed")
     again, _, _ = train(resumed, context=gpu)
     assert again["skipped_steps"] == skipped  # no new search from 2**40
     scaler = state_of(resumed, STEPS)["scaler"]
-    assert scaler["scale"] == state_of(config, skipped)["scaler"]["scale"] < 2.0**40 and scaler["_growth_tracker"] == STEPS - skipped
-    assert [line["lr"] for line in tiny.metrics_lines(resumed.model_path) if "lr" in line] == [line["lr"] for line in lines]
+    assert (
+        scaler["scale"] == state_of(config, skipped)["scaler"]["scale"] < 2.0**40
+        and scaler["_growth_tracker"] == STEPS - skipped
+    )
+    assert [line["lr"] for line in tiny.metrics_lines(resumed.model_path) if "lr" in line] == [
+        line["lr"] for line in lines
+    ]

@@ -30,9 +30,13 @@ def state_of(run: Path, step: int) -> dict[str, Any]:
     return json.loads((step_folder(run / "checkpoints", step) / "state.json").read_text())
 
 
-@row("F18", "the loss scale of fp16 begins at 2**52: overflows in steps 1 to 3; dead after each of them", marker="gpu",
-     required="neither optimizer nor schedule moves in an overflowed step; a resume goes on with the scale and the count of such steps, to the same bits",
-     full={"deaths": (1, 2, 3, 4)})  # fmt: skip
+@row(
+    "F18",
+    "the loss scale of fp16 begins at 2**52: overflows in steps 1 to 3; dead after each of them",
+    marker="gpu",
+    required="neither optimizer nor schedule moves in an overflowed step; a resume goes on with the scale and the count of such steps, to the same bits",
+    full={"deaths": (1, 2, 3, 4)},
+)
 def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figures:
     """`deaths`: the steps after which a run dies, one run for each."""
     figures = Figures()
@@ -46,12 +50,22 @@ def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figure
     lines = [line for line in tiny.metrics_lines(straight) if "train_loss" in line]
     moved = [line["grad_norm"] is not None for line in lines]
     skipped = moved.index(True)
-    figures.count(3 <= skipped <= 4 and moved == [False] * skipped + [True] * (STEPS - skipped), f"steps that moved: {moved}")
+    figures.count(
+        3 <= skipped <= 4 and moved == [False] * skipped + [True] * (STEPS - skipped), f"steps that moved: {moved}"
+    )
     steps_of_schedule = [state_of(straight, step)["scheduler"]["last_epoch"] for step in range(1, STEPS + 1)]
-    figures.count(steps_of_schedule == [sum(moved[:step]) for step in range(1, STEPS + 1)], f"steps of the schedule: {steps_of_schedule}")
+    figures.count(
+        steps_of_schedule == [sum(moved[:step]) for step in range(1, STEPS + 1)],
+        f"steps of the schedule: {steps_of_schedule}",
+    )
     # `lr` of a line is the rate that its step used, or would have used
-    figures.count(len({line["lr"] for line in lines[: skipped + 1]}) == 1 and lines[skipped + 1]["lr"] < lines[skipped]["lr"], f"rates {[line['lr'] for line in lines]}")
-    figures.notes.append(f"overflows in the first {skipped} steps; scales {[state_of(straight, step)['scaler']['scale'] for step in range(1, 6)]}")
+    figures.count(
+        len({line["lr"] for line in lines[: skipped + 1]}) == 1 and lines[skipped + 1]["lr"] < lines[skipped]["lr"],
+        f"rates {[line['lr'] for line in lines]}",
+    )
+    figures.notes.append(
+        f"overflows in the first {skipped} steps; scales {[state_of(straight, step)['scaler']['scale'] for step in range(1, 6)]}"
+    )
     for death in deaths:
         case, run = f"dead after step {death}", tmp_path / f"dead{death}"
         words = ["train", str(config), "--model_path", str(run)]
@@ -61,27 +75,53 @@ def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figure
         if figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
             figures.count(digest(run) == digest(straight), f"{case}: other bits than an undisturbed run")
             kept = ("scaler", "skipped_steps")
-            figures.count([state_of(run, STEPS)[key] for key in kept] == [state_of(straight, STEPS)[key] for key in kept], f"{case}: scale or count of skipped steps lost")
+            figures.count(
+                [state_of(run, STEPS)[key] for key in kept] == [state_of(straight, STEPS)[key] for key in kept],
+                f"{case}: scale or count of skipped steps lost",
+            )
     return figures
 
 
-@row("F19", "the GPU's memory runs out on one rank: in the trial before step 1; in the middle of training", marker="gpu",
-     required="before step 1 all ranks double their micro-batches and the run ends; later: exit other than 0 on all ranks within 60 s, one line with advice",
-     full={"steps": (0, 1, 2)})  # fmt: skip
+@row(
+    "F19",
+    "the GPU's memory runs out on one rank: in the trial before step 1; in the middle of training",
+    marker="gpu",
+    required="before step 1 all ranks double their micro-batches and the run ends; later: exit other than 0 on all ranks within 60 s, one line with advice",
+    full={"steps": (0, 1, 2)},
+)
 def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)) -> Figures:
     """`steps`: when it runs out; 0: in the trial."""
     figures = Figures()
     num_processes = num_gpus()
-    values = {"num_rows": 512, "batch_size": 256, "max_epochs": 1, "save_every": 1, "precision": "fp32", "timeout_seconds": 30}
+    values = {
+        "num_rows": 512,
+        "batch_size": 256,
+        "max_epochs": 1,
+        "save_every": 1,
+        "precision": "fp32",
+        "timeout_seconds": 30,
+    }
     config = write_config(tmp_path, **values)
     tiny.write_encoder(tmp_path / "encoder", hidden=256, layers=4)  # hundreds of MB for 256 rows of 32 tokens
     rank = num_processes - 1
     for step in steps:
-        case, folder = f"rank {rank} of {num_processes} in {f'step {step}' if step else 'the trial'}", tmp_path / str(step)
+        case, folder = (
+            f"rank {rank} of {num_processes} in {f'step {step}' if step else 'the trial'}",
+            tmp_path / str(step),
+        )
         folder.mkdir()
         micro_batches = num_processes if step else 1  # in training one for each rank
-        words = ["train", str(config), "--model_path", str(folder / "run"), "--microbatches_per_step", str(micro_batches)]
-        job = Job(num_processes, words, plants={"gpu_memory": [rank, step, 20 if step else 200]}, ends=folder / "ends.txt")
+        words = [
+            "train",
+            str(config),
+            "--model_path",
+            str(folder / "run"),
+            "--microbatches_per_step",
+            str(micro_batches),
+        ]
+        job = Job(
+            num_processes, words, plants={"gpu_memory": [rank, step, 20 if step else 200]}, ends=folder / "ends.txt"
+        )
         code, lines = job.wait(seconds=LONGEST_SECONDS + 120), error_lines(job.output())
         if step == 0:
             resolved = json.loads((folder / "run/config.json").read_text())["resolved"] if code == 0 else {}
@@ -92,9 +132,17 @@ def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)
             figures.notes.append(f"{case}: {warnings}")
             continue
         codes = job.exit_codes()
-        figures.count(code == 1 and len(codes) == num_processes and 0 not in codes.values(), f"{case}: exit codes {code}, {codes}: {job.output()[-4000:]}")
+        figures.count(
+            code == 1 and len(codes) == num_processes and 0 not in codes.values(),
+            f"{case}: exit codes {code}, {codes}: {job.output()[-4000:]}",
+        )
         where = f"rank {rank}, " if num_processes > 1 else ""
-        holds = len(lines) == 1 and lines[0].startswith(f"error: {where}the ") and f"pass of step {step}: out of memory (" in lines[0] and "raise microbatches_per_step" in lines[0]
+        holds = (
+            len(lines) == 1
+            and lines[0].startswith(f"error: {where}the ")
+            and f"pass of step {step}: out of memory (" in lines[0]
+            and "raise microbatches_per_step" in lines[0]
+        )
         figures.count(holds, f"{case}: expected one line with advice, found {lines}: {job.output()[-4000:]}")
         saved = steps_saved(folder / "run")
         figures.count(saved == list(range(1, step)), f"{case}: checkpoints {saved}")
@@ -102,9 +150,13 @@ def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)
     return figures
 
 
-@row("F20", "SIGKILL of a rank while the others wait for it in NCCL's all-reduce; with one GPU: of the only rank", marker="gpu",
-     required="all gone within timeout_seconds + 30 s; the newest checkpoint is whole; a resume ends with the bits of an undisturbed run",
-     full={"kills": 3})  # fmt: skip
+@row(
+    "F20",
+    "SIGKILL of a rank while the others wait for it in NCCL's all-reduce; with one GPU: of the only rank",
+    marker="gpu",
+    required="all gone within timeout_seconds + 30 s; the newest checkpoint is whole; a resume ends with the bits of an undisturbed run",
+    full={"kills": 3},
+)
 def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figures:
     """`kills`: runs, each killed some steps later than the one before."""
     figures = Figures()
@@ -127,10 +179,19 @@ def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figu
         code = job.wait(seconds=LONGEST_SECONDS)
         figures.seconds.append(time.monotonic() - since)
         codes = job.exit_codes()
-        figures.count(code == 1 and codes.get(rank) == -signal.SIGKILL and 0 not in codes.values(), f"{case}: exit codes {code}, {codes}: {job.output()[-4000:]}")
-        figures.count(figures.seconds[-1] <= timeout_seconds + 30 and not job.left_alive(), f"{case}: {figures.seconds[-1]:.0f} s, {job.left_alive()} left alive")
+        figures.count(
+            code == 1 and codes.get(rank) == -signal.SIGKILL and 0 not in codes.values(),
+            f"{case}: exit codes {code}, {codes}: {job.output()[-4000:]}",
+        )
+        figures.count(
+            figures.seconds[-1] <= timeout_seconds + 30 and not job.left_alive(),
+            f"{case}: {figures.seconds[-1]:.0f} s, {job.left_alive()} left alive",
+        )
         newest = steps_saved(run)[-1]
-        figures.count(why_invalid(step_folder(run / "checkpoints", newest)) is None, f"{case}: the checkpoint of step {newest} is damaged")
+        figures.count(
+            why_invalid(step_folder(run / "checkpoints", newest)) is None,
+            f"{case}: the checkpoint of step {newest} is damaged",
+        )
         code, output = run_job(num_processes, words)
         if figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
             figures.count(digest(run) == digest(straight), f"{case}: other bits than an undisturbed run")

@@ -17,9 +17,19 @@ from mmbert_core.tables.table import Roles, records_to_chunk
 from tests.support import tiny
 
 TEXTS = [
-    "refund", "please refund my money, now!", "  two  spaces\n\tand lines \n", "Ünïcödé ÉCOLE naïve", "日本 is 日本 😀😀 \u200b\u202e end", "e\u0301 combined",
-    "[SEP] in [CLS] words", "", " \t\n ", "x" * 150, "never again " * 40, "a\x01b\x07c",
-]  # fmt: skip
+    "refund",
+    "please refund my money, now!",
+    "  two  spaces\n\tand lines \n",
+    "Ünïcödé ÉCOLE naïve",
+    "日本 is 日本 😀😀 \u200b\u202e end",
+    "e\u0301 combined",
+    "[SEP] in [CLS] words",
+    "",
+    " \t\n ",
+    "x" * 150,
+    "never again " * 40,
+    "a\x01b\x07c",
+]
 
 
 def write_signal(path: Path, num_rows: int, seed: int) -> Path:
@@ -42,8 +52,20 @@ def trained(tmp_path_factory) -> Predictor:
     """A model that has learned the planted word, and is so sure of it that the gradient at the text itself points the other way."""
     folder = tmp_path_factory.mktemp("signal")
     tiny.write_encoder(folder / "encoder")
-    paths = {f"{name}_path": (str(write_signal(folder / f"{name}.csv", rows, seed)),) for seed, (name, rows) in enumerate([("train", 256), ("val", 32)])}
-    settings = tiny.settings(folder, **paths, test_path=(), lr=1e-2, max_epochs=4, batch_size=16, pooling="mean", early_stop_metric="val_loss")
+    paths = {
+        f"{name}_path": (str(write_signal(folder / f"{name}.csv", rows, seed)),)
+        for seed, (name, rows) in enumerate([("train", 256), ("val", 32)])
+    }
+    settings = tiny.settings(
+        folder,
+        **paths,
+        test_path=(),
+        lr=1e-2,
+        max_epochs=4,
+        batch_size=16,
+        pooling="mean",
+        early_stop_metric="val_loss",
+    )
     settings |= {"tab_field_list": (), "cat_field_list": ()}
     tiny.train(Config(**settings))
     return Predictor.from_folder(folder / "run")
@@ -53,7 +75,19 @@ def trained(tmp_path_factory) -> Predictor:
 def several(tmp_path_factory) -> Predictor:
     """Three classes, two text columns, up to three chunks a text; it has learned nothing to speak of."""
     folder = tmp_path_factory.mktemp("several")
-    tiny.train(Config(**tiny.settings(folder, num_classes=3, max_epochs=1, max_length=12, max_chunks=3, text_name=("text", "kind"), cat_field_list=())))
+    tiny.train(
+        Config(
+            **tiny.settings(
+                folder,
+                num_classes=3,
+                max_epochs=1,
+                max_length=12,
+                max_chunks=3,
+                text_name=("text", "kind"),
+                cat_field_list=(),
+            )
+        )
+    )
     predictor = Predictor.from_folder(folder / "run")
     predictor.loaded.model.text_subnetwork.linear.weight.data *= 50  # as drawn, words hardly matter
     return predictor
@@ -88,12 +122,18 @@ def test_the_pieces_are_the_text_as_far_as_it_was_read(trained, several, text):
 
 def test_gaps_and_what_has_no_gradient_weigh_nothing(trained):
     tokens = trained.explain(row_of("refund  my \u200b money"))["tokens"]
-    assert all(weight == 0 for piece, weight in tokens if not piece.strip(" \u200b")) and all(weight for piece, weight in tokens if piece.isalpha())
+    assert all(weight == 0 for piece, weight in tokens if not piece.strip(" \u200b")) and all(
+        weight for piece, weight in tokens if piece.isalpha()
+    )
     assert trained.explain(row_of(" \n"))["tokens"] == [[" \n", 0.0]] and trained.explain(row_of(""))["tokens"] == []
 
 
 def test_tokens_that_share_a_character_are_one_piece():
-    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(
+            vocab={letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]
+        )
+    )
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     spans, read = token_spans(tokenizer, "a😀 b", max_length=64, max_chunks=1)
@@ -102,7 +142,9 @@ def test_tokens_that_share_a_character_are_one_piece():
 
 
 def batch_of(predictor: Predictor, texts: list[str]):
-    dataset = predictor._encode(records_to_chunk([row_of(text) for text in texts], Roles.from_config(predictor.loaded.config).inputs()))
+    dataset = predictor._encode(
+        records_to_chunk([row_of(text) for text in texts], Roles.from_config(predictor.loaded.config).inputs())
+    )
     return dataset, dataset.batch(range(len(texts)))
 
 
@@ -110,7 +152,9 @@ def batch_of(predictor: Predictor, texts: list[str]):
 def test_a_weight_is_the_integrated_derivative_by_the_size_of_its_embedding(request, name):
     predictor = request.getfixturevalue(name)
     model = predictor.loaded.model
-    _, batch = batch_of(predictor, ["refund my money", "hello where is my order please now thanks never again wrong size"])
+    _, batch = batch_of(
+        predictor, ["refund my money", "hello where is my order please now thanks never again wrong size"]
+    )
     predicted = 1 if name == "trained" else 2
     weights = token_weights(model, batch, torch.full((2,), predicted), task=predictor.task)
     place, nudge = 1, 5e-3
@@ -120,7 +164,9 @@ def test_a_weight_is_the_integrated_derivative_by_the_size_of_its_embedding(requ
         """Of the first row, its token number `place` times `factor`, all others times `others`."""
         scaled = others * factors
         scaled[place] = factor
-        handle = model.text_subnetwork.encoder.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output * scaled.to(output)[:, None])
+        handle = model.text_subnetwork.encoder.get_input_embeddings().register_forward_hook(
+            lambda module, arguments, output: output * scaled.to(output)[:, None]
+        )
         with torch.no_grad():
             logits = model(batch.input_ids, batch.attention_mask, batch.numbers, batch.categories)[0].double()
         handle.remove()
@@ -135,10 +181,16 @@ def test_a_weight_is_the_integrated_derivative_by_the_size_of_its_embedding(requ
 def test_the_threshold_decides_which_class_words_speak_for(trained):
     """The same row under two thresholds: another class, and every sign turned around."""
     row = row_of("refund my money")
-    low, high = (Predictor(trained.loaded, trained.context, threshold=threshold).explain(row) for threshold in (0.0, 1.0))
-    assert (low["prediction"]["pred"], high["prediction"]["pred"]) == ("1", "0") and any(weight for _, weight in low["tokens"])
+    low, high = (
+        Predictor(trained.loaded, trained.context, threshold=threshold).explain(row) for threshold in (0.0, 1.0)
+    )
+    assert (low["prediction"]["pred"], high["prediction"]["pred"]) == ("1", "0") and any(
+        weight for _, weight in low["tokens"]
+    )
     assert [piece for piece, _ in low["tokens"]] == [piece for piece, _ in high["tokens"]]
-    np.testing.assert_allclose([weight for _, weight in low["tokens"]], [-weight for _, weight in high["tokens"]], atol=1e-6)
+    np.testing.assert_allclose(
+        [weight for _, weight in low["tokens"]], [-weight for _, weight in high["tokens"]], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["trained", "several"])
@@ -148,13 +200,19 @@ def test_packed_is_padded(request, name, monkeypatch):
     texts = [text if name == "trained" else f"{text} a".strip() if text else "a" for text in TEXTS]
     dataset, _ = batch_of(predictor, TEXTS)
     assert part.is_packed
-    packed = explain_rows(loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task)
+    packed = explain_rows(
+        loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task
+    )
     attention = part.encoder.config._attn_implementation
     monkeypatch.setattr(part, "is_packed", False)
     part.encoder.set_attn_implementation("eager")
-    padded = explain_rows(loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task)
+    padded = explain_rows(
+        loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task
+    )
     part.encoder.set_attn_implementation(attention)
-    assert [[piece for piece, _ in pieces] for pieces in packed] == [[piece for piece, _ in pieces] for pieces in padded]
+    assert [[piece for piece, _ in pieces] for pieces in packed] == [
+        [piece for piece, _ in pieces] for pieces in padded
+    ]
     for some, others in zip(packed, padded, strict=True):
         np.testing.assert_allclose([weight for _, weight in some], [weight for _, weight in others], atol=1e-4)
 

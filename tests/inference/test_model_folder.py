@@ -34,7 +34,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(trained: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard", "multimodal_bert-*"))
+    return shutil.copytree(
+        trained,
+        tmp_path / "model",
+        ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard", "multimodal_bert-*"),
+    )
 
 
 def refusal(folder: Path) -> str:
@@ -50,7 +54,15 @@ def refusal(folder: Path) -> str:
 def test_the_manifest_names_every_file_that_decides_a_prediction(trained):
     entries = json.loads((trained / MANIFEST).read_text())["files"]
     encoder = {path.relative_to(trained).as_posix() for path in (trained / "encoder").iterdir()}
-    named = {"config.json", "features.json", "labels.json", "thresholds.json", "baselines.json", "baselines.safetensors", "model.safetensors"}
+    named = {
+        "config.json",
+        "features.json",
+        "labels.json",
+        "thresholds.json",
+        "baselines.json",
+        "baselines.safetensors",
+        "model.safetensors",
+    }
     assert set(entries) == named | encoder == set(prediction_files(trained))
 
 
@@ -60,13 +72,20 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [flipped, Path.unlink, lambda path: path.write_bytes(path.read_bytes() + b"\n")], ids=["flipped", "missing", "longer"])
+@pytest.mark.parametrize(
+    "damage",
+    [flipped, Path.unlink, lambda path: path.write_bytes(path.read_bytes() + b"\n")],
+    ids=["flipped", "missing", "longer"],
+)
 def test_every_changed_file_is_named(model, damage):
     for name in json.loads((model / MANIFEST).read_text())["files"]:
         content = (model / name).read_bytes()
         damage(model / name)
         message = refusal(model)
-        assert name in message and ("copy the whole folder again" in message or "is missing" in message), (name, message)
+        assert name in message and ("copy the whole folder again" in message or "is missing" in message), (
+            name,
+            message,
+        )
         assert ("--threshold" in message) == (name == "thresholds.json" and damage is not Path.unlink)
         (model / name).write_bytes(content)
     load_model_folder(model)
@@ -98,7 +117,9 @@ def test_a_folder_of_an_older_version_loads_without_one(model):
 def test_a_model_written_again_has_a_manifest_that_fits(model):
     """Also where the new model has no baselines: those of the old one are gone."""
     loaded = load_model_folder(model)
-    save_model_folder(model, weights_of(loaded.model), replace(loaded, judgement=replace(loaded.judgement, baselines=None)))
+    save_model_folder(
+        model, weights_of(loaded.model), replace(loaded, judgement=replace(loaded.judgement, baselines=None))
+    )
     assert load_model_folder(model).judgement.baselines is None and not (model / "baselines.json").exists()
 
 
@@ -127,9 +148,19 @@ def test_weights_never_stand_without_their_manifest(model, monkeypatch):
 def left_by_others(model: Path) -> None:
     """What file managers, editors, notebooks, git and people leave in folders."""
     names = (
-        ".DS_Store", "notes.txt", "notes.json", ".git/config.json", ".ipynb_checkpoints/config-checkpoint.json", "__MACOSX/._config.json", "encoder/._config.json",
-        "encoder/.ipynb_checkpoints/tokenizer-checkpoint.json", "encoder/__MACOSX/._vocab.txt", "encoder/.nfs000.json", "encoder/notes.txt", "encoder/config (1).json",
-    )  # fmt: skip
+        ".DS_Store",
+        "notes.txt",
+        "notes.json",
+        ".git/config.json",
+        ".ipynb_checkpoints/config-checkpoint.json",
+        "__MACOSX/._config.json",
+        "encoder/._config.json",
+        "encoder/.ipynb_checkpoints/tokenizer-checkpoint.json",
+        "encoder/__MACOSX/._vocab.txt",
+        "encoder/.nfs000.json",
+        "encoder/notes.txt",
+        "encoder/config (1).json",
+    )
     for name in names:
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("not of the model")
@@ -186,20 +217,72 @@ def test_a_card_without_its_summary_is_written_anew(model, caplog):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("labels.json", lambda value: value.update(names="ab"), "labels.json: names: expected a list of at least 2, found the text 'ab'"),
-        ("labels.json", lambda value: value.update(names=["0", "0"]), "labels.json: names: expected a list without repeats, found '0' twice"),
-        ("labels.json", lambda value: value.update(names=[None, None]), "labels.json: names[0]: expected a text that is not empty, found null"),
-        ("labels.json", lambda value: value.update(names={"0": 1, "1": 2}), "labels.json: names: expected a list of at least 2, found an object"),
-        ("features.json", lambda value: value.update(medians=value["medians"][:1]), "medians: expected 2 entries, as the columns have, found 1"),
-        ("features.json", lambda value: value["categories"].__setitem__(0, ["a", "a", "b"]), "categories[0]: expected a list without repeats, found 'a' twice"),
-        ("features.json", lambda value: value["stds"].__setitem__(0, 0), "stds[0]: expected a finite number above 0, found 0"),
-        ("features.json", lambda value: value["means"].__setitem__(0, "1"), "means[0]: expected a finite number, found the text '1'"),
-        ("thresholds.json", lambda value: value["threshold"].update(value=1.5), "threshold.value: expected a finite number"),
-        ("thresholds.json", lambda value: value["calibration"].update(temperature=0), "calibration.temperature: expected a finite number"),
-        ("baselines.json", lambda value: value.update(shares=[0.5, 0.4]), "shares: expected 2 shares that sum to 1, found 2 that sum to 0.9"),
-        ("baselines.json", lambda value: value.update(models=["other"]), "models[0]: expected one of columns only, text only"),
+        (
+            "labels.json",
+            lambda value: value.update(names="ab"),
+            "labels.json: names: expected a list of at least 2, found the text 'ab'",
+        ),
+        (
+            "labels.json",
+            lambda value: value.update(names=["0", "0"]),
+            "labels.json: names: expected a list without repeats, found '0' twice",
+        ),
+        (
+            "labels.json",
+            lambda value: value.update(names=[None, None]),
+            "labels.json: names[0]: expected a text that is not empty, found null",
+        ),
+        (
+            "labels.json",
+            lambda value: value.update(names={"0": 1, "1": 2}),
+            "labels.json: names: expected a list of at least 2, found an object",
+        ),
+        (
+            "features.json",
+            lambda value: value.update(medians=value["medians"][:1]),
+            "medians: expected 2 entries, as the columns have, found 1",
+        ),
+        (
+            "features.json",
+            lambda value: value["categories"].__setitem__(0, ["a", "a", "b"]),
+            "categories[0]: expected a list without repeats, found 'a' twice",
+        ),
+        (
+            "features.json",
+            lambda value: value["stds"].__setitem__(0, 0),
+            "stds[0]: expected a finite number above 0, found 0",
+        ),
+        (
+            "features.json",
+            lambda value: value["means"].__setitem__(0, "1"),
+            "means[0]: expected a finite number, found the text '1'",
+        ),
+        (
+            "thresholds.json",
+            lambda value: value["threshold"].update(value=1.5),
+            "threshold.value: expected a finite number",
+        ),
+        (
+            "thresholds.json",
+            lambda value: value["calibration"].update(temperature=0),
+            "calibration.temperature: expected a finite number",
+        ),
+        (
+            "baselines.json",
+            lambda value: value.update(shares=[0.5, 0.4]),
+            "shares: expected 2 shares that sum to 1, found 2 that sum to 0.9",
+        ),
+        (
+            "baselines.json",
+            lambda value: value.update(models=["other"]),
+            "models[0]: expected one of columns only, text only",
+        ),
         ("config.json", lambda value: value["config"].update(max_length=1000), "max_length"),
-        ("config.json", lambda value: value["config"].update(hidden_common_dim=99_999), "does not fit the other files of the folder"),
+        (
+            "config.json",
+            lambda value: value["config"].update(hidden_common_dim=99_999),
+            "does not fit the other files of the folder",
+        ),
         ("config.json", lambda value: value["resolved"].update(pooling="sum"), "resolved.pooling: expected one of"),
         ("encoder/config.json", lambda value: value.update(num_hidden_layers=100_000), "num_hidden_layers"),
         ("encoder/config.json", lambda value: value.update(num_labels=10**9), "num_labels"),
@@ -207,7 +290,7 @@ def test_a_card_without_its_summary_is_written_anew(model, caplog):
         ("encoder/config.json", lambda value: value.update(hidden_size=2**20), "encoder"),
         ("encoder/tokenizer_config.json", lambda value: value.update(cls_token="[NEW]"), "encoder"),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_fit_are_refused_in_one_line(model, name, change: Callable[[Any], None], message):
     tiny.without_manifest(model)
     value = json.loads((model / name).read_text())
@@ -254,7 +337,11 @@ def test_every_file_of_a_run_follows_the_umask(tmp_path, umask):
     tiny.train(Config(**tiny.settings(tmp_path, num_rows=16, max_epochs=1, cache_path=None)))
     paths = [path for path in (tmp_path / "run").rglob("*") if not path.is_symlink()]
     assert any(path.suffix == ".safetensors" for path in paths)
-    wrong = {str(path): oct(path.stat().st_mode) for path in paths if stat.S_IMODE(path.stat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~umask}
+    wrong = {
+        str(path): oct(path.stat().st_mode)
+        for path in paths
+        if stat.S_IMODE(path.stat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
     assert not wrong
 
 
@@ -268,13 +355,19 @@ def test_a_file_that_may_not_be_read_is_said_to_be_that(trained):
     rights = "cannot be read: permission denied (its mode is 0{}00, its owner user 0)"
     assert lines == [
         "code 0",
-        f"error: {model / 'model.safetensors'}: {rights.format(6)}", "code 2",
-        f"error: {model / 'encoder/tokenizer.json'}: {rights.format(6)}", "code 2",
-        f"error: {model}: {rights.format(7)}", "code 2",
-    ], done.stderr  # fmt: skip
+        f"error: {model / 'model.safetensors'}: {rights.format(6)}",
+        "code 2",
+        f"error: {model / 'encoder/tokenizer.json'}: {rights.format(6)}",
+        "code 2",
+        f"error: {model}: {rights.format(7)}",
+        "code 2",
+    ], done.stderr
 
 
-@pytest.mark.parametrize("key, value", [("chunk_size_feed_forward", 7), ("chunk_size_feed_forward", None), ("output_hidden_states", "float16")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("chunk_size_feed_forward", 7), ("chunk_size_feed_forward", None), ("output_hidden_states", "float16")],
+)
 def test_an_encoder_config_that_no_text_can_be_computed_with_is_refused_at_load(model, key, value):
     tiny.without_manifest(model)
     path = model / "encoder" / "config.json"

@@ -28,7 +28,11 @@ def write_decided(path: Path, num_rows: int, seed: int, decides: str) -> tuple[s
         writer.writerow(["text", "age", "amount", "kind", "colour", "label"])
         for row in range(num_rows):
             label = row % 2
-            cells = {"text": " ".join(rng.choice(words, 5)), "kind": rng.choice(list("abc")), "colour": rng.choice(list("xyz"))}
+            cells = {
+                "text": " ".join(rng.choice(words, 5)),
+                "kind": rng.choice(list("abc")),
+                "colour": rng.choice(list("xyz")),
+            }
             cells |= {name: "" if rng.random() < 0.2 else round(float(rng.normal()), 3) for name in ("age", "amount")}
             if decides == "amount":
                 cells["amount"] = round(float(rng.normal()) + 6 * label, 3)
@@ -46,8 +50,21 @@ def write_decided(path: Path, num_rows: int, seed: int, decides: str) -> tuple[s
 def test_what_decides_the_label_is_on_top_and_noise_is_near_zero(tmp_path, monkeypatch, decides):
     monkeypatch.setattr(report_results, "write_plots", lambda *_, **__: [])
     tiny.write_encoder(tmp_path / "encoder", layers=1)
-    paths = {f"{name}_path": write_decided(tmp_path / f"{name}.csv", rows, seed, decides) for seed, (name, rows) in enumerate([("train", 256), ("val", 64), ("test", 240)])}
-    values = tiny.settings(tmp_path, **paths, id_name=None, cat_field_list=("kind", "colour"), batch_size=16, lr=1e-2, max_epochs=3, pooling="mean", early_stop_metric="val/auroc")
+    paths = {
+        f"{name}_path": write_decided(tmp_path / f"{name}.csv", rows, seed, decides)
+        for seed, (name, rows) in enumerate([("train", 256), ("val", 64), ("test", 240)])
+    }
+    values = tiny.settings(
+        tmp_path,
+        **paths,
+        id_name=None,
+        cat_field_list=("kind", "colour"),
+        batch_size=16,
+        lr=1e-2,
+        max_epochs=3,
+        pooling="mean",
+        early_stop_metric="val/auroc",
+    )
     if decides != "text":
         values["text_name"] = ()
     results, data = tiny.train(Config(**values))
@@ -57,13 +74,22 @@ def test_what_decides_the_label_is_on_top_and_noise_is_near_zero(tmp_path, monke
 
     def measure(dataset: Dataset) -> dict[str, object]:
         return permutation_importance(
-            loaded.model.eval(), dataset, task=task, metric="auroc", class_names=("0", "1"), threshold=0.5, text_name="text", seed=0
+            loaded.model.eval(),
+            dataset,
+            task=task,
+            metric="auroc",
+            class_names=("0", "1"),
+            threshold=0.5,
+            text_name="text",
+            seed=0,
         )
 
     made = measure(data.test)
     first, *others = made["items"]
     name = "amount" if decides == "missing" else decides
-    kinds = {"age": "numeric", "amount": "numeric", "kind": "categorical", "colour": "categorical"} | ({"text": "text"} if decides == "text" else {})
+    kinds = {"age": "numeric", "amount": "numeric", "kind": "categorical", "colour": "categorical"} | (
+        {"text": "text"} if decides == "text" else {}
+    )
     assert {item["name"]: item["kind"] for item in made["items"]} == kinds and made["rows"] == 200
     assert first["name"] == name and 0.35 < first["drop"] < 0.65  # without it the model guesses: an AUROC of one half
     assert all(abs(item["drop"]) < 0.05 for item in others), others

@@ -68,5 +68,8 @@ def test_replacing_keeps_rates_modes_and_weights() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3), nn.Sequential(nn.Dropout(0.4))).eval()
     names = list(module.state_dict())
     replace_dropouts(module)
-    assert [(type(layer), layer.p, layer.training) for layer in (module[1], module[2][0])] == [(Dropout, 0.3, False), (Dropout, 0.4, False)]
+    assert [(type(layer), layer.p, layer.training) for layer in (module[1], module[2][0])] == [
+        (Dropout, 0.3, False),
+        (Dropout, 0.4, False),
+    ]
     assert list(module.state_dict()) == names

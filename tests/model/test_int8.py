@@ -56,13 +56,18 @@ def test_refused_on_a_gpu(tmp_path: Path) -> None:
     config = Config(**tiny.settings(tmp_path, max_epochs=1))
     tiny.train(config)
     with pytest.raises(InputError, match="precision int8: expected to predict on the CPU, found a GPU"):
-        Predictor.from_folder(config.model_path, replace(read_context(), device=torch.device("cuda", 0)), precision="int8")
+        Predictor.from_folder(
+            config.model_path, replace(read_context(), device=torch.device("cuda", 0)), precision="int8"
+        )
 
 
 def test_an_explanation_goes_through_the_full_weights(tmp_path: Path) -> None:
     config = Config(**tiny.settings(tmp_path, max_epochs=1))
     tiny.train(config)
     row = pd.read_csv(config.train_path[0], dtype=str, keep_default_na=False).to_dict("records")[0]
-    full, small = (Predictor.from_folder(config.model_path, precision=precision).explain(row)["tokens"] for precision in (None, "int8"))
+    full, small = (
+        Predictor.from_folder(config.model_path, precision=precision).explain(row)["tokens"]
+        for precision in (None, "int8")
+    )
     assert [piece for piece, _ in small] == [piece for piece, _ in full] and any(weight for _, weight in small)
     assert max(abs(one - other) for (_, one), (_, other) in zip(full, small, strict=True)) < 0.2

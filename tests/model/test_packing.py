@@ -30,7 +30,9 @@ CONFIGS = {
     "electra": ElectraConfig(**SIZES, embedding_size=24),
     "distilbert": DistilBertConfig(vocab_size=100, dim=64, n_layers=3, n_heads=4, hidden_dim=96),
     # a window of 16 tokens, shorter than the longest text; every third layer sees all
-    "modernbert": ModernBertConfig(**SIZES, local_attention=16, pad_token_id=1, eos_token_id=2, bos_token_id=3, cls_token_id=4, sep_token_id=5),
+    "modernbert": ModernBertConfig(
+        **SIZES, local_attention=16, pad_token_id=1, eos_token_id=2, bos_token_id=3, cls_token_id=4, sep_token_id=5
+    ),
 }
 
 
@@ -63,7 +65,9 @@ def test_every_family_is_tried() -> None:
     assert set(CONFIGS) == set(packing.FAMILIES)
 
 
-@pytest.mark.parametrize(("family", "pooling"), [(family, pooling) for family in CONFIGS for pooling in poolings(family)])
+@pytest.mark.parametrize(
+    ("family", "pooling"), [(family, pooling) for family in CONFIGS for pooling in poolings(family)]
+)
 def test_packed_is_padded(family: str, pooling: str) -> None:
     packed, padded = (text_part(family, pooling, packed=packed) for packed in (True, False))
     ids, mask = padded_batch(family)
@@ -86,7 +90,9 @@ def test_gradients_are_the_padded_ones(family: str) -> None:
     ids, mask = padded_batch(family)
     for part in (packed, padded):
         part(ids, mask).square().sum().backward()
-    whole = torch.stack([parameter.grad.norm() for parameter in padded.parameters() if parameter.grad is not None]).norm()
+    whole = torch.stack(
+        [parameter.grad.norm() for parameter in padded.parameters() if parameter.grad is not None]
+    ).norm()
     for (name, one), other in zip(packed.named_parameters(), padded.parameters(), strict=True):
         if other.grad is not None:  # that of a key's bias is zero but for rounding
             assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm() + 1e-6 * whole, name
@@ -105,7 +111,9 @@ def test_the_last_layer_computes_first_tokens_alone_where_nothing_else_is_read(f
 def test_several_chunks_of_a_row() -> None:
     packed, padded = (text_part("bert", "mean", packed=packed) for packed in (True, False))
     ids, mask = padded_batch("bert")
-    ids, mask = (torch.cat([tensor, tensor[:1] * 0]).view(4, 2, -1) for tensor in (ids, mask))  # the last row has one chunk
+    ids, mask = (
+        torch.cat([tensor, tensor[:1] * 0]).view(4, 2, -1) for tensor in (ids, mask)
+    )  # the last row has one chunk
     torch.testing.assert_close(packed(ids, mask), padded(ids, mask), atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +121,12 @@ def test_a_plain_padded_call_of_the_encoder_still_heeds_its_mask() -> None:
     ids, mask = padded_batch("bert")
     encoder = text_part("bert", "cls", packed=True).encoder
     expected = text_part("bert", "cls", packed=False).encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(encoder(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        encoder(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()],
+        expected[mask.bool()],
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 def test_a_text_without_a_token_has_a_vector_of_its_own() -> None:
@@ -128,7 +141,9 @@ def test_a_text_without_a_token_has_a_vector_of_its_own() -> None:
 
 
 def test_other_families_are_padded() -> None:
-    config = DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=64, position_buckets=16)
+    config = DebertaV2Config(
+        **SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=64, position_buckets=16
+    )
     part = TextBertBase(AutoModel.from_config(config).eval(), pooling="cls", hidden_common_dim=8).eval()
     assert not part.is_packed
     ids, mask = padded_batch("bert")
@@ -172,7 +187,9 @@ def test_dropout_averages_out_to_attention_without_it() -> None:
     with torch.no_grad():
         exact = packing._attend_by_group(query, key, value, PACKING, SCALING, None)
         torch.manual_seed(0)
-        draws = torch.stack([packing._AttentionWithDropout.apply(query, key, value, PACKING, SCALING, RATE, None) for _ in range(4000)])
+        draws = torch.stack(
+            [packing._AttentionWithDropout.apply(query, key, value, PACKING, SCALING, RATE, None) for _ in range(4000)]
+        )
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() < 5 * error).all()
     assert not torch.allclose(draws[0], draws[1])

@@ -172,7 +172,10 @@ def test_name_in_the_local_cache_needs_no_network(saved_encoder, tmp_path):
     AutoModel.from_pretrained(snapshot)
 
 
-OLD = {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}
+OLD = {
+    f"pooling_mode_{mode}": False
+    for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+}
 NEW = {"embedding_dimension": 32, "include_prompt": True}
 
 
@@ -187,11 +190,16 @@ def write_pooling(folder: Path, written, **files) -> None:
     ("written", "pooling"),
     [
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
-        (OLD | {"pooling_mode_mean_tokens": True}, "mean"), (OLD | {"pooling_mode_cls_token": True}, "cls"), (OLD | {"pooling_mode_lasttoken": True}, "last"),
-        (NEW | {"pooling_mode": "mean"}, "mean"), (NEW | {"pooling_mode": "cls"}, "cls"), (NEW | {"pooling_mode": "lasttoken"}, "last"),
-        (NEW | {"pooling_mode": ["mean"]}, "mean"), (NEW | {"pooling_mode": "mean", "include_prompt": False}, "mean"),
+        (OLD | {"pooling_mode_mean_tokens": True}, "mean"),
+        (OLD | {"pooling_mode_cls_token": True}, "cls"),
+        (OLD | {"pooling_mode_lasttoken": True}, "last"),
+        (NEW | {"pooling_mode": "mean"}, "mean"),
+        (NEW | {"pooling_mode": "cls"}, "cls"),
+        (NEW | {"pooling_mode": "lasttoken"}, "last"),
+        (NEW | {"pooling_mode": ["mean"]}, "mean"),
+        (NEW | {"pooling_mode": "mean", "include_prompt": False}, "mean"),
     ],
-)  # fmt: skip
+)
 def test_how_a_sentence_encoder_was_trained_is_read_from_its_folder(saved_encoder, written, pooling):
     folder = Path(saved_encoder("Bert"))
     write_pooling(folder, written)
@@ -201,26 +209,45 @@ def test_how_a_sentence_encoder_was_trained_is_read_from_its_folder(saved_encode
 @pytest.mark.parametrize(
     ("written", "found"),
     [
-        (OLD | {"pooling_mode_max_tokens": True}, "found 'max'"), (NEW | {"pooling_mode": "max"}, "found 'max'"),
-        (OLD | {"pooling_mode_weightedmean_tokens": True}, "'weightedmean'"), (NEW | {"pooling_mode": "weightedmean"}, "'weightedmean'"),
-        (OLD | {"pooling_mode_mean_sqrt_len_tokens": True}, "'mean_sqrt_len'"), (NEW | {"pooling_mode": "mean_sqrt_len_tokens"}, "'mean_sqrt_len"),
-        (OLD | {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "'cls', 'mean'"), (NEW | {"pooling_mode": ["mean", "max"]}, "'mean', 'max'"),
-        (NEW | {"pooling_mode": 3}, "'3'"), ({"pooling_mode_mean_tokens": "yes"}, "yes"), (OLD, "found none"), ({}, "found none"),
-        ([], "expected an object"), ("no JSON", "not a JSON file"), ("", "is empty"), ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (OLD | {"pooling_mode_max_tokens": True}, "found 'max'"),
+        (NEW | {"pooling_mode": "max"}, "found 'max'"),
+        (OLD | {"pooling_mode_weightedmean_tokens": True}, "'weightedmean'"),
+        (NEW | {"pooling_mode": "weightedmean"}, "'weightedmean'"),
+        (OLD | {"pooling_mode_mean_sqrt_len_tokens": True}, "'mean_sqrt_len'"),
+        (NEW | {"pooling_mode": "mean_sqrt_len_tokens"}, "'mean_sqrt_len"),
+        (OLD | {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "'cls', 'mean'"),
+        (NEW | {"pooling_mode": ["mean", "max"]}, "'mean', 'max'"),
+        (NEW | {"pooling_mode": 3}, "'3'"),
+        ({"pooling_mode_mean_tokens": "yes"}, "yes"),
+        (OLD, "found none"),
+        ({}, "found none"),
+        ([], "expected an object"),
+        ("no JSON", "not a JSON file"),
+        ("", "is empty"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     ],
-)  # fmt: skip
+)
 def test_poolings_that_cannot_be_followed_are_not_taken_for_others(saved_encoder, written, found):
     folder = Path(saved_encoder("Bert"))
     write_pooling(folder, written)
     with pytest.raises(InputError) as caught:
         sentence_pooling(folder)
     message = str(caught.value)
-    assert message.startswith("pooling: auto cannot follow ") and found in message and "set pooling to mean, cls, last or pooler" in message and "\n" not in message
+    assert (
+        message.startswith("pooling: auto cannot follow ")
+        and found in message
+        and "set pooling to mean, cls, last or pooler" in message
+        and "\n" not in message
+    )
 
 
 def test_vectors_without_their_prompt_are_refused_where_there_is_one(saved_encoder):
     folder = Path(saved_encoder("Bert"))
-    write_pooling(folder, NEW | {"pooling_mode": "mean", "include_prompt": False}, config_sentence_transformers={"prompts": {"query": "query: "}})
+    write_pooling(
+        folder,
+        NEW | {"pooling_mode": "mean", "include_prompt": False},
+        config_sentence_transformers={"prompts": {"query": "query: "}},
+    )
     with pytest.raises(InputError, match="include_prompt: false"):
         sentence_pooling(folder)
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": ""}}))
@@ -230,7 +257,11 @@ def test_vectors_without_their_prompt_are_refused_where_there_is_one(saved_encod
 def test_modules_json_says_where_the_pooling_is(saved_encoder):
     folder = Path(saved_encoder("Bert"))
     kind = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
-    write_pooling(folder, NEW | {"pooling_mode": "cls"}, modules=[{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "2_Pooling", "type": kind}])
+    write_pooling(
+        folder,
+        NEW | {"pooling_mode": "cls"},
+        modules=[{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "2_Pooling", "type": kind}],
+    )
     assert sentence_pooling(folder) is None
     (folder / "1_Pooling").rename(folder / "2_Pooling")
     assert sentence_pooling(folder) == "cls"

@@ -25,23 +25,53 @@ from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.start import prepare_model
 from tests.support import tiny
 
-SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 66, "pad_token_id": 1}
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 66,
+    "pad_token_id": 1,
+}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
 DECODER = {"num_key_value_heads": 2, **SPECIAL}
 BIDIRECTIONAL = {  # -> whether positions start behind the padding's
-    "Bert": ({}, False), "Roberta": ({}, True), "XLMRoberta": ({}, True), "Camembert": ({}, True), "DistilBert": ({}, False),
-    "Electra": ({}, False), "Albert": ({"embedding_size": 16}, False), "MPNet": ({}, True), "Esm": ({"mask_token_id": 3}, True),
+    "Bert": ({}, False),
+    "Roberta": ({}, True),
+    "XLMRoberta": ({}, True),
+    "Camembert": ({}, True),
+    "DistilBert": ({}, False),
+    "Electra": ({}, False),
+    "Albert": ({"embedding_size": 16}, False),
+    "MPNet": ({}, True),
+    "Esm": ({"mask_token_id": 3}, True),
     "DebertaV2": ({"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}, False),
-    "ModernBert": ({**SPECIAL, "cls_token_id": 1, "sep_token_id": 2}, False), "Longformer": ({"attention_window": 8}, True),
-    "XLNet": (None, False), "BigBird": ({}, False), "MobileBert": ({"embedding_size": 16, "intra_bottleneck_size": 16}, False), "RoFormer": ({"embedding_size": 32}, False),
-}  # fmt: skip
-CAUSAL = {"GPT2": {"n_inner": 48, **SPECIAL}, "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "Llama": DECODER, "Qwen2": DECODER, "Qwen3": {**DECODER, "head_dim": 16}, "Bert": {"is_decoder": True}}
+    "ModernBert": ({**SPECIAL, "cls_token_id": 1, "sep_token_id": 2}, False),
+    "Longformer": ({"attention_window": 8}, True),
+    "XLNet": (None, False),
+    "BigBird": ({}, False),
+    "MobileBert": ({"embedding_size": 16, "intra_bottleneck_size": 16}, False),
+    "RoFormer": ({"embedding_size": 32}, False),
+}
+CAUSAL = {
+    "GPT2": {"n_inner": 48, **SPECIAL},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Llama": DECODER,
+    "Qwen2": DECODER,
+    "Qwen3": {**DECODER, "head_dim": 16},
+    "Bert": {"is_decoder": True},
+}
 TOKENS = ProbeTokens((5,), tuple(range(7, 59)), (6,), 1, 59)
 
 
 def encoder_of(family: str, options: dict | None):
     config = getattr(transformers, f"{family}Config")
-    config = config(vocab_size=60, d_model=32, n_layer=2, n_head=2, d_inner=48, pad_token_id=1) if options is None else config(**{**SIZES, **options})
+    config = (
+        config(vocab_size=60, d_model=32, n_layer=2, n_head=2, d_inner=48, pad_token_id=1)
+        if options is None
+        else config(**{**SIZES, **options})
+    )
     torch.manual_seed(0)
     return AutoModel.from_config(config, dtype=torch.float32).eval()
 
@@ -81,7 +111,9 @@ def test_decoders_pass_with_last_and_mean_and_their_first_token_is_refused(famil
 @pytest.mark.parametrize("family", ["FNet", "ConvBert", "Nystromformer", "Yoso"])
 def test_families_that_do_not_heed_the_mask_are_refused(family):
     for layers in (1, 2):
-        encoder = encoder_of(family, {"num_hidden_layers": layers, **({"num_landmarks": 64} if family == "Nystromformer" else {})})
+        encoder = encoder_of(
+            family, {"num_hidden_layers": layers, **({"num_landmarks": 64} if family == "Nystromformer" else {})}
+        )
         for pooling in ("mean", "cls", "last"):
             assert "does not heed the attention mask" in refusal(encoder, pooling)
 
@@ -120,14 +152,21 @@ def test_rounding_is_told_from_neighbours_in_float64(monkeypatch):
     with torch.no_grad():
         assert probe._difference(probe._vectors(text, [short], 1)[0], probe._vectors(text, [short, long], 1)[0]) > 1e-9
     check_text_encoder(text, TOKENS, max_length=40, name="it")
-    assert all(tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in text.state_dict().items())
+    assert all(
+        tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+        for name, tensor in text.state_dict().items()
+    )
 
 
 def test_a_probe_leaves_generators_and_modes_as_they_were():
     text = TextBertBase(encoder_of("Bert", {}), pooling="cls", hidden_common_dim=4)
     text.encoder.train()
     text.dropout.eval()
-    before = [module.training for module in text.modules()], torch.get_rng_state(), {name: tensor.clone() for name, tensor in text.state_dict().items()}
+    before = (
+        [module.training for module in text.modules()],
+        torch.get_rng_state(),
+        {name: tensor.clone() for name, tensor in text.state_dict().items()},
+    )
     check_text_encoder(text, TOKENS, max_length=40, name="it")
     assert [module.training for module in text.modules()] == before[0] and torch.equal(torch.get_rng_state(), before[1])
     assert all(torch.equal(tensor, before[2][name]) for name, tensor in text.state_dict().items())
@@ -180,13 +219,17 @@ def test_rounding_of_large_weights_is_no_fault_of_packing(pooling):
     assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("added", [["<user>"], {"pad_token": "<padding>"}, {"cls_token": "<start>"}], ids=["token", "pad", "cls"])
+@pytest.mark.parametrize(
+    "added", [["<user>"], {"pad_token": "<padding>"}, {"cls_token": "<start>"}], ids=["token", "pad", "cls"]
+)
 def test_added_tokens_need_a_resized_embedding(settings, added):
     folder = settings["encoder"]
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens(added) if isinstance(added, list) else tokenizer.add_special_tokens(added)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match=r"token ids up to 81, its embedding has 81 rows .* model\.resize_token_embeddings\(82\)"):
+    with pytest.raises(
+        InputError, match=r"token ids up to 81, its embedding has 81 rows .* model\.resize_token_embeddings\(82\)"
+    ):
         prepared(settings)
     encoder = BertModel.from_pretrained(folder)
     encoder.resize_token_embeddings(82)
@@ -198,7 +241,9 @@ def test_check_says_it_in_one_line_and_writes_nothing(settings, tmp_path):
     tokenizer = load_tokenizer(settings["encoder"])
     tokenizer.add_tokens(["<user>"])
     tokenizer.save_pretrained(settings["encoder"])
-    (tmp_path / "run.json").write_text(json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()})
+    )
     done = tiny.run_command(["train.py", str(tmp_path / "run.json"), "--check"])
     assert done.returncode == 2 and "its embedding has 81 rows" in done.stderr and "Traceback" not in done.stderr
     assert not Path(settings["model_path"], "model.safetensors").exists()
@@ -212,7 +257,10 @@ def test_a_folder_trained_before_the_check_scores_texts_without_the_token(settin
     tokenizer.add_tokens(["<user>"])
     tokenizer.save_pretrained(folder / "encoder")
     predictor = Predictor(load_model_folder(folder), DistContext(0, 0, 1, 1, torch.device("cpu")))
-    rows = [{"text": "refund pay", "age": 1, "amount": 2, "kind": "a"}, {"text": "now <user> pay", "age": 1, "amount": 2, "kind": "a"}]
+    rows = [
+        {"text": "refund pay", "age": 1, "amount": 2, "kind": "a"},
+        {"text": "now <user> pay", "age": 1, "amount": 2, "kind": "a"},
+    ]
     assert np.isfinite(predictor.predict(rows[:1])[0]["prob"])
     with pytest.raises(InputError, match="data row 2: its text has the token id 81, the model's embedding has 81 rows"):
         predictor.predict(rows)

@@ -82,8 +82,14 @@ def test_last_pooling_is_the_last_real_token(make_encoder, family):
     ids, mask = tokens(12, 7, 1)
     pooled = model.pool(ids, mask)
     for row, length in enumerate((12, 7, 1)):
-        options = {"global_attention_mask": (torch.arange(length) % (length - 1 or 1) == 0).long()[None]} if family == "Longformer" else {}
-        hidden = encoder(input_ids=ids[row : row + 1, :length], attention_mask=mask[row : row + 1, :length], **options).last_hidden_state
+        options = (
+            {"global_attention_mask": (torch.arange(length) % (length - 1 or 1) == 0).long()[None]}
+            if family == "Longformer"
+            else {}
+        )
+        hidden = encoder(
+            input_ids=ids[row : row + 1, :length], attention_mask=mask[row : row + 1, :length], **options
+        ).last_hidden_state
         torch.testing.assert_close(pooled[row], hidden[0, length - 1], atol=1e-5, rtol=1e-5)
     chunked, chunk_mask = torch.stack([ids[:2], ids[1:]]), torch.stack([mask[:2], mask[1:]])  # [2, 2, 12]
     expected = model.linear(torch.stack([pooled[:2].mean(0), pooled[1:].mean(0)]))

@@ -16,7 +16,11 @@ TABLE_SIZES = (1, 2, 3, 5, 97)
 
 def launch(num_processes: int, *arguments: str) -> None:
     """One process is started plainly, without torchrun: the same code must run."""
-    start = tiny.run_command if num_processes == 1 else lambda command, **options: tiny.torchrun(num_processes, command, **options)
+    start = (
+        tiny.run_command
+        if num_processes == 1
+        else lambda command, **options: tiny.torchrun(num_processes, command, **options)
+    )
     done = start([WORKER, *arguments], timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 

@@ -36,10 +36,19 @@ def steps(folder: Path, context: DistContext) -> None:
 
     hooks.training_step, loop.train_one_step = noting_step, noting_train
     try:
-        config = Config(**tiny.settings(
-            folder, num_rows=501, class_weights=(1.0, 3.0), batch_size=25, microbatches_per_step=12, lr=2e-5, max_epochs=1,
-            warmup_steps=0, model_path=str(folder / f"run{context.world_size}"),
-        ))  # fmt: skip
+        config = Config(
+            **tiny.settings(
+                folder,
+                num_rows=501,
+                class_weights=(1.0, 3.0),
+                batch_size=25,
+                microbatches_per_step=12,
+                lr=2e-5,
+                max_epochs=1,
+                warmup_steps=0,
+                model_path=str(folder / f"run{context.world_size}"),
+            )
+        )
         tiny.train(config, context)
     finally:
         hooks.training_step, loop.train_one_step = plain_step, plain_train
@@ -48,7 +57,10 @@ def steps(folder: Path, context: DistContext) -> None:
     for number, part in gathered:
         rows.setdefault(number, []).extend(part)
     if context.is_main:
-        result = {"rows": [sorted(rows[number]) for number in sorted(rows)], "losses": [x["train_loss"] for x in tiny.metrics_lines(config.model_path) if "train_loss" in x]}
+        result = {
+            "rows": [sorted(rows[number]) for number in sorted(rows)],
+            "losses": [x["train_loss"] for x in tiny.metrics_lines(config.model_path) if "train_loss" in x],
+        }
         (folder / f"steps{context.world_size}.json").write_text(json.dumps(result))
 
 
@@ -67,7 +79,9 @@ def score(folder: Path, context: DistContext) -> None:
     assert results["steps"] == 21
     predictor = Predictor.from_folder(folder / "run1", context)
     for num_rows in (1, 2, 3, 5, 97):
-        predictor.predict_file([str(folder / f"rows{num_rows}.csv")], folder / f"rows{num_rows}-by{context.world_size}.tsv")
+        predictor.predict_file(
+            [str(folder / f"rows{num_rows}.csv")], folder / f"rows{num_rows}-by{context.world_size}.tsv"
+        )
 
 
 class Interrupted(Exception):
@@ -86,10 +100,21 @@ def resume(folder: Path, context: DistContext) -> None:
                 raise Interrupted
 
         model_path = folder / f"resume{context.world_size}-{dies_after}"
-        config = Config(**tiny.settings(
-            folder, num_rows=27, batch_size=8, max_epochs=2, save_every=1, keep_checkpoints=100, val_check_interval=0.5,
-            gradient_clip_val=1.0, weight_decay=0.01, head_lr=3e-3, model_path=str(model_path),
-        ))  # fmt: skip
+        config = Config(
+            **tiny.settings(
+                folder,
+                num_rows=27,
+                batch_size=8,
+                max_epochs=2,
+                save_every=1,
+                keep_checkpoints=100,
+                val_check_interval=0.5,
+                gradient_clip_val=1.0,
+                weight_decay=0.01,
+                head_lr=3e-3,
+                model_path=str(model_path),
+            )
+        )
         loop.save = dying_save if dies_after else plain_save
         try:
             tiny.train(config, context)
@@ -108,7 +133,9 @@ def resume(folder: Path, context: DistContext) -> None:
                 "scheduler": state["scheduler"],
                 "best": [state["best_step"], state["best_value"]],
                 "model": sha256_of(model_path / "model.safetensors"),
-                "losses": [(x["step"], x["train_loss"], x["lr"]) for x in tiny.metrics_lines(model_path) if "train_loss" in x],
+                "losses": [
+                    (x["step"], x["train_loss"], x["lr"]) for x in tiny.metrics_lines(model_path) if "train_loss" in x
+                ],
                 "validations": [(x["step"], x["val_loss"]) for x in tiny.metrics_lines(model_path) if "val_loss" in x],
             }
     if context.is_main:

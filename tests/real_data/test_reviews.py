@@ -20,7 +20,17 @@ def test_reviews_reach_the_plain_loop_and_the_figures_are_the_files(tmp_path):
     data, encoder = Path(os.environ["MMBERT_REVIEWS"]), os.environ["MMBERT_ENCODER"]
     files = [word for name in ("train", "val", "test") for word in (f"--{name}_path", str(data / f"{name}.csv"))]
     done = tiny.torchrun(
-        2, ["train.py", "examples/womens_reviews.yaml", *files, "--encoder", encoder, "--model_path", str(tmp_path / "run")], timeout=2400
+        2,
+        [
+            "train.py",
+            "examples/womens_reviews.yaml",
+            *files,
+            "--encoder",
+            encoder,
+            "--model_path",
+            str(tmp_path / "run"),
+        ],
+        timeout=2400,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     [folder] = (tmp_path / "run").glob("multimodal_bert-*")

@@ -24,8 +24,29 @@ from tests.support.page_tree import tree_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OF_LABELS = ("metrics", "baselines", "threshold", "calibration", "roc", "precision_recall", "confusion", "scores", "slices", "importance", "errors")
-OF_A_MODEL = {"model.safetensors", "config.json", "features.json", "labels.json", "thresholds.json", "summary.json", "README.md", "train_results.json"}
+OF_LABELS = (
+    "metrics",
+    "baselines",
+    "threshold",
+    "calibration",
+    "roc",
+    "precision_recall",
+    "confusion",
+    "scores",
+    "slices",
+    "importance",
+    "errors",
+)
+OF_A_MODEL = {
+    "model.safetensors",
+    "config.json",
+    "features.json",
+    "labels.json",
+    "thresholds.json",
+    "summary.json",
+    "README.md",
+    "train_results.json",
+}
 OF_A_TEST = {"test_result_0.tsv", "test_metrics.json", "report.json", "report.html"}
 
 
@@ -43,7 +64,10 @@ def files(tmp_path_factory) -> Path:
     tiny.settings(folder, num_rows=24)
     with open(folder / "test.csv", newline="") as stream:
         header, *rows = csv.reader(stream)
-    for name, kept in (("unlabelled", [row[:-1] for row in (header, *rows)]), ("one", [header, *(row for row in rows if row[-1] == "1")])):
+    for name, kept in (
+        ("unlabelled", [row[:-1] for row in (header, *rows)]),
+        ("one", [header, *(row for row in rows if row[-1] == "1")]),
+    ):
         with open(folder / f"{name}.csv", "w", newline="") as stream:
             csv.writer(stream).writerows(kept)
     return folder
@@ -75,12 +99,20 @@ def page_of(folder: Path) -> dict[str, str]:
 FEW = {"slices": "no value and no quarter of a column has 30 rows"}  # of 24
 LITTLE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {  # changes, and the reason of each section that is empty
     "no validation rows": ({"val_path": (), "val_fraction": 0.0}, FEW),
-    "text only": ({"tab_field_list": (), "cat_field_list": ()}, {"slices": "the model has no columns, and none were named"}),
+    "text only": (
+        {"tab_field_list": (), "cat_field_list": ()},
+        {"slices": "the model has no columns, and none were named"},
+    ),
     "columns only": ({"text_name": ()}, FEW),
     "unlabelled": ({"test_path": "unlabelled.csv"}, dict.fromkeys(OF_LABELS, "no labelled rows")),
     "one class": (
         {"test_path": "one.csv", "early_stop_metric": "val/auroc"},
-        {**FEW, "roc": "one class only in the labels", "precision_recall": "one class only in the labels", "importance": "auroc is undefined on "},
+        {
+            **FEW,
+            "roc": "one class only in the labels",
+            "precision_recall": "one class only in the labels",
+            "importance": "auroc is undefined on ",
+        },
     ),
 }
 
@@ -95,17 +127,26 @@ def test_a_run_with_little_to_show_has_every_section(files, tmp_path, name):
     folder, made = report_of(run)
     assert names_in(run) >= OF_A_MODEL and names_in(folder) == OF_A_TEST
     empty = {key: part["reason"] for key in (*OF_LABELS, "training", "data") if set(part := made[key]) == {"reason"}}
-    assert set(empty) - {"errors"} == set(reasons) - {"errors"} and all(empty[key].startswith(why) for key, why in reasons.items())
+    assert set(empty) - {"errors"} == set(reasons) - {"errors"} and all(
+        empty[key].startswith(why) for key, why in reasons.items()
+    )
     page = page_of(folder)
     assert all(empty[key] in text if key in empty else len(text) > 10 for key, text in page.items())
     rows = len(made["errors"].get("rows", ()))
-    wrong = 0 if name == "unlabelled" else sum(sum(line) for line in made["confusion"]["counts"]) - sum(np.diag(made["confusion"]["counts"]))
+    wrong = (
+        0
+        if name == "unlabelled"
+        else sum(sum(line) for line in made["confusion"]["counts"]) - sum(np.diag(made["confusion"]["counts"]))
+    )
     assert rows == min(wrong, build.MOST_ERRORS)
 
     baselines = {row["name"] for row in made["baselines"].get("rows", ())}
     importance = {item["name"] for item in made["importance"].get("items", ())}
     if name == "no validation rows":
-        assert made["threshold"]["reason"] == made["calibration"]["reason"] == "no validation rows" and made["training"]["validations"] == []
+        assert (
+            made["threshold"]["reason"] == made["calibration"]["reason"] == "no validation rows"
+            and made["training"]["validations"] == []
+        )
         assert page["threshold"].count("no validation rows") and set(made["data"]) == {"files", "train", "test"}
     if name == "text only":
         assert baselines == {"most frequent class", "text only"} and importance == {"text"}
@@ -113,10 +154,17 @@ def test_a_run_with_little_to_show_has_every_section(files, tmp_path, name):
         assert baselines == {"most frequent class", "columns only"} and importance == {"age", "amount", "kind"}
         assert all(error["tokens"] == [] and error["columns"] for error in made["errors"]["rows"]) and rows
     if name == "unlabelled":
-        assert results["test_metrics"] == {"test/num_rows": 37} and "No labelled test rows" in (run / "README.md").read_text()
+        assert (
+            results["test_metrics"] == {"test/num_rows": 37}
+            and "No labelled test rows" in (run / "README.md").read_text()
+        )
         assert made["data"]["test"]["classes"] is None and not made["has_labels"]
     if name == "one class":
-        assert made["metrics"]["model"]["auroc"] == {"value": None, "interval": None, "reason": "only one class in the labels: '1'"}
+        assert made["metrics"]["model"]["auroc"] == {
+            "value": None,
+            "interval": None,
+            "reason": "only one class in the labels: '1'",
+        }
         assert "only one class in the labels" in page["metrics"] and "f1_macro" in made["baselines"]["verdict"]
         assert made["data"]["test"]["classes"]["0"] == 0 < made["data"]["test"]["classes"]["1"]
 
@@ -125,7 +173,9 @@ def test_a_run_with_little_to_show_has_every_section(files, tmp_path, name):
 
 
 @pytest.mark.parametrize(("num_classes", "value"), [(2, np.nan), (2, np.inf), (3, np.nan)])
-def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(tmp_path, monkeypatch, capsys, caplog, num_classes, value):
+def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(
+    tmp_path, monkeypatch, capsys, caplog, num_classes, value
+):
     plain = hooks.test_step
 
     def test_step(model, batch, batch_idx, outputs, **options):
@@ -140,17 +190,25 @@ def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(tmp_pa
     results, _ = tiny.train(config)
     figures, why = results["test_metrics"], "1 of 37 predictions are not finite"
     metrics = [key for key in figures if key.startswith("test/") and key != "test/num_rows"]
-    assert len(metrics) >= 14 and all(figures[key] is None and figures["undefined"][key] == why for key in metrics) and figures["intervals"] == {}
+    assert (
+        len(metrics) >= 14
+        and all(figures[key] is None and figures["undefined"][key] == why for key in metrics)
+        and figures["intervals"] == {}
+    )
     folder, made = report_of(tmp_path / "run")
     assert names_in(folder) == OF_A_TEST and load_model_folder(tmp_path / "run")
-    assert {key: made[key] for key in OF_LABELS} == dict.fromkeys(OF_LABELS, {"reason": "predictions that are no numbers"})
+    assert {key: made[key] for key in OF_LABELS} == dict.fromkeys(
+        OF_LABELS, {"reason": "predictions that are no numbers"}
+    )
     assert all("predictions that are no numbers" in page_of(folder)[key] for key in OF_LABELS)
     with open(folder / "test_result_0.tsv", newline="") as stream:
         cells = [row["prob" if num_classes == 2 else "prob_0"] for row in csv.DictReader(stream, delimiter="\t")]
     assert len(cells) == 37 and np.isfinite(np.array(cells, float)).sum() == 36
     console.print_figures(figures, config)
     assert capsys.readouterr().out.splitlines()[-1] == f"No comparison with baselines: {why}."
-    assert any(message.startswith("probabilities that are no numbers: 1 of 37 rows, first ") for message in caplog.messages)
+    assert any(
+        message.startswith("probabilities that are no numbers: 1 of 37 rows, first ") for message in caplog.messages
+    )
 
 
 # ---- evaluate: what it leaves ----
@@ -179,13 +237,23 @@ def everything(*folders: Path) -> set[Path]:
     return {path for folder in folders for path in folder.rglob("*")}
 
 
-def test_evaluate_leaves_one_folder_and_says_that_a_model_is_no_better_than_its_baselines(model, files, place, tmp_path, capsys):
+def test_evaluate_leaves_one_folder_and_says_that_a_model_is_no_better_than_its_baselines(
+    model, files, place, tmp_path, capsys
+):
     before = everything(model, files)
-    assert cli.main(["evaluate", str(model), str(files / "test.csv"), "--output", str(place), "--num_threads", "1"]) == 0
+    assert (
+        cli.main(["evaluate", str(model), str(files / "test.csv"), "--output", str(place), "--num_threads", "1"]) == 0
+    )
     [folder] = place.iterdir()
-    assert names_in(folder) == OF_A_TEST and everything(model, files) == before and names_in(tmp_path / "temporary") == set()
+    assert (
+        names_in(folder) == OF_A_TEST
+        and everything(model, files) == before
+        and names_in(tmp_path / "temporary") == set()
+    )
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("The model does not beat its baselines: auroc ") and "Try a higher lr" not in line  # who evaluates does not train
+    assert (
+        line.startswith("The model does not beat its baselines: auroc ") and "Try a higher lr" not in line
+    )  # who evaluates does not train
     made = json.loads((folder / "report.json").read_text())
     assert made["baselines"]["verdict"] == line and line in page_of(folder)["baselines"]
 
@@ -197,7 +265,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", [*BAD, "a column that is missing", "a file that is missing", "a slice of no column", "an output that is a file"])
+@pytest.mark.parametrize(
+    "case",
+    [*BAD, "a column that is missing", "a file that is missing", "a slice of no column", "an output that is a file"],
+)
 def test_evaluate_on_bad_input_is_one_line_and_leaves_nothing(model, files, place, tmp_path, capsys, case):
     path, words = tmp_path / "bad.csv", []
     with open(files / "test.csv", newline="") as stream:
@@ -256,7 +327,11 @@ def trained_in_spite(files: Path, tmp_path: Path, caplog) -> tuple[dict[str, Any
     assert names_in(folder) >= {"test_result_0.tsv", "test_metrics.json"}
     figures = json.loads((folder / "test_metrics.json").read_text())
     assert figures == json.loads(json.dumps(results["test_metrics"])) and figures["test/accuracy"] is not None
-    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and "MemoryError" in record.getMessage()]
+    [warning] = [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and "MemoryError" in record.getMessage()
+    ]
     return results, warning
 
 
@@ -265,12 +340,22 @@ def test_baselines_that_fail_cost_no_run(files, tmp_path, monkeypatch, caplog):
     results, warning = trained_in_spite(files, tmp_path, caplog)
     folder, made = report_of(tmp_path / "run")
     assert warning == "no baselines: MemoryError: no more" and results["test_metrics"]["baselines"] == {}
-    assert made["baselines"] == {"reason": "the model folder has none"} and "the model folder has none" in page_of(folder)["baselines"]
-    assert cli.main(["evaluate", str(tmp_path / "run"), str(files / "test.csv"), "--output", str(tmp_path / "again")]) == 0
+    assert (
+        made["baselines"] == {"reason": "the model folder has none"}
+        and "the model folder has none" in page_of(folder)["baselines"]
+    )
+    assert (
+        cli.main(["evaluate", str(tmp_path / "run"), str(files / "test.csv"), "--output", str(tmp_path / "again")]) == 0
+    )
 
 
-@pytest.mark.parametrize(("module", "function", "section"), [("curves", "roc_section", "roc"), ("", "permutation_importance", "importance"), ("", "explain_rows", "errors")])
-def test_a_section_that_fails_is_a_section_with_its_reason(files, tmp_path, monkeypatch, caplog, module, function, section):
+@pytest.mark.parametrize(
+    ("module", "function", "section"),
+    [("curves", "roc_section", "roc"), ("", "permutation_importance", "importance"), ("", "explain_rows", "errors")],
+)
+def test_a_section_that_fails_is_a_section_with_its_reason(
+    files, tmp_path, monkeypatch, caplog, module, function, section
+):
     monkeypatch.setattr(getattr(build, module) if module else build, function, fail)
     _, warning = trained_in_spite(files, tmp_path, caplog)
     folder, made = report_of(tmp_path / "run")
@@ -279,7 +364,9 @@ def test_a_section_that_fails_is_a_section_with_its_reason(files, tmp_path, monk
     assert page_of(folder)[section].endswith("MemoryError: no more")
 
 
-@pytest.mark.parametrize(("module", "function"), [(build, "render"), (build, "build_report"), (finish, "training_section")])
+@pytest.mark.parametrize(
+    ("module", "function"), [(build, "render"), (build, "build_report"), (finish, "training_section")]
+)
 def test_a_report_that_fails_costs_no_run(files, tmp_path, monkeypatch, caplog, module, function):
     caplog.set_level(logging.INFO, logger="mmbert_core")
     monkeypatch.setattr(module, function, fail)
@@ -287,7 +374,9 @@ def test_a_report_that_fails_costs_no_run(files, tmp_path, monkeypatch, caplog, 
     folder = Path(results["test_folder"])
     assert warning == "no report.html: MemoryError: no more" and not (folder / "report.html").exists()
     assert not any(message.startswith("report: ") for message in caplog.messages)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"] == json.loads((folder / "test_metrics.json").read_text())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"] == json.loads(
+        (folder / "test_metrics.json").read_text()
+    )
 
 
 def test_a_damaged_log_of_the_run_costs_no_evaluation(model, files, place, tmp_path, capsys):

@@ -27,8 +27,14 @@ def words_of(svg: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 300, [0, 100, 200, 300]), (0.89, 0.957, [0.9, 0.92, 0.94]), (-0.1, 0.35, [-0.1, 0, 0.1, 0.2, 0.3]), (2, 2, [2])],
-)  # fmt: skip
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 300, [0, 100, 200, 300]),
+        (0.89, 0.957, [0.9, 0.92, 0.94]),
+        (-0.1, 0.35, [-0.1, 0, 0.1, 0.2, 0.3]),
+        (2, 2, [2]),
+    ],
+)
 def test_ticks_are_round_numbers_inside(low, high, expected):
     assert charts.ticks(low, high) == pytest.approx(expected)
 
@@ -41,8 +47,16 @@ def test_ticks_of_any_size_are_few_and_inside():
 
 
 def test_small_numbers_fit_the_margin():
-    svg = charts.plot([Curve("a", [0, 20_000], [0, 2e-4])], Axis("step", 0, 20_000), Axis("", 0, 2e-4), title="t", desc="d")
-    assert [word for word in words_of(svg) if word][:5] == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"] and "20,000" in words_of(svg)
+    svg = charts.plot(
+        [Curve("a", [0, 20_000], [0, 2e-4])], Axis("step", 0, 20_000), Axis("", 0, 2e-4), title="t", desc="d"
+    )
+    assert [word for word in words_of(svg) if word][:5] == [
+        "0",
+        "5e-5",
+        "1e-4",
+        "1.5e-4",
+        "2e-4",
+    ] and "20,000" in words_of(svg)
 
 
 def test_range_of_has_air_and_is_never_empty():
@@ -66,18 +80,24 @@ def test_a_step_holds_its_value_until_the_next():
 def test_a_long_curve_is_thinned_with_both_ends_and_without_gaps_of_nan():
     points = [(float(index), math.nan if index == 7 else 0.5) for index in range(5000)]
     kept = charts.thin(points, 400)
-    assert len(kept) == 400 and kept[0] == points[0] and kept[-1] == points[-1] and all(math.isfinite(y) for _, y in kept)
+    assert (
+        len(kept) == 400 and kept[0] == points[0] and kept[-1] == points[-1] and all(math.isfinite(y) for _, y in kept)
+    )
     assert charts.thin(points[:5], 400) == points[:5]
 
 
 def test_a_curve_of_many_points_carries_no_markers():
     for points, markers in ((charts.MOST_MARKED, charts.MOST_MARKED), (charts.MOST_MARKED + 1, 0)):
-        svg = charts.plot([Curve("a", range(points), range(points), marker="dot")], Axis("x"), Axis("y"), title="t", desc="d")
+        svg = charts.plot(
+            [Curve("a", range(points), range(points), marker="dot")], Axis("x"), Axis("y"), title="t", desc="d"
+        )
         assert len(list(parsed(svg).iter("circle"))) == markers
 
 
 def test_numbers_outside_stay_at_the_edge():
-    svg = charts.plot([Curve("a", [-5, 9], [7, -3])], Axis("x"), Axis("y"), title="t", desc="d", guides=[Guide((2, 0), (2, 5), "far")])
+    svg = charts.plot(
+        [Curve("a", [-5, 9], [7, -3])], Axis("x"), Axis("y"), title="t", desc="d", guides=[Guide((2, 0), (2, 5), "far")]
+    )
     numbers = [float(number) for number in re.findall(r"[\d.]+", path_of(svg))]
     assert max(numbers) <= charts.WIDTH and min(numbers) >= 0
 
@@ -95,9 +115,14 @@ def test_histograms_of_no_rows_are_empty_and_not_an_error():
 
 
 def test_reliability_leaves_empty_bins_out():
-    full, empty = {"low": 0, "high": 0.5, "rows": 5, "mean": 0.25, "share": 0.5}, {"low": 0.5, "high": 1, "rows": 0, "mean": None, "share": None}
+    full, empty = (
+        {"low": 0, "high": 0.5, "rows": 5, "mean": 0.25, "share": 0.5},
+        {"low": 0.5, "high": 1, "rows": 0, "mean": None, "share": None},
+    )
     svg = charts.reliability({"before": [full, empty], "after": [full]}, x_label="x", y_label="y", title="t", desc="d")
-    assert len(list(parsed(svg).iter("circle"))) == 1 and len(list(parsed(svg).iter("rect"))) == 1  # a dot before, a square after
+    assert (
+        len(list(parsed(svg).iter("circle"))) == 1 and len(list(parsed(svg).iter("rect"))) == 1
+    )  # a dot before, a square after
 
 
 def test_interval_dots_share_one_scale():
@@ -129,9 +154,13 @@ def test_few_classes_carry_numbers_and_many_hover_texts():
     few = charts.confusion([[90, 10], [0, 1_234_567]], ["no", "yes"], title="t", desc="d")
     assert {"90", "10", "0", "1M"} <= set(words_of(few))
     names = [f"class number {index}" for index in range(30)]
-    many = parsed(charts.confusion([[index + column for column in range(30)] for index in range(30)], names, title="t", desc="d"))
+    many = parsed(
+        charts.confusion([[index + column for column in range(30)] for index in range(30)], names, title="t", desc="d")
+    )
     hovers = [title.text for title in many.iter("title")]
-    assert "label class number 3, predicted class number 4: 7 (1.3%)" in hovers and len(hovers) == 900  # the empty cell of 0, 0 is not drawn, the chart's own title is
+    assert (
+        "label class number 3, predicted class number 4: 7 (1.3%)" in hovers and len(hovers) == 900
+    )  # the empty cell of 0, 0 is not drawn, the chart's own title is
     assert len([rect for rect in many.iter("rect") if rect.get("class") == "right"]) == 29
     assert float(many.get("width")) == float(many.get("viewBox").split()[2]) < 900
 
@@ -144,7 +173,13 @@ def all_charts(name: str) -> list[str]:
     part = {"low": 0, "high": 1, "rows": 5, "mean": 0.25, "share": 0.5}
     texts = {"title": name, "desc": name}
     return [
-        charts.plot([Curve(name, [0, 1], [0, 1], style, marker=marker) for style, marker in enumerate(("", "dot", "square"))], Axis(name), Axis(name), guides=[Guide((0, 0), (1, 1), name)], **texts),
+        charts.plot(
+            [Curve(name, [0, 1], [0, 1], style, marker=marker) for style, marker in enumerate(("", "dot", "square"))],
+            Axis(name),
+            Axis(name),
+            guides=[Guide((0, 0), (1, 1), name)],
+            **texts,
+        ),
         charts.histograms([0, 0.5, 1], {name: [1, 2]}, label=name, **texts),
         charts.reliability({name: [part]}, x_label=name, y_label=name, **texts),
         charts.interval_dots([(name, 0.9, (0.85, 0.95))], label=name, **texts),
@@ -153,7 +188,7 @@ def all_charts(name: str) -> list[str]:
         charts.shares([(name, 0.4), ("b", 0.6)]),
         charts.confusion([[1, 2], [3, 4]], [name, "b"], **texts),
         charts.confusion([[1] * 12] * 12, [name] * 12, **texts),
-    ]  # fmt: skip
+    ]
 
 
 def test_every_chart_is_well_formed_and_named_and_no_name_leaves_its_place():

@@ -23,7 +23,9 @@ def test_curves_have_their_areas_and_their_ends(num_rows: int) -> None:
     preds, labels = scored(num_rows)
     [roc] = curves.roc_section(preds, labels, ["no", "yes"])["curves"].values()
     [recall] = curves.precision_recall_section(preds, labels, ["no", "yes"])["curves"].values()
-    assert roc["area"] == pytest.approx(oracle.roc_auc_score(labels, preds)) and recall["area"] == pytest.approx(oracle.average_precision_score(labels, preds))
+    assert roc["area"] == pytest.approx(oracle.roc_auc_score(labels, preds)) and recall["area"] == pytest.approx(
+        oracle.average_precision_score(labels, preds)
+    )
     for curve in (roc, recall):
         assert 2 < len(curve["x"]) == len(curve["y"]) <= curves.MOST_POINTS and curve["x"] == sorted(curve["x"])
         assert (curve["x"][0], curve["x"][-1]) == (0, 1)
@@ -35,7 +37,9 @@ def test_each_of_several_classes_has_a_curve() -> None:
     preds, labels = scored(300, 3)
     labels[labels == 2] = 0
     curves_of_class = curves.roc_section(preds, labels, ["a", "b", "c"])["curves"]
-    assert set(curves_of_class) == {"a", "b"} and curves_of_class["b"]["area"] == pytest.approx(oracle.roc_auc_score(labels == 1, preds[:, 1]))
+    assert set(curves_of_class) == {"a", "b"} and curves_of_class["b"]["area"] == pytest.approx(
+        oracle.roc_auc_score(labels == 1, preds[:, 1])
+    )
     assert "one class" in curves.roc_section(preds, np.zeros_like(labels), ["a", "b", "c"])["reason"]
 
 
@@ -50,7 +54,9 @@ def test_the_threshold_table_is_counted() -> None:
         above = preds.astype(float) > row["threshold"]
         assert row["precision"] == pytest.approx(oracle.precision_score(labels, above, zero_division=0))
         assert row["recall"] == pytest.approx(oracle.recall_score(labels, above))
-        assert row["alerts_per_1000"] == pytest.approx(2 * above.sum()) and row["false_alerts_per_1000"] == pytest.approx(2 * (above & (labels == 0)).sum())
+        assert row["alerts_per_1000"] == pytest.approx(2 * above.sum()) and row[
+            "false_alerts_per_1000"
+        ] == pytest.approx(2 * (above & (labels == 0)).sum())
     for recall in curves.RECALLS:
         assert any(row["recall"] >= recall for row in section["table"])
     assert "several classes" in curves.threshold_section(*scored(50, 3), judgement)["reason"]
@@ -61,19 +67,29 @@ def test_bins_and_bars_count_every_row_once(num_classes: int) -> None:
     preds, labels = scored(400, num_classes)
     section = curves.calibration_section(preds, labels, Judgement(calibration=Calibration(2.0, 400)))
     for bins in (section["bins"], section["calibrated_bins"]):
-        assert sum(part["rows"] for part in bins) == 400 and all(part["low"] <= part["mean"] <= part["high"] for part in bins if part["rows"])
+        assert sum(part["rows"] for part in bins) == 400 and all(
+            part["low"] <= part["mean"] <= part["high"] for part in bins if part["rows"]
+        )
         total = sum(part["rows"] * part["share"] for part in bins if part["rows"])
         assert total == pytest.approx(labels.sum() if num_classes == 2 else (preds.argmax(1) == labels).sum())
     assert section["bins"] != section["calibrated_bins"]
     counts = curves.scores_section(preds, labels, list("abc")[:num_classes])["counts"]
-    assert sum(map(sum, counts.values())) == 400 and set(counts) == ({"a", "b"} if num_classes == 2 else {"right", "wrong"})
+    assert sum(map(sum, counts.values())) == 400 and set(counts) == (
+        {"a", "b"} if num_classes == 2 else {"right", "wrong"}
+    )
 
 
 def test_confusion_is_scikit_learns() -> None:
     preds, labels = scored(300, 4)
-    assert curves.confusion_section(preds, labels, 4, 0.5)["counts"] == oracle.confusion_matrix(labels, preds.argmax(1)).tolist()
+    assert (
+        curves.confusion_section(preds, labels, 4, 0.5)["counts"]
+        == oracle.confusion_matrix(labels, preds.argmax(1)).tolist()
+    )
     preds, labels = scored()
-    assert curves.confusion_section(preds, labels, 2, 0.8)["counts"] == oracle.confusion_matrix(labels, preds > 0.8).tolist()
+    assert (
+        curves.confusion_section(preds, labels, 2, 0.8)["counts"]
+        == oracle.confusion_matrix(labels, preds > 0.8).tolist()
+    )
 
 
 def test_a_judgement_needs_rows() -> None:
@@ -84,6 +100,10 @@ def test_a_judgement_needs_rows() -> None:
     made = fit_judgement(preds[few], labels[few], rule="best_f1", num_classes=2, baselines=None)
     assert made.threshold.value == 0.5 and f"{FEWEST_OF_A_CLASS - 1} validation rows" in made.threshold.reason
     made = fit_judgement(None, None, rule="best_f1", num_classes=2, baselines=None)
-    assert (made.threshold.value, made.threshold.reason, made.calibration.reason) == (0.5, "no validation rows", "no validation rows")
+    assert (made.threshold.value, made.threshold.reason, made.calibration.reason) == (
+        0.5,
+        "no validation rows",
+        "no validation rows",
+    )
     made = fit_judgement(*scored(400, 3), rule="best_f1", num_classes=3, baselines=None)
     assert "several classes" in made.threshold.reason and made.calibration.reason is None

@@ -14,8 +14,24 @@ from mmbert_core.runtime.errors import InputError
 from tests.support import reports
 from tests.support.page_tree import Element, tree_of
 
-NAMES = ["Headline", "Warnings", "Baselines", "Threshold", "Calibration", "ROC", "Precision and recall", "Confusion", "Scores", "Training", "Slices",
-         "Importance", "Errors", "Config", "Data", "Versions"]  # fmt: skip
+NAMES = [
+    "Headline",
+    "Warnings",
+    "Baselines",
+    "Threshold",
+    "Calibration",
+    "ROC",
+    "Precision and recall",
+    "Confusion",
+    "Scores",
+    "Training",
+    "Slices",
+    "Importance",
+    "Errors",
+    "Config",
+    "Data",
+    "Versions",
+]
 
 
 @pytest.fixture(scope="module", params=reports.EXAMPLES)
@@ -33,7 +49,11 @@ def section(report: dict, name: str) -> Element:
 
 def row_of(table_text: Element, head: str) -> list[str]:
     """The cells of the first row that begins with `head`."""
-    return next([cell.text for cell in row.parts] for row in table_text.all("tr") if isinstance(row.parts[0], Element) and row.parts[0].text == head)
+    return next(
+        [cell.text for cell in row.parts]
+        for row in table_text.all("tr")
+        if isinstance(row.parts[0], Element) and row.parts[0].text == head
+    )
 
 
 # ---- every section ----
@@ -44,7 +64,9 @@ def test_every_section_is_there_under_its_name_and_in_the_nav(html):
     assert [next(part.all("h2")).text for part in made.values()] == NAMES == [name for name, _, _ in SECTIONS]
     assert all(len(part.text) > len(name) for name, part in zip(NAMES, made.values()))
     [nav] = tree_of(html).all("nav")
-    assert [link.attributes["href"] for link in nav.all("a")] == [f"#{name}" for name in made] and [link.text for link in nav.all("a")] == NAMES
+    assert [link.attributes["href"] for link in nav.all("a")] == [f"#{name}" for name in made] and [
+        link.text for link in nav.all("a")
+    ] == NAMES
 
 
 def test_a_section_without_figures_says_why():
@@ -59,8 +81,20 @@ def test_a_section_without_figures_says_why():
 def test_charts_and_tables_where_there_are_figures():
     for report in (reports.binary_report(), reports.multiclass_report()):
         made = sections_of(render(report))
-        with_charts = {name for name, part in made.items() if any(svg.attributes.get("role") == "img" for svg in part.all("svg"))}
-        expected = {"baselines", "calibration", "roc", "precision-and-recall", "confusion", "scores", "training", "slices", "importance"}
+        with_charts = {
+            name for name, part in made.items() if any(svg.attributes.get("role") == "img" for svg in part.all("svg"))
+        }
+        expected = {
+            "baselines",
+            "calibration",
+            "roc",
+            "precision-and-recall",
+            "confusion",
+            "scores",
+            "training",
+            "slices",
+            "importance",
+        }
         assert with_charts == expected | ({"threshold"} if report["task"] == "binary" else set())
         assert all(list(made[name].all("table")) for name in with_charts)  # the same figures as text
     assert "several classes" in made["threshold"].text
@@ -87,11 +121,19 @@ def test_headline_shows_six_figures_with_interval_and_best_baseline():
     shown = [element.text for element in part.all("div") if "card" in element.classes]
     assert len(shown) == 6
     assert shown[0] == "auroc0.9575[0.9465, 0.9665]0.0151 better than the best baseline: 0.9424 (text only)"
-    assert shown[4] == "log_loss0.2042[0.1932, 0.2132]0.0151 better than the best baseline: 0.2193 (text only)"  # less is better
+    assert (
+        shown[4] == "log_loss0.2042[0.1932, 0.2132]0.0151 better than the best baseline: 0.2193 (text only)"
+    )  # less is better
     report["metrics"]["names"] = ["recall", "precision", *report["metrics"]["names"]]
     cards = [element.text for element in section(report, "headline").all("div") if "card" in element.classes]
-    assert all(re.fullmatch(r"(recall|precision)0\.\d{4}\[0\.\d{4}, 0\.\d{4}\]", each) for each in cards[:2]) and "better" in cards[2]
-    assert row_of(part, "mcc") == ["mcc", "–", "", "only one class in the labels"] and row_of(part, "recall")[1] == "0.9540"
+    assert (
+        all(re.fullmatch(r"(recall|precision)0\.\d{4}\[0\.\d{4}, 0\.\d{4}\]", each) for each in cards[:2])
+        and "better" in cards[2]
+    )
+    assert (
+        row_of(part, "mcc") == ["mcc", "–", "", "only one class in the labels"]
+        and row_of(part, "recall")[1] == "0.9540"
+    )
 
 
 def test_a_model_below_its_baseline_is_told_so():
@@ -100,23 +142,41 @@ def test_a_model_below_its_baseline_is_told_so():
         row["metrics"]["auroc"]["value"] = 0.97
         row["metrics"]["log_loss"]["value"] = 0.1
     shown = section(report, "headline").text
-    assert "0.0125 worse than the best baseline: 0.9700" in shown and "0.1042 worse than the best baseline: 0.1000" in shown
+    assert (
+        "0.0125 worse than the best baseline: 0.9700" in shown
+        and "0.1042 worse than the best baseline: 0.1000" in shown
+    )
     assert "better" not in section(report | {"baselines": {"reason": "no labels"}}, "headline").text
 
 
 def test_baselines_stand_beside_the_model_in_every_metric():
     part = section(reports.binary_report(), "baselines")
     assert "The model is above all baselines in auroc: 0.958 beside 0.942 (text only)." in part.text
-    assert row_of(part, "auroc") == ["auroc", "0.9575[0.9465, 0.9665]", "0.6575", "0.7675[0.7565, 0.7765]", "0.9424[0.9314, 0.9514]"]
+    assert row_of(part, "auroc") == [
+        "auroc",
+        "0.9575[0.9465, 0.9665]",
+        "0.6575",
+        "0.7675[0.7565, 0.7765]",
+        "0.9424[0.9314, 0.9514]",
+    ]
     assert len(list(part.all("tr"))) == 1 + len(reports.METRICS)
 
 
 def test_threshold_and_calibration_tell_their_reasons_beside_their_figures():
     report = reports.binary_report()
     report["threshold"] |= {"value": 0.5, "precision": None, "reason": "no threshold reaches precision 0.99"}
-    report["calibration"] |= {"temperature": 1.0, "bins": [], "calibrated_bins": None, "reason": "150 validation rows, at least 200 are needed"}
+    report["calibration"] |= {
+        "temperature": 1.0,
+        "bins": [],
+        "calibrated_bins": None,
+        "reason": "150 validation rows, at least 200 are needed",
+    }
     made = sections_of(render(report))
-    assert "no threshold reaches precision 0.99" in made["threshold"].text and "0.5000" in made["threshold"].text and "with recall 0.9540" in made["threshold"].text
+    assert (
+        "no threshold reaches precision 0.99" in made["threshold"].text
+        and "0.5000" in made["threshold"].text
+        and "with recall 0.9540" in made["threshold"].text
+    )
     assert "precision0.8909" in made["threshold"].text  # of the rows at hand, at that threshold
     assert "150 validation rows" in made["calibration"].text
     assert row_of(made["threshold"], "0.95") == ["0.95", "0.9727", "0.1855", "0.6975", "430.0", "18.0"]
@@ -125,7 +185,9 @@ def test_threshold_and_calibration_tell_their_reasons_beside_their_figures():
 def test_curves_are_read_off_at_round_rates():
     report = reports.binary_report()
     report["roc"]["curves"] = {"1": {"x": [0, 0.01, 0.04, 0.3, 1], "y": [0, 0.5, 0.7, 0.9, 1], "area": 0.9}}
-    report["precision_recall"]["curves"] = {"1": {"x": [0.1, 0.5, 0.85, 1], "y": [1, 0.9, 0.8, 0.3], "area": 0.8, "share": 0.3}}
+    report["precision_recall"]["curves"] = {
+        "1": {"x": [0.1, 0.5, 0.85, 1], "y": [1, 0.9, 0.8, 0.3], "area": 0.8, "share": 0.3}
+    }
     made = sections_of(render(report))
     assert row_of(made["roc"], "1") == ["1", "0.9000", "0.5000", "0.7000", "0.7000", "0.7000"]
     assert row_of(made["precision-and-recall"], "1") == ["1", "0.8000", "30.0%", "0.9000", "0.8000", "0.3000", "0.3000"]
@@ -144,7 +206,11 @@ def test_confusion_has_each_class_and_the_pairs_taken_for_each_other():
     report = reports.report(["a", "b", "c"], [[80, 15, 5], [0, 50, 0], [30, 0, 70]])
     part = section(report, "confusion")
     pairs = next(table for table in part.all("table") if "Most often" in table.text)
-    assert [[cell.text for cell in row.parts] for row in pairs.all("tr")][1:] == [["c", "a", "30", "30.0%"], ["a", "b", "15", "15.0%"], ["a", "c", "5", "5.0%"]]
+    assert [[cell.text for cell in row.parts] for row in pairs.all("tr")][1:] == [
+        ["c", "a", "30", "30.0%"],
+        ["a", "b", "15", "15.0%"],
+        ["a", "c", "5", "5.0%"],
+    ]
     assert row_of(part, "a") == ["a", "100", "110", "0.7273", "0.8000", "0.7619"]
     [folded] = part.all("details")
     assert row_of(folded, "a") == ["a", "80", "15", "5"]
@@ -174,31 +240,63 @@ def test_slices_say_what_is_left_out_and_why_a_figure_is_missing():
     assert [row.parts[2].text[:6] for row in part.all("tr")][1:3] == ["0.8553", "0.8621"]
     report["slices"]["rows"] = reports.slice_rows(["0", "1"], ["a", "b"], 150)
     part = section(report, "slices")
-    assert f"301 slices; the {page_details.MOST_SLICES} worst are shown" in part.text and len(list(part.all("tr"))) == 1 + page_details.MOST_SLICES
+    assert (
+        f"301 slices; the {page_details.MOST_SLICES} worst are shown" in part.text
+        and len(list(part.all("tr"))) == 1 + page_details.MOST_SLICES
+    )
 
 
 def test_a_wrong_row_shows_its_text_unchanged_with_both_signs_marked_without_colour():
     report = reports.binary_report()
     report["errors"]["rows"] = [
-        {"place": "test.csv, row 3", "id": None, "label": "0", "pred": "1", "prob": 0.998, "columns": {"Age": "39"}, "method": "gradient x input",
-         "tokens": [["not", -0.7], [" so", 0.05], [" very", 0.2], [" good", 1.0], ["\n", 0.0], ["<b>", None]]},
-        {"place": "test.csv, row 4", "id": "x", "label": "0", "pred": "1", "prob": None, "columns": {}, "tokens": [], "method": None},
-    ]  # fmt: skip
+        {
+            "place": "test.csv, row 3",
+            "id": None,
+            "label": "0",
+            "pred": "1",
+            "prob": 0.998,
+            "columns": {"Age": "39"},
+            "method": "gradient x input",
+            "tokens": [["not", -0.7], [" so", 0.05], [" very", 0.2], [" good", 1.0], ["\n", 0.0], ["<b>", None]],
+        },
+        {
+            "place": "test.csv, row 4",
+            "id": "x",
+            "label": "0",
+            "pred": "1",
+            "prob": None,
+            "columns": {},
+            "tokens": [],
+            "method": None,
+        },
+    ]
     part = section(report, "errors")
     [text] = (element for element in part.all("div") if "tokens" in element.classes)
     assert text.text == "not so very good\n<b>"
-    assert [(mark.attributes["class"], mark.text) for mark in text.all("mark")] == [("n3", "not"), ("p1", "very"), ("p3", "good")]
+    assert [(mark.attributes["class"], mark.text) for mark in text.all("mark")] == [
+        ("n3", "not"),
+        ("p1", "very"),
+        ("p3", "good"),
+    ]
     assert "Strongest for: good (1.00), very (0.20); against: not (-0.70) (gradient x input)" in part.text
     css = style_sheet()
-    assert "mark.p1, mark.p2, mark.p3 { text-decoration: underline solid" in css and "mark.n1, mark.n2, mark.n3 { text-decoration: underline dashed" in css
+    assert (
+        "mark.p1, mark.p2, mark.p3 { text-decoration: underline solid" in css
+        and "mark.n1, mark.n2, mark.n3 { text-decoration: underline dashed" in css
+    )
     assert "test.csv, row 4, id x" in part.text
     assert "every row is right" in section(reports.binary_report() | {"errors": {"rows": []}}, "errors").text
 
 
 def test_config_data_and_versions_are_listed():
     made = sections_of(render(reports.binary_report()))
-    assert row_of(made["config"], "lr") == ["lr", "0.0002"] and row_of(made["config"], "text_name") == ["text_name", '["Title", "Review Text"]']
-    assert row_of(made["config"], "head_lr") == ["head_lr", "null"] and row_of(made["config"], "microbatches_per_step") == ["microbatches_per_step", "4"]
+    assert row_of(made["config"], "lr") == ["lr", "0.0002"] and row_of(made["config"], "text_name") == [
+        "text_name",
+        '["Title", "Review Text"]',
+    ]
+    assert row_of(made["config"], "head_lr") == ["head_lr", "null"] and row_of(
+        made["config"], "microbatches_per_step"
+    ) == ["microbatches_per_step", "4"]
     assert row_of(made["data"], "class 1") == ["class 1", *["1,933 (82.3%)"] * 3] and "7,345,678" in made["data"].text
     assert row_of(made["versions"], "torch") == ["torch", "2.13.0"]
 
@@ -209,7 +307,9 @@ def test_config_data_and_versions_are_listed():
 def test_headings_ids_and_landmarks(html):
     root = tree_of(html)
     [page] = root.all("html")
-    assert page.attributes["lang"] == "en" and [len(list(root.all(tag))) for tag in ("main", "nav", "header", "h1")] == [1, 1, 1, 1]
+    assert page.attributes["lang"] == "en" and [
+        len(list(root.all(tag))) for tag in ("main", "nav", "header", "h1")
+    ] == [1, 1, 1, 1]
     assert next(root.all("title")).text  # the page's, in its head: those of the pictures come later
     levels = [int(element.tag[1]) for element in root.all() if re.fullmatch("h[1-6]", element.tag)]
     assert levels[0] == 1 and all(later - earlier <= 1 for earlier, later in zip(levels, levels[1:]))
@@ -229,7 +329,12 @@ def test_tables_have_captions_and_scopes_and_boxes_names_for_the_keyboard(html):
         widths = {len(row.parts) for row in table.all("tr")}
         assert len(widths) == 1, table.parts[0].text
     boxes = [element for element in root.all() if element.classes & {"scroll", "long"}]
-    assert all(box.attributes.get("tabindex") == "0" and box.attributes.get("role") == "region" and box.attributes.get("aria-label") for box in boxes)
+    assert all(
+        box.attributes.get("tabindex") == "0"
+        and box.attributes.get("role") == "region"
+        and box.attributes.get("aria-label")
+        for box in boxes
+    )
     in_boxes = sum(len(list(box.all("table"))) for box in boxes)
     assert in_boxes == len(list(root.all("table")))
 
@@ -255,14 +360,24 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_contrast_is_measured_as_wcag_does():
-    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") == pytest.approx(
+        4.48, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 def test_text_and_marks_stand_out(palette):
     assert LIGHT.keys() == DARK.keys()
-    weak = [(text, ground, round(contrast(palette[text], palette[ground]), 2)) for text, ground in TEXT_ON if contrast(palette[text], palette[ground]) < 4.5]
-    weak += [(mark, ground, round(contrast(palette[mark], palette[ground]), 2)) for mark, ground in MARK_ON if contrast(palette[mark], palette[ground]) < 3]
+    weak = [
+        (text, ground, round(contrast(palette[text], palette[ground]), 2))
+        for text, ground in TEXT_ON
+        if contrast(palette[text], palette[ground]) < 4.5
+    ]
+    weak += [
+        (mark, ground, round(contrast(palette[mark], palette[ground]), 2))
+        for mark, ground in MARK_ON
+        if contrast(palette[mark], palette[ground]) < 3
+    ]
     assert weak == []
 
 
@@ -270,7 +385,12 @@ def test_the_style_sheet_knows_its_colours_and_the_readers_wishes():
     css = style_sheet()
     used = set(re.findall(r"var\(--([\w-]+)\)", css))
     assert used - LIGHT.keys() == set() and LIGHT.keys() - used == set()
-    for wish in ("@media screen and (prefers-color-scheme: dark)", "@media print", ":focus-visible", "@media (max-width: 30rem)"):
+    for wish in (
+        "@media screen and (prefers-color-scheme: dark)",
+        "@media print",
+        ":focus-visible",
+        "@media (max-width: 30rem)",
+    ):
         assert wish in css
     assert css.count("{") == css.count("}")
 
@@ -281,28 +401,66 @@ def test_the_style_sheet_knows_its_colours_and_the_readers_wishes():
 def test_nothing_is_loaded_and_nothing_runs(html):
     root = tree_of(html)
     tags = {element.tag for element in root.all()}
-    assert tags & {"script", "img", "link", "iframe", "object", "embed", "form", "input", "use", "image", "base", "foreignobject", "a:href"} == set()
+    assert (
+        tags
+        & {
+            "script",
+            "img",
+            "link",
+            "iframe",
+            "object",
+            "embed",
+            "form",
+            "input",
+            "use",
+            "image",
+            "base",
+            "foreignobject",
+            "a:href",
+        }
+        == set()
+    )
     attributes = {name for element in root.all() for name in element.attributes}
-    assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "style", "data", "xlink:href", "action", "xmlns")]
+    assert not [
+        name
+        for name in attributes
+        if name.startswith("on") or name in ("src", "srcset", "style", "data", "xlink:href", "action", "xmlns")
+    ]
     assert all(element.attributes["href"].startswith("#") for element in root.all() if "href" in element.attributes)
     [style] = root.all("style")
     assert "url(" not in style.text and "@import" not in style.text and "http" not in style.text
-    policies = [element.attributes["content"] for element in root.all("meta") if element.attributes.get("http-equiv") == "Content-Security-Policy"]
-    assert len(policies) == 1 and policies[0].startswith("default-src 'none'; style-src 'unsafe-inline';") and "script" not in policies[0]
+    policies = [
+        element.attributes["content"]
+        for element in root.all("meta")
+        if element.attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert (
+        len(policies) == 1
+        and policies[0].startswith("default-src 'none'; style-src 'unsafe-inline';")
+        and "script" not in policies[0]
+    )
 
 
 def test_no_text_of_a_report_makes_an_element_or_an_attribute():
     def shape(root: Element) -> list[tuple[str, tuple[str, ...]]]:
-        return [(element.tag, tuple(element.attributes)) for element in root.all() if element.tag != "wbr"]  # names may break after "/" and "_"
+        return [
+            (element.tag, tuple(element.attributes)) for element in root.all() if element.tag != "wbr"
+        ]  # names may break after "/" and "_"
 
     plain = "x" * len(reports.HOSTILE)
     hostile = render(reports.hostile_report())
     assert shape(tree_of(hostile)) == shape(tree_of(render(reports.hostile_report(plain))))
     for task in ("binary", "multiclass"):
-        reasons = [render(reports.changed(reports.empty_report() | {"task": task}, lambda value, end=end: value + end)) for end in (reports.HOSTILE, plain)]
+        reasons = [
+            render(reports.changed(reports.empty_report() | {"task": task}, lambda value, end=end: value + end))
+            for end in (reports.HOSTILE, plain)
+        ]
         assert shape(tree_of(reasons[0])) == shape(tree_of(reasons[1]))
     written = tree_of(hostile).text
-    assert written.count("<script>document.title='hit'</script>\"'&</style></title></svg>--><img src=x onerror=alert(1)>") > 150
+    assert (
+        written.count("<script>document.title='hit'</script>\"'&</style></title></svg>--><img src=x onerror=alert(1)>")
+        > 150
+    )
     assert "\u2400\u241b\ufffd\ufffd" in written  # NUL, escape, half a surrogate pair, an override of the direction
 
 
@@ -312,7 +470,11 @@ def test_any_page_can_be_written_as_utf8_without_control_characters(html):
 
 
 def test_texts_without_letters_and_right_to_left_keep_their_place():
-    report = reports.binary_report() | {"title": "", "class_names": ["", "\u05d0\u05d1\u05d2"], "label_name": "\u202e\u202e"}
+    report = reports.binary_report() | {
+        "title": "",
+        "class_names": ["", "\u05d0\u05d1\u05d2"],
+        "label_name": "\u202e\u202e",
+    }
     root = tree_of(render(report))
     assert "(empty)" in next(root.all("h1")).text
     assert "\u05d0\u05d1\u05d2" in [element.text for element in root.all("bdi")]
@@ -323,7 +485,10 @@ def test_numbers_that_are_none_or_not_finite_are_no_error():
 
     def without_numbers(part, kept=("format_version", "counts", "edges", "rows", "repeats")):
         if isinstance(part, dict):
-            return {key: value if key in kept and not isinstance(value, list) else without_numbers(value) for key, value in part.items()}
+            return {
+                key: value if key in kept and not isinstance(value, list) else without_numbers(value)
+                for key, value in part.items()
+            }
         if isinstance(part, list):
             return [without_numbers(item) for item in part]
         return float("nan") if isinstance(part, float) else part
@@ -341,8 +506,19 @@ def test_a_big_report_makes_a_page_of_less_than_two_megabytes():
 def test_a_threshold_of_every_row_is_said_in_words():
     report = reports.binary_report()
     report["threshold"] |= {"value": -1.0}
-    report["threshold"]["table"].append({"threshold": -1.0, "precision": 0.8, "recall": 1.0, "f1": 0.9, "alerts_per_1000": 1000.0, "false_alerts_per_1000": 200.0})
+    report["threshold"]["table"].append(
+        {
+            "threshold": -1.0,
+            "precision": 0.8,
+            "recall": 1.0,
+            "f1": 0.9,
+            "alerts_per_1000": 1000.0,
+            "false_alerts_per_1000": 200.0,
+        }
+    )
     made = sections_of(render(report))
-    assert "Every row counts as class" in made["threshold"].text and row_of(made["threshold"], "every row")[2] == "1.0000"
+    assert (
+        "Every row counts as class" in made["threshold"].text and row_of(made["threshold"], "every row")[2] == "1.0000"
+    )
     assert "Dashed: the threshold, every row." in made["scores"].text
     assert "-1.0" not in made["threshold"].text + made["scores"].text

@@ -17,8 +17,13 @@ import pytest
 from mmbert_core.report.page import SECTIONS, render
 from tests.support import reports
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser, google-chrome or chrome on the path")]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser, google-chrome or chrome on the path"),
+]
 COMMAND = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 WIDTHS = (360, 390, 768, 1200)
 SECONDS = 120  # for one answer of the browser
@@ -40,7 +45,9 @@ class Browser:
         self.up, up = os.pipe()
         arguments = [*COMMAND, "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
         launch = [sys.executable, "-c", LAUNCHER, str(down), str(up), *arguments]
-        self.process = subprocess.Popen(launch, pass_fds=(down, up), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            launch, pass_fds=(down, up), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         os.close(down)
         os.close(up)
         self.buffer, self.number, self.session, self.events = b"", 0, "", []
@@ -52,7 +59,9 @@ class Browser:
     def do(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command and its answer; what happens meanwhile is kept in `events`."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.number, "method": method, "params": parameters} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self.down, json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != self.number:
             self.events.append(answer)
@@ -82,7 +91,9 @@ class Browser:
         return answer["result"].get("value")
 
     def resize(self, width: int, height: int = 900) -> None:
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.do(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
 
     def close(self) -> None:
         os.close(self.down)  # the browser ends with its pipe
@@ -118,13 +129,22 @@ def test_a_script_that_does_run_would_be_seen(browser, tmp_path):
 @pytest.mark.parametrize("kind", reports.EXAMPLES)
 def test_nothing_runs_nothing_is_fetched_and_nothing_is_complained_about(browser, pages, kind):
     browser.open(pages[kind])
-    asked = [event["params"]["request"]["url"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in browser.events
+        if event.get("method") == "Network.requestWillBeSent"
+    ]
     assert asked == [pages[kind].as_uri()]
     loud = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
     told = [event["params"] for event in browser.events if event.get("method") in loud]
     assert told == []
     assert browser.value("document.title").startswith("womens_reviews: ") and browser.value("document.title") != "hit"
-    assert browser.value("document.scripts.length + document.images.length + document.links.length - document.querySelectorAll('a[href^=\"#\"]').length") == 0
+    assert (
+        browser.value(
+            "document.scripts.length + document.images.length + document.links.length - document.querySelectorAll('a[href^=\"#\"]').length"
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("kind", reports.EXAMPLES)
@@ -144,7 +164,11 @@ def test_no_page_is_wider_than_its_window_and_every_section_is_seen(browser, pag
 
 def test_dark_is_dark_and_paper_is_light(browser, pages):
     def ground() -> int:
-        return sum(json.loads(browser.value("getComputedStyle(document.body).backgroundColor").replace("rgb(", "[").replace(")", "]")))
+        return sum(
+            json.loads(
+                browser.value("getComputedStyle(document.body).backgroundColor").replace("rgb(", "[").replace(")", "]")
+            )
+        )
 
     browser.resize(1200)
     browser.open(pages["binary"])
@@ -152,8 +176,12 @@ def test_dark_is_dark_and_paper_is_light(browser, pages):
         for scheme, low, high in (("light", 600, 765), ("dark", 0, 150)):
             browser.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             assert low <= ground() <= high
-        browser.do("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-        assert browser.value("getComputedStyle(document.documentElement).getPropertyValue('--text')").strip() == "#1a2230"
+        browser.do(
+            "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+        )
+        assert (
+            browser.value("getComputedStyle(document.documentElement).getPropertyValue('--text')").strip() == "#1a2230"
+        )
         assert browser.value("getComputedStyle(document.querySelector('nav')).display") == "none"
     finally:
         browser.do("Emulation.setEmulatedMedia", media="", features=[])
@@ -165,17 +193,31 @@ def test_the_keyboard_reaches_the_content_and_every_box(browser, pages):
 
     def press(key: str, code: int) -> None:
         for kind in ("keyDown", "keyUp"):
-            browser.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text="\r" if key == "Enter" and kind == "keyDown" else "")
+            browser.do(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                text="\r" if key == "Enter" and kind == "keyDown" else "",
+            )
 
     press("Tab", 9)
-    assert browser.value("document.activeElement.className") == "skip" and browser.value("document.activeElement.getBoundingClientRect().left") >= 0
+    assert (
+        browser.value("document.activeElement.className") == "skip"
+        and browser.value("document.activeElement.getBoundingClientRect().left") >= 0
+    )
     press("Enter", 13)
     assert browser.value("location.hash") == "#content"
     boxes = browser.value("document.querySelectorAll('main .scroll:not(details .scroll)').length")
     reached = set()
     for _ in range(boxes + 20):
         press("Tab", 9)
-        reached.add(browser.value("document.activeElement.classList.contains('scroll') ? document.activeElement.getAttribute('aria-label') : ''"))
+        reached.add(
+            browser.value(
+                "document.activeElement.classList.contains('scroll') ? document.activeElement.getAttribute('aria-label') : ''"
+            )
+        )
     assert len(reached - {""}) == boxes
     browser.value("document.querySelector('.scroll').focus({focusVisible: true})")
     assert browser.value("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -183,6 +225,11 @@ def test_the_keyboard_reaches_the_content_and_every_box(browser, pages):
 
 def test_the_command_line_takes_a_picture_of_the_asked_size(pages, tmp_path):
     picture = tmp_path / "page.png"
-    arguments = [*COMMAND, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,800", f"--screenshot={picture}"]
+    arguments = [
+        *COMMAND,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,800",
+        f"--screenshot={picture}",
+    ]
     subprocess.run([*arguments, pages["binary"].as_uri()], check=True, capture_output=True, timeout=SECONDS)
     assert struct.unpack(">II", picture.read_bytes()[16:24]) == (390, 800)

@@ -52,8 +52,12 @@ def test_one_class_only_leaves_the_curves_out_and_no_rows_everything(tmp_path):
 
 def test_the_confusion_of_very_many_classes_is_that_of_the_most_frequent(monkeypatch, tmp_path):
     shapes, titles, plain = [], [], Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda axes, shares, **options: shapes.append(shares.shape) or plain(axes, shares, **options))
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axes, shares, **options: shapes.append(shares.shape) or plain(axes, shares, **options)
+    )
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: titles.append(figure.axes[0].get_title()))
     labels = np.arange(2500) % 1200
-    write_plots(RNG.random((2500, 1200)).astype(np.float32), labels, tmp_path, class_names=[str(index) for index in range(1200)])
+    write_plots(
+        RNG.random((2500, 1200)).astype(np.float32), labels, tmp_path, class_names=[str(index) for index in range(1200)]
+    )
     assert shapes == [(100, 100)] and titles[-1] == "Confusion of the 100 most frequent of 1,200 classes"

@@ -17,9 +17,42 @@ from mmbert_core.runtime.errors import InputError
 from tests.support import reports
 
 HOSTILE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 2.5, 1e308, -1e308, 5e-324, 10**30, 2**63, 2**63 - 1, -(2**63), "", "x", "\u202e", "1e5", "x" * 5_000, [], {}, [[]], [None],
-    [1, 2], [1e308, -1e308], ["a"], {"reason": "x"}, {"reason": 3}, {"value": "x"}, [{}], {"": {}}, [0] * 300, [[0, 1, 2]], [["x", 1e308]],
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    2.5,
+    1e308,
+    -1e308,
+    5e-324,
+    10**30,
+    2**63,
+    2**63 - 1,
+    -(2**63),
+    "",
+    "x",
+    "\u202e",
+    "1e5",
+    "x" * 5_000,
+    [],
+    {},
+    [[]],
+    [None],
+    [1, 2],
+    [1e308, -1e308],
+    ["a"],
+    {"reason": "x"},
+    {"reason": 3},
+    {"value": "x"},
+    [{}],
+    {"": {}},
+    [0] * 300,
+    [[0, 1, 2]],
+    [["x", 1e308]],
+)
 
 
 def deep(depth: int) -> Any:
@@ -34,7 +67,12 @@ def many_classes() -> dict[str, Any]:
     report = copy.deepcopy(reports.binary_report())
     names = [f"c{index}" for index in range(40)]
     report |= {"class_names": names, "task": "multiclass", "threshold": {"reason": "several classes"}}
-    report["confusion"] = {"right": [1] * 40, "labelled": [2] * 40, "predicted": [2] * 40, "mistakes": [[0, 1, 1], [39, 2, 1]]}
+    report["confusion"] = {
+        "right": [1] * 40,
+        "labelled": [2] * 40,
+        "predicted": [2] * 40,
+        "mistakes": [[0, 1, 1], [39, 2, 1]],
+    }
     report["metrics"]["classes_left_out"] = 20
     for row in report["slices"]["rows"]:
         del row["share_of_classes"]
@@ -72,7 +110,11 @@ def mutated(base: dict[str, Any], seed: int) -> str:
     content = json.dumps(report, ensure_ascii=False)
     if rng.random() < 0.15:
         at = rng.randrange(len(content))
-        content = content[:at] + rng.choice(("", "[" * 5_000, "9" * 5_000, "NaN", '"', "1e999", "\\ud800", "\0", "}")) + content[at + rng.randrange(3) :]
+        content = (
+            content[:at]
+            + rng.choice(("", "[" * 5_000, "9" * 5_000, "NaN", '"', "1e999", "\\ud800", "\0", "}"))
+            + content[at + rng.randrange(3) :]
+        )
     return content
 
 
@@ -129,7 +171,9 @@ def test_six_thousand_mutated_reports_give_a_page_or_one_line(tmp_path: Path) ->
         ({"scores": {"edges": [0, 1e200], "counts": {}}}, "scores.edges[1]: expected a finite number"),
     ],
 )
-def test_the_line_names_the_key_what_was_expected_and_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], line: str) -> None:
+def test_the_line_names_the_key_what_was_expected_and_what_was_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], line: str
+) -> None:
     (tmp_path / "report.json").write_text(json.dumps(reports.binary_report() | change))
     assert cli.main(["report", str(tmp_path)]) == 2
     said = capsys.readouterr().err.strip()
@@ -138,12 +182,16 @@ def test_the_line_names_the_key_what_was_expected_and_what_was_found(tmp_path: P
 
 def test_counts_by_class_must_fit_the_classes(tmp_path: Path) -> None:
     for key, value, expected in (
-        ("right", [1] * 39, "confusion.right: expected a list of 40"), ("mistakes", [[0, 40, 1]], "at most 39"), ("mistakes", [[0, 1]], "expected a list of 3"),
+        ("right", [1] * 39, "confusion.right: expected a list of 40"),
+        ("mistakes", [[0, 40, 1]], "at most 39"),
+        ("mistakes", [[0, 1]], "expected a list of 3"),
         ("labelled", [0] * 40, "expected a label that has rows, found 0"),
-    ):  # fmt: skip
+    ):
         report = many_classes()
         report["confusion"][key] = value
         assert expected in outcome_of(tmp_path, json.dumps(report))
     report = many_classes()
     report["slices"]["rows"][0]["largest_classes"] = [[40, 0.5]]
-    assert "slices.rows[0].largest_classes[0]: expected a whole number of at least 0 and of at most 39" in outcome_of(tmp_path, json.dumps(report))
+    assert "slices.rows[0].largest_classes[0]: expected a whole number of at least 0 and of at most 39" in outcome_of(
+        tmp_path, json.dumps(report)
+    )

@@ -25,10 +25,23 @@ WORKER = str(tiny.ROOT / "tests/support/distributed_worker.py")
 def configs(tmp_path_factory) -> dict[str, Config]:
     """What both ranks train: fewer micro-batches than ranks; an encoder with parameters that no loss reaches."""
     folder = tmp_path_factory.mktemp("two")
-    values = tiny.settings(folder, num_rows=27, test_path=(), max_epochs=1, microbatches_per_step=1, class_weights=(1.0, 2.0), model_path=str(folder / "few"))
+    values = tiny.settings(
+        folder,
+        num_rows=27,
+        test_path=(),
+        max_epochs=1,
+        microbatches_per_step=1,
+        class_weights=(1.0, 2.0),
+        model_path=str(folder / "few"),
+    )
     few = Config(**values)
     luke = save_encoder("Luke", folder / "luke", folder)
-    return {"few parts": few, "unused parameters": replace(few, encoder=str(luke), microbatches_per_step=2, model_path=str(folder / "unused"))}
+    return {
+        "few parts": few,
+        "unused parameters": replace(
+            few, encoder=str(luke), microbatches_per_step=2, model_path=str(folder / "unused")
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +79,10 @@ def test_tensors_of_every_kind_arrive(ranks):
 def test_an_error_of_rank_0_reaches_every_rank_as_what_it_is(ranks):
     assert ranks[0]["errors"]["ran"] == [0] * 4 and ranks[1]["errors"]["ran"] == []
     assert [rank["errors"]["input"] for rank in ranks] == [["InputError", "train.csv row 3: no label"]] * 2
-    assert [rank["errors"]["value"] for rank in ranks] == [["ValueError", "a bug"], ["PeerError", "rank 0: ValueError: a bug"]]
+    assert [rank["errors"]["value"] for rank in ranks] == [
+        ["ValueError", "a bug"],
+        ["PeerError", "rank 0: ValueError: a bug"],
+    ]
     assert ranks[1]["errors"]["disk"] == ["PeerError", "rank 0: OSError: [Errno 28] No space left on device"]
     assert [rank["errors"]["value after"] for rank in ranks] == ["made on rank 0"] * 2
 
@@ -76,24 +92,39 @@ def test_two_processes_train_as_one(ranks, configs, tmp_path, name):
     """Also when a rank has no micro-batch, and when a rank would wait for gradients that never come."""
     two, one = configs[name], replace(configs[name], model_path=str(tmp_path / "one"))
     results, _ = tiny.train(one)
-    losses = [[line["train_loss"] for line in tiny.metrics_lines(config.model_path) if "train_loss" in line] for config in (one, two)]
+    losses = [
+        [line["train_loss"] for line in tiny.metrics_lines(config.model_path) if "train_loss" in line]
+        for config in (one, two)
+    ]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     weights = [load_file(Path(config.model_path) / "model.safetensors") for config in (one, two)]
     worst = max((weights[0][key] - value).abs().max().item() for key, value in weights[1].items())
     print(f"{name}: largest difference of a weight, 1 and 2 processes: {worst:.1e}")
     assert worst < 1e-6
     found = json.loads((Path(two.model_path) / "train_results.json").read_text())
-    assert found["world_size"] == 2 and (found["steps"], found["rows"], found["best_step"]) == (results["steps"], results["rows"], results["best_step"])
+    assert found["world_size"] == 2 and (found["steps"], found["rows"], found["best_step"]) == (
+        results["steps"],
+        results["rows"],
+        results["best_step"],
+    )
 
 
 def test_a_bad_loss_of_one_rank_stops_all_before_the_step(ranks):
     [(other, heard), (guilty, told)] = [rank["poisoned"] for rank in ranks]
     assert (other, heard) == ("PeerError", "a loss of step 3 is not finite on another rank")
-    assert guilty == "RunError" and "micro-batch of step 3 is nan" in told and "train.csv row" in told and "stopped before the optimizer step" in told
+    assert (
+        guilty == "RunError"
+        and "micro-batch of step 3 is nan" in told
+        and "train.csv row" in told
+        and "stopped before the optimizer step" in told
+    )
 
 
 def test_a_failure_of_any_rank_is_one_of_all(ranks):
-    assert [rank["errors"]["all"] for rank in ranks] == [["PeerError", "rank 1: ValueError: only here"], ["ValueError", "only here"]]
+    assert [rank["errors"]["all"] for rank in ranks] == [
+        ["PeerError", "rank 1: ValueError: only here"],
+        ["ValueError", "only here"],
+    ]
     assert [rank["errors"]["all after"] for rank in ranks] == [["rank 0", "rank 1"]] * 2
 
 
@@ -105,7 +136,10 @@ def test_the_used_rows_of_an_embedding_are_summed_alone_and_the_gradients_are_th
     every, used = (ranks[0]["embedding"][name] for name in ("all", "used"))
     assert used["gradients"] == every["gradients"] == ranks[1]["embedding"]["used"]["gradients"]
     assert [row for row, gradient in enumerate(used["gradients"][0]) if any(gradient)] == [1, 2, 7, 90]
-    assert used["sent"] == 4 * 4 + 4 * 3 + 3 and every["sent"] in (0, 100 * 4 + 4 * 3 + 3)  # 0: torch's own, not through Python
+    assert used["sent"] == 4 * 4 + 4 * 3 + 3 and every["sent"] in (
+        0,
+        100 * 4 + 4 * 3 + 3,
+    )  # 0: torch's own, not through Python
 
 
 # ---- one process ----
@@ -127,7 +161,13 @@ def test_ranks_wait_for_long_work_of_rank_0_and_no_longer_for_any_other(tmp_path
 
 def test_helpers_are_identities_in_one_process(environment):
     context = distributed.read_context()
-    assert (context.rank, context.local_rank, context.world_size, context.local_world_size, context.is_main) == (0, 0, 1, 1, True)
+    assert (context.rank, context.local_rank, context.world_size, context.local_world_size, context.is_main) == (
+        0,
+        0,
+        1,
+        1,
+        True,
+    )
     with distributed.process_group(context) as same:
         assert same is context and not distributed.is_distributed()
         distributed.barrier()
@@ -150,10 +190,18 @@ def test_torchrun_environment_is_read(environment):
     for name, value in zip(distributed.TORCHRUN_VARIABLES, ("3", "1", "4", "2", "localhost", "29500"), strict=True):
         environment.setenv(name, value)
     context = distributed.read_context()
-    assert (context.rank, context.local_rank, context.world_size, context.local_world_size, context.is_main) == (3, 1, 4, 2, False)
+    assert (context.rank, context.local_rank, context.world_size, context.local_world_size, context.is_main) == (
+        3,
+        1,
+        4,
+        2,
+        False,
+    )
 
 
-@pytest.mark.parametrize("present", (("RANK",), ("WORLD_SIZE",), ("RANK", "WORLD_SIZE", "LOCAL_RANK"), distributed.TORCHRUN_VARIABLES[:-1]))
+@pytest.mark.parametrize(
+    "present", (("RANK",), ("WORLD_SIZE",), ("RANK", "WORLD_SIZE", "LOCAL_RANK"), distributed.TORCHRUN_VARIABLES[:-1])
+)
 def test_a_partial_torchrun_environment_is_refused(environment, present):
     for name in present:
         environment.setenv(name, "1")
@@ -179,7 +227,10 @@ def test_variables_that_other_launchers_set_do_not_make_a_rank(environment):
 def test_threads_that_would_wait_for_each_other_are_refused(monkeypatch, threads, processes, highest):
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     before = torch.get_num_threads()
-    with pytest.raises(InputError, match=rf"^num_threads: expected at most {highest} \({processes} process.* 2 cores here\), found {threads}: auto is"):
+    with pytest.raises(
+        InputError,
+        match=rf"^num_threads: expected at most {highest} \({processes} process.* 2 cores here\), found {threads}: auto is",
+    ):
         distributed.set_threads(threads, distributed.DistContext(0, 0, processes, processes, torch.device("cpu")))
     assert torch.get_num_threads() == before
 

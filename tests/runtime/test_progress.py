@@ -22,7 +22,9 @@ def test_a_long_step_says_so_while_it_runs_and_then_ever_less_often(caplog: pyte
         deadline = time.monotonic() + 20
         while len(caplog.messages) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert len(caplog.messages) == 3 and all(line.startswith("bootstrap intervals: ") and line.endswith(" seconds so far") for line in caplog.messages)
+    assert len(caplog.messages) == 3 and all(
+        line.startswith("bootstrap intervals: ") and line.endswith(" seconds so far") for line in caplog.messages
+    )
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("slow step")]
 
 
@@ -30,4 +32,6 @@ def test_a_short_step_and_one_that_fails_leave_no_line_and_no_thread(caplog: pyt
     with pytest.raises(ZeroDivisionError), slow_step("metrics"):
         _ = 1 / 0
     time.sleep(0.1)
-    assert caplog.messages == [] and not [thread for thread in threading.enumerate() if thread.name.startswith("slow step")]
+    assert caplog.messages == [] and not [
+        thread for thread in threading.enumerate() if thread.name.startswith("slow step")
+    ]

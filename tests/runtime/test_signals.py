@@ -30,7 +30,13 @@ sys.exit(signals.EXIT_STOPPED)
 
 
 def start(*words):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *words], cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        cwd=tiny.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 

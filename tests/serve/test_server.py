@@ -64,35 +64,59 @@ def serving(
         thread.join()
 
 
-def ask(server: Server, path: str, value: Any = None, *, method: str | None = None, headers: dict[str, str] = JSON, body: bytes | None = None) -> SimpleNamespace:
+def ask(
+    server: Server,
+    path: str,
+    value: Any = None,
+    *,
+    method: str | None = None,
+    headers: dict[str, str] = JSON,
+    body: bytes | None = None,
+) -> SimpleNamespace:
     """Status, headers and body of an answer; a value is sent as JSON."""
     data = body if body is not None or value is None else json.dumps(value).encode()
-    request = urllib.request.Request(server.url.rstrip("/") + path, data, headers if data is not None else {}, method=method)
+    request = urllib.request.Request(
+        server.url.rstrip("/") + path, data, headers if data is not None else {}, method=method
+    )
     try:
         answer = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         answer = error
     with answer:
         text = answer.read()
-        return SimpleNamespace(status=answer.status, headers=answer.headers, text=text, json=json.loads(text) if text[:1] == b"{" else None)
+        return SimpleNamespace(
+            status=answer.status, headers=answer.headers, text=text, json=json.loads(text) if text[:1] == b"{" else None
+        )
 
 
 # ---- answers ----
 
 
 def test_predictions_are_the_predictors(server):
-    rows = [ROW, {**ROW, "row_id": "=1+1", "text": "", "age": None, "kind": "never seen", "more": [1]}, {**ROW, "age": "NA", "label": "1"}]
+    rows = [
+        ROW,
+        {**ROW, "row_id": "=1+1", "text": "", "age": None, "kind": "never seen", "more": [1]},
+        {**ROW, "age": "NA", "label": "1"},
+    ]
     assert ask(server, "/predict", ROW).json == {"predictions": [server.predictor.predict(ROW)]}
     assert ask(server, "/predict", rows[:2]).json == {"predictions": server.predictor.predict(rows[:2])}
     assert ask(server, "/predict", rows[2]).json["predictions"][0]["label"] == "1"
     assert ask(server, "/predict", []).json == {"predictions": []}
     answer = ask(server, "/predict?x=1", ROW)
-    assert answer.status == 200 and answer.headers["Content-Type"] == "application/json" and answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert (
+        answer.status == 200
+        and answer.headers["Content-Type"] == "application/json"
+        and answer.headers["X-Content-Type-Options"] == "nosniff"
+    )
 
 
 def test_a_number_outside_the_training_range_is_a_line_of_the_log(server, caplog):
-    assert ask(server, "/predict", {**ROW, "age": 1e9}).json == {"predictions": [server.predictor.predict({**ROW, "age": 1e6})]}
-    assert caplog.text.count("column 'age': 1 of 1 numbers lie outside the training range") == 2  # of the request, and of the call here
+    assert ask(server, "/predict", {**ROW, "age": 1e9}).json == {
+        "predictions": [server.predictor.predict({**ROW, "age": 1e6})]
+    }
+    assert (
+        caplog.text.count("column 'age': 1 of 1 numbers lie outside the training range") == 2
+    )  # of the request, and of the call here
 
 
 def test_an_explanation_is_the_predictors(server):
@@ -102,14 +126,30 @@ def test_an_explanation_is_the_predictors(server):
 
 
 def test_health_names_model_and_columns(server, model):
-    assert ask(server, "/health").json == {"status": "ok", "model_path": str(model), "columns": ["text", "age", "amount", "kind", "row_id"], "labels": ["0", "1"], "positive_label": "1", "positive_share": Predictor.from_folder(model).positive_share}
+    assert ask(server, "/health").json == {
+        "status": "ok",
+        "model_path": str(model),
+        "columns": ["text", "age", "amount", "kind", "row_id"],
+        "labels": ["0", "1"],
+        "positive_label": "1",
+        "positive_share": Predictor.from_folder(model).positive_share,
+    }
     assert ask(server, "/health", method="HEAD").text == b""
 
 
 def test_many_at_once_get_their_own_answers(server):
-    expected = {str(number): server.predictor.predict({**ROW, "row_id": str(number), "age": number}) for number in range(12)}
+    expected = {
+        str(number): server.predictor.predict({**ROW, "row_id": str(number), "age": number}) for number in range(12)
+    }
     found: dict[str, Any] = {}
-    threads = [threading.Thread(target=lambda number=number: found.update({number: ask(server, "/predict", {**ROW, "row_id": number, "age": int(number)}).json})) for number in expected]
+    threads = [
+        threading.Thread(
+            target=lambda number=number: found.update(
+                {number: ask(server, "/predict", {**ROW, "row_id": number, "age": int(number)}).json}
+            )
+        )
+        for number in expected
+    ]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert found == {number: {"predictions": [prediction]} for number, prediction in expected.items()}
 
@@ -125,15 +165,28 @@ def test_the_page_has_every_column_and_only_code_with_the_nonce(server):
     assert [f'<option value="{value}">' in page for value in "abc"] == [True] * 3
     policy = answer.headers["Content-Security-Policy"]
     [nonce] = set(re.findall(r"'nonce-([^']+)'", policy))
-    assert "default-src 'none'" in policy and "unsafe" not in policy and nonce not in again.headers["Content-Security-Policy"]
-    assert all(f'nonce="{nonce}"' in tag or "application/json" in tag for tag in re.findall(r"<(?:script|style)[^>]*>", page))
+    assert (
+        "default-src 'none'" in policy
+        and "unsafe" not in policy
+        and nonce not in again.headers["Content-Security-Policy"]
+    )
+    assert all(
+        f'nonce="{nonce}"' in tag or "application/json" in tag for tag in re.findall(r"<(?:script|style)[^>]*>", page)
+    )
     assert not re.search(r"(src|href)=|\son\w+=|style=|https?://", page)
 
 
 def test_what_a_model_folder_says_is_only_text():
-    nasty = '</script><script>alert(1)</script>"\'&@@NONCE@@'
+    nasty = "</script><script>alert(1)</script>\"'&@@NONCE@@"
     config = Config(text_name=(nasty,), cat_field_list=("c",), label_name="label", model_path="m")
-    page = render_page(f"runs/{nasty}", config, Features((), (), (), (), (), ("c",), ((nasty,),)), Labels(("0", nasty)), threshold=0.5, nonce="n0nce")
+    page = render_page(
+        f"runs/{nasty}",
+        config,
+        Features((), (), (), (), (), ("c",), ((nasty,),)),
+        Labels(("0", nasty)),
+        threshold=0.5,
+        nonce="n0nce",
+    )
     assert "<script>alert" not in page and page.count("</script>") == 2 and page.count("n0nce") == 2
     about = json.loads(re.search(r'id="about">(.*?)</script>', page)[1])
     assert about["labels"] == ["0", nasty] and about["texts"] == [nasty]
@@ -146,7 +199,12 @@ def test_what_a_model_folder_says_is_only_text():
     ("path", "options", "status", "reason"),
     [
         ("/predict", {"value": {"text": "x"}}, 400, "column 'age' not found"),
-        ("/predict", {"value": [ROW, {**ROW, "age": "old"}]}, 400, "data row 2, column 'age': expected a finite number"),
+        (
+            "/predict",
+            {"value": [ROW, {**ROW, "age": "old"}]},
+            400,
+            "data row 2, column 'age': expected a finite number",
+        ),
         ("/predict", {"value": [ROW, 3]}, 400, "data row 2: expected an object of columns and cells, found a number"),
         ("/predict", {"value": {**ROW, "kind": {"a": 1}}}, 400, "expected a single value"),
         ("/predict", {"value": {**ROW, "text": "\ud800"}}, 400, "expected a single value"),
@@ -157,17 +215,27 @@ def test_what_a_model_folder_says_is_only_text():
         ("/predict", {"body": b"[" * 100_000}, 400, "expected JSON"),
         ("/predict", {"body": b'{"age": NaN}'}, 400, "NaN is no JSON"),
         ("/predict", {"body": b'{"text": "a", "text": "b"}'}, 400, "a key stands in it twice"),
-        ("/predict", {"value": ROW, "headers": {"Content-Type": "text/plain"}}, 415, "expected Content-Type application/json, found 'text/plain'"),
+        (
+            "/predict",
+            {"value": ROW, "headers": {"Content-Type": "text/plain"}},
+            415,
+            "expected Content-Type application/json, found 'text/plain'",
+        ),
         ("/predict", {"body": b"x" * (MOST_BYTES + 1)}, 413, "at most 1000000 bytes"),
         ("/predict", {}, 405, "expected POST, found GET"),
         ("/", {"value": ROW}, 405, "expected GET, found POST"),
         ("/explain", {"method": "OPTIONS"}, 405, "expected POST"),
         ("/nothing", {}, 404, "there is no '/nothing'"),
         ("/health/", {}, 404, "there is no"),
-        ("/predict", {"value": ROW, "headers": {**JSON, "Host": "evil.example:8000"}}, 403, "expected a Host header of this machine"),
+        (
+            "/predict",
+            {"value": ROW, "headers": {**JSON, "Host": "evil.example:8000"}},
+            403,
+            "expected a Host header of this machine",
+        ),
         ("/", {"method": "BREW"}, 501, "Not Implemented"),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_is_one_line(server, path, options, status, reason):
     answer = ask(server, path, **options)
     assert answer.status == status and reason in answer.json["error"] and len(answer.json) == 1
@@ -176,7 +244,18 @@ def test_a_refusal_is_one_line(server, path, options, status, reason):
         assert answer.headers["Allow"] == ("GET, HEAD" if path == "/" else "POST")
 
 
-@pytest.mark.parametrize(("host", "status"), [("localhost", 200), ("LOCALHOST:99", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("127.0.0.1.evil.example", 403), ("", 403), ("[", 403)])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:99", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8000", 200),
+        ("127.0.0.1.evil.example", 403),
+        ("", 403),
+        ("[", 403),
+    ],
+)
 def test_only_this_machines_names_are_heard(server, host, status):
     connection = http.client.HTTPConnection(*server.server_address, timeout=60)
     connection.putrequest("GET", "/health", skip_host=True)
@@ -195,8 +274,16 @@ def raw(server: Server, request: bytes) -> bytes:
 
 def test_broken_requests_are_answered_too(server):
     assert raw(server, b"what\r\n\r\n") == b'{"error": "Bad Request: Bad request syntax (\'what\')"}'
-    assert b" 411 " in raw(server, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n").splitlines()[0]
-    assert b" 411 " in raw(server, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n").splitlines()[0]
+    assert (
+        b" 411 "
+        in raw(
+            server, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        ).splitlines()[0]
+    )
+    assert (
+        b" 411 "
+        in raw(server, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n").splitlines()[0]
+    )
     assert b" 414 " in raw(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n").splitlines()[0]
     assert ask(server, "/health").status == 200
 
@@ -222,9 +309,12 @@ def test_the_log_has_a_line_for_each_request_and_no_cell(server, caplog):
     server.wait_until_idle()  # the lines of requests before this one
     caplog.clear()
 
-
     def lines():
-        return [re.sub(r"\d+ ms", "N ms", record.getMessage()) for record in caplog.records if record.name == "mmbert_core.serve"]
+        return [
+            re.sub(r"\d+ ms", "N ms", record.getMessage())
+            for record in caplog.records
+            if record.name == "mmbert_core.serve"
+        ]
 
     wanted = []
     for path, row, line in [
@@ -243,7 +333,20 @@ def test_the_log_has_a_line_for_each_request_and_no_cell(server, caplog):
 # ---- listening and ending ----
 
 
-@pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("127.1.2.3", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("", False), ("10.0.0.1", False), ("box", False)])
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("", False),
+        ("10.0.0.1", False),
+        ("box", False),
+    ],
+)
 def test_which_addresses_are_this_machines(host, local):
     assert is_local(host) is local
 
@@ -266,12 +369,16 @@ def test_a_server_beyond_this_machine_says_so(server, caplog, monkeypatch):
         assert ("there is no authentication" in caplog.text) == warned and f"serving m on http://{host}:" in caplog.text
 
 
-@pytest.mark.parametrize("words", (["--port", "{port}"], ["--port", "1", "--host", "192.0.2.1"], ["--port", "70000"], ["--hsot", "x"]))
+@pytest.mark.parametrize(
+    "words", (["--port", "{port}"], ["--port", "1", "--host", "192.0.2.1"], ["--port", "70000"], ["--hsot", "x"])
+)
 def test_what_cannot_be_listened_on_is_exit_code_2(server, model, words, capsys):
     words = [word.format(port=server.server_address[1]) for word in words]
     assert cli.main(["serve", str(model), *words]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert {"--port 70000": "expected a port", "--hsot x": "'--host'"}.get(" ".join(words), "cannot be listened on") in line
+    assert {"--port 70000": "expected a port", "--hsot x": "'--host'"}.get(
+        " ".join(words), "cannot be listened on"
+    ) in line
 
 
 def test_finish_waits_for_the_request_under_way_and_not_for_an_idle_connection(server, monkeypatch):
@@ -306,7 +413,9 @@ def test_the_command_serves_until_a_signal(model, number):
     process = subprocess.Popen(command, cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True)
     try:
         url = re.search(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
-        with urllib.request.urlopen(urllib.request.Request(url + "predict", json.dumps(ROW).encode(), JSON), timeout=60) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url + "predict", json.dumps(ROW).encode(), JSON), timeout=60
+        ) as answer:
             assert json.load(answer)["predictions"][0]["row_id"] == "7"
         process.send_signal(number)
         _, err = process.communicate(timeout=60)

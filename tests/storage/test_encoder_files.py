@@ -112,7 +112,12 @@ def test_shards_load_and_every_contradiction_is_found(folder):
     assert load_pretrained_encoder(str(folder))[1] and len(encoder_shapes(folder)) == 39
     file = sorted(set(index["weight_map"].values()))[0]
     name = next(name for name, of in index["weight_map"].items() if of == file)
-    for mapped, expected in (("../model.safetensors", "of its own folder"), ("/etc/passwd", "of its own folder"), ("a/../../x", "of its own folder"), ("gone.safetensors", "1 of them are missing")):
+    for mapped, expected in (
+        ("../model.safetensors", "of its own folder"),
+        ("/etc/passwd", "of its own folder"),
+        ("a/../../x", "of its own folder"),
+        ("gone.safetensors", "1 of them are missing"),
+    ):
         path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {name: mapped}}))
         assert expected in refusal(load_pretrained_encoder, folder)
     path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {"another.weight": file}}))
@@ -129,13 +134,24 @@ def test_shards_load_and_every_contradiction_is_found(folder):
 # ---- a config that asks for more than the weights have ----
 
 HOSTILE = [
-    {"num_hidden_layers": 100_000}, {"num_hidden_layers": 20}, {"num_labels": 10**9}, {"vocab_size": 10**9}, {"hidden_size": 2**20},
-    {"intermediate_size": 10**9}, {"max_position_embeddings": 10**9}, {"type_vocab_size": 10**9}, {"num_hidden_layers": 1e9},
-    {"model_type": "albert", "num_hidden_layers": 10**6}, {"model_type": "albert", "num_hidden_groups": 10**6},
-    {"model_type": "distilbert", "n_layers": 10**6}, {"model_type": "distilbert", "sinusoidal_pos_embds": True, "max_position_embeddings": 10**9},
-    {"model_type": "gpt2", "n_positions": 10**6}, {"model_type": "mixtral", "num_local_experts": 10**9},
-    {"model_type": "funnel", "block_sizes": [10**9]}, {"encoder": {"num_hidden_layers": 10**9}},
-]  # fmt: skip
+    {"num_hidden_layers": 100_000},
+    {"num_hidden_layers": 20},
+    {"num_labels": 10**9},
+    {"vocab_size": 10**9},
+    {"hidden_size": 2**20},
+    {"intermediate_size": 10**9},
+    {"max_position_embeddings": 10**9},
+    {"type_vocab_size": 10**9},
+    {"num_hidden_layers": 1e9},
+    {"model_type": "albert", "num_hidden_layers": 10**6},
+    {"model_type": "albert", "num_hidden_groups": 10**6},
+    {"model_type": "distilbert", "n_layers": 10**6},
+    {"model_type": "distilbert", "sinusoidal_pos_embds": True, "max_position_embeddings": 10**9},
+    {"model_type": "gpt2", "n_positions": 10**6},
+    {"model_type": "mixtral", "num_local_experts": 10**9},
+    {"model_type": "funnel", "block_sizes": [10**9]},
+    {"encoder": {"num_hidden_layers": 10**9}},
+]
 
 
 @pytest.mark.parametrize("changes", HOSTILE, ids=lambda changes: "-".join(changes))

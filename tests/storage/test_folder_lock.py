@@ -129,8 +129,16 @@ def test_of_many_that_begin_at_once_one_has_the_folder(tmp_path):
     for _ in range(5):
         (tmp_path / CLAIM).write_text(f"process 999999999 on {folder_lock.socket.gethostname()} {'0' * 32}\n1\n")
         processes = [
-            subprocess.Popen(command, cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(4)
-        ]  # fmt: skip
+            subprocess.Popen(
+                command,
+                cwd=tiny.ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for _ in range(4)
+        ]
         holders = [process for process in processes if process.stdout.readline()]
         assert len(holders) == 1
         for process in processes:

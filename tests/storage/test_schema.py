@@ -55,14 +55,18 @@ NAMES = record({"names": array(text(non_empty=True), min_length=2, distinct=True
         (either(text(), whole()), [], "f.json: expected a text or a whole number, found a list of 0"),
         (text(choices=("a", "b")), "c", "f.json: expected one of a, b, found the text 'c'"),
         (text(pattern="[0-9a-f]{4}"), "00G0", "f.json: expected a text like [0-9a-f]{4}, found the text '00G0'"),
-        (mapping(whole(), keys=text(non_empty=True)), {"a b.c": 1, "d": None}, "f.json: d: expected a whole number, found null"),
+        (
+            mapping(whole(), keys=text(non_empty=True)),
+            {"a b.c": 1, "d": None},
+            "f.json: d: expected a whole number, found null",
+        ),
         (mapping(array(boolean)), {"a b": [True, 0]}, "f.json: ['a b'][1]: expected true or false, found 0"),
         (mapping(mapping(boolean)), {"a": {"b": 0}}, "f.json: a.b: expected true or false, found 0"),
         (array(boolean, length=2), [True], "f.json: expected a list of 2, found a list of 1"),
         (text(pattern="x"), "y" * 10**6, f"f.json: expected a text like x, found the text '{'y' * 59}..."),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 200 else type(value).__name__,
-)  # fmt: skip
+)
 def test_mismatches_name_the_key(check: Check, value: Any, message: str):
     with pytest.raises(InputError) as caught:
         check_structure(value, check, "f.json")
@@ -101,7 +105,7 @@ def test_declared_values_pass(check: Check, value: Any):
         ("", "Expecting value"),
         (b"\xff", "invalid start byte"),
     ],
-)  # fmt: skip
+)
 def test_json_beyond_the_bounds_is_one_line(tmp_path: Path, content: str | bytes, part: str):
     path = tmp_path / "f.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -20,13 +20,28 @@ from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError, PeerError
 from tests.support import tiny
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
     values = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     kinds = {str(dtype): values.to(dtype) for dtype in DTYPES}
-    return kinds | {"no dimension": torch.tensor(2.5), "empty": torch.zeros(0, 3), "not contiguous": values.T, "step": torch.tensor(7.0)}
+    return kinds | {
+        "no dimension": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "not contiguous": values.T,
+        "step": torch.tensor(7.0),
+    }
 
 
 def collectives(context: DistContext) -> dict[str, Any]:
@@ -51,7 +66,9 @@ def collectives(context: DistContext) -> dict[str, Any]:
         "from 1": distributed.broadcast_object({"rank": rank}, source=1),
         "sum": distributed.all_reduce_sum([rank + 0.1, 1e300 * rank, 2**40 + rank]),
         "tensors": {name: (str(value.dtype), value.double().tolist()) for name, value in tensors.items()},
-        "from 1 only": distributed.broadcast_tensors({"a": torch.full((2,), float(rank))} if rank == 1 else None, source=1)["a"].tolist(),
+        "from 1 only": distributed.broadcast_tensors(
+            {"a": torch.full((2,), float(rank))} if rank == 1 else None, source=1
+        )["a"].tolist(),
         "is_distributed": distributed.is_distributed(),
     }
 
@@ -68,7 +85,11 @@ def errors(context: DistContext) -> dict[str, list[str]]:
         return action
 
     seen = {}
-    for name, error in (("input", InputError("train.csv row 3: no label")), ("value", ValueError("a bug")), ("disk", OSError(28, "No space left on device"))):
+    for name, error in (
+        ("input", InputError("train.csv row 3: no label")),
+        ("value", ValueError("a bug")),
+        ("disk", OSError(28, "No space left on device")),
+    ):
         try:
             distributed.on_main(failing(error))
         except Exception as caught:  # noqa: BLE001 - its kind is what is asked
@@ -145,7 +166,9 @@ def waits_for_rank_0() -> list[str]:
         time.sleep(4)
         return "done"
 
-    distributed._object_group = distributed.dist.new_group(backend="gloo", timeout=timedelta(seconds=2))  # the start may take longer
+    distributed._object_group = distributed.dist.new_group(
+        backend="gloo", timeout=timedelta(seconds=2)
+    )  # the start may take longer
     said = [distributed.on_main(work, patient=True)]
     try:
         return [*said, distributed.on_main(work)]
@@ -161,9 +184,16 @@ def main() -> None:
             (folder / f"patience{context.rank}.json").write_text(json.dumps(waits_for_rank_0()))
             distributed.leave(0)  # the group is broken
     distributed.set_threads(1, context)
-    configs = {name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()}
+    configs = {
+        name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()
+    }
     with distributed.process_group(context):
-        result = {"collectives": collectives(context), "errors": errors(context), "poll": poll(context), "embedding": embedding_gradients(context)}
+        result = {
+            "collectives": collectives(context),
+            "errors": errors(context),
+            "poll": poll(context),
+            "embedding": embedding_gradients(context),
+        }
         for name, config in configs.items():
             tiny.train(config, context)
         poisoned = replace(configs["few parts"], model_path=str(folder / "poisoned"), microbatches_per_step=2)

@@ -7,8 +7,24 @@ from typing import Any
 
 METRICS = ["auroc", "average_precision", "f1_score", "accuracy", "log_loss", "ece", "mcc", "precision", "recall"]
 TYPICAL = dict(zip(METRICS, (0.9575, 0.9904, 0.9503, 0.9178, 0.2042, 0.02, 0.7142, 0.9466, 0.954)))
-SECTIONS = ["metrics", "warnings", "baselines", "threshold", "calibration", "roc", "precision_recall", "confusion", "scores", "training", "slices", "importance", "errors",
-            "config", "data", "versions"]  # fmt: skip
+SECTIONS = [
+    "metrics",
+    "warnings",
+    "baselines",
+    "threshold",
+    "calibration",
+    "roc",
+    "precision_recall",
+    "confusion",
+    "scores",
+    "training",
+    "slices",
+    "importance",
+    "errors",
+    "config",
+    "data",
+    "versions",
+]
 HOSTILE = """<script>document.title='hit'</script>"'&</style></title></svg>--><img src=x onerror=alert(1)>\x00\x1b\ud800\u202e http://example.org/x.js"""
 COMMENT = "I love, love, love this dress. the dress runs small but the fabric feels great and never wrinkles sadly the zipper broke again after one week so back it went"
 
@@ -16,7 +32,10 @@ COMMENT = "I love, love, love this dress. the dress runs small but the fabric fe
 def metric_values(*, shift: float = 0.0, interval: bool = True) -> dict[str, dict[str, Any]]:
     """Every metric of METRICS, worse by `shift`."""
     values = {name: TYPICAL[name] + shift * (1 if name in ("log_loss", "ece") else -1) for name in METRICS}
-    return {name: {"value": value, "interval": [value - 0.011, value + 0.009] if interval else None, "reason": None} for name, value in values.items()}
+    return {
+        name: {"value": value, "interval": [value - 0.011, value + 0.009] if interval else None, "reason": None}
+        for name, value in values.items()
+    }
 
 
 def curve(power: float, points: int = 60) -> dict[str, Any]:
@@ -27,7 +46,12 @@ def curve(power: float, points: int = 60) -> dict[str, Any]:
 
 def recall_curve(power: float, share: float, points: int = 60) -> dict[str, Any]:
     recall = [index / (points - 1) for index in range(points)]
-    return {"x": recall, "y": [1 - (1 - share) * value**power for value in recall], "area": 1 - (1 - share) / (power + 1), "share": share}
+    return {
+        "x": recall,
+        "y": [1 - (1 - share) * value**power for value in recall],
+        "area": 1 - (1 - share) / (power + 1),
+        "share": share,
+    }
 
 
 def bins(bend: float, count: int = 15) -> list[dict[str, Any]]:
@@ -36,7 +60,15 @@ def bins(bend: float, count: int = 15) -> list[dict[str, Any]]:
     for index in range(count):
         mean = (index + 0.5) / count
         rows = 0 if index == 4 else 20 + 9 * abs(index - count // 2) ** 2
-        made.append({"low": index / count, "high": (index + 1) / count, "rows": rows, "mean": mean if rows else None, "share": mean**bend if rows else None})
+        made.append(
+            {
+                "low": index / count,
+                "high": (index + 1) / count,
+                "rows": rows,
+                "mean": mean if rows else None,
+                "share": mean**bend if rows else None,
+            }
+        )
     return made
 
 
@@ -47,11 +79,29 @@ def slice_rows(names: list[str], columns: list[str], values: int) -> list[dict[s
         for value in range(values):
             auroc, share = 0.85 + 0.13 * draw.random(), draw.random()
             shares = [1 - share, *[share / (len(names) - 1)] * (len(names) - 1)]
-            rows.append({"column": column, "value": f"{column.split()[0]} {value}", "rows": draw.randint(30, 900), "share_of_classes": shares,
-                         "metrics": {"auroc": auroc, "f1_score": auroc - 0.04}, "intervals": {"auroc": [auroc - 0.05, min(1.0, auroc + 0.03)], "f1_score": None}, "undefined": {}})  # fmt: skip
+            rows.append(
+                {
+                    "column": column,
+                    "value": f"{column.split()[0]} {value}",
+                    "rows": draw.randint(30, 900),
+                    "share_of_classes": shares,
+                    "metrics": {"auroc": auroc, "f1_score": auroc - 0.04},
+                    "intervals": {"auroc": [auroc - 0.05, min(1.0, auroc + 0.03)], "f1_score": None},
+                    "undefined": {},
+                }
+            )
     rows.sort(key=lambda row: row["metrics"]["auroc"])
-    rows.append({"column": columns[0], "value": "(missing)", "rows": 31, "share_of_classes": [0.0] * (len(names) - 1) + [1.0], "metrics": {"auroc": None, "f1_score": 0.9},
-                 "intervals": {"auroc": None, "f1_score": None}, "undefined": {"auroc": "only one class in the labels"}})  # fmt: skip
+    rows.append(
+        {
+            "column": columns[0],
+            "value": "(missing)",
+            "rows": 31,
+            "share_of_classes": [0.0] * (len(names) - 1) + [1.0],
+            "metrics": {"auroc": None, "f1_score": 0.9},
+            "intervals": {"auroc": None, "f1_score": None},
+            "undefined": {"auroc": "only one class in the labels"},
+        }
+    )
     return rows
 
 
@@ -60,16 +110,37 @@ def training(steps: int = 300) -> dict[str, Any]:
     at = list(range(1, steps + 1))
     loss = [0.65 * math.exp(-step / 90) + 0.16 + 0.07 * draw.random() for step in at]
     far = {step: abs(step - 240) / steps for step in range(60, steps + 1, 60)}
-    validations = [{"step": step, "val_loss": 0.21 + away / 3, "val/auroc": 0.955 - away / 10, "val/f1_score": 0.95} for step, away in far.items()]
+    validations = [
+        {"step": step, "val_loss": 0.21 + away / 3, "val/auroc": 0.955 - away / 10, "val/f1_score": 0.95}
+        for step, away in far.items()
+    ]
     rates = [2e-4 * min(step / 30, (steps - step + 1) / (steps - 29)) for step in at]
-    return {"steps": at, "train_loss": loss, "lr": rates, "validations": validations, "best_step": 240, "metric": "val/auroc"}
+    return {
+        "steps": at,
+        "train_loss": loss,
+        "lr": rates,
+        "validations": validations,
+        "best_step": 240,
+        "metric": "val/auroc",
+    }
 
 
 def error_row(place: int, label: str, pred: str, *, repeats: int = 1) -> dict[str, Any]:
     words = (COMMENT.split(" ") * repeats)[: 30 * repeats]
-    tokens = [[word if index == 0 else f" {word}", round(math.sin(1.7 * index + place) ** 3, 3)] for index, word in enumerate(words)]
-    return {"place": f"test.csv, row {18 + place}", "id": str(15900 + place), "label": label, "pred": pred, "prob": 0.998 - place / 100,
-            "columns": {"Age": "39", "Division Name": "General Petite", "Department Name": "Dresses"}, "tokens": tokens, "method": "gradient x input"}  # fmt: skip
+    tokens = [
+        [word if index == 0 else f" {word}", round(math.sin(1.7 * index + place) ** 3, 3)]
+        for index, word in enumerate(words)
+    ]
+    return {
+        "place": f"test.csv, row {18 + place}",
+        "id": str(15900 + place),
+        "label": label,
+        "pred": pred,
+        "prob": 0.998 - place / 100,
+        "columns": {"Age": "39", "Division Name": "General Petite", "Department Name": "Dresses"},
+        "tokens": tokens,
+        "method": "gradient x input",
+    }
 
 
 def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
@@ -80,55 +151,133 @@ def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
     columns = ["Age", "Division Name", "Department Name", "Class Name"]
     split = {"rows": total, "classes": dict(zip(names, map(sum, counts))), "mean_tokens": 81.24}
     return {
-        "format_version": 1, "title": f"womens_reviews: {total:,} rows of test.csv", "created": "2026-11-23 07:10", "model_path": "runs/womens_reviews",
-        "input": ["data/womens_reviews/test.csv"], "num_rows": total, "has_labels": True, "task": "multiclass", "class_names": names, "label_name": "Recommended IND",
-        "warnings": ["column 'Clothing ID' alone reaches auroc 0.97 on the training rows: does it know the label?", "31 of 2,349 texts were cut at 162 tokens"],
+        "format_version": 1,
+        "title": f"womens_reviews: {total:,} rows of test.csv",
+        "created": "2026-11-23 07:10",
+        "model_path": "runs/womens_reviews",
+        "input": ["data/womens_reviews/test.csv"],
+        "num_rows": total,
+        "has_labels": True,
+        "task": "multiclass",
+        "class_names": names,
+        "label_name": "Recommended IND",
+        "warnings": [
+            "column 'Clothing ID' alone reaches auroc 0.97 on the training rows: does it know the label?",
+            "31 of 2,349 texts were cut at 162 tokens",
+        ],
         "metrics": {"names": METRICS, "model": metric_values()},
-        "baselines": {"rows": [
-            {"name": "most frequent class", "how": "shares of the classes in the training rows", "metrics": metric_values(shift=0.3, interval=False)},
-            {"name": "columns only", "how": "logistic regression", "metrics": metric_values(shift=0.19)},
-            {"name": "text only", "how": "bag of words", "metrics": metric_values(shift=0.0151)},
-        ], "verdict": "The model is above all baselines in auroc: 0.958 beside 0.942 (text only)."},
+        "baselines": {
+            "rows": [
+                {
+                    "name": "most frequent class",
+                    "how": "shares of the classes in the training rows",
+                    "metrics": metric_values(shift=0.3, interval=False),
+                },
+                {"name": "columns only", "how": "logistic regression", "metrics": metric_values(shift=0.19)},
+                {"name": "text only", "how": "bag of words", "metrics": metric_values(shift=0.0151)},
+            ],
+            "verdict": "The model is above all baselines in auroc: 0.958 beside 0.942 (text only).",
+        },
         "threshold": {"reason": "several classes: the class with the highest probability is chosen"},
-        "calibration": {"temperature": 1.3812, "rows": 2349, "ece_before": 0.0412, "ece_after": 0.0118, "reason": None, "bins": bins(1.3), "calibrated_bins": bins(1.05)},
+        "calibration": {
+            "temperature": 1.3812,
+            "rows": 2349,
+            "ece_before": 0.0412,
+            "ece_after": 0.0118,
+            "reason": None,
+            "bins": bins(1.3),
+            "calibrated_bins": bins(1.05),
+        },
         "roc": {"curves": {name: curve(0.03 + 0.03 * index) for index, name in enumerate(drawn)}},
-        "precision_recall": {"curves": {name: recall_curve(6 - 0.5 * index, shares[names.index(name)]) for index, name in enumerate(drawn)}},
+        "precision_recall": {
+            "curves": {
+                name: recall_curve(6 - 0.5 * index, shares[names.index(name)]) for index, name in enumerate(drawn)
+            }
+        },
         "confusion": {"counts": counts},
-        "scores": {"edges": [index / 20 for index in range(21)], "counts": {"right": [int(1.35**index) for index in range(20)], "wrong": [3 + index % 5 for index in range(20)]}},
+        "scores": {
+            "edges": [index / 20 for index in range(21)],
+            "counts": {
+                "right": [int(1.35**index) for index in range(20)],
+                "wrong": [3 + index % 5 for index in range(20)],
+            },
+        },
         "training": training(),
         "slices": {"metric": "auroc", "rows": slice_rows(names, columns, 5)},
-        "importance": {"metric": "auroc", "rows": 1000, "repeats": 5, "items": [
-            {"name": "Review Text", "kind": "text", "drop": 0.3112, "spread": 0.0121}, {"name": "Age", "kind": "numeric", "drop": 0.0063, "spread": 0.0021},
-            {"name": "Department Name", "kind": "categorical", "drop": -0.0004, "spread": 0.0008},
-        ]},
+        "importance": {
+            "metric": "auroc",
+            "rows": 1000,
+            "repeats": 5,
+            "items": [
+                {"name": "Review Text", "kind": "text", "drop": 0.3112, "spread": 0.0121},
+                {"name": "Age", "kind": "numeric", "drop": 0.0063, "spread": 0.0021},
+                {"name": "Department Name", "kind": "categorical", "drop": -0.0004, "spread": 0.0008},
+            ],
+        },
         "errors": {"rows": [error_row(place, names[0], names[-1]) for place in range(4)]},
-        "config": {"train_path": ["data/womens_reviews/train.csv"], "text_name": ["Title", "Review Text"], "lr": 2e-4, "head_lr": None, "is_binary": len(names) == 2},
+        "config": {
+            "train_path": ["data/womens_reviews/train.csv"],
+            "text_name": ["Title", "Review Text"],
+            "lr": 2e-4,
+            "head_lr": None,
+            "is_binary": len(names) == 2,
+        },
         "resolved": {"microbatches_per_step": 4, "pooling": "pooler (BertModel has a stored pooler)"},
-        "data": {"train": split, "val": split, "test": split, "files": {"data/womens_reviews/train.csv": {"bytes": 7_345_678, "sha256": "9f86d081884c7d659a2feaa0c55ad015" * 2}}},
+        "data": {
+            "train": split,
+            "val": split,
+            "test": split,
+            "files": {
+                "data/womens_reviews/train.csv": {"bytes": 7_345_678, "sha256": "9f86d081884c7d659a2feaa0c55ad015" * 2}
+            },
+        },
         "versions": {"mmbert_core": "1.0.0", "torch": "2.13.0", "transformers": "5.3.0", "python": "3.11.7"},
-    }  # fmt: skip
+    }
 
 
 def binary_report() -> dict[str, Any]:
     made = report(["0", "1"], [[315, 101], [92, 1841]])
     table = [
-        {"threshold": at / 20, "precision": 0.8 + at / 110, "recall": 1 - (at / 20) ** 4, "f1": 0.9 - (at / 20 - 0.5) ** 2,
-         "alerts_per_1000": 1000 - 30 * at, "false_alerts_per_1000": 170 - 8 * at}
+        {
+            "threshold": at / 20,
+            "precision": 0.8 + at / 110,
+            "recall": 1 - (at / 20) ** 4,
+            "f1": 0.9 - (at / 20 - 0.5) ** 2,
+            "alerts_per_1000": 1000 - 30 * at,
+            "false_alerts_per_1000": 170 - 8 * at,
+        }
         for at in range(19, 0, -1)
-    ]  # fmt: skip
+    ]
     made |= {
         "task": "binary",
-        "threshold": {"value": 0.62, "rule": "best_f1", "chosen_on": "2,349 validation rows", "precision": 0.9466, "recall": 0.954, "f1": 0.9503, "alerts_per_1000": 826.7,
-                      "reason": None, "table": table},
-        "scores": {"edges": [index / 20 for index in range(21)], "counts": {"0": [90 - 4 * index for index in range(20)], "1": [int(1.45**index) for index in range(20)]}},
-    }  # fmt: skip
+        "threshold": {
+            "value": 0.62,
+            "rule": "best_f1",
+            "chosen_on": "2,349 validation rows",
+            "precision": 0.9466,
+            "recall": 0.954,
+            "f1": 0.9503,
+            "alerts_per_1000": 826.7,
+            "reason": None,
+            "table": table,
+        },
+        "scores": {
+            "edges": [index / 20 for index in range(21)],
+            "counts": {"0": [90 - 4 * index for index in range(20)], "1": [int(1.45**index) for index in range(20)]},
+        },
+    }
     return made
 
 
 def multiclass_report(num_classes: int = 5) -> dict[str, Any]:
     draw = random.Random(2)
-    names = ["very poor", "poor", "fair", "good", "excellent"] + [f"class number {index}" for index in range(5, num_classes)]
-    counts = [[draw.randint(200, 700) if row == column else max(0, draw.randint(-40, 50)) for column in range(num_classes)] for row in range(num_classes)]
+    names = ["very poor", "poor", "fair", "good", "excellent"] + [
+        f"class number {index}" for index in range(5, num_classes)
+    ]
+    counts = [
+        [draw.randint(200, 700) if row == column else max(0, draw.randint(-40, 50)) for column in range(num_classes)]
+        for row in range(num_classes)
+    ]
     return report(names[:num_classes], counts)
 
 
@@ -144,8 +293,14 @@ def big_report() -> dict[str, Any]:
     names, columns = made["class_names"], [f"column_with_a_long_name_{index}" for index in range(100)]
     made["roc"]["curves"] = {name: curve(0.1, 300) for name in names[:10]}
     made["slices"]["rows"] = slice_rows(names, columns, 20)
-    made["importance"]["items"] = [{"name": name, "kind": "numeric", "drop": 0.1 / (1 + index), "spread": 0.001} for index, name in enumerate(columns)]
-    made["errors"]["rows"] = [error_row(place, names[0], names[1], repeats=60) | {"columns": dict.fromkeys(columns, "a cell")} for place in range(100)]
+    made["importance"]["items"] = [
+        {"name": name, "kind": "numeric", "drop": 0.1 / (1 + index), "spread": 0.001}
+        for index, name in enumerate(columns)
+    ]
+    made["errors"]["rows"] = [
+        error_row(place, names[0], names[1], repeats=60) | {"columns": dict.fromkeys(columns, "a cell")}
+        for place in range(100)
+    ]
     made["training"] = training(20_000)
     made["config"] = {f"key_{index}": "value " * 20 for index in range(100)}
     return made
@@ -185,8 +340,16 @@ def hostile_report(hostile: str = HOSTILE) -> dict[str, Any]:
         made[name] = {key + hostile: value for key, value in made[name].items()}
     made["data"]["files"] = {key + hostile: value for key, value in made["data"]["files"].items()}
     for name in ("train", "val", "test"):
-        made["data"][name] = made["data"][name] | {"classes": {key + hostile: value for key, value in made["data"][name]["classes"].items()}}
+        made["data"][name] = made["data"][name] | {
+            "classes": {key + hostile: value for key, value in made["data"][name]["classes"].items()}
+        }
     return made
 
 
-EXAMPLES = {"binary": binary_report, "multiclass": multiclass_report, "reasons": empty_report, "big": big_report, "hostile": hostile_report}
+EXAMPLES = {
+    "binary": binary_report,
+    "multiclass": multiclass_report,
+    "reasons": empty_report,
+    "big": big_report,
+    "hostile": hostile_report,
+}

@@ -27,19 +27,36 @@ def write_encoder(folder: Path, *, hidden: int = 32, layers: int = 2, dropout: f
     """A tiny random BERT with its tokenizer, as a pretrained folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2 * hidden,
-        max_position_embeddings=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
 
-def write_table(path: Path, num_rows: int, *, seed: int = 0, num_classes: int = 2, labels: bool = True, missing: float = 0.1) -> Path:
+def write_table(
+    path: Path, num_rows: int, *, seed: int = 0, num_classes: int = 2, labels: bool = True, missing: float = 0.1
+) -> Path:
     """Messages of 0 to 30 words, two numbers, a category; the label leans on words and on a number."""
     rng = np.random.default_rng(seed)
     names = ["row_id", "text", "age", "amount", "kind", *(["label"] if labels else [])]
@@ -64,12 +81,29 @@ def settings(folder: Path, *, num_rows: int = 64, num_classes: int = 2, **change
         for seed, (name, rows) in enumerate([("train", num_rows), ("val", 23), ("test", 37)]):
             write_table(folder / f"{name}.csv", rows, seed=seed, num_classes=num_classes)
     values: dict[str, Any] = {
-        "train_path": (str(folder / "train.csv"),), "val_path": (str(folder / "val.csv"),), "test_path": (str(folder / "test.csv"),),
-        "text_name": ("text",), "label_name": "label", "id_name": "row_id", "tab_field_list": ("age", "amount"), "cat_field_list": ("kind",),
-        "is_binary": num_classes == 2, "num_classes": num_classes, "encoder": str(folder / "encoder"), "model_path": str(folder / "run"),
-        "cache_path": str(folder / "cache"), "max_length": 32, "batch_size": 8, "max_epochs": 2, "num_threads": 1, "log_every": 1,
-        "microbatches_per_step": 4, "lr": 1e-3, "warmup_steps": 2, "hidden_common_dim": 16,
-    }  # fmt: skip
+        "train_path": (str(folder / "train.csv"),),
+        "val_path": (str(folder / "val.csv"),),
+        "test_path": (str(folder / "test.csv"),),
+        "text_name": ("text",),
+        "label_name": "label",
+        "id_name": "row_id",
+        "tab_field_list": ("age", "amount"),
+        "cat_field_list": ("kind",),
+        "is_binary": num_classes == 2,
+        "num_classes": num_classes,
+        "encoder": str(folder / "encoder"),
+        "model_path": str(folder / "run"),
+        "cache_path": str(folder / "cache"),
+        "max_length": 32,
+        "batch_size": 8,
+        "max_epochs": 2,
+        "num_threads": 1,
+        "log_every": 1,
+        "microbatches_per_step": 4,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "hidden_common_dim": 16,
+    }
     return values | changes
 
 
@@ -89,10 +123,23 @@ def metrics_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_command(arguments: list[str], *, timeout: float = 180, input: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    arguments: list[str], *, timeout: float = 180, input: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a Python command line from the project's root; its output as text."""
-    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, input=input)
+    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        input=input,
+    )
 
 
 def without_manifest(folder: Path) -> Path:
@@ -103,4 +150,6 @@ def without_manifest(folder: Path) -> Path:
 
 def torchrun(num_processes: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """The documented launcher on one node."""
-    return run_command(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *arguments], **options)
+    return run_command(
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *arguments], **options
+    )

@@ -15,7 +15,20 @@ from mmbert_core.tables.cells import text_of
 from mmbert_core.tables.readers import header_of
 from mmbert_core.tables.table import Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
 
-ODD_CELLS = ["007", "NA", "=1+1", "a\tb", "line\nbreak", "line\r\nbreak", 'quote " inside', "1e5", "ü 漢 🙂", " space ", "", "x" * 300]
+ODD_CELLS = [
+    "007",
+    "NA",
+    "=1+1",
+    "a\tb",
+    "line\nbreak",
+    "line\r\nbreak",
+    'quote " inside',
+    "1e5",
+    "ü 漢 🙂",
+    " space ",
+    "",
+    "x" * 300,
+]
 
 
 def cells_of(paths, columns, **options):
@@ -46,7 +59,9 @@ def test_all_formats_give_the_same_cells(tmp_path, write_table):
     lines = "".join(json.dumps({"a": a, "b": int(b)}) + "\n" for a, b in rows)
     (tmp_path / "t.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "t.ndjson.gz").write_bytes(gzip.compress(lines.encode()))
-    parquet.write_table(pyarrow.table({"a": [a for a, _ in rows], "b": [int(b) for _, b in rows]}), tmp_path / "t.parquet")
+    parquet.write_table(
+        pyarrow.table({"a": [a for a, _ in rows], "b": [int(b) for _, b in rows]}), tmp_path / "t.parquet"
+    )
     for name in ("z.csv.gz", "bom.csv", "t.jsonl", "t.ndjson.gz", "t.parquet"):
         assert cells_of([tmp_path / name], ["a", "b"]) == rows, name
 
@@ -73,9 +88,14 @@ def test_chunks_run_on_over_files_and_know_their_places(write_table, chunk_rows)
     places = [chunk.where(index) for chunk in chunks for index in range(len(chunk))]
     # a quoted line break moves the lines on, not the rows
     assert places == [
-        f"{first} row 1 (line 2)", f"{first} row 2 (line 4)", f"{first} row 3 (line 5)",
-        f"{second} row 1 (line 2)", f"{second} row 2 (line 3)", f"{second} row 3 (line 6)", f"{second} row 4 (line 7)",
-    ]  # fmt: skip
+        f"{first} row 1 (line 2)",
+        f"{first} row 2 (line 4)",
+        f"{first} row 3 (line 5)",
+        f"{second} row 1 (line 2)",
+        f"{second} row 2 (line 3)",
+        f"{second} row 3 (line 6)",
+        f"{second} row 4 (line 7)",
+    ]
     assert [cell for chunk in chunks for cell in chunk.cells["a"]] == ["x\ny", "b", "c", "d", "e\n\n", "f", "g"]
 
 
@@ -138,7 +158,10 @@ BROKEN_LINES = [
     (b'{"a": 1, "b": 2}\n[1, 2]\n', "FILE row 2 (line 2): expected a JSON object, found '[1, 2]'"),
     (b'{"a": 1, "b": 2}\n\n{"a": 1, "b": 2}\n', "FILE row 2 (line 2): expected a JSON object, found a blank line"),
     (b'{"a": 1, "b": 2}\n{"a": 1}\n', "FILE row 2 (line 2): key 'b' is not there"),
-    (b'{"a": 1, "b": [2]}\n', "FILE row 1 (line 1), column 'b': expected text, a number, true, false or null, found a list"),
+    (
+        b'{"a": 1, "b": [2]}\n',
+        "FILE row 1 (line 1), column 'b': expected text, a number, true, false or null, found a list",
+    ),
     (b'{"a": 1, "a": 2, "b": 3}\n', "FILE header (line 1)"),
     (b'{"a": "\\ud800", "b": 3}\n', "FILE row 1 (line 1): expected a JSON object"),
     (b'{"a": "\xff", "b": 3}\n', "FILE row 1 (line 1): expected UTF-8, found byte 0xff at byte 7 of the file"),
@@ -153,7 +176,7 @@ def test_broken_json_lines(tmp_path, content, expected):
 
 
 def test_json_values_become_their_shortest_text(tmp_path):
-    values = "3, -0, 123456789012345678901234567890, 1.50, 1e3, true, false, null, NaN, \"x\""
+    values = '3, -0, 123456789012345678901234567890, 1.50, 1e3, true, false, null, NaN, "x"'
     (tmp_path / "t.jsonl").write_text("".join(f'{{"a": {value}}}\n' for value in values.split(", ")))
     expected = ["3", "-0", "123456789012345678901234567890", "1.5", "1000.0", "true", "false", "", "", "x"]
     assert [cell for (cell,) in cells_of([tmp_path / "t.jsonl"], ["a"])] == expected
@@ -198,14 +221,26 @@ def test_missing_column_names_file_column_nearest_and_all(write_table):
 
 def test_a_missing_column_says_what_was_probably_meant(write_table):
     found = error_of(write_table("t.csv", ["pre\u0301cis", "b"], []), ["précis"])
-    assert "in composed letters and in the header in decomposed ones ('pr\\xe9cis' and 'pre\\u0301cis'); write both in composed letters" in found
-    assert "in decomposed letters and in the header in composed ones" in error_of(write_table("u.csv", ["précis"], []), ["pre\u0301cis"])
-    for name, separator, kind in (("s.csv", ";", "semicolons"), ("t.csv", "\t", "tabs"), ("v.csv", "|", "vertical bars"), ("c.tsv", ",", "commas")):
+    assert (
+        "in composed letters and in the header in decomposed ones ('pr\\xe9cis' and 'pre\\u0301cis'); write both in composed letters"
+        in found
+    )
+    assert "in decomposed letters and in the header in composed ones" in error_of(
+        write_table("u.csv", ["précis"], []), ["pre\u0301cis"]
+    )
+    for name, separator, kind in (
+        ("s.csv", ";", "semicolons"),
+        ("t.csv", "\t", "tabs"),
+        ("v.csv", "|", "vertical bars"),
+        ("c.tsv", ",", "commas"),
+    ):
         path = write_table(name, ["c"], [])
         open(path, "w").write(separator.join(["id", '"text"', "label"]) + "\n")
         assert f"column 'text' not found: cells seem to be separated by {kind}; " in error_of(path, ["text"])
         assert error_of(path, ["text", "label"]).count("separated by") == 1
-        open(path, "w").write(separator.join(['"id"', '"text"', '"label"']) + "\n")  # all names quoted: no header for another separator
+        open(path, "w").write(
+            separator.join(['"id"', '"text"', '"label"']) + "\n"
+        )  # all names quoted: no header for another separator
         assert f"FILE header (line 1): cells seem to be separated by {kind}; " in error_of(path, ["text"])
     assert "not found; nearest is 'a,b'" in error_of(write_table("w.csv", ["text", "a,b"], []), ["b"])
 
@@ -244,7 +279,12 @@ def test_globs_are_sorted_and_a_file_counts_once(tmp_path, write_table):
 
 
 def test_a_json_array_is_told_how_to_become_lines(tmp_path):
-    for name, content in (("t.json", '{"a": 1}'), ("t.jsonl", '[{"a": 1}]'), ("t.jsonl", '[\n{"a": 1}\n]'), ("t.jsonl", '{\n"a": 1\n}')):
+    for name, content in (
+        ("t.json", '{"a": 1}'),
+        ("t.jsonl", '[{"a": 1}]'),
+        ("t.jsonl", '[\n{"a": 1}\n]'),
+        ("t.jsonl", '{\n"a": 1\n}'),
+    ):
         (tmp_path / name).write_text(content)
         assert "; write one object a line" in error_of(tmp_path / name)
 
@@ -256,12 +296,20 @@ def test_unknown_suffix(tmp_path, name):
 
 
 def test_a_frame_in_memory_gives_the_same_chunk():
-    frame = pd.DataFrame({"n": [1.5, None], "s": ["x", None], "i": [2**53 + 1, 2], "t": [True, False], "extra": [0, 0]}, index=[5, 5])
+    frame = pd.DataFrame(
+        {"n": [1.5, None], "s": ["x", None], "i": [2**53 + 1, 2], "t": [True, False], "extra": [0, 0]}, index=[5, 5]
+    )
     chunk = frame_to_chunk(frame, ["i", "s", "n"], ["t", "label"])
     assert chunk.cells == {"i": ["9007199254740993", "2"], "s": ["x", ""], "n": ["1.5", ""], "t": ["true", "false"]}
     assert chunk.where(1) == "data frame row 2"
     narrow = pd.Series([0.1, 2, None], dtype="float32")  # as its CSV and its Parquet file have it
-    kinds = {"a": narrow, "b": narrow.astype("float16"), "c": narrow.astype("Float32"), "d": narrow.astype("category"), "e": narrow.astype(pd.SparseDtype("float32"))}
+    kinds = {
+        "a": narrow,
+        "b": narrow.astype("float16"),
+        "c": narrow.astype("Float32"),
+        "d": narrow.astype("category"),
+        "e": narrow.astype(pd.SparseDtype("float32")),
+    }
     for cells in frame_to_chunk(pd.DataFrame(kinds), list(kinds)).cells.values():
         assert cells == ["0.1", "2.0", ""]
     with pytest.raises(InputError, match="data frame: column 'x' not found"):
@@ -273,8 +321,28 @@ def test_a_frame_in_memory_gives_the_same_chunk():
 
 
 def test_text_of_typed_cells():
-    values = [np.float32(0.1), np.float64(0.1), np.int8(3), np.bool_(True), pd.NA, pd.NaT, pd.Timestamp("2026-01-31"), b"x", float("inf")]
-    assert [text_of(value) for value in values] == ["0.1", "0.1", "3", "true", "", "", "2026-01-31 00:00:00", "x", "inf"]
+    values = [
+        np.float32(0.1),
+        np.float64(0.1),
+        np.int8(3),
+        np.bool_(True),
+        pd.NA,
+        pd.NaT,
+        pd.Timestamp("2026-01-31"),
+        b"x",
+        float("inf"),
+    ]
+    assert [text_of(value) for value in values] == [
+        "0.1",
+        "0.1",
+        "3",
+        "true",
+        "",
+        "",
+        "2026-01-31 00:00:00",
+        "x",
+        "inf",
+    ]
 
 
 def test_roles_list_each_input_once():
@@ -293,7 +361,10 @@ def test_rows_as_dicts_give_the_same_chunk():
         records_to_chunk(records, ["extra"])
     with pytest.raises(InputError, match="data row 1, column 's': expected a single value"):
         records_to_chunk([{"s": ["x", "y"]}], ["s"])
-    for number, rows in ((1, [{"s": "x"}, {"s": "y", "id": "1"}]), (2, [{"s": "x", "id": "1"}, {"s": "y"}])):  # whose id would be lost
+    for number, rows in (
+        (1, [{"s": "x"}, {"s": "y", "id": "1"}]),
+        (2, [{"s": "x", "id": "1"}, {"s": "y"}]),
+    ):  # whose id would be lost
         with pytest.raises(InputError, match=f"data row {number}: column 'id' not found"):
             records_to_chunk(rows, ["s"], ["id"])
     with pytest.raises(InputError, match="data row 1, column 's': expected .* found a NUL character"):
@@ -302,17 +373,23 @@ def test_rows_as_dicts_give_the_same_chunk():
 
 def test_parquet_cells_that_python_cannot_hold(tmp_path):
     columns = {
-        "far": pyarrow.array([2**60], pyarrow.timestamp("ms")), "day": pyarrow.array([2**30], pyarrow.date32()),
-        "long": pyarrow.array([2**60], pyarrow.duration("s")), "zone": pyarrow.array([0], pyarrow.timestamp("ms", tz="No/Where")),
-    }  # fmt: skip
+        "far": pyarrow.array([2**60], pyarrow.timestamp("ms")),
+        "day": pyarrow.array([2**30], pyarrow.date32()),
+        "long": pyarrow.array([2**60], pyarrow.duration("s")),
+        "zone": pyarrow.array([0], pyarrow.timestamp("ms", tz="No/Where")),
+    }
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     for column in columns:
-        assert error_of(tmp_path / "t.parquet", [column]).startswith(f"FILE row 1 or after, column '{column}': cannot be read as ")
+        assert error_of(tmp_path / "t.parquet", [column]).startswith(
+            f"FILE row 1 or after, column '{column}': cannot be read as "
+        )
 
 
 def test_a_nul_character_in_json(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"a": "x\\u0000y", "b": 1}\n')
-    assert error_of(tmp_path / "t.jsonl").startswith("FILE row 1 (line 1), column 'a': expected text") and "NUL" in error_of(tmp_path / "t.jsonl")
+    assert error_of(tmp_path / "t.jsonl").startswith(
+        "FILE row 1 (line 1), column 'a': expected text"
+    ) and "NUL" in error_of(tmp_path / "t.jsonl")
 
 
 def test_a_packed_file_under_another_name(tmp_path):

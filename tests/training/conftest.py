@@ -75,7 +75,9 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def train(config: Config, *, dropout: bool = True, context: DistContext = CONTEXT) -> tuple[dict[str, Any], Data, nn.Module]:
+def train(
+    config: Config, *, dropout: bool = True, context: DistContext = CONTEXT
+) -> tuple[dict[str, Any], Data, nn.Module]:
     """Prepare and fit in this process: train_results.json, the data, and the model as `fit` leaves it."""
     data = prepare(config)
     model, pooling = prepare_model(config, data)
@@ -92,10 +94,19 @@ def save_encoder(family: str, folder: Path, files: Path) -> Path:
     """An encoder of another family beside the tokenizer of the shared files."""
     if family == "Luke":  # parts of it are for entities, which texts here have none of
         torch.manual_seed(0)
-        encoder = AutoModel.from_config(LukeConfig(
-            vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=80,
-            entity_vocab_size=7, entity_emb_size=8, pad_token_id=0,
-        ))  # fmt: skip
+        encoder = AutoModel.from_config(
+            LukeConfig(
+                vocab_size=99,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=80,
+                entity_vocab_size=7,
+                entity_emb_size=8,
+                pad_token_id=0,
+            )
+        )
     else:
         encoder = build(family, vocab_size=99, num_hidden_layers=1)
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
@@ -121,7 +132,9 @@ def lines_of(config: Config, key: str = "train_loss") -> list[dict[str, Any]]:
 def weights_in(config: Config, step: int | None = None) -> bytes:
     """The weight file of the model folder, or of a checkpoint."""
     folder = Path(config.model_path)
-    return ((folder if step is None else checkpoint.step_folder(folder / "checkpoints", step)) / "model.safetensors").read_bytes()
+    return (
+        (folder if step is None else checkpoint.step_folder(folder / "checkpoints", step)) / "model.safetensors"
+    ).read_bytes()
 
 
 def before_each_step(monkeypatch: pytest.MonkeyPatch, action: Callable[..., None]) -> None:

@@ -34,7 +34,7 @@ from mmbert_core.training.checkpoint import (
     weights_of,
     why_invalid,
 )
-from mmbert_core.training.saved_state import FORMAT_VERSION  # fmt: skip
+from mmbert_core.training.saved_state import FORMAT_VERSION
 from tests.training.conftest import warnings_in
 
 
@@ -59,14 +59,20 @@ def adamw(model: Network, *, turned: bool = False) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": groups[0], "lr": 0.1, "weight_decay": 0.5}, {"params": groups[1], "lr": 0.01}])
 
 
-def save(folder: Path, step: int, *, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **state) -> Path:
+def save(
+    folder: Path, step: int, *, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **state
+) -> Path:
     model = model or Network(seed=step)
     moments = {} if optimizer is None else moments_of(model, optimizer)
     return save_checkpoint(folder, weights=weights_of(model), moments=moments, state={"step": step, **state})
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
 
 
 # ---- round trip ----
@@ -78,13 +84,17 @@ def test_weights_and_moments_come_back_by_name(tmp_path):
     for _ in range(3):
         model.step(optimizer)
     path = save(tmp_path, 3, model=model, optimizer=optimizer, epoch=1)
-    assert path == tmp_path / "step-00000003" and sorted(file.name for file in path.iterdir()) == sorted([*PARTS, MANIFEST])
+    assert path == tmp_path / "step-00000003" and sorted(file.name for file in path.iterdir()) == sorted(
+        [*PARTS, MANIFEST]
+    )
 
     found = read_checkpoint(path)
     assert found.state == {"format_version": FORMAT_VERSION, "step": 3, "epoch": 1}
     assert found.weights.keys() == model.state_dict().keys() and "mean" in found.weights
     names = [name for name, _ in model.named_parameters()]
-    assert sorted(found.moments) == sorted(f"{name}.{entry}" for name in names for entry in ("step", "exp_avg", "exp_avg_sq"))
+    assert sorted(found.moments) == sorted(
+        f"{name}.{entry}" for name in names for entry in ("step", "exp_avg", "exp_avg_sq")
+    )
 
     again = Network(seed=1)
     again.load_state_dict(found.weights)
@@ -94,7 +104,9 @@ def test_weights_and_moments_come_back_by_name(tmp_path):
     for (name, old), new in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(old, new), name
         for entry, value in optimizer.state[old].items():
-            assert torch.equal(value, other.state[new][entry]) and value.dtype == other.state[new][entry].dtype, f"{name}.{entry}"
+            assert torch.equal(value, other.state[new][entry]) and value.dtype == other.state[new][entry].dtype, (
+                f"{name}.{entry}"
+            )
     model.step(optimizer), again.step(other)
     assert all(torch.equal(old, new) for old, new in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -104,7 +116,9 @@ def test_saved_tensors_are_copies_and_tied_weights_are_allowed(tmp_path):
     model.tied = model.first
     model.turned = nn.Parameter(torch.arange(6.0).view(2, 3).T)  # not contiguous
     weights = weights_of(model)
-    assert all(not torch.equal(value, torch.zeros_like(value)) or name.endswith("bias") for name, value in weights.items())
+    assert all(
+        not torch.equal(value, torch.zeros_like(value)) or name.endswith("bias") for name, value in weights.items()
+    )
     with torch.no_grad():
         model.first.weight.zero_()
     assert weights["first.weight"].any() and torch.equal(weights["first.weight"], weights["tied.weight"])
@@ -113,7 +127,16 @@ def test_saved_tensors_are_copies_and_tied_weights_are_allowed(tmp_path):
 
 
 def test_state_holds_all_of_the_train_state():
-    state = TrainState(step=7, epoch=2, rows_consumed=16, skipped_steps=1, best_metric="val/auroc", best_value=0.1 + 0.2, best_step=5, train_seconds=1 / 3)
+    state = TrainState(
+        step=7,
+        epoch=2,
+        rows_consumed=16,
+        skipped_steps=1,
+        best_metric="val/auroc",
+        best_value=0.1 + 0.2,
+        best_step=5,
+        train_seconds=1 / 3,
+    )
     read = json.loads(json.dumps({**vars(state), "config": {}, "scheduler": {}}))
     assert train_state_from(read) == state
 
@@ -121,7 +144,9 @@ def test_state_holds_all_of_the_train_state():
 def test_manifest_names_every_file_with_size_and_hash(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / MANIFEST).read_text())
-    assert manifest["files"] == {name: {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)} for name in PARTS}
+    assert manifest["files"] == {
+        name: {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)} for name in PARTS
+    }
     assert (path / MANIFEST).stat().st_mtime_ns >= max((path / name).stat().st_mtime_ns for name in PARTS)
     assert why_invalid(path) is None
 
@@ -143,7 +168,9 @@ def test_the_same_state_is_the_same_bytes(tmp_path):
 DAMAGES = {
     "empty": lambda path, data: path.write_bytes(b""),
     "a byte short": lambda path, data: path.write_bytes(data.rstrip(b"\n")[:-1]),
-    "a flipped byte": lambda path, data: path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :]),
+    "a flipped byte": lambda path, data: path.write_bytes(
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :]
+    ),
     "something behind": lambda path, data: path.write_bytes(data + b"x"),
     "missing": lambda path, data: path.unlink(),
     "a folder": lambda path, data: (path.unlink(), path.mkdir()),
@@ -184,7 +211,17 @@ def test_no_flipped_bit_of_a_manifest_passes(tmp_path, bit):
         assert why_invalid(path), f"byte {place}: {data[place : place + 1]!r}"
 
 
-@pytest.mark.parametrize("manifest", ("[]", "null", '{"files": []}', '{"files": {"model.safetensors": 3}}', '{"format_version": 1, "files": {}}', "\0\0\0"))
+@pytest.mark.parametrize(
+    "manifest",
+    (
+        "[]",
+        "null",
+        '{"files": []}',
+        '{"files": {"model.safetensors": 3}}',
+        '{"format_version": 1, "files": {}}',
+        "\0\0\0",
+    ),
+)
 def test_strange_manifests_are_refused(tmp_path, manifest):
     path = save(tmp_path, 1)
     (path / MANIFEST).write_text(manifest)
@@ -203,7 +240,9 @@ def test_another_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "format_version": FORMAT_VERSION + 1}))
-    with pytest.raises(InputError, match=f"state.json: format_version: expected {FORMAT_VERSION}, found {FORMAT_VERSION + 1}"):
+    with pytest.raises(
+        InputError, match=f"state.json: format_version: expected {FORMAT_VERSION}, found {FORMAT_VERSION + 1}"
+    ):
         read_checkpoint(path)
 
 
@@ -211,7 +250,9 @@ def test_another_format_is_refused(tmp_path):
 
 
 def test_resume_never_auto_and_a_step(tmp_path):
-    assert find_checkpoint(tmp_path / "nothing", "auto") is None and find_checkpoint(tmp_path / "nothing", "never") is None
+    assert (
+        find_checkpoint(tmp_path / "nothing", "auto") is None and find_checkpoint(tmp_path / "nothing", "never") is None
+    )
     with pytest.raises(InputError, match=r"resume: .* \(none\), found 5"):
         find_checkpoint(tmp_path / "nothing", 5)
     for step in (5, 100000000, 40):
@@ -231,7 +272,18 @@ def test_links_and_odd_names_are_nobodys(tmp_path, caplog):
     save(folder, 1), save(folder, 2), save(folder, 3)
     (folder / "step-00000099").symlink_to(tmp_path / "elsewhere/step-00000099")
     (folder / "step-00000098").write_text("a file")
-    odd = ["step-7", "step-000000007", "step-0000000x", "step--0000007", "STEP-00000007", "step-00000007\n", "step-00000007 ", "step-０００００００７", "old", "..."]
+    odd = [
+        "step-7",
+        "step-000000007",
+        "step-0000000x",
+        "step--0000007",
+        "STEP-00000007",
+        "step-00000007\n",
+        "step-00000007 ",
+        "step-０００００００７",
+        "old",
+        "...",
+    ]
     for name in odd:
         shutil.copytree(step_folder(folder, 3), folder / name)
     before = set(os.listdir(folder))
@@ -249,7 +301,8 @@ def test_links_and_odd_names_are_nobodys(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("keep", "best_step", "left"), [(2, None, [40, 50]), (2, 10, [10, 40, 50]), (2, 50, [40, 50]), (1, 40, [40, 50]), (9, 30, [10, 20, 30, 40, 50])]
+    ("keep", "best_step", "left"),
+    [(2, None, [40, 50]), (2, 10, [10, 40, 50]), (2, 50, [40, 50]), (1, 40, [40, 50]), (9, 30, [10, 20, 30, 40, 50])],
 )
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, keep, best_step, left):
     for step in (10, 20, 30, 40, 50):
@@ -296,14 +349,26 @@ def test_a_checkpoint_that_could_not_be_removed_goes_with_a_later_rotation(tmp_p
     for step in (10, 20):
         save(tmp_path, step)
     with monkeypatch.context() as patches:
-        patches.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+        patches.setattr(
+            os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        )
         rotate(tmp_path, keep=1, newest=20, best_step=None)
     assert list_steps(tmp_path) == [20, 10] and "the old checkpoint of step 10 could not be removed" in caplog.text
     rotate(tmp_path, keep=1, newest=20, best_step=None)
     assert list_steps(tmp_path) == [20]
 
 
-@pytest.mark.parametrize("name", ("../run", "/tmp", "multimodal_bert-x", "multimodal_bert-2026-01-01-00-00-00/..", 7, ["multimodal_bert-2026-01-01-00-00-00"]))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "../run",
+        "/tmp",
+        "multimodal_bert-x",
+        "multimodal_bert-2026-01-01-00-00-00/..",
+        7,
+        ["multimodal_bert-2026-01-01-00-00-00"],
+    ),
+)
 def test_a_test_folder_that_no_run_names_is_refused(tmp_path, name):
     save(tmp_path, 1, test_folder="multimodal_bert-2026-01-01-00-00-00")
     assert read_checkpoint(step_folder(tmp_path, 1)).state["test_folder"]
@@ -353,7 +418,11 @@ def test_an_interrupted_write_leaves_the_previous_checkpoint_and_nothing_else(tm
     monkeypatch.setattr(checkpoint, "save_tensors", breaking(checkpoint.save_tensors, lambda tensors, path: path))
     monkeypatch.setattr(checkpoint, "write_json", breaking(checkpoint.write_json, lambda path, value: path))
     if stage == "rename":  # of the new folder; the old one was moved aside and comes back
-        monkeypatch.setattr(project_files.os, "rename", breaking(os.rename, lambda old, new: Path("rename" if ".tmp-step" in str(old) else "")))
+        monkeypatch.setattr(
+            project_files.os,
+            "rename",
+            breaking(os.rename, lambda old, new: Path("rename" if ".tmp-step" in str(old) else "")),
+        )
     with pytest.raises(RunError, match="need .* MB, have .* MB at .*No space"):
         save(tmp_path, step, model=Network(seed=5))
     assert content(tmp_path) == before and os.listdir(tmp_path) == ["step-00000001"]

@@ -24,7 +24,19 @@ from tests.support import tiny
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # sections of a report that need labels
-OF_LABELS = ("metrics", "baselines", "threshold", "calibration", "roc", "precision_recall", "confusion", "scores", "slices", "importance", "errors")
+OF_LABELS = (
+    "metrics",
+    "baselines",
+    "threshold",
+    "calibration",
+    "roc",
+    "precision_recall",
+    "confusion",
+    "scores",
+    "slices",
+    "importance",
+    "errors",
+)
 
 
 def train_judged(folder: Path, num_classes: int = 2, **changes) -> Path:
@@ -73,7 +85,10 @@ def test_the_threshold_is_chosen_on_validation_and_used(binary, tmp_path):
     assert all(row["pred"] == str(int(float(row["prob"]) > threshold["value"])) for row in rows)
     figures = json.loads((folder_of(binary) / "test_metrics.json").read_text())
     labels, preds = ([int(row[name]) for row in rows] for name in ("label", "pred"))
-    assert figures["test/f1_score"] == pytest.approx(oracle.f1_score(labels, preds)) and figures["threshold"] == threshold["value"]
+    assert (
+        figures["test/f1_score"] == pytest.approx(oracle.f1_score(labels, preds))
+        and figures["threshold"] == threshold["value"]
+    )
     val = binary.parent / "val.csv"
     assert cli.main(["predict", str(binary), str(val), str(tmp_path / "val.tsv")]) == 0
     rows = rows_of(tmp_path / "val.tsv")
@@ -83,10 +98,25 @@ def test_the_threshold_is_chosen_on_validation_and_used(binary, tmp_path):
 
 
 def test_a_threshold_on_the_command_line_wins(binary, several, tmp_path):
-    assert cli.main(["predict", str(binary), str(binary.parent / "test.csv"), str(tmp_path / "t.tsv"), "--threshold", "0.9"]) == 0
+    assert (
+        cli.main(
+            ["predict", str(binary), str(binary.parent / "test.csv"), str(tmp_path / "t.tsv"), "--threshold", "0.9"]
+        )
+        == 0
+    )
     assert all(row["pred"] == str(int(float(row["prob"]) > 0.9)) for row in rows_of(tmp_path / "t.tsv"))
-    assert cli.main(["predict", str(several), str(several.parent / "test.csv"), str(tmp_path / "t.tsv"), "--threshold", "0.9"]) == 2
-    assert cli.main(["predict", str(binary), str(binary.parent / "test.csv"), str(tmp_path / "t.tsv"), "--threshold", "1.5"]) == 2
+    assert (
+        cli.main(
+            ["predict", str(several), str(several.parent / "test.csv"), str(tmp_path / "t.tsv"), "--threshold", "0.9"]
+        )
+        == 2
+    )
+    assert (
+        cli.main(
+            ["predict", str(binary), str(binary.parent / "test.csv"), str(tmp_path / "t.tsv"), "--threshold", "1.5"]
+        )
+        == 2
+    )
 
 
 def test_calibrated_probabilities(binary, several):
@@ -105,7 +135,20 @@ def test_calibrated_probabilities(binary, several):
 
 def test_evaluate_says_what_the_test_said(binary, several, tmp_path, capsys):
     for run in (binary, several):
-        assert cli.main(["evaluate", str(run), str(run.parent / "test.csv"), "--output", str(tmp_path / run.parent.name), "--num_threads", "1"]) == 0
+        assert (
+            cli.main(
+                [
+                    "evaluate",
+                    str(run),
+                    str(run.parent / "test.csv"),
+                    "--output",
+                    str(tmp_path / run.parent.name),
+                    "--num_threads",
+                    "1",
+                ]
+            )
+            == 0
+        )
         assert "interval" in capsys.readouterr().out
         [folder] = (tmp_path / run.parent.name).glob("multimodal_bert-*")
         assert (folder / "test_result_0.tsv").read_bytes() == (folder_of(run) / "test_result_0.tsv").read_bytes()
@@ -120,19 +163,31 @@ def test_evaluate_says_what_the_test_said(binary, several, tmp_path, capsys):
 
 def test_two_processes_report_what_one_does(tmp_path):
     """The end of a run, and `evaluate`, on two ranks: the figures are those of one process with the same model."""
-    values = tiny.settings(tmp_path, num_rows=48, max_epochs=1, val_path=(str(tiny.write_table(tmp_path / "more.csv", 220, seed=7)),))
+    values = tiny.settings(
+        tmp_path, num_rows=48, max_epochs=1, val_path=(str(tiny.write_table(tmp_path / "more.csv", 220, seed=7)),)
+    )
     (tmp_path / "config.json").write_text(json.dumps(values))
     run, table = tmp_path / "run", str(tmp_path / "test.csv")
     done = tiny.torchrun(2, ["-m", "mmbert_core", "train", str(tmp_path / "config.json")])
     assert done.returncode == 0, done.stderr[-4000:]
     assert cli.main(["evaluate", str(run), table, "--output", str(tmp_path / "one"), "--num_threads", "1"]) == 0
-    two = tiny.torchrun(2, ["-m", "mmbert_core", "evaluate", str(run), table, "--output", str(tmp_path / "two"), "--num_threads", "1"])
+    two = tiny.torchrun(
+        2, ["-m", "mmbert_core", "evaluate", str(run), table, "--output", str(tmp_path / "two"), "--num_threads", "1"]
+    )
     assert two.returncode == 0, two.stderr[-4000:]
     assert json.loads((run / "train_results.json").read_text())["world_size"] == 2
-    folders = [folder_of(run), folder_of(tmp_path / "one"), folder_of(tmp_path / "two")]  # one folder each, though two processes wrote
+    folders = [
+        folder_of(run),
+        folder_of(tmp_path / "one"),
+        folder_of(tmp_path / "two"),
+    ]  # one folder each, though two processes wrote
     assert len({(folder / "test_result_0.tsv").read_bytes() for folder in folders}) == 1
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
-    assert "items" in reports[0]["importance"] and reports[0]["calibration"]["bins"] and len(reports[0]["errors"]["rows"]) > 3
+    assert (
+        "items" in reports[0]["importance"]
+        and reports[0]["calibration"]["bins"]
+        and len(reports[0]["errors"]["rows"]) > 3
+    )
     words = [words_of(report) for report in reports]
     for name in OF_LABELS:
         assert reports[0][name] == reports[1][name] == reports[2][name], name
@@ -152,10 +207,14 @@ def test_evaluate_needs_labels(binary, tmp_path, capfd):
 def test_slices_of_a_column_that_the_model_does_not_read(binary, tmp_path):
     frame = pd.read_csv(binary.parent / "test.csv", dtype=str, keep_default_na=False)
     frame.assign(country=["be", "nl"] * 110, weight=np.arange(220)).to_csv(tmp_path / "more.csv", index=False)
-    figures, folder = Predictor.from_folder(binary).evaluate_file([str(tmp_path / "more.csv")], tmp_path, slice_columns=["country", "weight", "country"])
+    figures, folder = Predictor.from_folder(binary).evaluate_file(
+        [str(tmp_path / "more.csv")], tmp_path, slice_columns=["country", "weight", "country"]
+    )
     report = json.loads((folder / "report.json").read_text())
     found = {(row["column"], row["value"]): row["rows"] for row in report["slices"]["rows"]}
-    assert found[("country", "be")] == found[("country", "nl")] == 110 and sum(found.values()) == 440 and len(found) == 6
+    assert (
+        found[("country", "be")] == found[("country", "nl")] == 110 and sum(found.values()) == 440 and len(found) == 6
+    )
 
 
 def test_a_report_of_later_rows_knows_the_run(binary, tmp_path):
@@ -163,14 +222,27 @@ def test_a_report_of_later_rows_knows_the_run(binary, tmp_path):
     pd.read_csv(binary.parent / "test.csv", dtype=str).head(90).to_csv(tmp_path / "later.csv", index=False)
     _, folder = Predictor.from_folder(binary).evaluate_file([str(tmp_path / "later.csv")], tmp_path)
     run, made = (json.loads((place / "report.json").read_text()) for place in (folder_of(binary), folder))
-    assert made["data"]["train"] == run["data"]["train"] and made["data"]["test"]["rows"] == 90 and str(tmp_path / "later.csv") in made["data"]["files"]
-    assert (made["training"]["best_step"], made["training"]["metric"]) == (run["training"]["best_step"], run["training"]["metric"]) != (None, None)
+    assert (
+        made["data"]["train"] == run["data"]["train"]
+        and made["data"]["test"]["rows"] == 90
+        and str(tmp_path / "later.csv") in made["data"]["files"]
+    )
+    assert (
+        (made["training"]["best_step"], made["training"]["metric"])
+        == (run["training"]["best_step"], run["training"]["metric"])
+        != (None, None)
+    )
 
 
 def test_errors_are_ordered_by_their_distance_from_the_threshold(binary, tmp_path):
     """A miss below a low threshold is as sure as a false alarm far above it."""
-    assert distance_to(0.1, np.float32([0.09, 0.0, 0.45, 1.0])).tolist() == pytest.approx([0.1, 1.0, 0.35 / 0.9, 1.0], abs=1e-6)
-    assert np.isfinite(distance_to(1.0, np.float32([0.5, 1.0]))).all() and np.isfinite(distance_to(0.0, np.float32([0.0, 0.5]))).all()
+    assert distance_to(0.1, np.float32([0.09, 0.0, 0.45, 1.0])).tolist() == pytest.approx(
+        [0.1, 1.0, 0.35 / 0.9, 1.0], abs=1e-6
+    )
+    assert (
+        np.isfinite(distance_to(1.0, np.float32([0.5, 1.0]))).all()
+        and np.isfinite(distance_to(0.0, np.float32([0.0, 0.5]))).all()
+    )
     predictor = Predictor.from_folder(binary, threshold=0.2)
     _, folder = predictor.evaluate_file([str(binary.parent / "test.csv")], tmp_path)
     errors = json.loads((folder / "report.json").read_text())["errors"]["rows"]
@@ -193,7 +265,9 @@ def test_a_threshold_is_a_probability(binary, threshold):
 def test_baselines_are_kept_with_the_model(binary, several):
     for run, classes in ((binary, 2), (several, 3)):
         kept = load_model_folder(run).judgement.baselines
-        assert set(kept.models) == {"columns only", "text only"} and kept.models["columns only"].bias.shape == (classes,)
+        assert set(kept.models) == {"columns only", "text only"} and kept.models["columns only"].bias.shape == (
+            classes,
+        )
         figures = json.loads((folder_of(run) / "test_metrics.json").read_text())
         assert set(figures["baselines"]) == {"most frequent class", "columns only", "text only"}
         assert figures["baselines"]["most frequent class"]["test/auroc"] == pytest.approx(0.5)
@@ -219,7 +293,10 @@ def test_errors_are_the_surest_wrong_rows(binary):
         read = "".join(piece for piece, _ in error["tokens"])
         assert texts[error["id"]].startswith(read) and all(-1 <= weight <= 1 for _, weight in error["tokens"])
     weighed = [any(weight for _, weight in error["tokens"]) for error in errors]
-    assert weighed == [error["method"] is not None and bool(error["tokens"]) for error in errors] and sum(weighed) in (2, 3)  # a text may be empty
+    assert weighed == [error["method"] is not None and bool(error["tokens"]) for error in errors] and sum(weighed) in (
+        2,
+        3,
+    )  # a text may be empty
 
 
 def test_report_is_written_anew_from_its_json(binary, tmp_path, capfd):
@@ -241,7 +318,9 @@ def test_card_and_inspect(binary, several, capsys):
         assert cli.main(["inspect", str(run)]) == 0
         assert capsys.readouterr().out.splitlines() == card
         figures = json.loads((folder_of(run) / "test_metrics.json").read_text())
-        assert any(f"| auroc | {figures['test/auroc']:.4f} |" in line for line in card) and "* train: 240 rows" in "\n".join(card)
+        assert any(
+            f"| auroc | {figures['test/auroc']:.4f} |" in line for line in card
+        ) and "* train: 240 rows" in "\n".join(card)
     assert cli.main(["inspect", str(binary.parent)]) == 2
 
 
@@ -249,16 +328,32 @@ def test_standard_input_and_output(binary, tmp_path):
     cli.main(["predict", str(binary), str(binary.parent / "test.csv"), str(tmp_path / "file.tsv")])
     table = (binary.parent / "test.csv").read_text()
     done = tiny.run_command(["-m", "mmbert_core", "predict", str(binary), "-", "-"], input=table)
-    assert done.returncode == 0 and done.stdout == (tmp_path / "file.tsv").read_text() and "220 rows scored" in done.stderr
-    done = tiny.run_command(["-m", "mmbert_core", "predict", str(binary), "-", "-", "--input_format", "jsonl"], input=table)
-    assert done.returncode == 2 and done.stdout == "" and "standard input row 1 (line 1): expected a JSON object" in done.stderr
+    assert (
+        done.returncode == 0 and done.stdout == (tmp_path / "file.tsv").read_text() and "220 rows scored" in done.stderr
+    )
+    done = tiny.run_command(
+        ["-m", "mmbert_core", "predict", str(binary), "-", "-", "--input_format", "jsonl"], input=table
+    )
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and "standard input row 1 (line 1): expected a JSON object" in done.stderr
+    )
 
 
-@pytest.mark.parametrize("command", [["inspect", "{run}"], ["predict", "{run}", "{test}", "-"]], ids=["inspect", "predict"])
+@pytest.mark.parametrize(
+    "command", [["inspect", "{run}"], ["predict", "{run}", "{test}", "-"]], ids=["inspect", "predict"]
+)
 def test_a_reader_that_has_seen_enough_is_no_failure(binary, command):
     """As `mmbert inspect MODEL_PATH | head -1`: the pipe's other end is closed before the first word."""
     words = [word.format(run=binary, test=binary.parent / "test.csv") for word in command]
-    process = subprocess.Popen([sys.executable, "-m", "mmbert_core", *words], cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmbert_core", *words],
+        cwd=tiny.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.close()
     assert "rror" not in process.stderr.read() and process.wait(timeout=120) == 0
 
@@ -270,7 +365,10 @@ def test_a_folder_without_thresholds_counts_from_one_half(binary, tmp_path):
     for name in ("thresholds.json", "baselines.json", "baselines.safetensors", "summary.json", "MANIFEST.json"):
         (old / name).unlink()
     cli.main(["predict", str(old), str(binary.parent / "test.csv"), str(tmp_path / "o.tsv")])
-    assert all(row["pred"] == str(int(float(row["prob"]) > 0.5)) and row["prob"] == row["prob_calibrated"] for row in rows_of(tmp_path / "o.tsv"))
+    assert all(
+        row["pred"] == str(int(float(row["prob"]) > 0.5)) and row["prob"] == row["prob_calibrated"]
+        for row in rows_of(tmp_path / "o.tsv")
+    )
     assert cli.main(["inspect", str(old)]) == 0
 
 
@@ -279,9 +377,14 @@ def test_ablate(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert cli.main(["ablate", str(tmp_path / "config.json"), "--seeds", "0", "1"]) == 0
     results = json.loads((tmp_path / "run/ablation.json").read_text())
-    assert list(results["parts"]) == ["text only", "columns only", "both"] and [row["seed"] for row in results["parts"]["both"]] == [0, 1]
+    assert list(results["parts"]) == ["text only", "columns only", "both"] and [
+        row["seed"] for row in results["parts"]["both"]
+    ] == [0, 1]
     values = [row["auroc"] for row in results["parts"]["both"]]
-    assert results["summary"]["both"]["auroc"] == {"mean": pytest.approx(np.mean(values)), "spread": pytest.approx(np.std(values, ddof=1))}
+    assert results["summary"]["both"]["auroc"] == {
+        "mean": pytest.approx(np.mean(values)),
+        "spread": pytest.approx(np.std(values, ddof=1)),
+    }
     assert "+-" in capsys.readouterr().out
     before = (tmp_path / "run/ablation.json").read_bytes()
     assert cli.main(["ablate", str(tmp_path / "config.json"), "--seeds", "0", "1"]) == 0  # all six runs are finished
@@ -293,16 +396,29 @@ def test_ablate_finds_a_wrong_column_before_it_trains(tmp_path, capsys):
     values = tiny.settings(tmp_path, max_epochs=1, tab_field_list=["age", "amuont"])
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert cli.main(["ablate", str(tmp_path / "config.json")]) == 2
-    assert "column 'amuont' not found" in capsys.readouterr().err and not list(tmp_path.glob("run/*-seed-*/checkpoints"))
+    assert "column 'amuont' not found" in capsys.readouterr().err and not list(
+        tmp_path.glob("run/*-seed-*/checkpoints")
+    )
 
 
 def test_closed_standard_streams(binary, tmp_path):
     cli.main(["predict", str(binary), str(binary.parent / "test.csv"), str(tmp_path / "file.tsv")])
     command = f"{sys.executable} -m mmbert_core predict {binary} {binary.parent / 'test.csv'} {tmp_path / 'closed.tsv'}"
     for redirections in (">&-", "2>&-", "<&- >&- 2>&-"):
-        done = subprocess.run(f"{command} {redirections}", shell=True, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            f"{command} {redirections}", shell=True, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         assert (tmp_path / "closed.tsv").read_bytes() == (tmp_path / "file.tsv").read_bytes()
         (tmp_path / "closed.tsv").unlink()
-    done = subprocess.run(f"{sys.executable} -m mmbert_core predict {binary} - - <&-", shell=True, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "standard input: the file is empty" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        f"{sys.executable} -m mmbert_core predict {binary} - - <&-",
+        shell=True,
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2 and "standard input: the file is empty" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -41,7 +41,15 @@ TRAIN_KEYS = {"step", "epoch", "train_loss", "lr", "grad_norm", "rows_per_second
 
 
 def test_sixteen_rows_are_learned_by_heart(config_of):
-    config = config_of(max_train_rows=16, batch_size=16, max_epochs=40, lr=1e-2, run_scheduler=False, microbatches_per_step=1, **NO_VALIDATION)
+    config = config_of(
+        max_train_rows=16,
+        batch_size=16,
+        max_epochs=40,
+        lr=1e-2,
+        run_scheduler=False,
+        microbatches_per_step=1,
+        **NO_VALIDATION,
+    )
     train(config, dropout=False)
     losses = [line["train_loss"] for line in lines_of(config)]
     assert len(losses) == 40 and losses[0] > 0.5 and losses[-1] < 0.05
@@ -53,7 +61,9 @@ GOLDEN_LOSSES = [0.6130286, 0.6996205, 0.7212847, 0.6807279, 0.7126048]
 
 
 def test_golden_losses(config_of):
-    config = config_of(max_epochs=1, class_weights=(1.0, 2.0), gradient_clip_val=1.0, weight_decay=0.01, head_lr=3e-3, **NO_VALIDATION)
+    config = config_of(
+        max_epochs=1, class_weights=(1.0, 2.0), gradient_clip_val=1.0, weight_decay=0.01, head_lr=3e-3, **NO_VALIDATION
+    )
     train(config, dropout=False)
     assert [line["train_loss"] for line in lines_of(config)] == pytest.approx(GOLDEN_LOSSES, rel=1e-4)
 
@@ -61,7 +71,13 @@ def test_golden_losses(config_of):
 def test_micro_batches_do_not_change_what_a_step_learns(config_of, tmp_path):
     weights, losses = {}, {}
     for count in (1, 4):
-        config = config_of(microbatches_per_step=count, batch_size=12, class_weights=(1.0, 3.0), model_path=str(tmp_path / str(count)), **NO_VALIDATION)
+        config = config_of(
+            microbatches_per_step=count,
+            batch_size=12,
+            class_weights=(1.0, 3.0),
+            model_path=str(tmp_path / str(count)),
+            **NO_VALIDATION,
+        )
         weights[count] = train(config, dropout=False)[2].state_dict()
         losses[count] = [line["train_loss"] for line in lines_of(config)]
     assert losses[1] == pytest.approx(losses[4], rel=1e-5) and len(losses[1]) == 8
@@ -86,7 +102,9 @@ def test_train_loss_is_a_plain_weighted_mean_also_of_a_short_last_step(config_of
         sizes.append(len(rows))
 
     before_each_step(monkeypatch, plain_loss)
-    config = config_of(batch_size=16, microbatches_per_step=3, class_weights=class_weights, max_epochs=2, **NO_VALIDATION)
+    config = config_of(
+        batch_size=16, microbatches_per_step=3, class_weights=class_weights, max_epochs=2, **NO_VALIDATION
+    )
     results, _, _ = train(config, dropout=False)
     assert sizes == [16, 16, 8] * 2 and results["rows"] == 80
     assert [line["train_loss"] for line in lines_of(config)] == pytest.approx(expected, rel=1e-5)
@@ -110,26 +128,39 @@ def test_training_has_dropout_and_evaluation_has_none(config_of, files, monkeypa
     train(config_of(max_epochs=1, val_check_interval=2, test_path=(str(files / "test.csv"),)))
     assert {name for name, _ in modes} == {"training_step", "validation_step", "test_step"}
     assert all(mode == {name == "training_step"} for name, mode in modes)
-    assert [name for name, _ in modes[:5]] == ["training_step"] * 4 + ["validation_step"] and modes[5][0] == "training_step"
+    assert [name for name, _ in modes[:5]] == ["training_step"] * 4 + ["validation_step"] and modes[5][
+        0
+    ] == "training_step"
 
 
 # ---- what can be learned from ----
 
 
 @pytest.mark.parametrize(
-    ("family", "pooling", "num_unused"), [("Bert", "cls", 0), ("Roberta", "mean", 0), ("DistilBert", "auto", 0), ("ModernBert", "mean", 0), ("Luke", "mean", 12)]
+    ("family", "pooling", "num_unused"),
+    [
+        ("Bert", "cls", 0),
+        ("Roberta", "mean", 0),
+        ("DistilBert", "auto", 0),
+        ("ModernBert", "mean", 0),
+        ("Luke", "mean", 12),
+    ],
 )
 def test_encoders_of_other_families_train(config_of, files, tmp_path, family, pooling, num_unused, caplog):
     """Every parameter moves, but those that no loss reaches: they are frozen, and their number is said."""
     folder = save_encoder(family, tmp_path / "encoder", files)
     before = {name: value.clone() for name, value in AutoModel.from_pretrained(folder).state_dict().items()}
-    config = config_of(encoder=str(folder), pooling=pooling, max_epochs=1, lr=1e-2, warmup_steps=0, batch_size=20, **NO_VALIDATION)
+    config = config_of(
+        encoder=str(folder), pooling=pooling, max_epochs=1, lr=1e-2, warmup_steps=0, batch_size=20, **NO_VALIDATION
+    )
     _, _, model = train(config)
     encoder = model.text_subnetwork.encoder
     still = {name for name, parameter in encoder.named_parameters() if torch.equal(parameter, before[name])}
     assert len(still) == num_unused and all("entity" in name or "w2e" in name or "e2" in name for name in still)
     assert still == {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
-    assert any(message.startswith(f"{num_unused} parameters are not reached by the loss") for message in caplog.messages) == bool(num_unused)
+    assert any(
+        message.startswith(f"{num_unused} parameters are not reached by the loss") for message in caplog.messages
+    ) == bool(num_unused)
     assert getattr(encoder, "pooler", None) is None  # not used: it would stop DDP
     test = prepare(replace(config, test_path=(str(files / "test.csv"),))).test
     assert len(Predictor.from_folder(config.model_path, CONTEXT).score(test).preds) == 37
@@ -148,7 +179,10 @@ def test_parts_of_the_input_and_several_classes(config_of, files, tmp_path, part
     else:
         config = config_of(test_path=(str(files / "test.csv"),), max_epochs=1, **changes)
     results, _, model = train(config)
-    assert (model.text_subnetwork is None, model.tab_subnetwork is None) == (part == "columns only", part == "text only")
+    assert (model.text_subnetwork is None, model.tab_subnetwork is None) == (
+        part == "columns only",
+        part == "text only",
+    )
     with open(Path(results["test_folder"]) / "test_result_0.tsv", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     probabilities = ["prob_0", "prob_1", "prob_2"] if part == "several classes" else ["prob"]
@@ -166,11 +200,19 @@ def test_metrics_file(config_of):
     lines, validations = lines_of(config), lines_of(config, "val_loss")
     assert [line["step"] for line in lines] == [3, 6, 9, 10]  # the last step has its line
     assert all(set(line) == TRAIN_KEYS for line in lines)
-    assert all(set(line) == {"step", "val_loss", "val/auroc", "val/average_precision", "val/accuracy", "val/f1_score"} for line in validations)
+    assert all(
+        set(line) == {"step", "val_loss", "val/auroc", "val/average_precision", "val/accuracy", "val/f1_score"}
+        for line in validations
+    )
     steps = [line["step"] for line in tiny.metrics_lines(config.model_path)]
     assert steps == sorted(steps) and len(steps) == 6
     assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (11 - step) / 8 for step in (3, 6, 9, 10)])
-    assert all(0 <= line["padding_share"] < 1 and line["rows_per_second"] > 0 and line["tokens_per_second"] > line["rows_per_second"] for line in lines)
+    assert all(
+        0 <= line["padding_share"] < 1
+        and line["rows_per_second"] > 0
+        and line["tokens_per_second"] > line["rows_per_second"]
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -205,11 +247,38 @@ def test_train_results(config_of, files):
     results, _, _ = train(config)
     assert results == json.loads((Path(config.model_path) / "train_results.json").read_text())
     assert set(results) == {
-        "steps", "epochs", "best_step", "best_metric", "best_value", "rows", "train_rows", "skipped_steps", "train_seconds", "train_rows_per_second",
-        "peak_memory_mb", "world_size", "pooling", "precision", "microbatches_asked", "microbatches_per_step", "test_folder", "test_metrics",
-    }  # fmt: skip
-    assert (results["steps"], results["epochs"], results["rows"], results["train_rows"], results["world_size"]) == (STEPS, 2.0, 80, NUM_ROWS, 1)
-    assert (results["pooling"], results["precision"], results["microbatches_per_step"], results["skipped_steps"]) == ("pooler", "fp32", 2, 0)
+        "steps",
+        "epochs",
+        "best_step",
+        "best_metric",
+        "best_value",
+        "rows",
+        "train_rows",
+        "skipped_steps",
+        "train_seconds",
+        "train_rows_per_second",
+        "peak_memory_mb",
+        "world_size",
+        "pooling",
+        "precision",
+        "microbatches_asked",
+        "microbatches_per_step",
+        "test_folder",
+        "test_metrics",
+    }
+    assert (results["steps"], results["epochs"], results["rows"], results["train_rows"], results["world_size"]) == (
+        STEPS,
+        2.0,
+        80,
+        NUM_ROWS,
+        1,
+    )
+    assert (results["pooling"], results["precision"], results["microbatches_per_step"], results["skipped_steps"]) == (
+        "pooler",
+        "fp32",
+        2,
+        0,
+    )
     assert results["train_rows_per_second"] == pytest.approx(80 / results["train_seconds"])
     assert 50 < results["peak_memory_mb"] < 1e5
     figures = json.loads((Path(results["test_folder"]) / "test_metrics.json").read_text())
@@ -240,19 +309,27 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer_step(c
         if run.state.step + 1 == 4 and poison == "weights":
             run.model.final_merge_network.linear_layer_final.weight.data[0, 0] = math.nan
         elif run.state.step + 1 == 4 and poison == "loss":
-            run.task.loss_op.forward = lambda logits, labels: torch.where(labels == 0, math.inf, 0.0) + 0 * logits.sum(dim=1)
+            run.task.loss_op.forward = lambda logits, labels: (
+                torch.where(labels == 0, math.inf, 0.0) + 0 * logits.sum(dim=1)
+            )
         elif run.state.step + 1 == 4:
             run.model.final_merge_network.linear_layer_final.bias.register_hook(lambda gradient: gradient * math.inf)
 
     with monkeypatch.context() as patches:
         patches.setattr(start, "configure_optimizers", configure_optimizers)
         before_each_step(patches, act)
-        with pytest.raises(RunError, match="(step 4 is (nan|inf), .*|gradient norm is inf at step 4); stopped before the optimizer step"):
+        with pytest.raises(
+            RunError,
+            match="(step 4 is (nan|inf), .*|gradient norm is inf at step 4); stopped before the optimizer step",
+        ):
             train(config)
     assert len(moved) == 3
     checkpoints = Path(config.model_path) / "checkpoints"
     assert checkpoint.list_steps(checkpoints) == [3, 2, 1]
-    assert all(value.isfinite().all() for value in load_file(checkpoint.find_checkpoint(checkpoints, "auto") / "model.safetensors").values())
+    assert all(
+        value.isfinite().all()
+        for value in load_file(checkpoint.find_checkpoint(checkpoints, "auto") / "model.safetensors").values()
+    )
     results, _, _ = train(config)
     assert results["steps"] == STEPS
 
@@ -260,7 +337,11 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer_step(c
 def assert_no_model(config):
     """Nothing that passes for a model or a result; the same command says the same again."""
     folder = Path(config.model_path)
-    assert not [name for name in ("model.safetensors", "train_results.json", "thresholds.json", "README.md") if (folder / name).exists()]
+    assert not [
+        name
+        for name in ("model.safetensors", "train_results.json", "thresholds.json", "README.md")
+        if (folder / name).exists()
+    ]
     assert not list(folder.glob("multimodal_bert-*"))
 
 
@@ -276,7 +357,10 @@ def test_a_run_whose_every_step_was_left_out_fails(config_of, files, monkeypatch
 
     with monkeypatch.context() as patches:
         before_each_step(patches, act)
-        with pytest.raises(RunError, match="all 5 steps were left out because their loss or gradient was not finite: nothing was trained, and no model is written"):
+        with pytest.raises(
+            RunError,
+            match="all 5 steps were left out because their loss or gradient was not finite: nothing was trained, and no model is written",
+        ):
             train(config)
     assert_no_model(config)
     with pytest.raises(RunError, match="all 5 steps were left out"):
@@ -288,7 +372,9 @@ def test_a_run_whose_every_step_was_left_out_fails(config_of, files, monkeypatch
 def test_a_model_of_predictions_that_are_not_finite_is_not_written(tmp_path, monkeypatch, validated, num_classes):
     """Its weights are finite, but so large that it computes with infinity; after some steps, which count."""
     changes = {} if validated else NO_VALIDATION
-    config = Config(**tiny.settings(tmp_path, num_rows=40, num_classes=num_classes, on_nonfinite="skip", max_epochs=1, **changes))
+    config = Config(
+        **tiny.settings(tmp_path, num_rows=40, num_classes=num_classes, on_nonfinite="skip", max_epochs=1, **changes)
+    )
 
     def act(run, order):
         if run.state.step + 1 == 4:
@@ -299,7 +385,9 @@ def test_a_model_of_predictions_that_are_not_finite_is_not_written(tmp_path, mon
         with pytest.raises(RunError) as error:
             train(config)
     rows = "23 of 23 val rows" if validated else "32 of 32 train rows"
-    assert f"the model of step 5 gives probabilities that are not finite: {rows}, first " in str(error.value) and "\n" not in str(error.value)
+    assert f"the model of step 5 gives probabilities that are not finite: {rows}, first " in str(
+        error.value
+    ) and "\n" not in str(error.value)
     assert_no_model(config)
     with pytest.raises(RunError, match="probabilities that are not finite"):
         train(config)
@@ -321,6 +409,7 @@ def test_a_best_step_before_the_weights_went_wrong_is_the_model(config_of, monke
 
 def test_a_loss_of_the_users_replaces_cross_entropy(config_of, tmp_path):
     """Label smoothing, of torch's own losses; and one of the user's that forgets its rows is refused."""
+
     def train_with(name, loss_op):
         config = config_of(model_path=str(tmp_path / name), max_epochs=1)
         data = prepare(config)

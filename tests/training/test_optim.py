@@ -45,15 +45,21 @@ def test_every_trainable_parameter_is_in_exactly_one_group(family, head_lr):
     model = model_of(family)
     frozen = next(name for name, _ in model.named_parameters())
     model.get_parameter(frozen).requires_grad_(False)
-    optimizer, _ = configure_optimizers(model, config_of(lr=2e-5, head_lr=head_lr, weight_decay=0.01, adam_epsilon=1e-6), 10)
+    optimizer, _ = configure_optimizers(
+        model, config_of(lr=2e-5, head_lr=head_lr, weight_decay=0.01, adam_epsilon=1e-6), 10
+    )
     groups = names_by_group(model, optimizer)
     assert len(groups) == (2 if head_lr is None else 4)
-    assert sorted(name for group in groups for name in group) == sorted(name for name, _ in model.named_parameters() if name != frozen)
+    assert sorted(name for group in groups for name in group) == sorted(
+        name for name, _ in model.named_parameters() if name != frozen
+    )
     assert all(type(optimizer) is torch.optim.AdamW and group["eps"] == 1e-6 for group in optimizer.param_groups)
     for names, group in zip(groups, optimizer.param_groups, strict=True):
         # in these families a vector is a bias or belongs to a normalisation, and nothing else does
         assert {model.get_parameter(name).ndim >= 2 for name in names} == {group["weight_decay"] == 0.01}
-        assert {name.startswith(ENCODER) for name in names} == ({True, False} if head_lr is None else {group["initial_lr"] == 2e-5})
+        assert {name.startswith(ENCODER) for name in names} == (
+            {True, False} if head_lr is None else {group["initial_lr"] == 2e-5}
+        )
         assert group["initial_lr"] in (2e-5, head_lr)
 
 
@@ -91,9 +97,18 @@ class Odd(nn.Module):
 
 def test_biases_and_normalisations_by_type_whatever_their_names():
     assert names_without_decay(Odd()) == {
-        "bias", "a1.gamma", "a2.weight", "a2.bias", "a3.weight", "a3.bias", "a4.weight", "a4.bias",
-        "layernorm_like.bias", "attention.in_proj_bias", "attention.out_proj.bias",
-    }  # fmt: skip
+        "bias",
+        "a1.gamma",
+        "a2.weight",
+        "a2.bias",
+        "a3.weight",
+        "a3.bias",
+        "a4.weight",
+        "a4.bias",
+        "layernorm_like.bias",
+        "attention.in_proj_bias",
+        "attention.out_proj.bias",
+    }
 
 
 # ---- schedule ----
@@ -103,9 +118,15 @@ def test_biases_and_normalisations_by_type_whatever_their_names():
 @pytest.mark.parametrize("warmup", (0, 5, 0.25))
 def test_schedule_equals_transformers_at_every_step(run_scheduler, warmup):
     total, in_steps = 20, {0: 0, 5: 5, 0.25: 5}[warmup]
-    optimizer, scheduler = configure_optimizers(Odd(), config_of(lr=1e-3, head_lr=4e-3, run_scheduler=run_scheduler, warmup_steps=warmup), total)
+    optimizer, scheduler = configure_optimizers(
+        Odd(), config_of(lr=1e-3, head_lr=4e-3, run_scheduler=run_scheduler, warmup_steps=warmup), total
+    )
     plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=4e-3)  # all of Odd is head
-    expected = get_linear_schedule_with_warmup(plain, in_steps, total) if run_scheduler else get_constant_schedule_with_warmup(plain, in_steps)
+    expected = (
+        get_linear_schedule_with_warmup(plain, in_steps, total)
+        if run_scheduler
+        else get_constant_schedule_with_warmup(plain, in_steps)
+    )
     rates = []
     for step in range(total + 1):
         assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
@@ -118,7 +139,10 @@ def test_schedule_equals_transformers_at_every_step(run_scheduler, warmup):
     assert rates[15] == pytest.approx(4e-3 * 5 / (20 - in_steps) if run_scheduler else 4e-3)
 
 
-@pytest.mark.parametrize(("asked", "total", "steps"), [(0, 100, 0), (7, 100, 7), (0.1, 94, 9), (0.1, 3, 0), (0.99, 10, 10), (1, 10, 1), (200, 10, 200)])
+@pytest.mark.parametrize(
+    ("asked", "total", "steps"),
+    [(0, 100, 0), (7, 100, 7), (0.1, 94, 9), (0.1, 3, 0), (0.99, 10, 10), (1, 10, 1), (200, 10, 200)],
+)
 def test_warmup_is_a_number_of_steps_or_a_share_of_all(asked, total, steps):
     assert warmup_in_steps(asked, total) == steps
 
@@ -126,7 +150,9 @@ def test_warmup_is_a_number_of_steps_or_a_share_of_all(asked, total, steps):
 # ---- one optimizer step ----
 
 
-def parts_of(*values: float, max_scale: float | None = None) -> tuple[nn.Parameter, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR, torch.amp.GradScaler]:
+def parts_of(
+    *values: float, max_scale: float | None = None
+) -> tuple[nn.Parameter, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR, torch.amp.GradScaler]:
     """One parameter of ones with gradient `values`, SGD of rate 1, a rate that falls by 1 % a step, a scaler (off without `max_scale`)."""
     parameter = nn.Parameter(torch.ones(len(values)))
     parameter.grad = torch.tensor(values)
@@ -147,7 +173,13 @@ def test_order_of_a_step(monkeypatch):
 
         return noted
 
-    for target, method in ((scaler, "unscale_"), (scaler, "step"), (scaler, "update"), (scheduler, "step"), (optimizer, "zero_grad")):
+    for target, method in (
+        (scaler, "unscale_"),
+        (scaler, "step"),
+        (scaler, "update"),
+        (scheduler, "step"),
+        (optimizer, "zero_grad"),
+    ):
         name = "schedule" if target is scheduler else method
         monkeypatch.setattr(target, method, note(name, getattr(target, method)))
     monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", note("clip", nn.utils.clip_grads_with_norm_))
@@ -192,7 +224,9 @@ def test_overflow_skips_optimizer_and_schedule_together():
         optimizer.zero_grad()
         scaler.scale(4 * parameter.sum()).backward()
         stepped, grad_norm = optimizer_step([parameter], optimizer, scheduler, scaler, max_norm=1.0)
-        seen.append((stepped, grad_norm == 4.0, parameter.item(), scheduler.last_epoch, scaler.get_scale(), parameter.grad))
+        seen.append(
+            (stepped, grad_norm == 4.0, parameter.item(), scheduler.last_epoch, scaler.get_scale(), parameter.grad)
+        )
         state, scaler = json.loads(json.dumps(scaler.state_dict())), torch.amp.GradScaler("cpu", init_scale=1.0)
         scaler.load_state_dict(state)
     assert seen == [
@@ -224,16 +258,24 @@ def test_the_cpu_trains_in_fp32_and_says_so_when_asked_for_less(asked, caplog):
 
 @pytest.mark.parametrize(
     ("asked", "has_bf16", "used", "warned"),
-    [("auto", True, "bf16", False), ("auto", False, "fp16", False), ("bf16", True, "bf16", False), ("bf16", False, "fp16", True),
-     ("fp16", True, "fp16", False), ("fp32", True, "fp32", False)],
-)  # fmt: skip
+    [
+        ("auto", True, "bf16", False),
+        ("auto", False, "fp16", False),
+        ("bf16", True, "bf16", False),
+        ("bf16", False, "fp16", True),
+        ("fp16", True, "fp16", False),
+        ("fp32", True, "fp32", False),
+    ],
+)
 def test_precision_of_a_gpu(asked, has_bf16, used, warned, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert resolve_precision(asked, CUDA) == used
     assert bool(warnings_in(caplog)) == warned
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_autocast_and_scaler_do_nothing_where_they_are_not_needed(precision, dtype):
     with autocast(precision, CPU):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype

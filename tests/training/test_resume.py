@@ -35,7 +35,11 @@ from tests.training.conftest import (
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a run but TensorBoard's."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and "tensorboard" not in path.parts}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "tensorboard" not in path.parts
+    }
 
 
 # ---- what a resume must agree with ----
@@ -46,24 +50,56 @@ PARAMETERS = [["first.weight", [3, 2]], ["first.bias", [3]]]
 CONFIG = Config(text_name=("text",), label_name="label", model_path="run").to_dict()
 
 
-def check(*, config: dict | None = None, fingerprints: dict | None = None, parameters: list | None = None, torch_version: str = "2.13") -> None:
-    state = json.loads(json.dumps({"step": 40, "config": CONFIG, "fingerprints": FINGERPRINTS, "parameters": PARAMETERS, "versions": {"torch": "2.13"}, "resolved": {"pooling": "cls"}}))
+def check(
+    *,
+    config: dict | None = None,
+    fingerprints: dict | None = None,
+    parameters: list | None = None,
+    torch_version: str = "2.13",
+) -> None:
+    state = json.loads(
+        json.dumps(
+            {
+                "step": 40,
+                "config": CONFIG,
+                "fingerprints": FINGERPRINTS,
+                "parameters": PARAMETERS,
+                "versions": {"torch": "2.13"},
+                "resolved": {"pooling": "cls"},
+            }
+        )
+    )
     check_resumable(
-        state, config={**CONFIG, **(config or {})}, fingerprints=FINGERPRINTS if fingerprints is None else fingerprints,
-        parameters=PARAMETERS if parameters is None else parameters, versions={"torch": torch_version}, free_keys=FREE_ON_RESUME,
-    )  # fmt: skip
+        state,
+        config={**CONFIG, **(config or {})},
+        fingerprints=FINGERPRINTS if fingerprints is None else fingerprints,
+        parameters=PARAMETERS if parameters is None else parameters,
+        versions={"torch": torch_version},
+        free_keys=FREE_ON_RESUME,
+    )
 
 
-@pytest.mark.parametrize("parameters", ([["first.weight", [3, 2]]], [["first.weight", [2, 2]], ["first.bias", [3]]], [["other.weight", [3, 2]], ["first.bias", [3]]]))
+@pytest.mark.parametrize(
+    "parameters",
+    (
+        [["first.weight", [3, 2]]],
+        [["first.weight", [2, 2]], ["first.bias", [3]]],
+        [["other.weight", [3, 2]], ["first.bias", [3]]],
+    ),
+)
 def test_another_model_under_the_same_name_is_refused(parameters):
     check()
-    with pytest.raises(InputError, match="encoder: expected a model whose parameter is .* in the checkpoint at step 40, found "):
+    with pytest.raises(
+        InputError, match="encoder: expected a model whose parameter is .* in the checkpoint at step 40, found "
+    ):
         check(parameters=parameters)
 
 
 def test_other_versions_are_said_and_allowed(caplog):
     check(torch_version="2.14")
-    assert caplog.messages == ["torch was 2.13 at the checkpoint and is 2.14 now: numbers may differ in their last digits"]
+    assert caplog.messages == [
+        "torch was 2.13 at the checkpoint and is 2.14 now: numbers may differ in their last digits"
+    ]
 
 
 def test_a_checkpoint_that_is_older_than_a_key_had_its_default(monkeypatch):
@@ -85,12 +121,18 @@ def test_every_key_is_frozen_unless_it_is_free(key):
         with pytest.raises(InputError) as error:
             check(config={key: "another"})
         line = str(error.value)
-        assert key in line and "'another'" in line and repr(CONFIG[key]) in line and "step 40" in line and "\n" not in line
+        assert (
+            key in line and "'another'" in line and repr(CONFIG[key]) in line and "step 40" in line and "\n" not in line
+        )
 
 
 @pytest.mark.parametrize(
     ("path", "change"),
-    [("train.csv", {"train.csv": {"bytes": 10, "sha256": "c" * 64}}), ("more.csv", {"more.csv": {"bytes": 1, "sha256": "d" * 64}}), ("val.csv", {"val.csv": None})],
+    [
+        ("train.csv", {"train.csv": {"bytes": 10, "sha256": "c" * 64}}),
+        ("more.csv", {"more.csv": {"bytes": 1, "sha256": "d" * 64}}),
+        ("val.csv", {"val.csv": None}),
+    ],
 )
 def test_changed_new_and_vanished_files_are_refused(path, change):
     check()
@@ -106,18 +148,34 @@ def finished(tmp_path_factory, files) -> Config:
     for name in ("train.csv", "val.csv"):
         shutil.copy(files / name, folder / name)
     values = tiny.settings(
-        files, train_path=(str(folder / "train.csv"),), val_path=(str(folder / "val.csv"),), test_path=(), cache_path=str(folder / "cache"),
-        model_path=str(folder / "run"), max_epochs=1, save_every=2,
-    )  # fmt: skip
+        files,
+        train_path=(str(folder / "train.csv"),),
+        val_path=(str(folder / "val.csv"),),
+        test_path=(),
+        cache_path=str(folder / "cache"),
+        model_path=str(folder / "run"),
+        max_epochs=1,
+        save_every=2,
+    )
     config = Config(**values)
     train(config)
     return config
 
 
 REFUSED = {
-    "lr": 2e-3, "batch_size": 4, "seed": 1, "max_epochs": 3, "num_classes": 3, "precision": "bf16", "warmup_steps": 0, "weight_decay": 0.1,
-    "class_weights": (1.0, 2.0), "tab_field_list": ("age",), "test_path": "val_path", "early_stop_metric": "val_loss",
-}  # fmt: skip
+    "lr": 2e-3,
+    "batch_size": 4,
+    "seed": 1,
+    "max_epochs": 3,
+    "num_classes": 3,
+    "precision": "bf16",
+    "warmup_steps": 0,
+    "weight_decay": 0.1,
+    "class_weights": (1.0, 2.0),
+    "tab_field_list": ("age",),
+    "test_path": "val_path",
+    "early_stop_metric": "val_loss",
+}
 ALLOWED = {"log_every": 7, "save_every": 1, "keep_checkpoints": 9, "num_threads": 2, "cache_path": "elsewhere"}
 
 
@@ -126,11 +184,21 @@ def test_auto_pooling_stays_what_it_was_when_the_run_began(finished, monkeypatch
     settled = json.loads((Path(finished.model_path) / "config.json").read_text())["resolved"]["pooling"]
     monkeypatch.setattr(model_folder, "sentence_pooling", lambda name: "mean")
     before = content(Path(finished.model_path))
-    assert (finished.pooling, settled) == ("auto", "pooler") and train(finished) and train(replace(finished, pooling="pooler"))
+    assert (
+        (finished.pooling, settled) == ("auto", "pooler")
+        and train(finished)
+        and train(replace(finished, pooling="pooler"))
+    )
     with pytest.raises(InputError, match="pooling was 'auto' in the checkpoint"):
         train(replace(finished, pooling="mean"))
     monkeypatch.setattr(start, "settled_pooling", lambda config: "cls")  # of as many parameters
-    monkeypatch.setattr(run, "parameter_shapes", lambda model: json.loads((next((Path(finished.model_path) / "checkpoints").glob("step-*")) / "state.json").read_text())["parameters"])
+    monkeypatch.setattr(
+        run,
+        "parameter_shapes",
+        lambda model: json.loads(
+            (next((Path(finished.model_path) / "checkpoints").glob("step-*")) / "state.json").read_text()
+        )["parameters"],
+    )
     with pytest.raises(InputError, match="pooling was pooler in the checkpoint at step .* and is cls now"):
         train(finished)
     assert content(Path(finished.model_path)) == before
@@ -141,7 +209,15 @@ def test_auto_pooling_of_a_run_that_had_none_is_decided_anew(finished):
     path = Path(finished.model_path) / "config.json"
     before = path.read_text()
     record = json.loads(before)
-    path.write_text(json.dumps({**record, "config": {**record["config"], "pooling": "cls"}, "resolved": {**record["resolved"], "pooling": "cls"}}))
+    path.write_text(
+        json.dumps(
+            {
+                **record,
+                "config": {**record["config"], "pooling": "cls"},
+                "resolved": {**record["resolved"], "pooling": "cls"},
+            }
+        )
+    )
     try:
         assert start.settled_pooling(finished) == "auto"
     finally:
@@ -160,7 +236,9 @@ def test_a_changed_setting_stops_a_started_run_before_it_writes(finished, key):
         old = finished.to_dict()[key]
         with pytest.raises(InputError) as error:
             train(replace(finished, **changes))
-        assert f"{key} was {old!r}" in str(error.value) and f"is {replace(finished, **changes).to_dict()[key]!r} now" in str(error.value)
+        assert f"{key} was {old!r}" in str(
+            error.value
+        ) and f"is {replace(finished, **changes).to_dict()[key]!r} now" in str(error.value)
     assert content(Path(finished.model_path)) == before
 
 
@@ -177,7 +255,10 @@ def test_micro_batches_may_change_for_a_run_that_ran_out_of_memory(config_of, ca
     before = weights_in(config)
     results, _, _ = train(replace(config, resume=4, microbatches_per_step=3))
     assert (results["microbatches_asked"], results["microbatches_per_step"]) == (3, 3) and weights_in(config) != before
-    assert "microbatches_per_step was 2 at the checkpoint and is 3 now: steps have the same rows, but other dropout" in caplog.messages
+    assert (
+        "microbatches_per_step was 2 at the checkpoint and is 3 now: steps have the same rows, but other dropout"
+        in caplog.messages
+    )
     for again in (3, "auto"):  # auto: as the checkpoint has it
         results, _, _ = train(replace(config, resume=6, microbatches_per_step=again))
         assert results["microbatches_per_step"] == 3
@@ -203,7 +284,10 @@ def test_a_run_may_move(finished, tmp_path):
     results, _, _ = train(replace(finished, model_path=str(tmp_path / "moved"), resume=4))
     assert results["steps"] == 5
     last = "checkpoints/step-00000005"
-    assert content(tmp_path / "moved" / last)["model.safetensors"] == content(Path(finished.model_path) / last)["model.safetensors"]
+    assert (
+        content(tmp_path / "moved" / last)["model.safetensors"]
+        == content(Path(finished.model_path) / last)["model.safetensors"]
+    )
 
 
 def test_changed_data_stop_a_started_run(finished):
@@ -225,7 +309,10 @@ def test_changed_data_stop_a_started_run(finished):
 
 def figures_of(config: Config) -> list[tuple]:
     """What does not depend on the clock."""
-    return [tuple(line.get(key) for key in ("step", "epoch", "train_loss", "lr", "grad_norm", "val_loss", "val/f1_score")) for line in tiny.metrics_lines(config.model_path)]
+    return [
+        tuple(line.get(key) for key in ("step", "epoch", "train_loss", "lr", "grad_norm", "val_loss", "val/f1_score"))
+        for line in tiny.metrics_lines(config.model_path)
+    ]
 
 
 def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(config_of, tmp_path, monkeypatch):
@@ -253,10 +340,20 @@ def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(config_of, tmp_p
 def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp_path, monkeypatch, where):
     """Also when the best step was validated in an earlier life, so that its validation rows are scored once more."""
     val = tiny.write_table(tmp_path / "val.csv", 220, seed=6)
-    straight = config_of(save_every=3, val_check_interval=2, val_path=(str(val),), lr=2e-2, run_scheduler=False, model_path=str(tmp_path / "straight"))
+    straight = config_of(
+        save_every=3,
+        val_check_interval=2,
+        val_path=(str(val),),
+        lr=2e-2,
+        run_scheduler=False,
+        model_path=str(tmp_path / "straight"),
+    )
     results, _, _ = train(straight)
     kept = (Path(straight.model_path) / "thresholds.json").read_bytes()
-    assert all(part["reason"] is None for part in json.loads(kept).values()) and json.loads(kept)["threshold"]["value"] != 0.5
+    assert (
+        all(part["reason"] is None for part in json.loads(kept).values())
+        and json.loads(kept)["threshold"]["value"] != 0.5
+    )
     assert results["best_step"] < STEPS  # the weights at the end are not those that are judged
     config = replace(straight, model_path=str(tmp_path / "killed"))
 
@@ -287,7 +384,10 @@ def test_a_best_checkpoint_that_is_lost_does_not_stop_the_run(config_of, caplog)
     config = config_of(save_every=1, keep_checkpoints=100, val_check_interval=1)
     train(config)
     folder = Path(config.model_path) / "checkpoints"
-    best_at = {step: json.loads((checkpoint.step_folder(folder, step) / "state.json").read_text())["best_step"] for step in range(1, STEPS)}
+    best_at = {
+        step: json.loads((checkpoint.step_folder(folder, step) / "state.json").read_text())["best_step"]
+        for step in range(1, STEPS)
+    }
     last, best = next((step, best) for step, best in best_at.items() if best != step)
     for step in checkpoint.list_steps(folder):
         if step > last or step == best:
@@ -310,6 +410,7 @@ def test_a_trained_model_without_checkpoints_is_not_overwritten(config_of):
 
 def test_ranks_that_read_other_data_are_refused(config_of, monkeypatch):
     """What another node's stale file would look like to this rank."""
+
     def gather(items):
         other = {**items[0], items_key(items[0]): "0" * 64}
         return [items, [other]]
@@ -318,7 +419,10 @@ def test_ranks_that_read_other_data_are_refused(config_of, monkeypatch):
         return next(key for key in here if key.endswith("train.csv"))
 
     monkeypatch.setattr(start.distributed, "all_gather_objects", gather)
-    with pytest.raises(InputError, match=r"train.csv: expected the same on all ranks, found '[0-9a-f]{64}' on rank 0 and '0{64}' on rank 1"):
+    with pytest.raises(
+        InputError,
+        match=r"train.csv: expected the same on all ranks, found '[0-9a-f]{64}' on rank 0 and '0{64}' on rank 1",
+    ):
         train(config_of())
 
 
@@ -339,16 +443,30 @@ def test_halves_of_files_are_cleared_by_the_next_start(config_of, files):
     train(config)
     run = Path(config.model_path)
     [tested] = run.glob("multimodal_bert-*")
-    halves = [run / ".tmp-features.json-16793", run / ".tmp-encoder-1/vocab.txt", run / ".tmp-model.safetensors", run / ".tmp-old-encoder-9/config.json", tested / ".tmp-test_result_0.tsv-1"]
+    halves = [
+        run / ".tmp-features.json-16793",
+        run / ".tmp-encoder-1/vocab.txt",
+        run / ".tmp-model.safetensors",
+        run / ".tmp-old-encoder-9/config.json",
+        tested / ".tmp-test_result_0.tsv-1",
+    ]
     elsewhere = run.parent / "elsewhere"
     (run / "multimodal_bert-link").symlink_to(elsewhere)
     # predictions into this folder go on
-    others = [run / ".tmp-out.tsv-77", run / ".tmp-cache_out.tsv-77", run / ".tmp-encoder-out.tsv-77", run / "notes.txt", elsewhere / ".tmp-theirs"]
+    others = [
+        run / ".tmp-out.tsv-77",
+        run / ".tmp-cache_out.tsv-77",
+        run / ".tmp-encoder-out.tsv-77",
+        run / "notes.txt",
+        elsewhere / ".tmp-theirs",
+    ]
     for path in (*halves, *others):
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
     train(config)
-    assert [path for path in (*halves, run / ".tmp-encoder-1", run / ".tmp-old-encoder-9") if path.exists()] == [] and all(path.exists() for path in others)
+    assert [
+        path for path in (*halves, run / ".tmp-encoder-1", run / ".tmp-old-encoder-9") if path.exists()
+    ] == [] and all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("part", ("save_model_folder", "write_json"))
@@ -387,7 +505,9 @@ def test_a_run_has_one_test_folder_wherever_its_end_was_killed(config_of, files,
         train(config)
     results, _, _ = train(config)
     [own] = set(Path(config.model_path).glob("multimodal_bert-*")) - {evaluated}
-    assert results["test_folder"] == str(own) and {"test_result_0.tsv", "test_metrics.json", "report.html"} <= {path.name for path in own.iterdir()}
+    assert results["test_folder"] == str(own) and {"test_result_0.tsv", "test_metrics.json", "report.html"} <= {
+        path.name for path in own.iterdir()
+    }
     assert (evaluated / "test_result_0.tsv").read_text() == "another's" and len(list(evaluated.iterdir())) == 1
     before = content(Path(config.model_path))
     assert train(config)[0] == results and content(Path(config.model_path)) == before
@@ -415,7 +535,9 @@ def test_an_old_checkpoint_that_could_not_be_removed_is_gone_in_the_end(config_o
 
 
 @pytest.mark.parametrize("step", (3, 5))
-def test_a_run_that_a_signal_stopped_ends_with_the_checkpoints_of_one_that_did_not(config_of, tmp_path, monkeypatch, step):
+def test_a_run_that_a_signal_stopped_ends_with_the_checkpoints_of_one_that_did_not(
+    config_of, tmp_path, monkeypatch, step
+):
     """Step 5 has a validation, which the signal interrupts."""
     config = config_of(save_every=4, keep_checkpoints=2, model_path=str(tmp_path / "stopped"))
 
@@ -431,7 +553,9 @@ def test_a_run_that_a_signal_stopped_ends_with_the_checkpoints_of_one_that_did_n
     train(config)
     straight = replace(config, model_path=str(tmp_path / "straight"))
     train(straight)
-    assert checkpoint.list_steps(Path(config.model_path) / "checkpoints") == checkpoint.list_steps(Path(straight.model_path) / "checkpoints")
+    assert checkpoint.list_steps(Path(config.model_path) / "checkpoints") == checkpoint.list_steps(
+        Path(straight.model_path) / "checkpoints"
+    )
     assert weights_in(config) == weights_in(straight)
 
 
@@ -440,18 +564,28 @@ def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of,
     now = [0]
 
     def configure_optimizers(model, *arguments):
-        model.final_merge_network.linear_layer_final.bias.register_hook(lambda gradient: gradient * math.inf if now[0] in (2, 3) else gradient)
+        model.final_merge_network.linear_layer_final.bias.register_hook(
+            lambda gradient: gradient * math.inf if now[0] in (2, 3) else gradient
+        )
         return plain(model, *arguments)
 
     plain = start.configure_optimizers
     monkeypatch.setattr(start, "configure_optimizers", configure_optimizers)
-    monkeypatch.setattr(start, "build_scaler", lambda precision, device: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3))
+    monkeypatch.setattr(
+        start,
+        "build_scaler",
+        lambda precision, device: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3),
+    )
     before_each_step(monkeypatch, lambda run, order: now.__setitem__(0, run.state.step + 1))
-    straight = config_of(model_path=str(tmp_path / "straight"), save_every=1, keep_checkpoints=100, warmup_steps=0, **NO_VALIDATION)
+    straight = config_of(
+        model_path=str(tmp_path / "straight"), save_every=1, keep_checkpoints=100, warmup_steps=0, **NO_VALIDATION
+    )
     results, _, _ = train(straight)
     assert results["skipped_steps"] == 2 and results["steps"] == STEPS
     lines = lines_of(straight)
-    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * (1 - done / STEPS) for done in (0, 1, 1, 1, 2, 3, 4, 5, 6, 7)])
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [1e-3 * (1 - done / STEPS) for done in (0, 1, 1, 1, 2, 3, 4, 5, 6, 7)]
+    )
     assert [line["grad_norm"] is None for line in lines] == [step in (2, 3) for step in range(1, STEPS + 1)]
 
     config = replace(straight, model_path=str(tmp_path / "killed"))
@@ -461,6 +595,12 @@ def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of,
     state = json.loads((checkpoint.step_folder(Path(config.model_path) / "checkpoints", 4) / "state.json").read_text())
     assert state["scaler"]["scale"] == 256.0 and state["scaler"]["_growth_tracker"] == 1 and state["skipped_steps"] == 2
     results, _, _ = train(config)
-    assert results["skipped_steps"] == 2 and figures_of(config) == figures_of(straight) and weights_in(config) == weights_in(straight)
-    last = json.loads((checkpoint.step_folder(Path(config.model_path) / "checkpoints", STEPS) / "state.json").read_text())
+    assert (
+        results["skipped_steps"] == 2
+        and figures_of(config) == figures_of(straight)
+        and weights_in(config) == weights_in(straight)
+    )
+    last = json.loads(
+        (checkpoint.step_folder(Path(config.model_path) / "checkpoints", STEPS) / "state.json").read_text()
+    )
     assert last["scaler"]["scale"] == 1024.0  # grown twice since

@@ -17,7 +17,21 @@ def test_lines_after_the_loaded_step_and_torn_ones_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert kept_lines(path, 3) == []
     lines = [json.dumps({"step": step, "train_loss": 0.5}) for step in (1, 2, 3, 4)]
-    path.write_text("\n".join([*lines[:2], '{"step": 2, "val_loss": 0.1}', '{"step": 3, "tra', "", "\0\0\0", "[1]", '{"epoch": 1}', *lines[2:], '{"st']))
+    path.write_text(
+        "\n".join(
+            [
+                *lines[:2],
+                '{"step": 2, "val_loss": 0.1}',
+                '{"step": 3, "tra',
+                "",
+                "\0\0\0",
+                "[1]",
+                '{"epoch": 1}',
+                *lines[2:],
+                '{"st',
+            ]
+        )
+    )
     assert kept_lines(path, 3) == [*lines[:2], '{"step": 2, "val_loss": 0.1}', lines[2]]
     assert kept_lines(path, 0) == []  # a fresh start
     log = RunLog(tmp_path, is_main=True, first_step=3, total_steps=9)
@@ -45,7 +59,9 @@ def test_other_ranks_write_nothing(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("is_terminal", (False, True))
-def test_plain_lines_every_few_seconds_without_a_terminal_a_bar_in_one(tmp_path, monkeypatch, caplog, capsys, is_terminal):
+def test_plain_lines_every_few_seconds_without_a_terminal_a_bar_in_one(
+    tmp_path, monkeypatch, caplog, capsys, is_terminal
+):
     caplog.set_level(logging.INFO, logger="mmbert_core")
     now = [100.0]
     monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
@@ -56,13 +72,23 @@ def test_plain_lines_every_few_seconds_without_a_terminal_a_bar_in_one(tmp_path,
         log.progress(step, f"loss {step}")
     log.say("the end")
     log.close()
-    assert caplog.messages == [*([] if is_terminal else [f"step {step}/20  loss {step}" for step in (1, 6, 11, 16, 20)]), "the end"]
+    assert caplog.messages == [
+        *([] if is_terminal else [f"step {step}/20  loss {step}" for step in (1, 6, 11, 16, 20)]),
+        "the end",
+    ]
     assert ("20/20" in capsys.readouterr().err) == is_terminal
 
 
 @pytest.mark.parametrize(("validated", "tested", "left"), [(False, False, 2), (True, False, 3), (True, True, 4)])
 def test_lines_of_what_is_done_once_more_are_dropped(tmp_path, validated, tested, left):
-    lines = ['{"step": 1, "val_loss": 0.5}', '{"step": 2, "train_loss": 0.4}', '{"step": 2, "val_loss": 0.3}', '{"step": 2, "test/num_rows": 7}', '{"step": 3, "train_loss": 0.2}', '{"st']
+    lines = [
+        '{"step": 1, "val_loss": 0.5}',
+        '{"step": 2, "train_loss": 0.4}',
+        '{"step": 2, "val_loss": 0.3}',
+        '{"step": 2, "test/num_rows": 7}',
+        '{"step": 3, "train_loss": 0.2}',
+        '{"st',
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     RunLog(tmp_path, is_main=True, first_step=2, total_steps=4, validated=validated, tested=tested).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:left]
@@ -77,7 +103,9 @@ def test_curves_that_find_no_folder_are_told_once_and_in_one_line(tmp_path, monk
     worker._next_flush_time = 0  # else it writes every two minutes
     log.record({"step": 2, "train_loss": 0.5})
     worker.join(timeout=60)
-    assert isinstance(worker.exception, OSError), "this TensorBoard takes a folder that is gone: the test proves nothing"
+    assert isinstance(worker.exception, OSError), (
+        "this TensorBoard takes a folder that is gone: the test proves nothing"
+    )
     for step in (3, 4, 5):
         log.record({"step": step, "train_loss": 0.5})
     log.close()

@@ -26,7 +26,14 @@ from tests.training.conftest import (
 
 @pytest.mark.parametrize(
     ("interval", "steps"),
-    [(1.0, [5, 10]), (0.5, [2, 4, 7, 9, 10]), (0.01, list(range(1, 11))), (3, [3, 6, 9, 10]), (1, list(range(1, 11))), (100, [10])],
+    [
+        (1.0, [5, 10]),
+        (0.5, [2, 4, 7, 9, 10]),
+        (0.01, list(range(1, 11))),
+        (3, [3, 6, 9, 10]),
+        (1, list(range(1, 11))),
+        (100, [10]),
+    ],
 )
 def test_validation_every_share_of_an_epoch_or_number_of_steps(config_of, interval, steps):
     config = config_of(val_check_interval=interval)
@@ -34,19 +41,32 @@ def test_validation_every_share_of_an_epoch_or_number_of_steps(config_of, interv
     assert [line["step"] for line in lines_of(config, "val_loss")] == steps
 
 
-@pytest.mark.parametrize(("metric", "lr", "seed"), [("val/f1_score", 1e-3, 0), ("val_loss", 2e-3, 6), ("val/log_loss", 1e-2, 0)])
+@pytest.mark.parametrize(
+    ("metric", "lr", "seed"), [("val/f1_score", 1e-3, 0), ("val_loss", 2e-3, 6), ("val/log_loss", 1e-2, 0)]
+)
 def test_early_stop_after_patience_and_the_best_step_is_the_model(config_of, caplog, metric, lr, seed):
     patience = 3
     config = config_of(
-        early_stop_metric=metric, early_stop_patience=patience, lr=lr, seed=seed, max_epochs=20, val_check_interval=1, warmup_steps=0, run_scheduler=False,
+        early_stop_metric=metric,
+        early_stop_patience=patience,
+        lr=lr,
+        seed=seed,
+        max_epochs=20,
+        val_check_interval=1,
+        warmup_steps=0,
+        run_scheduler=False,
         keep_checkpoints=1,
-    )  # fmt: skip
+    )
     results, _, _ = train(config)
     values = [line[metric] for line in lines_of(config, "val_loss")]
     losses = [line["val_loss"] for line in lines_of(config, "val_loss")]
     sign = -1 if metric == "val/f1_score" else 1
-    best = min(range(len(values)), key=lambda index: (sign * values[index], losses[index])) + 1  # of equal values the lower loss
-    assert results["best_step"] == best and results["best_value"] == values[best - 1] and results["best_metric"] == metric
+    best = (
+        min(range(len(values)), key=lambda index: (sign * values[index], losses[index])) + 1
+    )  # of equal values the lower loss
+    assert (
+        results["best_step"] == best and results["best_value"] == values[best - 1] and results["best_metric"] == metric
+    )
     assert results["steps"] == len(values) == best + patience < 100
     assert weights_in(config) == weights_in(config, best) != weights_in(config, results["steps"])
     assert sorted(checkpoint.list_steps(Path(config.model_path) / "checkpoints")) == [best, results["steps"]]
@@ -113,7 +133,14 @@ def test_ties_across_a_resume_choose_the_step_of_an_undisturbed_run(config_of, m
         return {**values, "val/f1_score": 0.5}, result  # always a tie: the real losses decide
 
     monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
-    shared = {"early_stop_metric": "val/f1_score", "max_epochs": 1, "val_check_interval": 1, "batch_size": 10, "save_every": 1, "keep_checkpoints": 9}
+    shared = {
+        "early_stop_metric": "val/f1_score",
+        "max_epochs": 1,
+        "val_check_interval": 1,
+        "batch_size": 10,
+        "save_every": 1,
+        "keep_checkpoints": 9,
+    }
     straight = config_of(**shared, model_path=str(tmp_path / "straight"))
     expected, _, _ = train(straight)
     config = config_of(**shared)
@@ -123,7 +150,10 @@ def test_ties_across_a_resume_choose_the_step_of_an_undisturbed_run(config_of, m
             train(config)
     results, _, _ = train(config)
     assert results["best_step"] == expected["best_step"] and weights_in(config) == weights_in(straight)
-    states = [read_json(checkpoint.step_folder(Path(each.model_path) / "checkpoints", 4) / "state.json") for each in (config, straight)]
+    states = [
+        read_json(checkpoint.step_folder(Path(each.model_path) / "checkpoints", 4) / "state.json")
+        for each in (config, straight)
+    ]
     assert states[0]["best_val_loss"] == states[1]["best_val_loss"] is not None
 
 
@@ -143,15 +173,25 @@ def write_one_class(files: Path, path: Path) -> str:
 
 
 def test_an_undefined_early_stop_metric_leaves_it_to_val_loss(config_of, files, tmp_path, caplog):
-    config = config_of(val_path=(write_one_class(files, tmp_path / "one.csv"),), early_stop_metric="val/auroc", val_check_interval=0.5)
+    config = config_of(
+        val_path=(write_one_class(files, tmp_path / "one.csv"),), early_stop_metric="val/auroc", val_check_interval=0.5
+    )
     results, _, _ = train(config)
     validations = lines_of(config, "val_loss")
     assert all(line["val/auroc"] is None and line["val/accuracy"] is not None for line in validations)
     best = min(validations, key=lambda line: line["val_loss"])
-    assert (results["best_metric"], results["best_step"], results["best_value"]) == ("val_loss", best["step"], best["val_loss"])
+    assert (results["best_metric"], results["best_step"], results["best_value"]) == (
+        "val_loss",
+        best["step"],
+        best["val_loss"],
+    )
     [warning] = [message for message in warnings_in(caplog) if "is undefined on these validation rows" in message][:1]
     [line] = [line for line in lines_of(config, "val_loss")][:1]
-    assert line["val/auroc"] is None and warning == f"val/auroc is undefined on these validation rows ({line['undefined']['val/auroc']}): val_loss decides"
+    assert (
+        line["val/auroc"] is None
+        and warning
+        == f"val/auroc is undefined on these validation rows ({line['undefined']['val/auroc']}): val_loss decides"
+    )
 
 
 def test_a_validation_that_is_not_finite_is_null_and_never_the_best(config_of, monkeypatch):
@@ -168,7 +208,13 @@ def test_a_validation_that_is_not_finite_is_null_and_never_the_best(config_of, m
     results, _, _ = train(config)
     first, second = lines_of(config, "val_loss")
     reason = "23 of 23 predictions are not finite"
-    assert first == {"step": 5, "val_loss": None, "val/accuracy": None, "val/f1_score": None, "undefined": {"val/accuracy": reason, "val/f1_score": reason}}
+    assert first == {
+        "step": 5,
+        "val_loss": None,
+        "val/accuracy": None,
+        "val/f1_score": None,
+        "undefined": {"val/accuracy": reason, "val/f1_score": reason},
+    }
     assert results["best_step"] == 10 and results["best_value"] == second["val_loss"]
 
 
