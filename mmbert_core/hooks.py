@@ -15,7 +15,7 @@ from torch import nn
 
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Batch, Dataset
-from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.inference.precision import autocast
 from mmbert_core.inference.scoring import BatchResult, EpochResult, Task, gather_results
@@ -146,18 +146,18 @@ def on_test_epoch_end(
     *,
     config: Config,
     class_names: Sequence[str],
-    judgement: Judgement | None,
+    decision: Decision | None,
 ) -> tuple[dict[str, Any], EpochResult]:
     """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; all ranks get the figures and the rows.
 
-    `judgement` is rank 0's: the others may not have it.
+    `decision` is rank 0's: the others may not have it.
     """
     result = gather_results(outputs, len(dataset))
 
     def write() -> dict[str, Any]:
-        return write_results(result, dataset, folder, config=config, class_names=class_names, judgement=judgement)
+        return write_results(result, dataset, folder, config=config, class_names=class_names, decision=decision)
 
-    return distributed.on_main(write, patient=True), result
+    return distributed.on_main(write, long_timeout=True), result
 
 
 # ---- both ----

@@ -24,7 +24,7 @@ from mmbert_core.data.class_words import positive_class_line
 from mmbert_core.data.dataset import Dataset, dataset_for_prediction, encode_for_prediction, pad_token_id_of
 from mmbert_core.data.encoding import encode_windows, longest_texts
 from mmbert_core.data.features import Outside, Unseen, add_by_column, outside_lines, unseen_lines
-from mmbert_core.data.prepare import cut_texts
+from mmbert_core.data.prepare import truncated_texts_warning
 from mmbert_core.data.store import open_or_build
 from mmbert_core.data.tokens import join_texts, keeps_end
 from mmbert_core.evaluation.thresholds import Threshold
@@ -39,7 +39,7 @@ from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model.probe import num_embedding_rows
 from mmbert_core.report import results
-from mmbert_core.report.build import Scored, rows_section, training_section, write_report
+from mmbert_core.report.build import EvaluatedRows, rows_section, training_section, write_report
 from mmbert_core.runtime import distributed, forks
 from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError, RunError
@@ -81,9 +81,9 @@ class Predictor:
         self._options = {"precision": precision, "threshold": threshold}
         if threshold is not None and not 0 <= threshold <= 1:
             raise InputError(f"threshold: expected a probability of 0 to 1, found {threshold}")
-        if threshold not in (None, loaded.judgement.threshold.value):
+        if threshold not in (None, loaded.decision.threshold.value):
             given = Threshold(threshold, "given", reason="given when the model was loaded, not chosen on rows")
-            loaded = replace(loaded, judgement=replace(loaded.judgement, threshold=given))
+            loaded = replace(loaded, decision=replace(loaded.decision, threshold=given))
         self.loaded = loaded
         self.folder = folder
         self.context = context
@@ -201,7 +201,7 @@ class Predictor:
         )
         unseen: Unseen = {}
         outside: Outside = {}
-        num_cut, progress = 0, Progress(lengths_of(inputs))
+        num_truncated, progress = 0, Progress(lengths_of(inputs))
         with written_whole(output, inputs, self.context) as stream:
             stream.write(table_line(names, delimiter=delimiter, sheet_safe=sheet_safe))
             for dataset in self._windows(inputs, roles, tsv_quoting):
@@ -212,9 +212,9 @@ class Predictor:
                     )
                 unseen = add_by_column(unseen, dataset.unseen())
                 outside = add_by_column(outside, dataset.outside())
-                num_cut += dataset.encoded.num_cut
+                num_truncated += dataset.encoded.num_truncated
                 progress.advance(len(dataset), *dataset.encoded.last_position())
-        self._warn("input", num_cut, progress.done, unseen, outside)
+        self._warn("input", num_truncated, progress.done, unseen, outside)
         return progress.done
 
     def _windows(self, inputs: Sequence[str], roles: Roles, tsv_quoting: str) -> Iterator[Dataset]:
@@ -269,7 +269,7 @@ class Predictor:
                 logger.warning("%s", line)
             result = self.score(dataset)
             figures = distributed.on_main(
-                lambda: self._write_evaluation(dataset, result, folder, slice_columns, unlike), patient=True
+                lambda: self._write_evaluation(dataset, result, folder, slice_columns, unlike), long_timeout=True
             )
         finally:
             if self.context.local_rank == 0:
@@ -304,10 +304,10 @@ class Predictor:
         """Rank 0 only. `unlike`: the lines about values and numbers that no training row has."""
         loaded = self.loaded
         figures = results.write_results(
-            result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement
+            result, dataset, folder, config=loaded.config, class_names=loaded.labels.names, decision=loaded.decision
         )
 
-        def scored() -> Scored:
+        def scored() -> EvaluatedRows:
             trained, best = summary_of(self.folder)
             training = (
                 {"reason": "no folder of a run"}
@@ -324,7 +324,7 @@ class Predictor:
                 "files": {**trained.get("files", {}), **fingerprints},
                 "test": rows_section(dataset, loaded.labels.names),
             }
-            return Scored(
+            return EvaluatedRows(
                 loaded,
                 self.task,
                 dataset,
@@ -356,7 +356,7 @@ class Predictor:
             raise InputError(f"rows: expected a dict, a list of dicts or a data frame, found {type(rows).__name__}")
         dataset = self._encode(self._chunk_of(rows))
         columns = self._columns(dataset, self.score(dataset))
-        self._warn("data in memory", dataset.encoded.num_cut, len(dataset), dataset.unseen(), dataset.outside())
+        self._warn("data in memory", dataset.encoded.num_truncated, len(dataset), dataset.unseen(), dataset.outside())
         if isinstance(rows, pd.DataFrame):
             return pd.DataFrame(columns, index=rows.index)
         values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
@@ -394,9 +394,11 @@ class Predictor:
         with self._in_use():
             return encode_for_prediction(chunk, roles, loaded.tokenizer, loaded.features, loaded.labels, **lengths)
 
-    def _warn(self, name: str, num_cut: int, num_rows: int, unseen: Unseen, outside: Outside) -> None:
+    def _warn(self, name: str, num_truncated: int, num_rows: int, unseen: Unseen, outside: Outside) -> None:
         for line in (
-            *cut_texts(num_cut, num_rows, self.loaded.config, keep_end=keeps_end(self.loaded.tokenizer)),
+            *truncated_texts_warning(
+                num_truncated, num_rows, self.loaded.config, keep_end=keeps_end(self.loaded.tokenizer)
+            ),
             *self._unlike_training(name, unseen, outside),
         ):
             logger.warning("%s", line)
@@ -422,7 +424,7 @@ class Predictor:
                     BatchResult(index, batch.row_index.numpy(), preds.numpy(force=True), None, batch.ids, 0.0, 0.0)
                 )
         result = scoring.gather_results(results, len(dataset))
-        if len(broken := scoring.broken_rows(result.preds)):
+        if len(broken := scoring.non_finite_rows(result.preds)):
             raise RunError(
                 f"{dataset.where(broken[0])}: its probability is no number in {self.task.precision}: choose another precision, or fp32"
             )
@@ -431,7 +433,7 @@ class Predictor:
     def _columns(self, dataset: Dataset, result: EpochResult) -> Columns:
         loaded = self.loaded
         return results.columns_of(
-            result, dataset, config=loaded.config, class_names=loaded.labels.names, judgement=loaded.judgement
+            result, dataset, config=loaded.config, class_names=loaded.labels.names, decision=loaded.decision
         )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from mmbert_core.config import FREE_ON_RESUME, Config
 from mmbert_core.data.store import META, is_whole
-from mmbert_core.inference.model_files import check_complete, check_manifest, read_judgement, read_settings
+from mmbert_core.inference.model_files import check_complete, check_manifest, read_decision, read_settings
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.predictor import Predictor
 from mmbert_core.report.build import training_section
@@ -179,7 +179,7 @@ class HostileRun:
         check_complete(self.model)
         check_manifest(self.model)
         settings = read_settings(self.model)
-        return settings, read_judgement(self.model, settings)
+        return settings, read_decision(self.model, settings)
 
     def read_card(self) -> Any:
         return card("name", self.loaded, read_summary(self.model))

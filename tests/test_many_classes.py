@@ -13,7 +13,7 @@ from mmbert_core import cli, console
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.evaluation import baselines, class_ranking, metrics
-from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.decision import Decision
 from mmbert_core.report import results as report_results
 from mmbert_core.report.build import render_again
 from mmbert_core.report.model_card import describe
@@ -215,7 +215,7 @@ def test_columns_of_very_many_classes_have_no_baseline_rather_than_minutes_of_on
         len(decision_fit.sample(data.train, 0, 30)[0]) == 860
         and len(decision_fit.sample(data.train, 0, 10_000)[0]) == 150
     )
-    monkeypatch.setitem(baselines.MOST_CLASSES, baselines.COLUMNS, 399)
+    monkeypatch.setitem(baselines.MAX_CLASSES, baselines.COLUMNS, 399)
     assert decision_fit.fit_baselines(data, run["config"]).reasons["columns only"] == "more than 399 classes"
 
 
@@ -232,7 +232,7 @@ def test_an_interval_that_lies_above_its_value_is_left_out_of_many_classes(
     config = Config(text_name=("text",), label_name="label", model_path="run", is_binary=False, num_classes=num_classes)
     names = [str(index) for index in range(num_classes)]
     made = report_results.figures_of(
-        preds, labels, None, stage="test", config=config, class_names=names, judgement=Judgement()
+        preds, labels, None, stage="test", config=config, class_names=names, decision=Decision()
     )
     assert made["intervals"]["test/average_precision"] == expected and made["test/average_precision"] < 0.2
     assert report_results.around((0.2, 0.3), 0.2) == (0.2, 0.3) and report_results.around(None, 0.2) is None

@@ -70,7 +70,7 @@ def micro_batches(rows: np.ndarray, lengths: np.ndarray, count: int, *, packed: 
     return [rows[start:stop] for start, stop in zip(starts, starts[1:])]
 
 
-def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+def assign_to_ranks(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Micro-batch indices for each rank: the largest first, each to the rank with least so far (Graham's LPT rule).
 
     A rank's list ascends. A rank may get none when there are fewer micro-batches than ranks.
@@ -84,7 +84,7 @@ def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(hand) for hand in hands]
 
 
-def settle_micro_batches(asked: int | str, *, batch_size: int, num_ranks: int, rows_at_once: int) -> int:
+def resolve_micro_batches(asked: int | str, *, batch_size: int, num_ranks: int, rows_at_once: int) -> int:
     """The number of micro-batches of a step: as asked, or for `auto` a multiple of the ranks, about `rows_at_once` rows each."""
     if asked != "auto":
         return int(asked)

@@ -109,9 +109,9 @@ class EncodedRows:
             self.token_file.madvise(MADV_DONTNEED)
 
     @property
-    def num_cut(self) -> int:
+    def num_truncated(self) -> int:
         """Rows whose text did not fit into the chunks."""
-        return self.tokens.num_cut if self.tokens else 0
+        return self.tokens.num_truncated if self.tokens else 0
 
     def where(self, index: int) -> str:
         """Place of a row for messages, as `Chunk.where`."""
@@ -154,7 +154,7 @@ def encode_windows(
     kept = [name for name in dict.fromkeys([roles.id, roles.label, *roles.categories]) if name is not None]
     pieces: list[Arrays] = []
     books: dict[str, CodeBook] = defaultdict(CodeBook)
-    num_rows = num_cut = num_characters = 0
+    num_rows = num_truncated = num_characters = 0
 
     def assembled() -> EncodedRows:
         return assemble(
@@ -163,7 +163,7 @@ def encode_windows(
             label_values=books[roles.label].values() if roles.label is not None else [],
             paths=paths,
             max_chunks=max_chunks,
-            num_cut=num_cut,
+            num_truncated=num_truncated,
         )
 
     for chunk in chunks:
@@ -172,11 +172,11 @@ def encode_windows(
             chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
         )
         pieces.append(arrays)
-        num_rows, num_cut = num_rows + len(chunk), num_cut + cut
+        num_rows, num_truncated = num_rows + len(chunk), num_truncated + cut
         num_characters += sum(sum(map(len, chunk.cells[name])) for name in kept if name in chunk.cells)
         if num_rows >= window_rows or num_characters >= MAX_KEPT_CHARACTERS or not num_rows:
             yield assembled()
-            pieces, books, num_rows, num_cut, num_characters = [], defaultdict(CodeBook), 0, 0, 0
+            pieces, books, num_rows, num_truncated, num_characters = [], defaultdict(CodeBook), 0, 0, 0
     if pieces:
         yield assembled()
 
@@ -227,12 +227,12 @@ def encode_arrays(
     if roles.id in cells:
         ids = StringColumn.of(cells[roles.id])
         arrays |= {"id_bytes": ids.data, "id_offsets": ids.offsets, "id_codes": _hash_cells(cells[roles.id], first_row)}
-    num_cut = 0
+    num_truncated = 0
     if roles.text:
         tokens = tokenise(tokenizer, join_texts(cells, roles.text), max_length=max_length, max_chunks=max_chunks)
         arrays |= {"token_ids": tokens.ids, "chunk_offsets": tokens.chunk_offsets, "row_chunks": tokens.row_chunks}
-        num_cut = tokens.num_cut
-    return arrays, num_cut
+        num_truncated = tokens.num_truncated
+    return arrays, num_truncated
 
 
 def assemble(
@@ -242,12 +242,12 @@ def assemble(
     label_values: list[str],
     paths: list[str],
     max_chunks: int,
-    num_cut: int,
+    num_truncated: int,
 ) -> EncodedRows:
     """The arrays of `encode_arrays` under their names."""
     tokens = None
     if "token_ids" in arrays:
-        tokens = Tokens(arrays["token_ids"], arrays["chunk_offsets"], arrays["row_chunks"], num_cut)
+        tokens = Tokens(arrays["token_ids"], arrays["chunk_offsets"], arrays["row_chunks"], num_truncated)
     return EncodedRows(
         num_rows=len(arrays["file_rows"]),
         max_chunks=max_chunks,

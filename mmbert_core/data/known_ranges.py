@@ -87,7 +87,7 @@ def _read(store: Path) -> EncodedRows:
     files = {name: array for name, array in meta["arrays"].items() if name not in OF_TEXTS}
     arrays = {name: _mapped(store / f"{name}.bin", array) for name, array in files.items()}
     texts = {"vocabularies": meta["vocabularies"], "label_values": meta["label_values"]}
-    return assemble(arrays, **texts, paths=[str(store)], max_chunks=1, num_cut=0)
+    return assemble(arrays, **texts, paths=[str(store)], max_chunks=1, num_truncated=0)
 
 
 def _mapped(path: Path, array: dict[str, Any]) -> np.ndarray:

@@ -14,12 +14,12 @@ from mmbert_core.data.splits import taken
 
 TRAINING_ROWS, OTHER_ROWS, COLUMN_ROWS = 1_000_000, 100_000, 100_000  # that are looked at, at most
 CHUNK_ROWS = 8_192
-FEWEST_TOKENS = 8  # of a text that is no coincidence
+MIN_TOKENS = 8  # of a text that is no coincidence
 NEARLY = 0.98  # AUROC of a column alone
-FEWEST_OF_A_CLASS = 10  # rows in each half of those looked at
+MIN_OF_A_CLASS = 10  # rows in each half of those looked at
 NEARLY_UNIQUE = 0.95  # different values of a category per row
 FEW_NUMBERS = 100  # different ones in a column
-FEWEST_DIFFERENT = 50  # rows from which a value of its own in each is no coincidence
+MIN_DIFFERENT = 50  # rows from which a value of its own in each is no coincidence
 KINDS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -66,10 +66,10 @@ def _is_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _shared_texts(part: Dataset, earlier: Dataset, hashes: np.ndarray, others: np.ndarray) -> Iterator[str]:
-    shared = np.flatnonzero(_is_in(hashes, others) & (part.lengths[: len(hashes)] >= FEWEST_TOKENS))
+    shared = np.flatnonzero(_is_in(hashes, others) & (part.lengths[: len(hashes)] >= MIN_TOKENS))
     if len(shared):
         count = f"{len(shared)} of {len(hashes)} texts"
-        yield f"{part.name}: {count} are those of {KINDS[earlier.name]} rows (texts of {FEWEST_TOKENS} tokens or more), first {part.where(int(shared[0]))}"
+        yield f"{part.name}: {count} are those of {KINDS[earlier.name]} rows (texts of {MIN_TOKENS} tokens or more), first {part.where(int(shared[0]))}"
 
 
 def text_hashes(dataset: Dataset, most_rows: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def _columns(train: Dataset, labels: Labels) -> Iterator[str]:
         if len(values) == 1:
             yield f"column {name!r}: the same value in all {len(rows)} training rows looked at, nothing can be learned from it"
             continue
-        if len(values) == len(rows) >= FEWEST_DIFFERENT and not (is_number and (cells % 1 != 0).any()):
+        if len(values) == len(rows) >= MIN_DIFFERENT and not (is_number and (cells % 1 != 0).any()):
             yield f"column {name!r}: another value in each of {len(rows)} training rows: is it an id?"
         elif not is_number and (line := _nearly_unique(name, cells)):
             yield line
@@ -119,7 +119,7 @@ def _nearly_unique(name: str, cells: Sequence[str]) -> str | None:
     """A line about a category whose values nearly all differ, such as ids with a few repeats, or dates; empty cells are not looked at."""
     values = [cell for cell in cells if cell]
     num_values = len(set(values))
-    if len(values) < FEWEST_DIFFERENT or num_values <= NEARLY_UNIQUE * len(values):
+    if len(values) < MIN_DIFFERENT or num_values <= NEARLY_UNIQUE * len(values):
         return None
     return f"column {name!r}: {num_values} different values in {len(values)} training rows, so that few can be learned: is it an id or a date?"
 
@@ -134,7 +134,7 @@ def _best_class(cells: np.ndarray, classes: np.ndarray, num_classes: int, *, is_
         is_class = classes == index
         if (
             min(is_class[fitted].sum(), is_class[tried].sum(), (~is_class[fitted]).sum(), (~is_class[tried]).sum())
-            < FEWEST_OF_A_CLASS
+            < MIN_OF_A_CLASS
         ):
             continue
         if ranks is not None:

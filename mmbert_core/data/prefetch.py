@@ -8,7 +8,7 @@ T = TypeVar("T")
 END = object()
 
 
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetch_one(items: Iterator[T]) -> Iterator[T]:
     """The same items in the same order, at most one more than were asked for. What making one raises is raised here, in its turn.
 
     Pays where making or using an item leaves the interpreter to others: tokenising, reading, waiting for a disk.

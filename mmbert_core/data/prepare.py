@@ -277,8 +277,8 @@ def _warnings(data: Data, config: Config) -> list[str]:
         *positive_class_warning(data.labels.names, counts, config.positive_label),
         *few_rows_warning(data.labels.names, counts),
     ]
-    lines += cut_texts(
-        sum(table.num_cut for table in tables),
+    lines += truncated_texts_warning(
+        sum(table.num_truncated for table in tables),
         sum(table.num_rows for table in tables),
         config,
         keep_end=keeps_end(data.tokenizer),
@@ -300,11 +300,11 @@ def _warnings(data: Data, config: Config) -> list[str]:
     return lines
 
 
-def cut_texts(num_cut: int, num_rows: int, config: Config, *, keep_end: bool = False) -> list[str]:
+def truncated_texts_warning(num_truncated: int, num_rows: int, config: Config, *, keep_end: bool = False) -> list[str]:
     """The line about texts that did not fit, if any."""
     size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
     kept = " at the beginning: the end is kept (truncation_side: left of the tokenizer)" if keep_end else ""
-    return [f"{num_cut} of {num_rows} texts are longer than {size} and were cut{kept}"] if num_cut else []
+    return [f"{num_truncated} of {num_rows} texts are longer than {size} and were cut{kept}"] if num_truncated else []
 
 
 def _repeated_ids(table: EncodedRows) -> Iterator[str]:

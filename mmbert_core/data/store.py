@@ -34,7 +34,7 @@ from mmbert_core.data.encoding import (
     encode_arrays,
     longest_texts,
 )
-from mmbert_core.data.prefetch import one_ahead
+from mmbert_core.data.prefetch import prefetch_one
 from mmbert_core.data.tokens import keeps_end, tokenizer_fingerprint
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.storage import schema
@@ -256,16 +256,16 @@ def _build(
 ) -> None:
     books: dict[str, CodeBook] = defaultdict(CodeBook)
     files = _ArrayFiles(folder)
-    num_rows = num_cut = 0
+    num_rows = num_truncated = 0
     nothing = np.zeros(0, dtype=np.int64)
     empty = Chunk(pd.DataFrame(columns=list(columns), dtype=object), [], nothing, nothing, nothing)
-    for chunk in one_ahead(_after(empty, chunks)):  # the empty chunk gives a table without rows its arrays
+    for chunk in prefetch_one(_after(empty, chunks)):  # the empty chunk gives a table without rows its arrays
         arrays, cut = encode_arrays(
             chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
         )
         files.append(arrays)
         num_rows += len(chunk)
-        num_cut += cut
+        num_truncated += cut
         if progress is not None and len(chunk):
             progress(num_rows)
     meta = {
@@ -273,7 +273,7 @@ def _build(
         "vocabularies": [books[name].values() for name in roles.categories],
         "label_values": books[roles.label].values() if roles.label is not None else [],
         "max_chunks": max_chunks,
-        "num_cut": num_cut,
+        "num_cut": num_truncated,
     }
     write_json(folder / META, meta)
 
@@ -332,7 +332,7 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
         label_values=meta["label_values"],
         paths=paths,
         max_chunks=meta["max_chunks"],
-        num_cut=meta["num_cut"],
+        num_truncated=meta["num_cut"],
     )
     rows.token_file = mappings.get("token_ids")
     rows.mappings = {str(folder / f"{name}.bin"): mapping for name, mapping in mappings.items()}

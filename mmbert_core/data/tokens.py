@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mmbert_core.data.prefetch import one_ahead
+from mmbert_core.data.prefetch import prefetch_one
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.runtime.hub import check_hub_answers, check_hub_name
 from mmbert_core.storage.encoder_files import check_encoder_files
@@ -33,7 +33,7 @@ class Tokens:
     ids: np.ndarray  # [L] int32
     chunk_offsets: np.ndarray  # [Q + 1] int64
     row_chunks: np.ndarray  # [N + 1] int64
-    num_cut: int  # rows whose text did not fit
+    num_truncated: int  # rows whose text did not fit
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
@@ -156,7 +156,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
     lengths: list[int] = []  # of every chunk
     counts: list[int] = []  # chunks of every row
     ids: list[np.ndarray] = []
-    num_cut = 0
+    num_truncated = 0
     empty = [
         tokenizer.pad_token_id or 0
     ]  # a tokenizer without special tokens gives an empty text nothing to encode: one pad (or first) token
@@ -168,13 +168,13 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
             (some, _encode(backend.encode_batch_fast, [text[kept_characters] for text in some]))
             for some in parts_of_texts
         )
-        for some, encodings in one_ahead(encoded) if len(parts_of_texts) > 1 else encoded:
+        for some, encodings in prefetch_one(encoded) if len(parts_of_texts) > 1 else encoded:
             chunks = [encoding.ids or empty for encoding in encodings]
             more = [
                 encoding.overflowing if len(first) == max_length else []
                 for encoding, first in zip(encodings, chunks, strict=True)
             ]
-            num_cut += sum(
+            num_truncated += sum(
                 len(parts) > max_chunks - 1 or len(text) > most_characters
                 for parts, text in zip(more, some, strict=True)
             )
@@ -195,7 +195,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
         ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]),
         chunk_offsets=chunk_offsets,
         row_chunks=row_chunks,
-        num_cut=num_cut,
+        num_truncated=num_truncated,
     )
 
 

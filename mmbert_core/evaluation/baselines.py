@@ -19,17 +19,17 @@ from mmbert_core.storage.schema import array, mapping, number, record, text, who
 HASHED = 2**18  # features of tokens and pairs of neighbours
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3)  # of the L2 penalty, of which the validation rows choose
 STRENGTH = 1e-4  # where there are none
-MOST_ROWS, MOST_TOKENS = 50_000, 5_000_000  # that a baseline is fitted on
-MOST_CELLS = 1_500_000  # rows x classes, all MOST_ROWS of 30 classes: each step of the fit goes through them
+MAX_ROWS, MAX_TOKENS = 50_000, 5_000_000  # that a baseline is fitted on
+MAX_CELLS = 1_500_000  # rows x classes, all MAX_ROWS of 30 classes: each step of the fit goes through them
 ITERATIONS = 60
 PAIR, SPREAD = 1_000_003, 0x9E3779B97F4A7C15  # odd multipliers that scatter token ids over the features
 
 
 MAJORITY, COLUMNS, WORDS = "most frequent class", "columns only", "text only"
-MOST_CLASSES = {
+MAX_CLASSES = {
     WORDS: 50,
     COLUMNS: 500,
-}  # words: HASHED weights for each; columns: MOST_CELLS are then a few rows of each
+}  # words: HASHED weights for each; columns: MAX_CELLS are then a few rows of each
 HOW = {
     MAJORITY: "the shares of the classes in the training rows",
     COLUMNS: "logistic regression on standardised numbers and one-hot categories",

@@ -18,7 +18,7 @@ from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.storage.schema import nullable, number, record, text, whole
 
-FEWEST_ROWS, FEWEST_OF_A_CLASS = 200, 10
+MIN_ROWS, MIN_OF_A_CLASS = 200, 10
 MAX_CELLS = 4_000_000  # rows x classes that a temperature of more than FEW_CLASSES is fitted on: seconds, not minutes
 LOWEST, HIGHEST = 0.05, 20.0  # of the temperature
 # Half a step of float32 next to 0 and next to 1: what a probability that was rounded to 0 or 1 is taken for.
@@ -75,12 +75,12 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
     """
     preds, labels = np.asarray(preds), np.asarray(labels)
     counts = np.bincount(labels, minlength=num_classes)
-    if len(labels) < FEWEST_ROWS:
-        return Calibration(rows=len(labels), reason=f"{len(labels)} validation rows, at least {FEWEST_ROWS} are needed")
-    if counts.min() < FEWEST_OF_A_CLASS:
+    if len(labels) < MIN_ROWS:
+        return Calibration(rows=len(labels), reason=f"{len(labels)} validation rows, at least {MIN_ROWS} are needed")
+    if counts.min() < MIN_OF_A_CLASS:
         return Calibration(
             rows=len(labels),
-            reason=f"a class with {counts.min()} validation rows, at least {FEWEST_OF_A_CLASS} are needed",
+            reason=f"a class with {counts.min()} validation rows, at least {MIN_OF_A_CLASS} are needed",
         )
     rows = rows_to_fit(len(labels), num_classes)
     preds, labels = preds[rows], labels[rows]
@@ -104,7 +104,7 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
 
 def rows_to_fit(num_rows: int, num_classes: int) -> np.ndarray:
     """Positions of all rows, or, of more than FEW_CLASSES, of as many as MAX_CELLS allow, evenly spread."""
-    num_fitted = min(num_rows, max(FEWEST_ROWS, MAX_CELLS // num_classes)) if num_classes > FEW_CLASSES else num_rows
+    num_fitted = min(num_rows, max(MIN_ROWS, MAX_CELLS // num_classes)) if num_classes > FEW_CLASSES else num_rows
     return np.linspace(0, num_rows - 1, num_fitted).round().astype(np.int64)
 
 

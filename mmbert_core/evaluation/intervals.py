@@ -22,13 +22,13 @@ from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS, within_range
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
 
 LEVEL = 0.95
-DRAWS, FEWEST_DRAWS = 1000, 200
+DRAWS, MIN_DRAWS = 1000, 200
 WORK = 4_000_000_000  # rows x draws x curves, about: some minutes. Metrics that would take more have no interval
 RANKINGS: dict[str, Curve] = {"auroc": auroc, "average_precision": average_precision}
 WITHOUT = ("ece",)  # biased upwards, and once more in each draw: the true value would lie below its interval
 WORK_OF_CLASSES = 6e9  # nanoseconds, about, that ranking more than FEW_CLASSES classes may take
 DRAW_CELLS = 1_000_000  # rows x draws in memory at a time
-MOST_UNDEFINED = 0.05  # share of draws without a value (a class has no row in them) from which there is no interval
+MAX_UNDEFINED = 0.05  # share of draws without a value (a class has no row in them) from which there is no interval
 
 Metric = Callable[[np.ndarray], float]  # weights [N] -> value, nan where undefined
 
@@ -66,7 +66,7 @@ def bootstrap_intervals(
     intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
     for name, column in values.items():
         defined = column[~np.isnan(column)]
-        if len(defined) >= (1 - MOST_UNDEFINED) * len(column) and defined.min() < defined.max():
+        if len(defined) >= (1 - MAX_UNDEFINED) * len(column) and defined.min() < defined.max():
             low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
             intervals[name] = (float(low), float(high))
     return intervals
@@ -99,9 +99,9 @@ def _draws_of_few_classes(
 
 
 def affordable_metrics(names: Sequence[str], num_rows: int, draws: int, *, num_classes: int) -> tuple[list[str], int]:
-    """The metrics that FEWEST_DRAWS can be had of, in their order, the cheap ones first to be chosen; and the draws of all."""
+    """The metrics that MIN_DRAWS can be had of, in their order, the cheap ones first to be chosen; and the draws of all."""
     curves = {name: num_classes if name in RANKINGS else 1 for name in names}  # a macro mean has one for each class
-    budget = WORK // (num_rows * min(draws, FEWEST_DRAWS))
+    budget = WORK // (num_rows * min(draws, MIN_DRAWS))
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: (curves[name], name.startswith(CLASS_PREFIX))):
         if curves[name] <= budget:
@@ -109,7 +109,7 @@ def affordable_metrics(names: Sequence[str], num_rows: int, draws: int, *, num_c
             chosen.append(name)
     total = sum(curves[name] for name in chosen)
     return [name for name in names if name in chosen], int(
-        np.clip(WORK // (num_rows * max(1, total)), min(draws, FEWEST_DRAWS), draws)
+        np.clip(WORK // (num_rows * max(1, total)), min(draws, MIN_DRAWS), draws)
     )
 
 
@@ -209,21 +209,21 @@ def affordable_classes(
 ) -> tuple[list[int], bool, int]:
     """Classes to rank, whether these are all (for a macro mean), and the draws; of classes with `num_positives` [K] rows.
 
-    A class without a row in more than MOST_UNDEFINED of the draws is left out, for it would have no interval; likewise
-    the macro means when that is to be expected of any class. Where FEWEST_DRAWS take longer than WORK_OF_CLASSES, the
+    A class without a row in more than MAX_UNDEFINED of the draws is left out, for it would have no interval; likewise
+    the macro means when that is to be expected of any class. Where MIN_DRAWS take longer than WORK_OF_CLASSES, the
     means are left out first, then the rarest classes.
     """
-    num_rows, fewest = int(num_positives.sum()), min(draws, FEWEST_DRAWS)
+    num_rows, fewest = int(num_positives.sum()), min(draws, MIN_DRAWS)
     chance_of_none = np.exp(-num_positives.astype(np.float64))
     costs = cost_per_draw(num_positives, num_rows)
     has_all = with_means and bool(
-        1 - np.prod(1 - chance_of_none) <= MOST_UNDEFINED and costs.sum() * fewest <= WORK_OF_CLASSES
+        1 - np.prod(1 - chance_of_none) <= MAX_UNDEFINED and costs.sum() * fewest <= WORK_OF_CLASSES
     )
     if has_all:
         classes = list(range(len(num_positives)))
     else:
         by_rows = sorted(
-            (index for index in wanted if chance_of_none[index] <= MOST_UNDEFINED),
+            (index for index in wanted if chance_of_none[index] <= MAX_UNDEFINED),
             key=lambda index: -num_positives[index],
         )
         classes = by_rows[: int(np.searchsorted(np.cumsum(costs[by_rows]) * fewest, WORK_OF_CLASSES, side="right"))]

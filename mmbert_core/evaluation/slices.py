@@ -17,10 +17,10 @@ from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.evaluation.predictions import BINARY_THRESHOLD
 
-FEWEST_ROWS = 30  # of a slice; smaller ones are put together
-DRAWS, FEWEST_DRAWS = 300, 100  # of the intervals: there are many slices
+MIN_ROWS = 30  # of a slice; smaller ones are put together
+DRAWS, MIN_DRAWS = 300, 100  # of the intervals: there are many slices
 WORK = 1_000_000_000  # rows x columns x metrics x draws, about: a minute. Slices that would take more have no intervals
-MOST_VALUES = 20  # slices of one column
+MAX_VALUES = 20  # slices of one column
 FEW_NUMBERS = 10  # distinct ones, each a slice of its own
 LARGEST_CLASSES = 9  # of a slice's rows, as many as one bar shows next to all others
 MISSING, OTHERS = "(missing)", "(all other values)"
@@ -60,9 +60,9 @@ def slices_of(
     """
     made = []
     # every draw of every slice goes through the counts of all classes, which of many classes are more than the rows
-    num_counted = len(labels) + (MOST_VALUES * len(class_names) if len(class_names) > FEW_CLASSES else 0)
+    num_counted = len(labels) + (MAX_VALUES * len(class_names) if len(class_names) > FEW_CLASSES else 0)
     draws = min(DRAWS, WORK // max(1, num_counted * len(columns) * len(names)))
-    draws = draws if draws >= FEWEST_DRAWS else 0
+    draws = draws if draws >= MIN_DRAWS else 0
     for column, cells in columns.items():
         for value, rows in _numbers(cells) if isinstance(cells, np.ndarray) else _values(cells):
             made.append(_slice(column, value, preds[rows], labels[rows], names, class_names, threshold, draws))
@@ -105,10 +105,10 @@ def _values(cells: Sequence[str]) -> list[tuple[str, np.ndarray]]:
     codes, values = pd.factorize(np.array(cells, dtype=object))
     counts = np.bincount(codes, minlength=len(values))
     order = np.argsort(-counts, kind="stable")
-    own = [index for index in order[:MOST_VALUES] if counts[index] >= FEWEST_ROWS]
+    own = [index for index in order[:MAX_VALUES] if counts[index] >= MIN_ROWS]
     parts = [(str(values[index]) or MISSING, np.flatnonzero(codes == index)) for index in own]
     rest = np.flatnonzero(~np.isin(codes, own))
-    return parts + ([(OTHERS, rest)] if own and len(rest) >= FEWEST_ROWS else [])
+    return parts + ([(OTHERS, rest)] if own and len(rest) >= MIN_ROWS else [])
 
 
 def _numbers(numbers: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -119,8 +119,8 @@ def _numbers(numbers: np.ndarray) -> list[tuple[str, np.ndarray]]:
     known = ~np.isnan(numbers)
     distinct, counts = np.unique(numbers[known], return_counts=True)
     if len(distinct) < 2:
-        return [(MISSING, np.flatnonzero(~known))] if (~known).sum() >= FEWEST_ROWS else []
-    own = distinct[counts >= (FEWEST_ROWS if len(distinct) <= FEW_NUMBERS else known.sum() / 4)]
+        return [(MISSING, np.flatnonzero(~known))] if (~known).sum() >= MIN_ROWS else []
+    own = distinct[counts >= (MIN_ROWS if len(distinct) <= FEW_NUMBERS else known.sum() / 4)]
     parts = [(f"{value:.12g}", np.flatnonzero(numbers == value)) for value in own]
     rest = known & ~np.isin(numbers, own)
     if len(distinct) <= FEW_NUMBERS:
@@ -138,4 +138,4 @@ def _numbers(numbers: np.ndarray) -> list[tuple[str, np.ndarray]]:
                 )
             )
     parts.append((MISSING, np.flatnonzero(~known)))
-    return [(value, rows) for value, rows in parts if len(rows) >= FEWEST_ROWS]
+    return [(value, rows) for value, rows in parts if len(rows) >= MIN_ROWS]

@@ -69,7 +69,7 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Cuts:
+class ThresholdCurve:
     """Every way to cut the rows in two by their probability, from none above [D + 1] to all."""
 
     values: np.ndarray  # [D + 1] thresholds: between neighbours, above the highest, below the lowest
@@ -91,7 +91,7 @@ class Cuts:
         return 2 * self.true / (self.found + self.true[-1])
 
 
-def cuts_of(preds: np.ndarray, labels: np.ndarray) -> Cuts:
+def threshold_curve(preds: np.ndarray, labels: np.ndarray) -> ThresholdCurve:
     """`preds` [N] probabilities of class 1, `labels` [N] 0 or 1, a 1 among them.
 
     `found` and `true` are those of the rows with `preds > values`, for every dtype and however near the probabilities are.
@@ -108,7 +108,7 @@ def cuts_of(preds: np.ndarray, labels: np.ndarray) -> Cuts:
     lowest = distinct[-1] / 2 if distinct[-1] > 0 else EVERY_ROW
     values = np.concatenate([[(1 + distinct[0]) / 2], between, [lowest]])
     true = np.cumsum(labels[order] == 1)[ends]
-    return Cuts(values, np.append(0, ends + 1), np.append(0, true), len(preds))
+    return ThresholdCurve(values, np.append(0, ends + 1), np.append(0, true), len(preds))
 
 
 def parse_rule(text: str) -> tuple[str, float | None]:
@@ -138,19 +138,19 @@ def choose_threshold(preds: np.ndarray, labels: np.ndarray, rule: str) -> Thresh
     preds, labels = np.asarray(preds), np.asarray(labels)
     if not (labels == 1).any():
         return Threshold(0.5, rule, rows=len(labels), reason="no validation row of class 1")
-    cuts = cuts_of(preds, labels)
+    cuts = threshold_curve(preds, labels)
     if name == HALF:
-        return at(preds, labels, 0.5, rule)
+        return metrics_at_threshold(preds, labels, 0.5, rule)
     score, allowed = _CHOICES[name](cuts, number)
     if not allowed.any() and name == "alerts_per_1000":
         return Threshold(0.5, rule, rows=len(labels), reason=f"the surest rows alone are more than {number:g} of 1,000")
     if not allowed.any():
         best = cuts.precision.max() if name == "recall_at_precision" else cuts.recall.max()
         return Threshold(0.5, rule, rows=len(labels), reason=f"no threshold reaches {number:g}; the best is {best:.4f}")
-    return at(preds, labels, float(cuts.values[np.where(allowed, score, -np.inf).argmax()]), rule)
+    return metrics_at_threshold(preds, labels, float(cuts.values[np.where(allowed, score, -np.inf).argmax()]), rule)
 
 
-def at(preds: np.ndarray, labels: np.ndarray, value: float, rule: str) -> Threshold:
+def metrics_at_threshold(preds: np.ndarray, labels: np.ndarray, value: float, rule: str) -> Threshold:
     """The figures of a threshold on these rows."""
     found = preds.astype(np.float64) > value
     true, positives = int((found & (labels == 1)).sum()), int((labels == 1).sum())
@@ -166,7 +166,7 @@ def at(preds: np.ndarray, labels: np.ndarray, value: float, rule: str) -> Thresh
 
 
 # rule -> what is to be highest [D + 1], and which cuts are allowed [D + 1]
-_CHOICES: dict[str, Callable[[Cuts, Any], tuple[np.ndarray, np.ndarray]]] = {
+_CHOICES: dict[str, Callable[[ThresholdCurve, Any], tuple[np.ndarray, np.ndarray]]] = {
     "best_f1": lambda cuts, _: (cuts.f1, cuts.found > 0),
     "recall_at_precision": lambda cuts, least: (cuts.recall, (cuts.precision >= least) & (cuts.found > 0)),
     "precision_at_recall": lambda cuts, least: (cuts.precision, cuts.recall >= least),

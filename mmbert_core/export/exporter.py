@@ -155,8 +155,8 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
         "label": config.label_name,
         "classes": list(loaded.labels.names),
         "is_binary": config.is_binary,
-        "threshold": loaded.judgement.threshold.value,
-        "temperature": loaded.judgement.calibration.temperature,
+        "threshold": loaded.decision.threshold.value,
+        "temperature": loaded.decision.calibration.temperature,
         "text": text,
         "numbers": {
             "columns": list(features.number_names),

@@ -16,7 +16,7 @@ from mmbert_core.data.features import FEATURES_JSON, Features
 from mmbert_core.data.labels import LABELS_JSON, Labels
 from mmbert_core.evaluation.baselines import BASELINES_JSON, Baselines
 from mmbert_core.evaluation.calibration import CALIBRATION_JSON, Calibration
-from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.thresholds import THRESHOLD_JSON, Threshold
 from mmbert_core.model.text_encoder import POOLINGS
 from mmbert_core.runtime.errors import InputError
@@ -226,15 +226,15 @@ def read_settings(folder: Path) -> ModelSettings:
     return ModelSettings(config, resolved, features, labels)
 
 
-def read_judgement(folder: Path, settings: ModelSettings) -> Judgement:
+def read_decision(folder: Path, settings: ModelSettings) -> Decision:
     """Threshold, calibration and baselines; a folder of version 0.2 or older has none, and counts rows above one half."""
     if not (folder / THRESHOLDS).is_file():
-        return Judgement()
+        return Decision()
     values = read_part(folder / THRESHOLDS, THRESHOLDS_JSON)
     threshold = _built(folder / THRESHOLDS, lambda: Threshold.from_json(values["threshold"]))
     calibration = _built(folder / THRESHOLDS, lambda: Calibration.from_json(values["calibration"]))
     if not (folder / BASELINES).is_file():
-        return Judgement(threshold, calibration)
+        return Decision(threshold, calibration)
     baselines_json = read_part(folder / BASELINES, BASELINES_JSON)
     tensors = _built(folder / BASELINE_WEIGHTS, lambda: load_file(folder / BASELINE_WEIGHTS))
     sizes = {
@@ -242,7 +242,7 @@ def read_judgement(folder: Path, settings: ModelSettings) -> Judgement:
         "num_columns": settings.features.num_numbers + sum(settings.features.cardinalities),
     }
     baselines = _built(folder / BASELINES, lambda: Baselines.from_json(baselines_json, tensors, **sizes))
-    return Judgement(threshold, calibration, baselines)
+    return Decision(threshold, calibration, baselines)
 
 
 def read_part(path: Path, check: Check, **bounds: int) -> Any:

@@ -21,7 +21,7 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.known_ranges import with_known_ranges
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.tokens import always_used_ids, load_tokenizer
-from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.decision import Decision
 from mmbert_core.inference.model_files import (
     BASELINE_WEIGHTS,
     BASELINES,
@@ -39,7 +39,7 @@ from mmbert_core.inference.model_files import (
     is_own_card,
     manifest_record,
     prediction_files,
-    read_judgement,
+    read_decision,
     read_settings,
 )
 from mmbert_core.model.multimodal_bert import MultimodalBert
@@ -67,7 +67,7 @@ class LoadedModel:
     labels: Labels
     tokenizer: Any  # None for a columns-only model
     resolved: dict[str, Any]  # settings that were `auto`, as used
-    judgement: Judgement = Judgement()
+    decision: Decision = Decision()
 
 
 def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str | None]:
@@ -134,7 +134,7 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: Load
         *((CARD,) if is_own_card(folder / CARD) else ()),
     ):  # a README.md may be the user's
         (folder / name).unlink(missing_ok=True)  # never an old model, or its figures, next to new files
-    baselines = made.judgement.baselines
+    baselines = made.decision.baselines
     for name in (BASELINES, BASELINE_WEIGHTS) if baselines is None else ():
         (folder / name).unlink(missing_ok=True)
     temporaries = {name: folder / f"{TEMPORARY_PREFIX}{name}" for name in (BASELINE_WEIGHTS, WEIGHTS)}
@@ -147,7 +147,7 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: Load
         write_json(folder / FEATURES, made.features.to_json())
         write_json(folder / LABELS, made.labels.to_json())
         write_json(folder / CONFIG, config_record(made.config, made.resolved))
-        write_json(folder / THRESHOLDS, made.judgement.to_json())
+        write_json(folder / THRESHOLDS, made.decision.to_json())
         if baselines is not None:
             write_json(folder / BASELINES, baselines.to_json())
             _replace_tensors(baselines.tensors(), temporaries[BASELINE_WEIGHTS], folder / BASELINE_WEIGHTS)
@@ -192,7 +192,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     settings = read_settings(folder)
     config = settings.config
     features = with_known_ranges(settings.features, settings.labels, config, folder)
-    judgement = read_judgement(folder, settings)
+    decision = read_decision(folder, settings)
     shapes = read_shapes(folder / WEIGHTS)
     _check_head(folder / WEIGHTS, config, shapes)
     text, tokenizer = None, None
@@ -224,7 +224,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     if text is not None:
         ids = [max(always_used_ids(tokenizer), default=0)] * min(config.max_length, PROBE_LENGTH)
         check_runs_once(text, ids, name=str(folder / ENCODER))
-    return LoadedModel(model.eval(), config, features, settings.labels, tokenizer, settings.resolved, judgement)
+    return LoadedModel(model.eval(), config, features, settings.labels, tokenizer, settings.resolved, decision)
 
 
 def _encoder_shapes(shapes: Shapes) -> Shapes:

@@ -17,7 +17,7 @@ from mmbert_core.inference.precision import autocast
 from mmbert_core.inference.scoring import TOKEN_BUDGETS, Task
 from mmbert_core.model.multimodal_bert import MultimodalBert
 
-MOST_ROWS, FEWEST_ROWS, REPEATS = 1000, 200, 5
+MAX_ROWS, MIN_ROWS, REPEATS = 1000, 200, 5
 
 
 def permutation_importance(
@@ -35,7 +35,7 @@ def permutation_importance(
 
     The text is encoded once: only its vectors change places, so that every drop costs one pass through the head.
     """
-    num_rows = min(MOST_ROWS, max(FEWEST_ROWS, len(dataset) // 4))  # encoding them is a quarter of the scoring, at most
+    num_rows = min(MAX_ROWS, max(MIN_ROWS, len(dataset) // 4))  # encoding them is a quarter of the scoring, at most
     positions = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num_rows])
     labels = dataset.label_index[positions]
     vectors, numbers, categories = encode(model, dataset, positions, task)

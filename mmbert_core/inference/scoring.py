@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmbert_core.data.batches import deal, evaluation_batches
+from mmbert_core.data.batches import assign_to_ranks, evaluation_batches
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.model.losses import LossOp
 from mmbert_core.runtime import distributed
@@ -52,7 +52,7 @@ class EpochResult:
     loss: float | None  # weighted losses over their weight sum, over all rows; None where that is no finite number
 
 
-def broken_rows(preds: np.ndarray) -> np.ndarray:
+def non_finite_rows(preds: np.ndarray) -> np.ndarray:
     """Positions of the rows, of [N] or [N, K] probabilities, with one that is no finite number."""
     return np.unique(np.argwhere(~np.isfinite(preds))[:, 0])
 
@@ -63,7 +63,7 @@ def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, B
     As many items on every rank, so that the ranks can ask each other something at each; None: nothing more to do here.
     """
     plan = evaluation_batches(dataset.lengths, token_budget=TOKEN_BUDGETS[context.device.type])
-    hands = deal([dataset.cost(rows) for rows in plan], context.world_size)
+    hands = assign_to_ranks([dataset.cost(rows) for rows in plan], context.world_size)
     hand = hands[context.rank]
     for index in hand:
         yield index, dataset.batch(plan[index])

@@ -26,7 +26,7 @@ from mmbert_core.evaluation.baselines import HOW
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import EPS, METRICS
 from mmbert_core.evaluation.predictions import predicted_classes
-from mmbert_core.evaluation.slices import FEWEST_ROWS, slices_of
+from mmbert_core.evaluation.slices import MIN_ROWS, slices_of
 from mmbert_core.inference.attributions import Pieces, explain_rows
 from mmbert_core.inference.model_folder import LoadedModel
 from mmbert_core.inference.permutation_importance import permutation_importance
@@ -48,15 +48,15 @@ logger = logging.getLogger(__name__)
 REPORT, PAGE = "report.json", "report.html"
 HEADLINE = ("auroc", "average_precision", "f1_score", "precision", "recall", "accuracy")
 SLICE_METRICS = ("f1_score", "accuracy")  # beside the main one
-MOST_ERRORS, MOST_SLICES, MOST_STEPS = 20, 400, 500
+MAX_ERRORS, MAX_SLICES, MAX_STEPS = 20, 400, 500
 # An explanation costs as much as scoring 48 rows (16 steps, backward passes count double): all of them a quarter of the scoring.
-FEWEST_EXPLAINED, ROWS_PER_EXPLANATION = 3, 200
+MIN_EXPLAINED, ROWS_PER_EXPLANATION = 3, 200
 
 Section = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvaluatedRows:
     """Evaluated rows and what they were scored with."""
 
     loaded: LoadedModel
@@ -82,10 +82,10 @@ class Scored:
 
     @property
     def threshold(self) -> float:
-        return self.loaded.judgement.threshold.value
+        return self.loaded.decision.threshold.value
 
 
-def write_report(make: Callable[[], Scored], folder: Path) -> bool:
+def write_report(make: Callable[[], EvaluatedRows], folder: Path) -> bool:
     """report.json and report.html of what `make` gives, in `folder`; whether they are there. Raises `OSError` alone: a full disk."""
     try:
         report = build_report(make())
@@ -119,11 +119,11 @@ def render_again(folder: Path) -> Path:
     return folder / PAGE
 
 
-def build_report(scored: Scored) -> Section:
+def build_report(scored: EvaluatedRows) -> Section:
     """All sections, each with its figures or its reason."""
     config, dataset, preds, names = scored.loaded.config, scored.dataset, scored.preds, scored.class_names
     paths = dataset.encoded.paths
-    judgement = scored.loaded.judgement
+    decision = scored.loaded.decision
 
     def of_labels(key: str, make: Callable[[], Section]) -> Section:
         if not dataset.has_labels or len(dataset) == 0:
@@ -151,8 +151,8 @@ def build_report(scored: Scored) -> Section:
         "warnings": scored.warnings if isinstance(scored.warnings, Mapping) else list(scored.warnings),
         "metrics": of_labels("metrics", lambda: metrics_section(scored)),
         "baselines": of_labels("baselines", lambda: baselines_section(scored)),
-        "threshold": of_labels("threshold", lambda: curves.threshold_section(preds, scored.labels, judgement)),
-        "calibration": of_labels("calibration", lambda: curves.calibration_section(preds, scored.labels, judgement)),
+        "threshold": of_labels("threshold", lambda: curves.threshold_section(preds, scored.labels, decision)),
+        "calibration": of_labels("calibration", lambda: curves.calibration_section(preds, scored.labels, decision)),
         "roc": of_labels("roc", lambda: curves.roc_section(preds, scored.labels, names)),
         "precision_recall": of_labels(
             "precision_recall", lambda: curves.precision_recall_section(preds, scored.labels, names)
@@ -182,7 +182,7 @@ def training_section(folder: Path, best_step: int | None = None, metric: str | N
         return {"reason": "the folder has no metrics.jsonl"}
     lines = [json.loads(line) for line in kept_lines(path, sys.maxsize, tested=True)]
     steps = [line for line in lines if "train_loss" in line and "lr" in line]
-    steps = steps[:: max(1, len(steps) // MOST_STEPS)]
+    steps = steps[:: max(1, len(steps) // MAX_STEPS)]
     validations = [
         {name: value for name, value in line.items() if name != "undefined"} for line in lines if "val_loss" in line
     ]
@@ -241,7 +241,7 @@ def cell(figures: Mapping[str, Any], key: str) -> Section:
     }
 
 
-def metrics_section(scored: Scored) -> Section:
+def metrics_section(scored: EvaluatedRows) -> Section:
     figures, num_left_out = listed_figures(scored.figures, "test", scored.loaded.config)
     names = [*HEADLINE, *(name for name in METRICS if name not in HEADLINE)]
     names += [key.removeprefix("test/") for key in figures if key.startswith("test/average_precision_class_")]
@@ -249,7 +249,7 @@ def metrics_section(scored: Scored) -> Section:
     return {"names": names, "model": {name: cell(figures, f"test/{name}") for name in names}, **left_out}
 
 
-def baselines_section(scored: Scored) -> Section:
+def baselines_section(scored: EvaluatedRows) -> Section:
     figures, _ = listed_figures(scored.figures, "test", scored.loaded.config)
     rows = [
         {
@@ -267,7 +267,7 @@ def baselines_section(scored: Scored) -> Section:
     return {"rows": rows, "verdict": verdict(scored.figures, "test", scored.loaded.config)}
 
 
-def slices_section(scored: Scored) -> Section:
+def slices_section(scored: EvaluatedRows) -> Section:
     metric = slice_metric(scored.loaded.config)
     columns = scored.dataset.cells(np.arange(len(scored.dataset)))
     if scored.slice_columns:
@@ -279,8 +279,8 @@ def slices_section(scored: Scored) -> Section:
         scored.preds, scored.labels, columns, names, class_names=scored.class_names, threshold=scored.threshold
     )
     if not made:
-        return {"reason": f"no value and no quarter of a column has {FEWEST_ROWS} rows"}
-    return {"metric": metric, "rows": [part.to_json() for part in made[:MOST_SLICES]]}
+        return {"reason": f"no value and no quarter of a column has {MIN_ROWS} rows"}
+    return {"metric": metric, "rows": [part.to_json() for part in made[:MAX_SLICES]]}
 
 
 def slice_metric(config: Config) -> str:
@@ -289,7 +289,7 @@ def slice_metric(config: Config) -> str:
     return "accuracy" if not config.is_binary and metric.startswith(("auroc", "average_precision")) else metric
 
 
-def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
+def named_columns(scored: EvaluatedRows, columns: Mapping[str, Any]) -> dict[str, Any]:
     """The named columns: those of the model, and others as texts from the file; of numbers alone: as numbers."""
     wanted = list(dict.fromkeys(scored.slice_columns))
     others = [name for name in wanted if name not in columns]
@@ -307,7 +307,7 @@ def named_columns(scored: Scored, columns: Mapping[str, Any]) -> dict[str, Any]:
     return {name: columns[name] if name in columns else picked[name] for name in wanted}
 
 
-def importance_section(scored: Scored) -> Section:
+def importance_section(scored: EvaluatedRows) -> Section:
     config = scored.loaded.config
     return permutation_importance(
         scored.loaded.model,
@@ -321,7 +321,7 @@ def importance_section(scored: Scored) -> Section:
     )
 
 
-def errors_section(scored: Scored) -> Section:
+def errors_section(scored: EvaluatedRows) -> Section:
     """The wrong rows that the model was surest of, with the words that spoke for its answer."""
     preds, labels, dataset = scored.preds, scored.labels, scored.dataset
     chosen = predicted_classes(preds, threshold=scored.threshold)
@@ -330,8 +330,8 @@ def errors_section(scored: Scored) -> Section:
     wrong = np.flatnonzero(chosen != labels)
     if len(wrong) == 0:
         return {"reason": "no row was predicted wrong"}
-    worst = wrong[np.argsort(-sureness[wrong], kind="stable")[:MOST_ERRORS]]
-    texts, num_explained = texts_of(scored, worst), max(FEWEST_EXPLAINED, len(preds) // ROWS_PER_EXPLANATION)
+    worst = wrong[np.argsort(-sureness[wrong], kind="stable")[:MAX_ERRORS]]
+    texts, num_explained = texts_of(scored, worst), max(MIN_EXPLAINED, len(preds) // ROWS_PER_EXPLANATION)
     pieces: list[Pieces] = []  # row by row: all of them at once could take more memory than training did
     for row, text in zip(worst[:num_explained], texts):
         pieces += explain_rows(scored.loaded, dataset, [row], predicted=[chosen[row]], texts=[text], task=scored.task)
@@ -362,7 +362,7 @@ def distance_to(threshold: float, preds: np.ndarray) -> np.ndarray:
     )
 
 
-def texts_of(scored: Scored, positions: np.ndarray) -> list[str]:
+def texts_of(scored: EvaluatedRows, positions: np.ndarray) -> list[str]:
     """The texts of some rows, read once more: what is kept of them is token ids."""
     config, encoded = scored.loaded.config, scored.dataset.encoded
     columns = config.text_name

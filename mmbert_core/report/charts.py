@@ -16,8 +16,8 @@ WIDTH, HEIGHT = 380, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 22, 10, 40  # margins that hold the axes' words
 STYLES = 10  # of lines: a colour and a dash each, then from the first again
 MARKERS = ("dot", "square")  # of the first and the second of two
-MOST_POINTS = 400  # of a curve: about one for a unit of the picture
-MOST_MARKED = 60  # points of a curve; more carry no markers
+MAX_POINTS = 400  # of a curve: about one for a unit of the picture
+MAX_MARKED = 60  # points of a curve; more carry no markers
 SHADES = (
     0.0,
     0.02,
@@ -25,8 +25,8 @@ SHADES = (
     0.25,
     0.5,
 )  # a confusion cell's share of its label's rows up to which it has shade 0, 1, ...; shade 5 above
-MOST_WORDS = 48  # characters of an axis' name
-MOST_NUMBERED = 10  # classes whose confusion cells carry numbers
+MAX_WORDS = 48  # characters of an axis' name
+MAX_NUMBERED = 10  # classes whose confusion cells carry numbers
 CELL = 18  # side of a confusion cell without a number
 
 
@@ -150,7 +150,7 @@ def histograms(
         f'<text x="{_n(x_of(at))}" y="{height - BOTTOM + 15}" class="mid">{_tick(at)}</text>'
         for at in ticks(edges[0], edges[-1])
     )
-    middle = f'<text x="{WIDTH // 2}" y="{height - 6}" class="mid">{text(short(label, MOST_WORDS))}</text>'
+    middle = f'<text x="{WIDTH // 2}" y="{height - 6}" class="mid">{text(short(label, MAX_WORDS))}</text>'
     return svg(WIDTH, height, title, desc, "".join(parts) + numbers + middle)
 
 
@@ -202,7 +202,7 @@ def interval_dots(
         desc,
         "".join(parts)
         + numbers
-        + f'<text x="{WIDTH // 2}" y="{height - 6}" class="mid">{text(short(label, MOST_WORDS))}</text>',
+        + f'<text x="{WIDTH // 2}" y="{height - 6}" class="mid">{text(short(label, MAX_WORDS))}</text>',
     )
 
 
@@ -248,7 +248,7 @@ def shares(parts: Sequence[tuple[str, float]]) -> str:
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], *, title: str, desc: str) -> str:
     """Labels down, predictions across; shaded by the share of the label's rows. Few classes carry their numbers, many a hover text."""
-    numbered = len(names) <= MOST_NUMBERED
+    numbered = len(names) <= MAX_NUMBERED
     side = max(46, 300 // max(len(names), 1)) if numbered else CELL
     side = min(side, 96)
     most = 14 if numbered else 18
@@ -320,15 +320,15 @@ class _Frame:
         made.append(f'<path class="axis" d="M{self.left} {self.top}V{self.bottom}H{self.right}"/>')
         middle, centre = (self.left + self.right) / 2, (self.top + self.bottom) / 2
         made.append(
-            f'<text x="{_n(middle)}" y="{self.bottom + 34}" class="mid">{text(short(self.x.label, MOST_WORDS))}</text>'
+            f'<text x="{_n(middle)}" y="{self.bottom + 34}" class="mid">{text(short(self.x.label, MAX_WORDS))}</text>'
         )
         made.append(
-            f'<text x="11" y="{_n(centre)}" class="mid" transform="rotate(-90 11 {_n(centre)})">{text(short(self.y.label, MOST_WORDS))}</text>'
+            f'<text x="11" y="{_n(centre)}" class="mid" transform="rotate(-90 11 {_n(centre)})">{text(short(self.y.label, MAX_WORDS))}</text>'
         )
         return "".join(made)
 
     def curve(self, curve: Curve) -> str:
-        points = [(self.x_of(a), self.y_of(b)) for a, b in thin(list(zip(curve.x, curve.y)), MOST_POINTS)]
+        points = [(self.x_of(a), self.y_of(b)) for a, b in thin(list(zip(curve.x, curve.y)), MAX_POINTS)]
         if not points:
             return ""
         (x, y), *rest = points
@@ -337,7 +337,7 @@ class _Frame:
         )
         dots = (
             "".join(_marker(a, b, curve.marker) for a, b in points)
-            if curve.marker and len(points) <= MOST_MARKED
+            if curve.marker and len(points) <= MAX_MARKED
             else ""
         )
         return f'<g class="line s{curve.style % STYLES}"><title>{text(short(curve.name, 60))}</title><path d="{path}"/>{dots}</g>'

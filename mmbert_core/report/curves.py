@@ -12,13 +12,13 @@ import numpy as np
 
 from mmbert_core.evaluation.class_counts import class_counts
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
-from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.metrics import within_range
 from mmbert_core.evaluation.predictions import predicted_classes
-from mmbert_core.evaluation.thresholds import Cuts, at, cuts_of
+from mmbert_core.evaluation.thresholds import ThresholdCurve, metrics_at_threshold, threshold_curve
 
-MOST_CURVES = 10  # with more classes, the most frequent ones
-MOST_POINTS = 300  # of a curve
+MAX_CURVES = 10  # with more classes, the most frequent ones
+MAX_POINTS = 300  # of a curve
 MAX_MISTAKES = 15  # pairs of label and predicted class
 BINS = 10  # of the calibration
 BARS = 40  # of the histogram
@@ -27,18 +27,18 @@ RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # whose thresholds the table 
 Section = dict[str, Any]
 
 
-def threshold_section(preds: np.ndarray, labels: np.ndarray, judgement: Judgement) -> Section:
+def threshold_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Section:
     """The chosen threshold with its figures on the validation rows, and a table of others on these rows; two classes only."""
     if preds.ndim == 2:
         return {"reason": "several classes: the largest probability decides"}
-    chosen = judgement.threshold
+    chosen = decision.threshold
     section = {
         **chosen.to_json(),
         "chosen_on": f"{chosen.rows:,} validation rows" if chosen.rows else "no rows",
         "table": [],
     }
     if (labels == 1).any():
-        cuts = cuts_of(preds, labels)
+        cuts = threshold_curve(preds, labels)
         places = {int(np.argmax(cuts.recall >= recall)) for recall in RECALLS}
         values = sorted({*(float(cuts.values[place]) for place in places), 0.5, chosen.value}, reverse=True)
         section["table"] = [_table_row(preds, labels, value) for value in values]
@@ -46,7 +46,7 @@ def threshold_section(preds: np.ndarray, labels: np.ndarray, judgement: Judgemen
 
 
 def _table_row(preds: np.ndarray, labels: np.ndarray, value: float) -> Section:
-    made = at(preds, labels, value, "")
+    made = metrics_at_threshold(preds, labels, value, "")
     false_alerts = 1000 * float(((preds.astype(np.float64) > value) & (labels != 1)).mean())
     return {
         "threshold": value,
@@ -58,9 +58,9 @@ def _table_row(preds: np.ndarray, labels: np.ndarray, value: float) -> Section:
     }
 
 
-def calibration_section(preds: np.ndarray, labels: np.ndarray, judgement: Judgement) -> Section:
+def calibration_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Section:
     """The temperature, and how often probabilities of about p came true, before and after it."""
-    calibration = judgement.calibration
+    calibration = decision.calibration
     return {
         **calibration.to_json(),
         "bins": _bins(preds, labels),
@@ -103,24 +103,29 @@ def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names:
     return {"curves": curves} if curves else {"reason": "one class only in the labels"}
 
 
-def _cuts_by_class(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, Cuts]]:
+def _cuts_by_class(
+    preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> list[tuple[str, ThresholdCurve]]:
     """Classes with rows and with others; of two classes class 1 alone, of many the most frequent."""
     counts = np.bincount(labels, minlength=len(class_names))
-    indices = [1] if preds.ndim == 1 else np.argsort(-counts, kind="stable")[:MOST_CURVES].tolist()
+    indices = [1] if preds.ndim == 1 else np.argsort(-counts, kind="stable")[:MAX_CURVES].tolist()
     scores = preds[:, None] if preds.ndim == 1 else preds
     return [
-        (class_names[index], cuts_of(scores[:, 0 if preds.ndim == 1 else index], (labels == index).astype(np.int64)))
+        (
+            class_names[index],
+            threshold_curve(scores[:, 0 if preds.ndim == 1 else index], (labels == index).astype(np.int64)),
+        )
         for index in indices
         if 0 < counts[index] < len(labels)
     ]
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS points of a curve, evenly along its length, its ends among them."""
-    if len(x) <= MOST_POINTS:
+    """At most MAX_POINTS points of a curve, evenly along its length, its ends among them."""
+    if len(x) <= MAX_POINTS:
         return x.tolist(), y.tolist()
     along = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
-    places = np.unique(np.searchsorted(along, np.linspace(0, along[-1], MOST_POINTS)).clip(0, len(x) - 1))
+    places = np.unique(np.searchsorted(along, np.linspace(0, along[-1], MAX_POINTS)).clip(0, len(x) - 1))
     places[0], places[-1] = 0, len(x) - 1
     return x[places].tolist(), y[places].tolist()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 NOTHING = "–"  # a number that is not there
-MOST_ROWS = 25  # of a table; a longer one scrolls in its box
+MAX_ROWS = 25  # of a table; a longer one scrolls in its box
 CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {
     13: "\n",
     0x7F: "\u2421",
@@ -144,7 +144,7 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, 
         cells = "".join(f"<td{_class(side)}>{cell}</td>" for cell, side in zip(row[1:], sides[1:]))
         body.append(f'<tr><th scope="row">{row[0]}</th>{cells}</tr>')
     made = f"<table><caption>{text(caption)}</caption><thead><tr>{head_row}</tr></thead><tbody>{chr(10).join(body)}</tbody></table>"
-    return scroll_box(made, caption, kind=f"{kind} tall".strip() if len(body) > MOST_ROWS else kind)
+    return scroll_box(made, caption, kind=f"{kind} tall".strip() if len(body) > MAX_ROWS else kind)
 
 
 def details(summary: str, inside: str) -> str:

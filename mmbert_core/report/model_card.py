@@ -166,7 +166,7 @@ def positive_class(loaded: LoadedModel, data: Values) -> str:
 
 
 def decision(loaded: LoadedModel, data: Values) -> list[str]:
-    threshold, calibration = loaded.judgement.threshold, loaded.judgement.calibration
+    threshold, calibration = loaded.decision.threshold, loaded.decision.calibration
     lines = ["The class of the largest probability is predicted."]
     if loaded.config.is_binary:
         why = (

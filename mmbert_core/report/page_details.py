@@ -34,10 +34,10 @@ from mmbert_core.report.formatting import (
 )
 from mmbert_core.report.page_quality import legend
 
-MOST_SLICES = 200  # rows of the table, the worst ones
-MOST_ERRORS = 50
-MOST_PIECES = 500  # of a text
-MOST_COLUMNS = 15  # of a wrong row; more are folded away
+MAX_SLICES = 200  # rows of the table, the worst ones
+MAX_ERRORS = 50
+MAX_PIECES = 500  # of a text
+MAX_COLUMNS = 15  # of a wrong row; more are folded away
 LONG_TEXT = 1500  # characters; more scroll in their own box
 FAINTEST = 0.1  # weight of a piece that is highlighted
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -103,7 +103,7 @@ def slices(part: Part, report: Part) -> str:
     """The worst parts of the rows first, on one scale with all rows."""
     rows, metric = part["rows"], part["metric"]
     whole = ((report.get("metrics", {}).get("model") or {}).get(metric) or {}).get("value")
-    shown = rows[:MOST_SLICES]
+    shown = rows[:MAX_SLICES]
     names = [metric, *dict.fromkeys(key for row in shown for key in row["metrics"] if key != metric)]
     known = [
         value
@@ -115,7 +115,7 @@ def slices(part: Part, report: Part) -> str:
     cells = [_slice_row(row, names, scale, whole, report["class_names"]) for row in shown]
     beside_all = f'beside all rows<br><span class="muted">{name(metric)} {decimals(whole)}</span>'
     heads = ["part", ">rows", f">{name(metric)}", beside_all, *(f">{name(key)}" for key in names[1:]), "classes"]
-    left_out = note(f"{count(len(rows))} slices; the {MOST_SLICES} worst are shown.") if len(rows) > MOST_SLICES else ""
+    left_out = note(f"{count(len(rows))} slices; the {MAX_SLICES} worst are shown.") if len(rows) > MAX_SLICES else ""
     words = note(
         "Worst first. The dashed line is all rows, the other the interval: where they cross, the difference may be chance."
     )
@@ -191,7 +191,7 @@ def errors(part: Part, report: Part) -> str:
     rows = part["rows"]
     if not rows:
         return note("None: every row is right.")
-    shown = rows[:MOST_ERRORS]
+    shown = rows[:MAX_ERRORS]
     words = f"Rows whose prediction is wrong, the surest first{f'; {count(len(shown))} of {count(len(rows))} are shown' if len(shown) < len(rows) else ''}. "
     legend_words = 'Words <mark class="p2">underlined and bold</mark> speak for the predicted class, <mark class="n2">dashed and slanted</mark> against it.'
     has_tokens = any(row.get("tokens") for row in shown)
@@ -207,7 +207,7 @@ def _error(row: Part, place: int) -> str:
     cells = row.get("columns") or {}
     columns = "".join(f"<div><dt>{name(key)}</dt><dd>{name(value)}</dd></div>" for key, value in cells.items())
     listed = f'<dl class="facts small">{columns}</dl>' if cells else ""
-    listed = details(f"{count(len(cells))} columns", listed) if len(cells) > MOST_COLUMNS else listed
+    listed = details(f"{count(len(cells))} columns", listed) if len(cells) > MAX_COLUMNS else listed
     return f'<div class="error"><h3>{head}</h3><p class="note">{where}</p>{_highlighted(pieces, place)}{_strongest(pieces, row)}{listed}</div>'
 
 
@@ -215,7 +215,7 @@ def _highlighted(pieces: Sequence[Sequence[Any]], place: int) -> str:
     """The text with its pieces marked by sign and strength; neighbours of the same kind share one mark."""
     if not pieces:
         return ""
-    shown = pieces[:MOST_PIECES]
+    shown = pieces[:MAX_PIECES]
     made = []
     for kind, group in groupby(shown, key=lambda piece: _kind_of(piece[1])):
         words = "".join(str(piece) for piece, _ in group)
@@ -226,8 +226,8 @@ def _highlighted(pieces: Sequence[Sequence[Any]], place: int) -> str:
             else text(words)
         )
     rest = (
-        f' <span class="muted">… and {count(len(pieces) - MOST_PIECES)} more pieces</span>'
-        if len(pieces) > MOST_PIECES
+        f' <span class="muted">… and {count(len(pieces) - MAX_PIECES)} more pieces</span>'
+        if len(pieces) > MAX_PIECES
         else ""
     )
     is_long = sum(len(str(piece)) for piece, _ in shown) > LONG_TEXT

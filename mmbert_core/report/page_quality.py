@@ -39,9 +39,9 @@ from mmbert_core.report.formatting import (
 
 HEADLINE = 6  # metrics with a card of their own
 LOWER_IS_BETTER = {"log_loss", "ece", "brier", "loss"}
-MOST_CLASSES = 40  # of the confusion grid: the most frequent ones
+MAX_CLASSES = 40  # of the confusion grid: the most frequent ones
 MAX_LISTED = 25  # classes of a table, where there are too many for a grid: as many as need no scrolling
-MOST_MIXED = 15  # pairs of classes taken for each other
+MAX_MIXED = 15  # pairs of classes taken for each other
 RATES = ("precision", "recall", "f1")
 FALSE_RATES, RECALLS = (0.01, 0.05, 0.1, 0.2), (0.5, 0.8, 0.9, 0.95)  # at which the curves are read off
 
@@ -289,16 +289,16 @@ def confusion(part: Part, report: Part) -> str:
     counts, names = part["counts"], report["class_names"]
     order = range(len(names))
     made = ""
-    if len(names) > MOST_CLASSES:
-        order = sorted(sorted(order, key=lambda index: -sum(counts[index]))[:MOST_CLASSES])
-        made += note(f"Of {count(len(names))} classes the {MOST_CLASSES} most frequent ones are drawn.")
+    if len(names) > MAX_CLASSES:
+        order = sorted(sorted(order, key=lambda index: -sum(counts[index]))[:MAX_CLASSES])
+        made += note(f"Of {count(len(names))} classes the {MAX_CLASSES} most frequent ones are drawn.")
     drawn, titles = [[counts[row][column] for column in order] for row in order], [names[index] for index in order]
     words = "Labels and predictions"
     svg = charts.confusion(
         drawn, titles, title=words, desc="Rows are labels, columns predictions; the tables have the figures"
     )
     under = note("A cell's shade is its share of the label's rows; outlined: right.") + charts.shades()
-    if len(titles) > charts.MOST_NUMBERED:
+    if len(titles) > charts.MAX_NUMBERED:
         made += scroll_box(svg, words, kind="plain") + under + _per_class(counts, names)
     else:
         made += beside(chart(words, svg, under), _per_class(counts, names))
@@ -308,7 +308,7 @@ def confusion(part: Part, report: Part) -> str:
         for column, value in enumerate(line)
         if value and row != column
     )
-    pairs = sorted(mixed, key=lambda pair: -pair[0])[:MOST_MIXED]
+    pairs = sorted(mixed, key=lambda pair: -pair[0])[:MAX_MIXED]
     if len(names) > 2 and pairs:
         made += _mistakes([(row, column, value) for value, row, column in pairs], [sum(line) for line in counts], names)
     cells = [

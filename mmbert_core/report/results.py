@@ -13,11 +13,11 @@ from mmbert_core.data.dataset import Dataset
 from mmbert_core.evaluation import baselines
 from mmbert_core.evaluation.baselines import WORDS, Baselines
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
-from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.metrics import CLASS_PREFIX, ONE_SIDED, compute_metrics, metric_names
 from mmbert_core.inference.output_file import Columns, prediction_columns, table_line, table_rows
-from mmbert_core.inference.scoring import EpochResult, broken_rows
+from mmbert_core.inference.scoring import EpochResult, non_finite_rows
 from mmbert_core.report.plots import write_plots
 from mmbert_core.runtime.progress import slow_step
 from mmbert_core.storage.files import write_json, write_text
@@ -57,10 +57,10 @@ def figures_of(
     stage: str,
     config: Config,
     class_names: Sequence[str],
-    judgement: Judgement,
+    decision: Decision,
 ) -> dict[str, Any]:
     """`<stage>/<metric>` of the model; under `intervals`, `undefined` and `baselines` the same names, `preds` [N] or [N, K], `labels` [N]."""
-    names, threshold = metric_names(class_names), judgement.threshold.value
+    names, threshold = metric_names(class_names), decision.threshold.value
     with slow_step("metrics"):
         metrics = compute_metrics(
             preds, labels, names, config.task, config.num_classes, stage, class_names=class_names, threshold=threshold
@@ -78,13 +78,13 @@ def figures_of(
         "intervals": {f"{stage}/{name}": pair and list(pair) for name, pair in intervals.items()},
         "threshold": threshold if config.is_binary else None,
         "baselines": {},
-        "no_baselines": {} if judgement.baselines is None else dict(judgement.baselines.reasons),
+        "no_baselines": {} if decision.baselines is None else dict(decision.baselines.reasons),
     }
-    if judgement.baselines is not None:
+    if decision.baselines is not None:
         with slow_step("metrics of the baselines"):
-            for name, scores in baseline_predictions(judgement.baselines, dataset).items():
+            for name, scores in baseline_predictions(decision.baselines, dataset).items():
                 scores = scores[:, 1] if config.is_binary else scores
-                cut = judgement.baselines.thresholds.get(name, 0.5)
+                cut = decision.baselines.thresholds.get(name, 0.5)
                 made = compute_metrics(
                     scores,
                     labels,
@@ -190,9 +190,9 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
 
 
 def columns_of(
-    result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], judgement: Judgement
+    result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], decision: Decision
 ) -> Columns:
-    """Scored rows as a prediction file has them; without an id column where the rows came without ids."""
+    """EvaluatedRows rows as a prediction file has them; without an id column where the rows came without ids."""
     return prediction_columns(
         result.preds,
         class_names,
@@ -200,8 +200,8 @@ def columns_of(
         id_name=None if result.ids is None else config.id_name,
         ids=result.ids,
         labels=dataset.label_strings(range(len(dataset))) if dataset.has_labels else None,
-        calibrated=judgement.calibration.apply(result.preds),
-        threshold=judgement.threshold.value,
+        calibrated=decision.calibration.apply(result.preds),
+        threshold=decision.threshold.value,
     )
 
 
@@ -212,11 +212,11 @@ def write_results(
     *,
     config: Config,
     class_names: Sequence[str],
-    judgement: Judgement,
+    decision: Decision,
 ) -> dict[str, Any]:
-    """Rank 0 only. Scored rows as a prediction file, figures and pictures in `folder`; returns the figures."""
+    """Rank 0 only. EvaluatedRows rows as a prediction file, figures and pictures in `folder`; returns the figures."""
     figures: dict[str, Any] = {"test/num_rows": len(dataset)}
-    broken = broken_rows(result.preds)
+    broken = non_finite_rows(result.preds)
     if len(broken):
         logger.warning(
             "probabilities that are no numbers: %d of %d rows, first %s: their pred says nothing",
@@ -234,15 +234,15 @@ def write_results(
             stage="test",
             config=config,
             class_names=class_names,
-            judgement=judgement,
+            decision=decision,
         )
     with slow_step("test_result_0.tsv"):
-        columns = columns_of(result, dataset, config=config, class_names=class_names, judgement=judgement)
+        columns = columns_of(result, dataset, config=config, class_names=class_names, decision=decision)
         write_text(folder / "test_result_0.tsv", "".join([table_line(columns), *table_rows(columns)]))
     write_json(folder / "test_metrics.json", figures)
     if dataset.has_labels:
         with slow_step("pictures of the test"):
-            draw(result.preds, dataset.label_index, folder / "plots", class_names, judgement.threshold.value)
+            draw(result.preds, dataset.label_index, folder / "plots", class_names, decision.threshold.value)
     return figures
 
 

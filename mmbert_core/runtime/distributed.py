@@ -266,13 +266,13 @@ def barrier() -> None:
             dist.barrier(group=_object_group)
 
 
-def broadcast_object(value: T, *, source: int = 0, patient: bool = False) -> T:
+def broadcast_object(value: T, *, source: int = 0, long_timeout: bool = False) -> T:
     """Collective. The small Python object of rank `source` on every rank."""
     if not is_distributed():
         return value
     box = [value]
     with lost_peers():
-        dist.broadcast_object_list(box, src=source, group=_patient_group if patient else _object_group)
+        dist.broadcast_object_list(box, src=source, group=_patient_group if long_timeout else _object_group)
     return box[0]
 
 
@@ -352,20 +352,20 @@ def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 
     return result
 
 
-def on_main(action: Callable[[], T], *, patient: bool = False) -> T:
+def on_main(action: Callable[[], T], *, long_timeout: bool = False) -> T:
     """Collective. Rank 0 runs `action`; all ranks get its result, or all raise when it fails."""
-    return on_rank(0, action, patient=patient)
+    return on_rank(0, action, long_timeout=long_timeout)
 
 
-def on_rank(source: int, action: Callable[[], T], *, patient: bool = False) -> T:
+def on_rank(source: int, action: Callable[[], T], *, long_timeout: bool = False) -> T:
     """Collective. Rank `source` runs `action`; all ranks get its result. When it fails the others raise what it says.
 
-    An `InputError` is one on all ranks; of any other failure the others hear as a `PeerError`. `patient`: it may take longer than the group's timeout.
+    An `InputError` is one on all ranks; of any other failure the others hear as a `PeerError`. `long_timeout`: it may take longer than the group's timeout.
     """
     if not is_distributed():
         return action()
     value, failure = _attempt(action) if dist.get_rank() == source else (None, None)
-    value, report = broadcast_object((value, _report(failure)), source=source, patient=patient)
+    value, report = broadcast_object((value, _report(failure)), source=source, long_timeout=long_timeout)
     _raise_failure(source, failure, report)
     return value  # type: ignore[return-value]
 

@@ -13,7 +13,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 
-MOST_VALUES = 1000  # of one category that the page suggests
+MAX_VALUES = 1000  # of one category that the page suggests
 
 
 def content_security_policy(nonce: str) -> str:
@@ -63,7 +63,7 @@ def form_fields(config: Config, features: Features) -> list[str]:
         fields[name] = _field(name, len(fields), hint, "input", 'type="number" step="any" data-kind="number">')
     for name, values in zip(features.category_names, features.categories, strict=True):
         number = len(fields)
-        options = "".join(f'<option value="{escape(value)}"></option>' for value in values[:MOST_VALUES])
+        options = "".join(f'<option value="{escape(value)}"></option>' for value in values[:MAX_VALUES])
         more = f'autocomplete="off" data-kind="category" list="values{number}"><datalist id="values{number}">{options}</datalist>'
         fields[name] = _field(name, number, f"one of {len(values)} known values, or another", "input", more)
     if config.id_name is not None and config.id_name not in fields:

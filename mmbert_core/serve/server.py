@@ -33,8 +33,8 @@ from mmbert_core.tables.table import Roles, shown
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 1_000_000  # of a request's body
-MOST_DISCARDED = 16_000_000  # of a body that is refused: one who still sends would not read the answer
+MAX_BYTES = 1_000_000  # of a request's body
+MAX_DISCARDED = 16_000_000  # of a body that is refused: one who still sends would not read the answer
 MAX_ROWS = 10_000  # of a request
 MAX_OTHER_KEYS = 1_000  # of a row, that are not columns of the model
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
                 loaded.config,
                 loaded.features,
                 loaded.labels,
-                threshold=loaded.judgement.threshold.value,
+                threshold=loaded.decision.threshold.value,
                 nonce=nonce,
                 class_words=server.predictor.positive_class_line,
             )
@@ -207,10 +207,10 @@ class Handler(BaseHTTPRequestHandler):
         """The body's value. A form of another page cannot send this type, and its script may not without being asked about first."""
         if self.unread is None:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length")
-        if self.unread > MOST_BYTES:
+        if self.unread > MAX_BYTES:
             raise Refusal(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"expected a body of at most {MOST_BYTES} bytes, found {self.unread}",
+                f"expected a body of at most {MAX_BYTES} bytes, found {self.unread}",
             )
         expected, self.unread = self.unread, 0
         try:
@@ -235,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _discard(self) -> None:
         """Read what is left of a refused body."""
-        unread = min(self.unread or 0, MOST_DISCARDED)
+        unread = min(self.unread or 0, MAX_DISCARDED)
         with suppress(TimeoutError):
             while unread > 0 and (part := self.rfile.read(min(unread, 65536))):
                 unread -= len(part)

@@ -11,8 +11,8 @@ from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.evaluation import baselines
-from mmbert_core.evaluation.baselines import COLUMNS, MOST_CELLS, MOST_CLASSES, MOST_ROWS, MOST_TOKENS, WORDS, Baselines
-from mmbert_core.evaluation.decision import Judgement, fit_judgement, fit_threshold
+from mmbert_core.evaluation.baselines import COLUMNS, MAX_CELLS, MAX_CLASSES, MAX_ROWS, MAX_TOKENS, WORDS, Baselines
+from mmbert_core.evaluation.decision import Decision, fit_threshold_and_calibration, fit_threshold
 from mmbert_core.report.results import baseline_features
 from mmbert_core.runtime.progress import slow_step
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # ---- what is kept with the model ----
 
 
-def make_judgement(data: Data, config: Config, val_preds: np.ndarray | None) -> Judgement:
+def fit_decision(data: Data, config: Config, val_preds: np.ndarray | None) -> Decision:
     """Rank 0 only, for it takes seconds. Threshold and calibration from the validation rows, baselines from the training rows."""
     val_labels = None if val_preds is None or data.val is None else data.val.label_index
     try:
@@ -32,7 +32,7 @@ def make_judgement(data: Data, config: Config, val_preds: np.ndarray | None) -> 
         logger.warning("no baselines: %s: %s", type(error).__name__, error)
         fitted = None
     with slow_step("threshold and calibration"):
-        made = fit_judgement(
+        made = fit_threshold_and_calibration(
             val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted
         )
     if config.is_binary and made.threshold.reason:
@@ -55,8 +55,8 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
     }.items():
         if not is_there:
             reasons[name] = f"the model has no {'columns' if name == COLUMNS else 'text'}"
-        elif config.num_classes > MOST_CLASSES[name]:
-            reasons[name] = f"more than {MOST_CLASSES[name]} classes"
+        elif config.num_classes > MAX_CLASSES[name]:
+            reasons[name] = f"more than {MAX_CLASSES[name]} classes"
         else:
             val = None if data.val is None else (baseline_features(name, data.val, val_rows), val_labels)
             fitted = baselines.fit_best((baseline_features(name, data.train, rows), labels), val, config.num_classes)
@@ -73,14 +73,14 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
 
 
 def sample(dataset: Dataset, seed: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of all rows, or of as many as MOST_ROWS, MOST_CELLS and MOST_TOKENS allow, ascending, and their labels."""
+    """Positions of all rows, or of as many as MAX_ROWS, MAX_CELLS and MAX_TOKENS allow, ascending, and their labels."""
     rows = np.random.default_rng(seed).permutation(len(dataset))
     rows = np.sort(
         rows[
             : min(
-                MOST_ROWS,
-                MOST_CELLS // num_classes,
-                int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MOST_TOKENS, side="right")) + 1,
+                MAX_ROWS,
+                MAX_CELLS // num_classes,
+                int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MAX_TOKENS, side="right")) + 1,
             )
         ]
     )

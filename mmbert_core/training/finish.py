@@ -12,7 +12,7 @@ import torch
 from mmbert_core import hooks
 from mmbert_core.inference import scoring
 from mmbert_core.inference.model_folder import LoadedModel, save_model_folder
-from mmbert_core.report.build import PAGE, Scored, data_section, training_section, write_report
+from mmbert_core.report.build import PAGE, EvaluatedRows, data_section, training_section, write_report
 from mmbert_core.report.model_card import write_card
 from mmbert_core.report.results import listed_figures
 from mmbert_core.runtime import distributed, signals
@@ -20,7 +20,7 @@ from mmbert_core.runtime.errors import RunError, Stopped, phase
 from mmbert_core.storage.files import remove_stale_temporaries, write_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import TrainState
-from mmbert_core.training.decision_fit import make_judgement
+from mmbert_core.training.decision_fit import fit_decision
 from mmbert_core.training.run import Run, rotate_checkpoints
 from mmbert_core.training.run_folder import RESULTS
 from mmbert_core.training.validation import evaluate
@@ -44,7 +44,7 @@ def finish(run: Run) -> dict[str, Any]:
     distributed.on_main(lambda: check_finite_predictions(run, best, val_preds))
     with phase("threshold, calibration and baselines"):
         made: list[LoadedModel] = []  # rank 0's: the others need none
-        distributed.on_main(lambda: made.append(assessed_model(run, val_preds)), patient=True)
+        distributed.on_main(lambda: made.append(model_with_decision(run, val_preds)), long_timeout=True)
     with phase("writing the model folder"):
         distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), made[0]))
     run.log.say(f"model of step {best} written to {run.folder}")
@@ -114,7 +114,7 @@ def check_finite_predictions(run: Run, step: int, val_preds: np.ndarray | None) 
     Without validation rows the first training rows are scored instead.
     """
     dataset, preds = (run.data.train, first_predictions(run)) if val_preds is None else (run.data.val, val_preds)
-    non_finite_rows = scoring.broken_rows(preds)
+    non_finite_rows = scoring.non_finite_rows(preds)
     if len(non_finite_rows):
         raise RunError(
             f"the model of step {step} gives probabilities that are not finite: {len(non_finite_rows)} of {len(preds)} {dataset.name} rows, first "
@@ -133,11 +133,11 @@ def first_predictions(run: Run) -> np.ndarray:
     return preds.numpy(force=True)
 
 
-def assessed_model(run: Run, val_preds: np.ndarray | None) -> LoadedModel:
+def model_with_decision(run: Run, val_preds: np.ndarray | None) -> LoadedModel:
     """Rank 0 only."""
-    judgement = make_judgement(run.data, run.config, val_preds)
+    decision = fit_decision(run.data, run.config, val_preds)
     data = run.data
-    return LoadedModel(run.model, run.config, data.features, data.labels, data.tokenizer, run.resolved, judgement)
+    return LoadedModel(run.model, run.config, data.features, data.labels, data.tokenizer, run.resolved, decision)
 
 
 def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
@@ -162,11 +162,11 @@ def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
         raise Stopped(
             "stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test"
         )
-    judgement = made.judgement if made else None
+    decision = made.decision if made else None
     figures, result = hooks.on_test_epoch_end(
-        outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, judgement=judgement
+        outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, decision=decision
     )
-    distributed.on_main(lambda: report(run, made, result, figures, folder), patient=True)
+    distributed.on_main(lambda: report(run, made, result, figures, folder), long_timeout=True)
     run.log.record(
         {
             "step": run.state.step,
@@ -184,9 +184,9 @@ def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
 def report(run: Run, made: LoadedModel, result: scoring.EpochResult, figures: dict[str, Any], folder: Path) -> None:
     """Rank 0 only. The page about the test."""
 
-    def scored() -> Scored:
+    def scored() -> EvaluatedRows:
         training = training_section(run.folder, run.state.best_step, run.state.best_metric)
-        return Scored(
+        return EvaluatedRows(
             made,
             run.task,
             run.data.test,

@@ -13,7 +13,7 @@ import torch
 
 from mmbert_core import hooks
 from mmbert_core.config import Config
-from mmbert_core.data.batches import deal, epoch_order, micro_batch_seed, micro_batches, step_rows
+from mmbert_core.data.batches import assign_to_ranks, epoch_order, micro_batch_seed, micro_batches, step_rows
 from mmbert_core.data.prepare import Data
 from mmbert_core.model.losses import LossOp
 from mmbert_core.model.multimodal_bert import MultimodalBert
@@ -112,7 +112,7 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     lengths = dataset.lengths[rows]
     parts = micro_batches(rows, lengths, run.plan.micro_batches, packed=dataset.packed)
     costs = [dataset.cost(part) for part in parts]
-    hand = deal(costs, run.context.world_size)[run.context.rank]
+    hand = assign_to_ranks(costs, run.context.world_size)[run.context.rank]
     # the step's weights, known to every rank without asking; an all-zero step has zero losses over any divisor
     weight_sum = float(run.class_weights[run.train_labels[rows]].sum()) or 1.0
 
@@ -125,7 +125,7 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     if not hand:  # fewer micro-batches than ranks: take part in the synchronisation with a row that weighs nothing
         backward(run, parts[0][:1], 0, math.inf, is_last=True)
 
-    train_loss, sound = agree(
+    train_loss, sound = check_step_on_all_ranks(
         run, [parts[index] for index in hand], torch.stack(losses).tolist() if losses else [], len(rows)
     )
     lr = run.scheduler.get_last_lr()[0]
@@ -160,7 +160,9 @@ def backward(run: Run, rows: np.ndarray, index: int, weight_sum: float, *, is_la
     return loss.detach().double()
 
 
-def agree(run: Run, parts: list[np.ndarray], losses: list[float], num_rows: int) -> tuple[float, bool]:
+def check_step_on_all_ranks(
+    run: Run, parts: list[np.ndarray], losses: list[float], num_rows: int
+) -> tuple[float, bool]:
     """Collective, once a step, before the optimizer moves: (the step's loss, whether it is sound on every rank).
 
     `losses` are those of this rank's micro-batches `parts`. All ranks learn in one sum what they must decide alike: rows

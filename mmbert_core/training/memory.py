@@ -33,7 +33,7 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def settle_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, config: Config) -> int:
+def resolve_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, config: Config) -> int:
     """Collective. The micro-batches of a step: `asked`, or doubled until the largest one of the run fits on every rank.
 
     Raises `RunError` when not even a row alone fits. Leaves no gradients behind.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmbert_core.config import Config
-from mmbert_core.data.batches import settle_micro_batches
+from mmbert_core.data.batches import resolve_micro_batches
 from mmbert_core.data.prepare import Data
 from mmbert_core.data.tokens import keeps_end, sample_tokens
 from mmbert_core.evaluation.metrics import check_metric_choices
@@ -30,7 +30,7 @@ from mmbert_core.runtime.errors import InputError, phase
 from mmbert_core.storage.files import read_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
-from mmbert_core.training.memory import keep_freed_memory, settle_by_trial
+from mmbert_core.training.memory import keep_freed_memory, resolve_by_trial
 from mmbert_core.training.optim import configure_optimizers
 from mmbert_core.training.resume import changed_parts, check_agreement, load_weights, read_for_all_ranks, restore
 from mmbert_core.training.run import Run, make_plan, rotate_checkpoints, save
@@ -58,14 +58,14 @@ def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | Non
         check_metric_choices(
             [config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric"
         )
-    model, pooling = build_model(replace(config, pooling=settled_pooling(config)), data.features)
+    model, pooling = build_model(replace(config, pooling=resolve_stored_pooling(config)), data.features)
     if model.text_subnetwork is not None:
         tokens = ProbeTokens(**sample_tokens(data.tokenizer))
         check_text_encoder(model.text_subnetwork, tokens, max_length=config.max_length, name=config.encoder)
     return model, pooling
 
 
-def settled_pooling(config: Config) -> str:
+def resolve_stored_pooling(config: Config) -> str:
     """As asked; for `auto` what it meant when the run in `model_path` began, if it did: the encoder's files may say more by now."""
     if config.pooling != "auto" or config.resume == "never":
         return config.pooling
@@ -78,7 +78,7 @@ def settled_pooling(config: Config) -> str:
     return pooling if pooling in POOLINGS else config.pooling
 
 
-def settle_class_weights(config: Config, data: Data) -> list[float] | None:
+def resolve_class_weights(config: Config, data: Data) -> list[float] | None:
     """One weight per class: none, as given, or `balanced` = rows / (classes * rows of the class), from the training rows."""
     if config.class_weights == "balanced":
         counts = np.bincount(data.train.label_index, minlength=config.num_classes)
@@ -129,7 +129,7 @@ def start_run(
             "pooling": pooling,
             "precision": precision,
             **sides,
-            **settle_parts(config, data, ddp_model, task, context),
+            **resolve_batching(config, data, ddp_model, task, context),
         }
     warm_up(ddp_model, data, task)
     plan = make_plan(config, len(data.train), resolved["microbatches_per_step"])
@@ -180,7 +180,7 @@ def make_task(
     config: Config, data: Data, precision: str, context: DistContext, loss_op: LossOp | None
 ) -> tuple[Task, np.ndarray]:
     """What every step needs, and the loss's weight of each class [K]."""
-    loss_op = build_loss_op(settle_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
+    loss_op = build_loss_op(resolve_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
     class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
     loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
     return Task(config.is_binary, loss_op, precision, context.device), class_weights
@@ -210,20 +210,22 @@ def place_model(
     return distributed.wrap_ddp(model, context, used_rows)
 
 
-def settle_parts(config: Config, data: Data, ddp_model: nn.Module, task: Task, context: DistContext) -> dict[str, int]:
+def resolve_batching(
+    config: Config, data: Data, ddp_model: nn.Module, task: Task, context: DistContext
+) -> dict[str, int]:
     """Collective. The micro-batches of a step as asked (or `auto`), and as they fit into memory."""
     device, train = context.device.type, data.train
     if train.packed:
         rows_at_once = max(1, int(TOKENS_AT_ONCE[device] / max(1.0, train.lengths.mean())))
     else:
         rows_at_once = ROWS_AT_ONCE[device] if config.text_name else config.batch_size
-    asked = settle_micro_batches(
+    asked = resolve_micro_batches(
         config.microbatches_per_step,
         batch_size=config.batch_size,
         num_ranks=context.world_size,
         rows_at_once=rows_at_once,
     )
-    used = settle_by_trial(asked, ddp_model, data.train, task=task, config=config)
+    used = resolve_by_trial(asked, ddp_model, data.train, task=task, config=config)
     if config.microbatches_per_step == "auto":
         logger.info(
             "microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d",

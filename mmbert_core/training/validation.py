@@ -39,7 +39,7 @@ def validate(run: Run) -> bool:
         outputs, len(run.data.val), config=run.config, class_names=run.data.labels.names
     )
     run.log.record({"step": run.state.step, **values})
-    improved = judge(run, values)
+    improved = update_best_step(run, values)
     if improved:
         run.best_validation = result.preds
     shown = "  ".join(
@@ -51,7 +51,7 @@ def validate(run: Run) -> bool:
     return improved
 
 
-def judge(run: Run, values: dict[str, Any]) -> bool:
+def update_best_step(run: Run, values: dict[str, Any]) -> bool:
     """Compare with the best validation so far; count the ones in a row that were not better."""
     state, name = run.state, run.config.early_stop_metric
     if values[name] is None and values["val_loss"] is not None:

@@ -71,10 +71,10 @@ def test_micro_batches_cost_less_padding_than_one_batch():
 
 def test_deal_gives_each_micro_batch_to_one_rank_and_balances():
     areas = [100, 90, 10, 20, 30]
-    hands = batches.deal(areas, 2)
+    hands = batches.assign_to_ranks(areas, 2)
     assert sorted(i for hand in hands for i in hand) == [0, 1, 2, 3, 4]
     assert max(sum(areas[i] for i in hand) for hand in hands) <= 130
-    assert batches.deal([5], 3) == [[0], [], []]
+    assert batches.assign_to_ranks([5], 3) == [[0], [], []]
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 200])
@@ -98,10 +98,12 @@ def test_dropout_seeds_differ_by_step_and_micro_batch():
 
 
 def test_auto_micro_batches_are_a_multiple_of_the_ranks():
-    assert [batches.settle_micro_batches("auto", batch_size=32, num_ranks=r, rows_at_once=8) for r in (1, 2, 3, 4)] == [
+    assert [
+        batches.resolve_micro_batches("auto", batch_size=32, num_ranks=r, rows_at_once=8) for r in (1, 2, 3, 4)
+    ] == [
         4,
         4,
         6,
         4,
     ]
-    assert batches.settle_micro_batches(5, batch_size=32, num_ranks=4, rows_at_once=8) == 5
+    assert batches.resolve_micro_batches(5, batch_size=32, num_ranks=4, rows_at_once=8) == 5

@@ -76,7 +76,7 @@ def test_groups_are_equal_where_their_text_is_and_a_missing_one_is_alone():
 def test_label_and_group_columns_may_be_absent():
     frame = pd.DataFrame({"n": ["1"], "k": ["x"], "i": ["7"]})
     rows = encode_chunk(frame_to_chunk(frame, ["n", "k", "i"]), ROLES, None, max_length=8, max_chunks=1)
-    assert rows.label_codes is None and rows.group_codes is None and rows.tokens is None and rows.num_cut == 0
+    assert rows.label_codes is None and rows.group_codes is None and rows.tokens is None and rows.num_truncated == 0
 
 
 def test_strings_are_kept_byte_for_byte():

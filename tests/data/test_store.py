@@ -64,7 +64,7 @@ def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, wri
     assert seen == [7, 14, 21, 28, 35, 42, 43]
     [chunk] = read_chunks(paths, HEADER)
     memory = encode_chunk(chunk, ROLES, tokenizer, max_length=8, max_chunks=3)
-    assert stored.num_rows == memory.num_rows == 43 and stored.num_cut == memory.num_cut > 0
+    assert stored.num_rows == memory.num_rows == 43 and stored.num_truncated == memory.num_truncated > 0
     assert stored.vocabularies == memory.vocabularies and stored.label_values == memory.label_values
     names = ["numbers", "category_codes", "label_codes", "group_codes", "file_index", "file_rows", "lines"]
     for name in names:
@@ -95,7 +95,7 @@ def test_long_texts_are_cut_while_reading_and_nothing_else_changes(
     path = write_table("t.csv", HEADER, rows)
     [chunk] = read_chunks([path], HEADER)
     whole, stored = encode_chunk(chunk, roles, tokenizer, max_length=8, max_chunks=3), build(path, roles=roles)
-    assert 0 < whole.num_cut == stored.num_cut < len(rows)
+    assert 0 < whole.num_truncated == stored.num_truncated < len(rows)
     for name in ("ids", "chunk_offsets", "row_chunks"):
         assert np.array_equal(getattr(whole.tokens, name), getattr(stored.tokens, name)), name
     positions = np.arange(len(rows))

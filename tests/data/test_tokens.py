@@ -39,14 +39,14 @@ def test_equals_the_tokenizers_own_call(tokenizer, max_chunks):
     for row, ids in zip(own["overflow_to_sample_mapping"], own["input_ids"], strict=True):
         expected[row].append(ids)
     assert [chunks_of(tokens, row) for row in range(len(texts))] == [chunks[:max_chunks] for chunks in expected]
-    assert tokens.num_cut == sum(len(chunks) > max_chunks for chunks in expected) > 0
+    assert tokens.num_truncated == sum(len(chunks) > max_chunks for chunks in expected) > 0
     assert tokens.ids.dtype == np.int32 and tokens.chunk_offsets.dtype == tokens.row_chunks.dtype == np.int64
 
 
 def test_an_empty_text_is_its_special_tokens(tokenizer):
     tokens = tokenise(tokenizer, ["", "item"], max_length=8, max_chunks=2)
     assert chunks_of(tokens, 0) == [[tokenizer.cls_token_id, tokenizer.sep_token_id]]
-    assert tokens.num_cut == 0
+    assert tokens.num_truncated == 0
     nothing = tokenise(tokenizer, [], max_length=8, max_chunks=2)
     assert len(nothing.ids) == 0 and nothing.chunk_offsets.tolist() == nothing.row_chunks.tolist() == [0]
 
@@ -84,7 +84,7 @@ def test_every_text_gives_bounded_chunks_quickly(tokenizer, text):
     assert time.perf_counter() - started < 1
     chunks = chunks_of(tokens, 0)
     assert 1 <= len(chunks) <= 2 and all(2 <= len(chunk) <= 16 for chunk in chunks)
-    assert tokens.num_cut == (len(text) > 10_000)
+    assert tokens.num_truncated == (len(text) > 10_000)
 
 
 def test_texts_are_joined_by_one_space_without_empty_cells():
@@ -142,7 +142,7 @@ def test_the_end_is_kept_where_the_tokenizer_asks_for_it(left, tokenizer, max_ch
     for row, ids in zip(own["overflow_to_sample_mapping"], own["input_ids"], strict=True):
         expected[row].append(ids)  # from the end on
     assert [chunks_of(tokens, row) for row in range(len(texts))] == [chunks[:max_chunks][::-1] for chunks in expected]
-    assert tokens.num_cut == tokenise(tokenizer, texts, max_length=12, max_chunks=max_chunks).num_cut > 0
+    assert tokens.num_truncated == tokenise(tokenizer, texts, max_length=12, max_chunks=max_chunks).num_truncated > 0
 
 
 def test_the_last_characters_of_a_huge_text_are_those_that_are_read(left):
@@ -151,7 +151,7 @@ def test_the_last_characters_of_a_huge_text_are_those_that_are_read(left):
     tokens = tokenise(left, [text, text[-most:], text[-most - 1 :]], max_length=8, max_chunks=2)
     assert chunks_of(tokens, 0) == chunks_of(tokens, 1) == chunks_of(tokens, 2)
     assert left.convert_ids_to_tokens(chunks_of(tokens, 0)[-1])[-3:] == ["money", "back", "[SEP]"]
-    assert tokens.num_cut == 3
+    assert tokens.num_truncated == 3
 
 
 @pytest.mark.parametrize("max_chunks", [1, 2, 5])
@@ -170,7 +170,7 @@ def test_spans_are_those_of_the_end_that_is_read(left, text, max_chunks):
         if start < end
     ]
     assert all(piece == token.removeprefix("##") or token == "[UNK]" for piece, token in pieces)
-    if not text or tokenise(left, [text], max_length=8, max_chunks=max_chunks).num_cut == 0:
+    if not text or tokenise(left, [text], max_length=8, max_chunks=max_chunks).num_truncated == 0:
         assert read == text
 
 

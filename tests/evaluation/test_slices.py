@@ -68,7 +68,7 @@ def test_many_values_are_the_most_frequent_and_the_rest() -> None:
     made = slices_of(
         rng.random(4000).astype(np.float32), rng.integers(0, 2, 4000), {"c": cells}, ["accuracy"], class_names=CLASSES
     )
-    assert len(made) == slices.MOST_VALUES + 1 and sum(part.rows for part in made) == 4000
+    assert len(made) == slices.MAX_VALUES + 1 and sum(part.rows for part in made) == 4000
 
 
 def test_a_common_number_stands_alone_and_the_rest_is_quartered() -> None:

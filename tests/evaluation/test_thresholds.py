@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
 from mmbert_core.evaluation.predictions import predicted_classes
-from mmbert_core.evaluation.thresholds import EVERY_ROW, Threshold, choose_threshold, cuts_of, parse_rule
+from mmbert_core.evaluation.thresholds import EVERY_ROW, Threshold, choose_threshold, threshold_curve, parse_rule
 from mmbert_core.runtime.errors import InputError
 
 
@@ -70,7 +70,7 @@ def test_figures_are_those_of_the_rows_above() -> None:
 
 def test_cuts_run_from_none_to_all() -> None:
     preds, labels = np.array([0.2, 0.9, 0.9, 0.4], np.float32), np.array([0, 1, 0, 1])
-    cuts = cuts_of(preds, labels)
+    cuts = threshold_curve(preds, labels)
     assert cuts.found.tolist() == [0, 2, 3, 4] and cuts.true.tolist() == [0, 1, 2, 2]
     assert [int((preds > value).sum()) for value in cuts.values] == [0, 2, 3, 4]
 
@@ -181,7 +181,7 @@ def test_the_promise_of_a_rule_holds_whatever_the_probabilities(
 @given(hard_rows())
 def test_each_cut_separates_what_it_counts(rows: tuple[np.ndarray, np.ndarray]) -> None:
     preds, labels = rows
-    cuts = cuts_of(preds, labels)
+    cuts = threshold_curve(preds, labels)
     assert [int((preds > np.float64(value)).sum()) for value in cuts.values] == cuts.found.tolist()
     assert [int(labels[preds > np.float64(value)].sum()) for value in cuts.values] == cuts.true.tolist()
 

@@ -18,7 +18,7 @@ from mmbert_core import cli
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.evaluation.calibration import Calibration
-from mmbert_core.evaluation.decision import Judgement
+from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.export import example as export_example
 from mmbert_core.export import exporter
@@ -93,11 +93,11 @@ def build(folder: Path, **changes) -> LoadedModel:
     run = Path(config.model_path)
     run.mkdir()
     resolved = {"pooling": pooling, "precision": "fp32"}
-    judgement = Judgement(Threshold(0.45, "given"), Calibration(1.7, 300))
+    decision = Decision(Threshold(0.45, "given"), Calibration(1.7, 300))
     save_model_folder(
         run,
         model.state_dict(),
-        LoadedModel(model, config, data.features, data.labels, data.tokenizer, resolved, judgement),
+        LoadedModel(model, config, data.features, data.labels, data.tokenizer, resolved, decision),
     )
     return load_model_folder(run)
 

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=2 -m tests.faults.cost examples/womens_reviews.yaml --model_path /tmp/cost
 
 Trains as `train.py` does, with a clock around what exists for safety alone: `save` (finite check, writing, syncing, hashing,
-rotation; the other ranks wait), `agree` (rows, losses, wishes to stop: the step's small all-reduce), the polls of evaluations, and
+rotation; the other ranks wait), `check_step_on_all_ranks` (rows, losses, wishes to stop: the step's small all-reduce), the polls of evaluations, and
 before step 1 the lock and the trial of the largest micro-batch. Rank 0 prints a JSON object at the end.
 """
 
@@ -40,9 +40,9 @@ def main() -> None:
     clocked(loop, "train_one_step", "steps")
     clocked(validation, "validate", "validations")
     clocked(loop, "save", "checkpoints")
-    clocked(loop, "agree", "agreement")
+    clocked(loop, "check_step_on_all_ranks", "check over all ranks")
     clocked(distributed.Poll, "ask", "polls")
-    clocked(start, "settle_by_trial", "trial before step 1")
+    clocked(start, "resolve_by_trial", "trial before step 1")
     clocked(start, "warm_up", "warm-up of DDP")
     code = cli.main(["train", *sys.argv[1:]])
     if distributed.read_context().is_main:

@@ -31,9 +31,7 @@ def evaluate(scorer: Predictor, table: Path, folder: Path) -> None:
             hooks.validation_step(scorer.loaded.model, item[1], item[0], validated, task=scorer.task)
             hooks.test_step(scorer.loaded.model, item[1], item[0], tested, task=scorer.task, has_labels=True)
     values, _ = hooks.on_validation_epoch_end(validated, len(dataset), config=config, class_names=names)
-    hooks.on_test_epoch_end(
-        tested, dataset, folder, config=config, class_names=names, judgement=scorer.loaded.judgement
-    )
+    hooks.on_test_epoch_end(tested, dataset, folder, config=config, class_names=names, decision=scorer.loaded.decision)
     if scorer.context.is_main:
         write_json(folder / "validation.json", values)
 

@@ -176,7 +176,7 @@ def test_S1_no_pickle_is_ever_read(tmp_path: Path, forms: tuple[str, ...] = ("to
     return figures
 
 
-def judge(figures: Figures, outcome: Outcome, canary: Path, place: str, *, must_refuse: bool) -> None:
+def check_outcome(figures: Figures, outcome: Outcome, canary: Path, place: str, *, must_refuse: bool) -> None:
     figures.count(not canary.exists(), f"{place}: THE PAYLOAD RAN; {outcome}")
     canary.unlink(missing_ok=True)
     if must_refuse:
@@ -214,7 +214,7 @@ def pickled_encoders(folder: Path, content: bytes, canary: Path, figures: Figure
                 (encoder / file).write_bytes(data)
         run = folder / "evil" / f"run-{encoder.name}"
         outcome = Outcome("train", folder / "run.json", "--encoder", encoder, "--model_path", run, "--max_epochs", "1")
-        judge(figures, outcome, canary, f"{form}, encoder: {name}", must_refuse=must_refuse)
+        check_outcome(figures, outcome, canary, f"{form}, encoder: {name}", must_refuse=must_refuse)
 
 
 def pickled_models(folder: Path, content: bytes, canary: Path, figures: Figures, form: str) -> None:
@@ -244,7 +244,7 @@ def pickled_models(folder: Path, content: bytes, canary: Path, figures: Figures,
             if data is not None:
                 (model / file).write_bytes(data)
         outcome = Outcome("predict", model, folder / "test.csv", folder / "evil/out.tsv")
-        judge(figures, outcome, canary, f"{form}, model folder: {name}", must_refuse=must_refuse)
+        check_outcome(figures, outcome, canary, f"{form}, model folder: {name}", must_refuse=must_refuse)
 
 
 def pickled_checkpoints(folder: Path, content: bytes, canary: Path, figures: Figures, form: str) -> None:
@@ -272,7 +272,7 @@ def pickled_checkpoints(folder: Path, content: bytes, canary: Path, figures: Fig
                 (newest / file).write_bytes(data)
         write_manifest(newest)
         outcome = Outcome("train", folder / "run.json", "--model_path", run)
-        judge(figures, outcome, canary, f"{form}, checkpoint: {name}", must_refuse=must_refuse)
+        check_outcome(figures, outcome, canary, f"{form}, checkpoint: {name}", must_refuse=must_refuse)
 
 
 def pickled_files(folder: Path, content: bytes, canary: Path, figures: Figures, form: str) -> None:
@@ -309,7 +309,7 @@ def pickled_inputs(folder: Path, content: bytes, canary: Path, figures: Figures,
         }
         outcomes["predict"] = Outcome("predict", folder / "run", path, folder / "evil/out.tsv")
         for command, outcome in outcomes.items():
-            judge(figures, outcome, canary, f"{form}, rows{suffix}, {command}", must_refuse=True)
+            check_outcome(figures, outcome, canary, f"{form}, rows{suffix}, {command}", must_refuse=True)
     command = f"touch {canary}"
     configs = {
         "pickle.yaml": content,
@@ -320,7 +320,9 @@ def pickled_inputs(folder: Path, content: bytes, canary: Path, figures: Figures,
     }
     for name, data in configs.items():
         (folder / "evil" / name).write_bytes(data)
-        judge(figures, Outcome("train", folder / "evil" / name), canary, f"{form}, config {name}", must_refuse=True)
+        check_outcome(
+            figures, Outcome("train", folder / "evil" / name), canary, f"{form}, config {name}", must_refuse=True
+        )
 
 
 # ---- S2: names that lead elsewhere ----

@@ -350,7 +350,7 @@ def plant_memory(rank: int, step: int, megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     if step == 0:
-        before(start, "settle_by_trial", limit)
+        before(start, "resolve_by_trial", limit)
     else:
         before(loop, "train_one_step", lambda run, order: limit() if run.state.step + 1 == step else None)
 
@@ -371,8 +371,8 @@ def plant_gpu_memory(rank: int, step: int, megabytes: int) -> None:
         return micro_batches
 
     if step == 0:
-        before(start, "settle_by_trial", limit)
-        after(start, "settle_by_trial", lift)
+        before(start, "resolve_by_trial", limit)
+        after(start, "resolve_by_trial", lift)
     else:
         before(loop, "train_one_step", lambda run, order: limit() if run.state.step + 1 == step else None)
 

@@ -113,7 +113,7 @@ def test_the_pieces_are_the_text_as_far_as_it_was_read(trained, several, text):
         config = predictor.loaded.config
         sizes = dict(max_length=config.max_length, max_chunks=config.max_chunks)
         joined = "".join(piece for piece, _ in predictor.explain(row_of(text))["tokens"])
-        if tokenise(predictor.loaded.tokenizer, [whole], **sizes).num_cut:
+        if tokenise(predictor.loaded.tokenizer, [whole], **sizes).num_truncated:
             ids = [tokenise(predictor.loaded.tokenizer, [part], **sizes).ids.tolist() for part in (whole, joined)]
             assert len(joined) < len(whole) and whole.startswith(joined) and ids[0] == ids[1]
         else:

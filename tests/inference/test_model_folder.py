@@ -118,9 +118,9 @@ def test_a_model_written_again_has_a_manifest_that_fits(model):
     """Also where the new model has no baselines: those of the old one are gone."""
     loaded = load_model_folder(model)
     save_model_folder(
-        model, weights_of(loaded.model), replace(loaded, judgement=replace(loaded.judgement, baselines=None))
+        model, weights_of(loaded.model), replace(loaded, decision=replace(loaded.decision, baselines=None))
     )
-    assert load_model_folder(model).judgement.baselines is None and not (model / "baselines.json").exists()
+    assert load_model_folder(model).decision.baselines is None and not (model / "baselines.json").exists()
 
 
 def test_weights_never_stand_without_their_manifest(model, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_long_curve_is_thinned_with_both_ends_and_without_gaps_of_nan():
 
 
 def test_a_curve_of_many_points_carries_no_markers():
-    for points, markers in ((charts.MOST_MARKED, charts.MOST_MARKED), (charts.MOST_MARKED + 1, 0)):
+    for points, markers in ((charts.MAX_MARKED, charts.MAX_MARKED), (charts.MAX_MARKED + 1, 0)):
         svg = charts.plot(
             [Curve("a", range(points), range(points), marker="dot")], Axis("x"), Axis("y"), title="t", desc="d"
         )

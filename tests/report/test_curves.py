@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics as oracle
 
 from mmbert_core.evaluation.calibration import Calibration
-from mmbert_core.evaluation.decision import FEWEST_OF_A_CLASS, Judgement, fit_judgement
+from mmbert_core.evaluation.decision import MIN_OF_A_CLASS, Decision, fit_threshold_and_calibration
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.report import curves
 
@@ -27,7 +27,7 @@ def test_curves_have_their_areas_and_their_ends(num_rows: int) -> None:
         oracle.average_precision_score(labels, preds)
     )
     for curve in (roc, recall):
-        assert 2 < len(curve["x"]) == len(curve["y"]) <= curves.MOST_POINTS and curve["x"] == sorted(curve["x"])
+        assert 2 < len(curve["x"]) == len(curve["y"]) <= curves.MAX_POINTS and curve["x"] == sorted(curve["x"])
         assert (curve["x"][0], curve["x"][-1]) == (0, 1)
     assert np.trapezoid(roc["y"], roc["x"]) == pytest.approx(roc["area"], abs=0.005)  # what is drawn is the curve
     assert recall["share"] == pytest.approx(labels.mean())
@@ -45,8 +45,8 @@ def test_each_of_several_classes_has_a_curve() -> None:
 
 def test_the_threshold_table_is_counted() -> None:
     preds, labels = scored()
-    judgement = Judgement(Threshold(0.37, "best_f1", rows=90))
-    section = curves.threshold_section(preds, labels, judgement)
+    decision = Decision(Threshold(0.37, "best_f1", rows=90))
+    section = curves.threshold_section(preds, labels, decision)
     assert section["chosen_on"] == "90 validation rows" and section["value"] == 0.37
     values = [row["threshold"] for row in section["table"]]
     assert values == sorted(values, reverse=True) and {0.37, 0.5} <= set(values)
@@ -59,13 +59,13 @@ def test_the_threshold_table_is_counted() -> None:
         ] == pytest.approx(2 * (above & (labels == 0)).sum())
     for recall in curves.RECALLS:
         assert any(row["recall"] >= recall for row in section["table"])
-    assert "several classes" in curves.threshold_section(*scored(50, 3), judgement)["reason"]
+    assert "several classes" in curves.threshold_section(*scored(50, 3), decision)["reason"]
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_bins_and_bars_count_every_row_once(num_classes: int) -> None:
     preds, labels = scored(400, num_classes)
-    section = curves.calibration_section(preds, labels, Judgement(calibration=Calibration(2.0, 400)))
+    section = curves.calibration_section(preds, labels, Decision(calibration=Calibration(2.0, 400)))
     for bins in (section["bins"], section["calibrated_bins"]):
         assert sum(part["rows"] for part in bins) == 400 and all(
             part["low"] <= part["mean"] <= part["high"] for part in bins if part["rows"]
@@ -94,16 +94,16 @@ def test_confusion_is_scikit_learns() -> None:
 
 def test_a_judgement_needs_rows() -> None:
     preds, labels = scored(400)
-    made = fit_judgement(preds, labels, rule="best_f1", num_classes=2, baselines=None)
+    made = fit_threshold_and_calibration(preds, labels, rule="best_f1", num_classes=2, baselines=None)
     assert made.threshold.reason is None and made.threshold.value != 0.5 and made.calibration.reason is None
-    few = np.concatenate([np.flatnonzero(labels == 1)[: FEWEST_OF_A_CLASS - 1], np.flatnonzero(labels == 0)])
-    made = fit_judgement(preds[few], labels[few], rule="best_f1", num_classes=2, baselines=None)
-    assert made.threshold.value == 0.5 and f"{FEWEST_OF_A_CLASS - 1} validation rows" in made.threshold.reason
-    made = fit_judgement(None, None, rule="best_f1", num_classes=2, baselines=None)
+    few = np.concatenate([np.flatnonzero(labels == 1)[: MIN_OF_A_CLASS - 1], np.flatnonzero(labels == 0)])
+    made = fit_threshold_and_calibration(preds[few], labels[few], rule="best_f1", num_classes=2, baselines=None)
+    assert made.threshold.value == 0.5 and f"{MIN_OF_A_CLASS - 1} validation rows" in made.threshold.reason
+    made = fit_threshold_and_calibration(None, None, rule="best_f1", num_classes=2, baselines=None)
     assert (made.threshold.value, made.threshold.reason, made.calibration.reason) == (
         0.5,
         "no validation rows",
         "no validation rows",
     )
-    made = fit_judgement(*scored(400, 3), rule="best_f1", num_classes=3, baselines=None)
+    made = fit_threshold_and_calibration(*scored(400, 3), rule="best_f1", num_classes=3, baselines=None)
     assert "several classes" in made.threshold.reason and made.calibration.reason is None

@@ -241,8 +241,8 @@ def test_slices_say_what_is_left_out_and_why_a_figure_is_missing():
     report["slices"]["rows"] = reports.slice_rows(["0", "1"], ["a", "b"], 150)
     part = section(report, "slices")
     assert (
-        f"301 slices; the {page_details.MOST_SLICES} worst are shown" in part.text
-        and len(list(part.all("tr"))) == 1 + page_details.MOST_SLICES
+        f"301 slices; the {page_details.MAX_SLICES} worst are shown" in part.text
+        and len(list(part.all("tr"))) == 1 + page_details.MAX_SLICES
     )
 
 

@@ -88,7 +88,7 @@ def test_pickled_it_is_its_folder_and_options(model, tmp_path, monkeypatch):
     loaded = pickle.loads(pickled)
     assert len(pickled) < 1000
     assert loaded.predict(ROWS) == predictor.predict(ROWS) != Predictor.from_folder(model, threshold=0.3).predict(ROWS)
-    assert loaded.loaded.judgement.threshold.value == 0.3
+    assert loaded.loaded.decision.threshold.value == 0.3
 
 
 def test_without_a_folder_it_cannot_be_pickled_but_copied(model):
@@ -135,7 +135,7 @@ def test_threads_get_the_answers_of_one(model, shared, one_thread, caplog):
     other = (
         predictor
         if shared
-        else Predictor(predictor.loaded, predictor.context, threshold=predictor.loaded.judgement.threshold.value)
+        else Predictor(predictor.loaded, predictor.context, threshold=predictor.loaded.decision.threshold.value)
     )
     expected, explained = predictor.predict(ROWS), predictor.explain(ROWS[5])
     results: list[bool] = []

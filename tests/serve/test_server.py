@@ -30,7 +30,7 @@ from mmbert_core.runtime import signals
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.serve.connections import DEFAULT_LIMITS, Limits
 from mmbert_core.serve.page import render_page
-from mmbert_core.serve.server import MOST_BYTES, Server, is_local, run_server
+from mmbert_core.serve.server import MAX_BYTES, Server, is_local, run_server
 from mmbert_core.tables.table import records_to_chunk
 from tests.support import tiny
 
@@ -221,7 +221,7 @@ def test_what_a_model_folder_says_is_only_text():
             415,
             "expected Content-Type application/json, found 'text/plain'",
         ),
-        ("/predict", {"body": b"x" * (MOST_BYTES + 1)}, 413, "at most 1000000 bytes"),
+        ("/predict", {"body": b"x" * (MAX_BYTES + 1)}, 413, "at most 1000000 bytes"),
         ("/predict", {}, 405, "expected POST, found GET"),
         ("/", {"value": ROW}, 405, "expected GET, found POST"),
         ("/explain", {"method": "OPTIONS"}, 405, "expected POST"),

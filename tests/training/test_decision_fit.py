@@ -264,7 +264,7 @@ def test_a_threshold_is_a_probability(binary, threshold):
 
 def test_baselines_are_kept_with_the_model(binary, several):
     for run, classes in ((binary, 2), (several, 3)):
-        kept = load_model_folder(run).judgement.baselines
+        kept = load_model_folder(run).decision.baselines
         assert set(kept.models) == {"columns only", "text only"} and kept.models["columns only"].bias.shape == (
             classes,
         )

@@ -191,7 +191,7 @@ def test_auto_pooling_stays_what_it_was_when_the_run_began(finished, monkeypatch
     )
     with pytest.raises(InputError, match="pooling was 'auto' in the checkpoint"):
         train(replace(finished, pooling="mean"))
-    monkeypatch.setattr(start, "settled_pooling", lambda config: "cls")  # of as many parameters
+    monkeypatch.setattr(start, "resolve_stored_pooling", lambda config: "cls")  # of as many parameters
     monkeypatch.setattr(
         run,
         "parameter_shapes",
@@ -219,7 +219,7 @@ def test_auto_pooling_of_a_run_that_had_none_is_decided_anew(finished):
         )
     )
     try:
-        assert start.settled_pooling(finished) == "auto"
+        assert start.resolve_stored_pooling(finished) == "auto"
     finally:
         path.write_text(before)
 
