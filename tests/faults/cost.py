@@ -16,7 +16,7 @@ from typing import Any
 
 from mmbert_core import cli
 from mmbert_core.runtime import distributed
-from mmbert_core.training import loop, start, validation
+from mmbert_core.training import loop, start
 
 seconds: dict[str, float] = defaultdict(float)
 calls: dict[str, int] = defaultdict(int)
@@ -38,23 +38,23 @@ def clocked(owner: Any, name: str, label: str) -> None:
 
 def main() -> None:
     clocked(loop, "train_one_step", "steps")
-    clocked(validation, "validate", "validations")
+    clocked(loop, "validate", "validations")
     clocked(loop, "save", "checkpoints")
-    clocked(loop, "check_step_on_all_ranks", "check over all ranks")
+    clocked(loop, "check_step_on_all_ranks", "check_on_all_ranks")
     clocked(distributed.Poll, "ask", "polls")
     clocked(start, "resolve_by_trial", "trial before step 1")
     clocked(start, "warm_up", "warm-up of DDP")
     code = cli.main(["train", *sys.argv[1:]])
     if distributed.read_context().is_main:
         training = seconds["steps"] + seconds["validations"] + seconds["checkpoints"]
-        safety = seconds["checkpoints"] + seconds["agreement"] + seconds["polls"]
+        safety = seconds["checkpoints"] + seconds["check_on_all_ranks"] + seconds["polls"]
         print(
             json.dumps(
                 {
                     "seconds": dict(seconds),
                     "calls": dict(calls),
                     "share_of_training": safety / training,
-                    "milliseconds_of_agreement_per_step": 1000 * seconds["agreement"] / calls["steps"],
+                    "check_on_all_ranks_milliseconds_per_step": 1000 * seconds["check_on_all_ranks"] / calls["steps"],
                     "seconds_per_checkpoint": seconds["checkpoints"] / calls["checkpoints"],
                     "seconds_per_step": seconds["steps"] / calls["steps"],
                 }

@@ -12,6 +12,7 @@ from mmbert_core import hooks
 from mmbert_core.data import batches
 from mmbert_core.inference import scoring
 from mmbert_core.predictor import Predictor
+from mmbert_core.report import results
 from mmbert_core.runtime import distributed
 from mmbert_core.storage.files import write_json
 from mmbert_core.tables.table import Roles, read_chunks
@@ -38,14 +39,14 @@ def evaluate(scorer: Predictor, table: Path, folder: Path) -> None:
 
 def main() -> None:
     folder, pairs = Path(sys.argv[1]), [tuple(map(int, word.split("x"))) for word in sys.argv[2:]]
-    hooks.write_plots = lambda *_, **__: []  # pictures take longer than all of this
+    results.write_plots = lambda *_, **__: []  # pictures take longer than all of this
     context = distributed.read_context()
     distributed.set_threads(1, context)
     with distributed.process_group(context):
         for model in ("two", "three"):
             scorer = Predictor.from_folder(folder / model, context)
             for num_rows, most in pairs:
-                hooks.evaluation_batches = partial(batches.evaluation_batches, max_rows=most)
+                scoring.evaluation_batches = partial(batches.evaluation_batches, max_rows=most)
                 out = folder / f"by{context.world_size}" / f"{model}-rows{num_rows}-batch{most}"
                 distributed.on_main(lambda: out.mkdir(parents=True))
                 evaluate(scorer, folder / f"rows{num_rows}.csv", out)

@@ -43,8 +43,9 @@ from typing import Any
 import torch
 
 from mmbert_core import cli, hooks, predictor
+from mmbert_core.inference import scoring
 from mmbert_core.runtime import distributed
-from mmbert_core.training import checkpoint, finish, loop, memory, resume, start
+from mmbert_core.training import checkpoint, finish, loop, memory, start
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -136,7 +137,7 @@ def plant_fail(rank: int, phase: str, step: int = 1) -> None:
             "forward": (hooks, "training_step", fail_at_step),
             "eval": (hooks, "validation_step", fail),
             "save": (checkpoint, "save_checkpoint", fail),
-            "load": (resume, "restore", fail),
+            "load": (start, "restore", fail),
             "predict": (hooks, "run_epoch", fail),
             "manifest": (
                 checkpoint,
@@ -283,7 +284,7 @@ def plant_trials(folder: str) -> None:
 
 
 def plant_evaluation_rows(number: int) -> None:
-    hooks.evaluation_batches = functools.partial(hooks.evaluation_batches, max_rows=number)
+    scoring.evaluation_batches = functools.partial(scoring.evaluation_batches, max_rows=number)
 
 
 def plant_native_data(seconds: float) -> None:
