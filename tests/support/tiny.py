@@ -19,7 +19,7 @@ from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.loop import fit
 from mmbert_core.training.start import prepare_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "refund pay outside shop thanks ship item broken money bank now please hello where is my order wrong size colour late great never again".split()
 
 
