@@ -13,7 +13,7 @@ from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import RunError
 from mmbert_core.training.memory import is_out_of_memory
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mmbert_core")  # the parent of all loggers of the package
 
 
 def tell(error: Exception, context: DistContext) -> None:
