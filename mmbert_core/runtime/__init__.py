@@ -1,4 +1,4 @@
 """What a process needs, whatever it computes: errors, signals, streams, ranks. Knows nothing of machine learning.
 
-Modules, each importing only those before it: errors, streams, signals, forks, progress, hub, versions, distributed.
+Modules, each importing only those before it: errors, streams, signals, forks, progress, hub, templates, versions, distributed.
 """
