@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ MODULES = sorted(path for folder in ("faults", "gpu") for path in (tiny.ROOT / "
 FIRST_LANE = frozenset(
     {*(f"F{number}" for number in range(1, 12)), "F16"}
 )  # the others are the second: about half of the time each
+Measured = dict[str, tuple[list[Row], Figures | None]]  # by name; no figures: not tried on this machine
 
 
 @lru_cache
@@ -83,44 +85,65 @@ def added(parts: list[Figures]) -> Figures:
     return total
 
 
-def table(measured: dict[str, tuple[list[Row], Figures | None]]) -> str:
-    """Markdown; a row without figures needs a device that was not there."""
+def list_item(text: str, indent: str = "") -> str:
+    """One item of a Markdown list, wrapped; no continued line may look like an item or heading of its own."""
+    text = " ".join(text.split())
+    lines = textwrap.wrap(text, 118 - len(indent), break_long_words=False, break_on_hyphens=False)
+    lines = [lines[0], *(re.sub(r"^([-+*#>]|\d+[.)])(?=\s|$)", r"\\\1", line) for line in lines[1:])]
+    return f"{indent}* " + f"\n{indent}  ".join(lines)
+
+
+def counts_table(measured: Measured) -> str:
+    """Markdown: the counts of each row. A row without figures needs a device that was not there."""
     lines = [
-        "| row | injected | what must happen | tried | held | rows lost | rows repeated | wrongly accepted | longest end, s | measured beside |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| row | tried | held | rows lost | rows repeated | wrongly accepted | longest time to the end, s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, (rows, figures) in measured.items():
-        injected, required = (
-            "; ".join(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("injected", "required")
-        )
         if figures is None:
-            cells = ["-"] * 6 + [
-                "not run here" + (": needs a GPU (`pytest -m gpu tests/gpu`)" if rows[0].marker == "gpu" else "")
-            ]
+            reason = "needs a GPU: `pytest -m gpu tests/gpu`" if rows[0].marker == "gpu" else ""
+            cells = ["not run", *["-"] * 4, reason]
         else:
-            seconds = f"{max(figures.seconds):.1f}" if figures.seconds else ""
-            notes = "; ".join(
-                dict.fromkeys([*figures.notes, *(f"**did not hold**: {problem}" for problem in figures.problems)])
-            )
             counts = [figures.tried, figures.held, figures.rows_lost, figures.rows_repeated, figures.wrongly_accepted]
-            cells = [*map(str, counts), seconds, notes]
-        lines.append(
-            "| "
-            + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in [name, injected, required, *cells])
-            + " |"
-        )
+            cells = [*map(str, counts), f"{max(figures.seconds):.1f}" if figures.seconds else ""]
+        lines.append("| " + " | ".join([f"[{name}](#{name.lower()})", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def summary(measured: dict[str, tuple[list[Row], Figures | None]], *, full: bool, seconds: float) -> str:
+def details(measured: Measured) -> str:
+    """Markdown: a section for each row, with what was injected, what must happen, and other figures."""
+    sections = []
+    for name, (rows, figures) in measured.items():
+        items = []
+        for title, texts in (
+            ("Injected", [row.injected for row in rows]),
+            ("Required", [row.required for row in rows]),
+        ):
+            items.append(list_item(f"{title}: {'; '.join(dict.fromkeys(texts))}."))
+        notes = [] if figures is None else list(dict.fromkeys(figures.notes))
+        notes += (
+            [] if figures is None else [f"**did not hold**: {problem}" for problem in dict.fromkeys(figures.problems)]
+        )
+        if len(notes) == 1:
+            items.append(list_item(f"Measured: {notes[0]}."))
+        elif notes:
+            items += ["* Measured:", *(list_item(note, "  ") for note in notes)]
+        sections.append("\n".join([f"### {name}", "", *items]))
+    return "\n\n".join(sections) + "\n\n"
+
+
+def summary(measured: Measured, *, full: bool, seconds: float) -> str:
     total = added([figures for _, figures in measured.values() if figures is not None])
     counts = "full" if full else "small"
     longest = max(total.seconds, default=0.0)
-    return (
-        f"One run of the {counts} counts, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{seconds / 60:.0f} minutes on 2 cores: {total.tried} tried, {total.held} held, {total.rows_lost} rows lost, {total.rows_repeated} rows repeated, "
-        f"{total.wrongly_accepted} bad inputs wrongly accepted, longest time to the end of a job after its fault {longest:.1f} s.\n\n"
+    text = (
+        f"One run of the {counts} counts, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {seconds / 60:.0f} minutes on 2 cores: {total.tried} tried, "
+        f"{total.held} held, {total.rows_lost} rows lost, {total.rows_repeated} rows repeated, "
+        f"{total.wrongly_accepted} bad inputs wrongly accepted, longest time to the end of a job after its fault "
+        f"{longest:.1f} s."
     )
+    return "\n".join(textwrap.wrap(text, 120)) + "\n\n"
 
 
 def replace_between(text: str, name: str, content: str) -> str:
@@ -175,12 +198,13 @@ def main() -> int:
                     {f"{rows[n].name} {rows[n].measure.__name__}": asdict(found[n]) for n in sorted(found)}, indent=2
                 )
             )
-    measured: dict[str, tuple[list[Row], Figures | None]] = {}
+    measured: Measured = {}
     for name in dict.fromkeys(rows[number].name for number in chosen):
         same = [number for number in chosen if rows[number].name == name]
         parts = [found[number] for number in same if number in found]
         measured[name] = ([rows[number] for number in same], added(parts) if parts else None)
-    content = summary(measured, full=arguments.full, seconds=time.monotonic() - started) + table(measured)
+    head = summary(measured, full=arguments.full, seconds=time.monotonic() - started)
+    content = f"{head}{counts_table(measured)}\n{details(measured)}"
     if arguments.write:
         DOCUMENT.write_text(replace_between(DOCUMENT.read_text(encoding="utf-8"), "matrix", content), encoding="utf-8")
     else:
