@@ -206,7 +206,7 @@ class PeerModel(nn.Module):
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
-        self.network: MultimodalBert = build_model(config, data.features)[0]
+        self.network: MultimodalBert = build_model(config, data.features)
         text = self.network.text_subnetwork
         text.is_packed = False
         text.encoder.set_attn_implementation("sdpa")

@@ -28,9 +28,14 @@ def onnx(bench: Bench) -> Callable[[int], dict[str, float]]:
     import onnxruntime
 
     config, data = bench.config, bench.data
-    model, pooling = prepare_model(config, data)
+    model = prepare_model(config, data)
     loaded = LoadedModel(
-        model.eval(), config, data.features, data.labels, data.tokenizer, {"pooling": pooling, "precision": "fp32"}
+        model.eval(),
+        config,
+        data.features,
+        data.labels,
+        data.tokenizer,
+        {"pooling": model.pooling, "precision": "fp32"},
     )
     work = replace(Work.of(model.text_subnetwork), ends_at_first_tokens=False)
     options = onnxruntime.SessionOptions()

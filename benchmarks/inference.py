@@ -58,7 +58,7 @@ class Bench:
 
 
 def ours(bench: Bench, *, int8: bool = False) -> Callable[[int], dict[str, float]]:
-    model = prepare_model(bench.config, bench.data)[0].to(bench.context.device).eval()
+    model = prepare_model(bench.config, bench.data).to(bench.context.device).eval()
     work = Work.of(model.text_subnetwork)
     if int8:
         quantise_linears(model.text_subnetwork.encoder)
@@ -116,8 +116,8 @@ def trainer(bench: Bench, *, batch_size: int, by_length: bool = False) -> Callab
 
 def latency(bench: Bench, precision: str) -> dict[str, float]:
     """Milliseconds from a dict to its probability, for a text of LATENCY_TOKENS tokens."""
-    model, pooling = prepare_model(bench.config, bench.data)
-    resolved = {"pooling": pooling, "precision": bench.precision}
+    model = prepare_model(bench.config, bench.data)
+    resolved = {"pooling": model.pooling, "precision": bench.precision}
     loaded = LoadedModel(
         model.eval(), bench.config, bench.data.features, bench.data.labels, bench.data.tokenizer, resolved
     )

@@ -35,7 +35,7 @@ from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.distributed import read_context, set_threads
 from mmbert_core.tables.table import Roles
 from mmbert_core.training import loop
-from mmbert_core.training.run_folder import claimed_folder
+from mmbert_core.training.run_folder import locked_folder
 from mmbert_core.training.start import prepare_model, start_run
 
 STEPS = 200
@@ -145,7 +145,7 @@ def stage_train(folder: Path, num_rows: int) -> dict[str, float]:
     config = config_for(folder, str(num_rows))
     data, context = prepare(config), read_context()
     set_threads(1, context)
-    model, pooling = prepare_model(config, data)
+    model = prepare_model(config, data)
     prepared = time.perf_counter() - started
     order = epoch_order(num_rows, config.seed, 0)
     steps = min(STEPS, num_rows // config.batch_size)
@@ -154,9 +154,9 @@ def stage_train(folder: Path, num_rows: int) -> dict[str, float]:
     for index in range(batches):
         data.train.batch(step_rows(order, index, config.batch_size))
     batched_rate = batches * config.batch_size / (time.perf_counter() - started)
-    with claimed_folder(config):
+    with locked_folder(config):
         started = time.perf_counter()
-        run = start_run(config, data, model, pooling, context)
+        run = start_run(config, data, model, context)
         start_seconds = prepared + time.perf_counter() - started
         started = time.perf_counter()
         for _ in range(steps):
@@ -174,8 +174,8 @@ def stage_finish(folder: Path, num_rows: int) -> dict[str, float]:
     """A model folder, for the prediction."""
     config = config_for(folder, "first")
     data, context = prepare(config), read_context()
-    model, pooling = prepare_model(config, data)
-    return {"steps": loop.fit(config, data, model, pooling, context)["steps"]}
+    model = prepare_model(config, data)
+    return {"steps": loop.fit(config, data, model, context)["steps"]}
 
 
 def stage_predict(folder: Path, num_rows: int) -> dict[str, float]:

@@ -39,7 +39,7 @@ from mmbert_core.data.prepare import Data
 from mmbert_core.inference.precision import AUTOCAST_DTYPES, resolve_precision
 from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.training import loop
-from mmbert_core.training.run_folder import claimed_folder
+from mmbert_core.training.run_folder import locked_folder
 from mmbert_core.training.start import prepare_model, start_run
 
 PEERS = ("plain", "trainer", "grouped", "lightning")
@@ -106,8 +106,8 @@ class Bench:
 
 def ours(bench: Bench) -> Callable[[int], dict[str, float]]:
     """The loop's own step, logging included."""
-    model, pooling = prepare_model(bench.config, bench.data)
-    run = start_run(bench.config, bench.data, model, pooling, bench.context)
+    model = prepare_model(bench.config, bench.data)
+    run = start_run(bench.config, bench.data, model, bench.context)
     work = Work.of(model.text_subnetwork)
 
     def round_(number: int) -> dict[str, float]:
@@ -277,7 +277,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, help="timed steps of a round, after the warm-up (8 on the CPU, 50 on a GPU)")
     made.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="who runs beside ours (all)")
     arguments = made.parse_args()
-    with opened(arguments) as (config, data, context), claimed_folder(config):
+    with opened(arguments) as (config, data, context), locked_folder(config):
         bench = Bench(config, data, context, arguments.steps)
         contenders = [
             Contender("mmbert_core", ours(bench), ours=True),

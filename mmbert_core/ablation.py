@@ -59,8 +59,8 @@ def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> 
     for part, own in runs:
         logger.info("---- %s, seed %d ----", part, own.seed)
         data = prepare(own)
-        model, pooling = prepare_model(own, data)
-        metrics = fit(own, data, model, pooling, context)["test_metrics"]
+        model = prepare_model(own, data)
+        metrics = fit(own, data, model, context)["test_metrics"]
         figures[part].append({"seed": own.seed, **{name: metrics[f"test/{name}"] for name in SHOWN}})
     results = {"parts": figures, "summary": {part: summary_of(rows) for part, rows in figures.items()}}
     distributed.on_main(lambda: write_json(folder / RESULTS, results))

@@ -116,7 +116,7 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     distributed.set_threads(config.num_threads, context)
     with phase("reading data and encoder"):
         data = prepare(config)
-        model, pooling = prepare_model(config, data)
+        model = prepare_model(config, data)
     describe(config, data)
     if arguments.check:
         if (
@@ -130,7 +130,7 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
         )
         return 0
     with distributed.process_group(context, config.timeout_seconds):
-        results = fit(config, data, model, pooling, context)
+        results = fit(config, data, model, context)
     if context.is_main and results.get("test_metrics"):
         print_figures(results["test_metrics"], config)
     return 0

@@ -90,8 +90,8 @@ def run_part(part: str, folder: Path, context: DistContext) -> dict[str, Any]:
     logger.info("---- %s ----", part)
     config = config_of(part, folder)
     data = prepare(config)
-    model, pooling = prepare_model(config, data)
-    return fit(config, data, model, pooling, context)
+    model = prepare_model(config, data)
+    return fit(config, data, model, context)
 
 
 def print_table(rows: dict[str, dict[str, Any]], folder: Path, seconds: float) -> None:

@@ -70,13 +70,13 @@ class LoadedModel:
     decision: Decision = Decision()
 
 
-def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str | None]:
-    """The model of a new run with pretrained encoder weights, and the pooling in use. Random parts come from `config.seed`.
+def build_model(config: Config, features: Features) -> MultimodalBert:
+    """The model of a new run with pretrained encoder weights. Random weights come from `config.seed`.
 
     Raises `InputError` when the encoder cannot be loaded.
     """
     torch.manual_seed(config.seed)
-    text, pooling = None, None
+    text = None
     if config.text_name:
         encoder, has_stored_pooler = load_pretrained_encoder(config.encoder)
         check_length(config, encoder)
@@ -85,7 +85,7 @@ def build_model(config: Config, features: Features) -> tuple[MultimodalBert, str
         text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
-    return MultimodalBert(text, _tabular_part(config, features), config.num_classes), pooling
+    return MultimodalBert(text, _tabular_part(config, features), config.num_classes)
 
 
 def check_length(config: Config, encoder: nn.Module) -> None:

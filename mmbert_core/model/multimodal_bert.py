@@ -33,6 +33,11 @@ class MultimodalBert(nn.Module):
         output_tab_dim = 0 if tab_subnetwork is None else tab_subnetwork.output_tab_dim
         self.final_merge_network = self.build_merge_subnetwork(output_text_dim + output_tab_dim, num_classes)
 
+    @property
+    def pooling(self) -> str | None:
+        """How the vectors of a text's tokens become one; None without text."""
+        return None if self.text_subnetwork is None else self.text_subnetwork.pooling
+
     def forward(
         self,
         input_ids: torch.Tensor | None,

@@ -127,37 +127,59 @@ def set_threads(num_threads: int | str, context: DistContext) -> int:
 
 
 @contextmanager
-def process_group(context: DistContext, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[DistContext]:
+def process_group(
+    context: DistContext, timeout_seconds: float = TIMEOUT_SECONDS, *, abort_on_error: bool = False
+) -> Iterator[DistContext]:
     """Collective. NCCL on CUDA, gloo on the CPU, and always a gloo group for objects; nothing in a single process.
 
-    A rank that waits longer than `timeout_seconds` for the others fails. On an error the group is left as it is:
-    destroying it may wait for ranks that are gone; `leave` ends the process without that.
+    A rank that waits longer than `timeout_seconds` for the others fails. Inside another `process_group` that one is
+    used; a default group that the calling script has initialised is used and kept. On an error the group is left as
+    it is: destroying it may wait for ranks that are gone, and `leave` ends the process without that.
+    `abort_on_error`: the process continues after an error, so the group is ended without waiting for other ranks.
     """
     global _object_group, _patient_group
     timeout = timedelta(seconds=timeout_seconds)
-    if context.world_size == 1:
+    if context.world_size == 1 or _object_group is not None:
         yield context
         return
+    is_own = not dist.is_initialized()
     on_cuda = context.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(context.device)  # before any collective: object collectives use the current device
     with lost_peers():
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
-            store=_store_of_this_start(context, timeout),
-            rank=context.rank,
-            world_size=context.world_size,
-            timeout=timeout,
-            device_id=context.device if on_cuda else None,
-        )
-        _object_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
+        if is_own:
+            dist.init_process_group(
+                "nccl" if on_cuda else "gloo",
+                store=_store_of_this_start(context, timeout),
+                rank=context.rank,
+                world_size=context.world_size,
+                timeout=timeout,
+                device_id=context.device if on_cuda else None,
+            )
+        needs_gloo = on_cuda or not is_own
+        _object_group = dist.new_group(backend="gloo", timeout=timeout) if needs_gloo else dist.group.WORLD
         _patient_group = dist.new_group(
             backend="gloo", timeout=timedelta(seconds=max(timeout_seconds, PATIENCE_SECONDS))
         )
-    yield context
+    try:
+        yield context
+    except BaseException:
+        if abort_on_error:
+            _object_group = _patient_group = None
+            if is_own:
+                _abort(on_cuda=on_cuda)
+        raise
     barrier()
-    dist.destroy_process_group()
+    if is_own:
+        dist.destroy_process_group()
     _object_group = _patient_group = None
+
+
+def _abort(*, on_cuda: bool) -> None:
+    """End the default group and all others, without waiting for ranks that may be gone."""
+    with suppress(RuntimeError, ValueError):
+        # gloo does not wait for other ranks when it is destroyed; NCCL does, for kernels that never end
+        dist.distributed_c10d._abort_process_group() if on_cuda else dist.destroy_process_group()
 
 
 def _store_of_this_start(context: DistContext, timeout: timedelta) -> dist.Store:

@@ -37,6 +37,7 @@ class _State:
         self.first: int | None = None  # signal number of the first request
         self.deferred = False
         self.leaving = False
+        self.is_caught = False  # this process is a command
 
 
 _state = _State()
@@ -52,6 +53,7 @@ def caught() -> Iterator[None]:
     """Hear the stop signals, of a process that torchrun started also its launcher's death. For the main thread of a command."""
     global _state
     _state = _State()
+    _state.is_caught = True
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     heard = [
@@ -79,6 +81,46 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _state.deferred = before
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """For work inside somebody else's process: a first stop signal while `deferred` is a request to stop.
+
+    A second one, and one outside `deferred`, does what it did before. Signals that the process handles or ignores by
+    itself are left to it. No thread is started and nothing ends the process; afterwards the handlers are the old ones.
+    Does nothing inside `caught`. In a thread other than the main one no handler can be set, so no signal is noted.
+    """
+    global _state
+    if _state.is_caught:
+        yield
+        return
+    before_state, _state = _state, _State()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        defaults = (signal.SIG_DFL, signal.default_int_handler)
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        handlers = {number: handler for number, handler in handlers.items() if handler in defaults}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        """In the main thread."""
+        if _state.deferred and not _state.first:
+            _state.first = number
+            logger.info(
+                "%s: stopping after the current step; a second signal ends at once", signal.Signals(number).name
+            )
+            return
+        signal.signal(number, handlers[number])
+        os.kill(os.getpid(), number)
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _state = before_state
 
 
 def ignore() -> None:

@@ -25,7 +25,7 @@ from mmbert_core.training.finish import finish
 from mmbert_core.training.memory import return_freed_memory
 from mmbert_core.training.optim import optimizer_step
 from mmbert_core.training.run import Run, save
-from mmbert_core.training.run_folder import already_finished, claimed_folder
+from mmbert_core.training.run_folder import already_finished, locked_folder
 from mmbert_core.training.start import start_run
 from mmbert_core.training.validation import is_validation_due, validate
 
@@ -37,20 +37,19 @@ def fit(
     config: Config,
     data: Data,
     model: MultimodalBert,
-    pooling: str | None,
     context: DistContext,
     *,
     loss_op: LossOp | None = None,
 ) -> dict[str, Any]:
     """Collective. Train, keep the best step, write the model folder, score the test rows; returns train_results.json.
 
-    `model` and `pooling` come from `setup.prepare_model`. Goes on from a checkpoint in `config.model_path` unless told
+    `model` comes from `start.prepare_model`. Goes on from a checkpoint in `config.model_path` unless told
     otherwise; a finished run is left as it is. Raises `Stopped` when a signal asked for it and a checkpoint is written. `loss_op(logits, labels)` replaces the weighted cross entropy
     (`losses.add_loss_op`); it is code, so no checkpoint knows it: give the same one to resume.
     """
-    with claimed_folder(config) as claim, signals.deferred():
-        run = start_run(config, data, model, pooling, context, loss_op=loss_op)
-        run.claim = claim
+    with locked_folder(config) as folder_lock, signals.deferred():
+        run = start_run(config, data, model, context, loss_op=loss_op)
+        run.folder_lock = folder_lock
         try:
             if run.state.finished and (results := already_finished(config)):
                 run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")

@@ -61,7 +61,7 @@ class Run:
     best_validation: np.ndarray | None = (
         None  # [N] or [N, K] predictions of the best step, if this life of the run validated it
     )
-    claim: Claim | None = None  # of the folder, on rank 0
+    folder_lock: Claim | None = None  # rank 0 only
     stopping: bool = False  # all ranks have agreed to stop: one of them had a signal
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 
@@ -87,8 +87,8 @@ def save(run: Run, *, is_due: bool = True) -> None:
     """Collective. A checkpoint of this step, written by rank 0; on failure every rank raises. `is_due`: not only because of a signal."""
 
     def write() -> None:
-        if run.claim is not None:
-            run.claim.check()
+        if run.folder_lock is not None:
+            run.folder_lock.check()
         if not (run.folder / LOCK).exists():
             raise RunError(
                 f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written"

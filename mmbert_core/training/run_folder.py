@@ -89,7 +89,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def claimed_folder(config: Config) -> Iterator[Claim | None]:
+def locked_folder(config: Config) -> Iterator[Claim | None]:
     """Collective. Inside, `model_path` of rank 0 belongs to this run alone; what a killed write left there is cleaned up.
 
     Yields the claim, on rank 0. Raises `InputError` when another run has the folder, and `RunError`, instead of the error of a

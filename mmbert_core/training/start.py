@@ -47,7 +47,7 @@ ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 # ---- before the process group: what a user's mistake can break ----
 
 
-def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | None]:
+def prepare_model(config: Config, data: Data) -> MultimodalBert:
     """Check the metric names and the threshold's rule, build the model, and try its encoder on made-up texts.
 
     Raises `InputError`; needs no process group.
@@ -58,11 +58,11 @@ def prepare_model(config: Config, data: Data) -> tuple[MultimodalBert, str | Non
         check_metric_choices(
             [config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric"
         )
-    model, pooling = build_model(replace(config, pooling=resolve_stored_pooling(config)), data.features)
+    model = build_model(replace(config, pooling=resolve_stored_pooling(config)), data.features)
     if model.text_subnetwork is not None:
         tokens = ProbeTokens(**sample_tokens(data.tokenizer))
         check_text_encoder(model.text_subnetwork, tokens, max_length=config.max_length, name=config.encoder)
-    return model, pooling
+    return model
 
 
 def resolve_stored_pooling(config: Config) -> str:
@@ -93,7 +93,6 @@ def start_run(
     config: Config,
     data: Data,
     model: MultimodalBert,
-    pooling: str | None,
     context: DistContext,
     *,
     loss_op: LossOp | None = None,
@@ -105,15 +104,15 @@ def start_run(
             part.packed = model.text_subnetwork is not None and model.text_subnetwork.is_packed
     if context.device.type == "cpu":
         keep_freed_memory()
-    check_agreement(config, data, pooling, context)
+    check_agreement(config, data, model.pooling, context)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
         torch.use_deterministic_algorithms(True)
     with phase("load"):
         found, source = read_for_all_ranks(config, data, model, context)
-    if found and found.state["resolved"]["pooling"] != pooling:
+    if found and found.state["resolved"]["pooling"] != model.pooling:
         raise InputError(
-            f"pooling was {found.state['resolved']['pooling']} in the checkpoint at step {found.state['step']} and is {pooling} now: set it back"
+            f"pooling was {found.state['resolved']['pooling']} in the checkpoint at step {found.state['step']} and is {model.pooling} now: set it back"
         )
     precision = resolve_precision(found.state["resolved"]["precision"] if found else config.precision, context.device)
     task, class_weights = make_task(config, data, precision, context, loss_op)
@@ -126,7 +125,7 @@ def start_run(
             {"truncation_side": "left"} if keeps_end(data.tokenizer) else {}
         )  # else right, which folders of before all mean
         resolved = {
-            "pooling": pooling,
+            "pooling": model.pooling,
             "precision": precision,
             **sides,
             **resolve_batching(config, data, ddp_model, task, context),

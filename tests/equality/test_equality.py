@@ -116,7 +116,7 @@ def run_ours(config: Config, data: Data, network: nn.Module, monkeypatch: pytest
         return optimizer, scheduler
 
     monkeypatch.setattr(start, "configure_optimizers", configure_and_follow)
-    results = loop.fit(config, data, network, "pooler", CONTEXT)
+    results = loop.fit(config, data, network, CONTEXT)
     lines = metrics_lines(Path(config.model_path))
     record.losses = [line["train_loss"] for line in lines if "train_loss" in line]
     record.validations = [line for line in lines if "val_loss" in line]
@@ -254,8 +254,8 @@ def run_both(
         **settings(folder, num_rows=77, **shared, **changes)
     )  # 77: each epoch of ten steps ends with a short one
     data = prepare(config)
-    network, pooling = start.prepare_model(config, data)
-    assert pooling == "pooler"
+    network = start.prepare_model(config, data)
+    assert network.pooling == "pooler"
     twin = copy.deepcopy(without_dropout(network))
     ours, best_step = run_ours(config, data, network, monkeypatch)
     return ours, run_original(config, data, twin, folder / "original", best_step), config

@@ -80,7 +80,7 @@ def build(folder: Path, **changes) -> LoadedModel:
     """An untrained model whose probabilities are far from equal, as a folder and loaded from it."""
     config = Config(**tiny.settings(folder, **changes))
     data = prepare(config)
-    model, pooling = prepare_model(config, data)
+    model = prepare_model(config, data)
     torch.manual_seed(1)
     with torch.no_grad():
         for module in model.eval().modules():
@@ -92,7 +92,7 @@ def build(folder: Path, **changes) -> LoadedModel:
         last.bias.copy_((last.bias - logits.mean(dim=0)) / logits.std(dim=0))
     run = Path(config.model_path)
     run.mkdir()
-    resolved = {"pooling": pooling, "precision": "fp32"}
+    resolved = {"pooling": model.pooling, "precision": "fp32"}
     decision = Decision(Threshold(0.45, "given"), Calibration(1.7, 300))
     save_model_folder(
         run,

@@ -234,7 +234,7 @@ def test_added_tokens_need_a_resized_embedding(settings, added):
     encoder = BertModel.from_pretrained(folder)
     encoder.resize_token_embeddings(82)
     encoder.save_pretrained(folder)
-    assert prepared(settings)[1] == "pooler"
+    assert prepared(settings).pooling == "pooler"
 
 
 def test_check_says_it_in_one_line_and_writes_nothing(settings, tmp_path):

@@ -113,8 +113,8 @@ def train(config: Config, context: DistContext | None = None) -> tuple[dict[str,
     set_threads(config.num_threads, context)
     try:
         data = prepare(config)
-        model, pooling = prepare_model(config, data)
-        return fit(config, data, model, pooling, context), data
+        model = prepare_model(config, data)
+        return fit(config, data, model, context), data
     finally:
         torch.set_num_threads(threads)
 

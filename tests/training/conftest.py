@@ -80,10 +80,10 @@ def train(
 ) -> tuple[dict[str, Any], Data, nn.Module]:
     """Prepare and fit in this process: train_results.json, the data, and the model as `fit` leaves it."""
     data = prepare(config)
-    model, pooling = prepare_model(config, data)
+    model = prepare_model(config, data)
     if not dropout:
         without_dropout(model)
-    return fit(config, data, model, pooling, context), data, model
+    return fit(config, data, model, context), data, model
 
 
 def warnings_in(caplog) -> list[str]:

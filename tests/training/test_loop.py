@@ -413,7 +413,7 @@ def test_a_loss_of_the_users_replaces_cross_entropy(config_of, tmp_path):
     def train_with(name, loss_op):
         config = config_of(model_path=str(tmp_path / name), max_epochs=1)
         data = prepare(config)
-        loop.fit(config, data, *start.prepare_model(config, data), CONTEXT, loss_op=loss_op)
+        loop.fit(config, data, start.prepare_model(config, data), CONTEXT, loss_op=loss_op)
         return [line["train_loss"] for line in lines_of(config, "train_loss")]
 
     plain, same = train_with("plain", None), train_with("same", nn.CrossEntropyLoss())
