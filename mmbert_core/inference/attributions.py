@@ -20,7 +20,8 @@ from mmbert_core.inference.scoring import Task
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 
-Pieces = list[tuple[str, float]]
+Attributions = list[tuple[str, float]]  # spans of one text, in order, each with its attribution, -1 to 1
+HIGHLIGHT_LEVELS = (0.1, 0.3, 0.6)  # absolute attributions from which a span is highlighted: weakly, clearly, strongly
 STEPS = 16  # forwards and backwards of one explanation; 8 missed a planted word now and then
 
 
@@ -32,7 +33,7 @@ def explain_rows(
     predicted: Sequence[int],
     texts: Sequence[str],
     task: Task,
-) -> list[Pieces]:
+) -> list[Attributions]:
     """For each row of `positions` the pieces of its text, in order, each with a weight of -1 to 1; above 0 speaks for the predicted class.
 
     `predicted`: the class of each, which of two classes the threshold decides and not the larger logit. `texts`: the whole text of each, as it
@@ -107,9 +108,9 @@ class _Scaled:
         return self.scaled
 
 
-def _pieces(text: str, spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> Pieces:
+def _pieces(text: str, spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> Attributions:
     """The whole text, cut where tokens begin and end; tokens that share a character are one piece."""
-    pieces: Pieces = []
+    pieces: Attributions = []
     start, end, total = 0, 0, 0.0  # of the piece in hand, which is empty before the first token
     for (first, last), weight in zip(spans, weights, strict=True):
         if first == last:  # a special token
@@ -123,6 +124,25 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]], weights: Sequence[float
     return [piece for piece in pieces if piece[0]]
 
 
-def _scaled(pieces: Pieces) -> Pieces:
+def highlight_level(attribution: float) -> int:
+    """1 to 3 for a span that contributed to the predicted class, -1 to -3 for one against it, 0: not highlighted."""
+    level = sum(abs(attribution) >= threshold for threshold in HIGHLIGHT_LEVELS)
+    return level if attribution > 0 else -level
+
+
+def largest_attributions(attributions: Attributions, count: int = 5) -> tuple[Attributions, Attributions]:
+    """The highlighted spans with the largest attributions, at most `count` for the predicted class and as many against it.
+
+    White space around a span is removed; spans of white space alone are left out.
+    """
+    spans = [(span.strip(), value) for span, value in attributions if span.strip()]
+    spans.sort(key=lambda pair: -abs(pair[1]))
+    levels = [highlight_level(value) for _, value in spans]
+    contributing = [span for span, level in zip(spans, levels, strict=True) if level > 0]
+    opposing = [span for span, level in zip(spans, levels, strict=True) if level < 0]
+    return contributing[:count], opposing[:count]
+
+
+def _scaled(pieces: Attributions) -> Attributions:
     largest = max((abs(weight) for _, weight in pieces), default=0.0)
     return [(piece, weight / largest if largest else 0.0) for piece, weight in pieces]

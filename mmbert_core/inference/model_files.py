@@ -205,18 +205,18 @@ def check_complete(folder: Path) -> None:
 
 def read_settings(folder: Path) -> ModelSettings:
     """Config, features and labels. Raises `InputError`, one line, for what does not fit: nothing has been built by then."""
-    values = read_part(folder / CONFIG, CONFIG_JSON)
+    values = read_folder_json(folder / CONFIG, CONFIG_JSON)
     config, resolved = config_from_dict(values["config"], place=f"{folder / CONFIG}: config"), values["resolved"]
     if config.text_name and resolved["pooling"] is None:
         raise InputError(f"{folder / CONFIG}: resolved.pooling: expected {', '.join(POOLINGS[1:])}, found null")
-    features_json = read_part(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)
+    features_json = read_folder_json(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)
     if (features_json["number_names"], features_json["category_names"]) != (
         list(config.tab_field_list),
         list(config.cat_field_list),
     ):
         raise InputError(f"{folder / FEATURES}: its columns are not those of {CONFIG}")
     features = _built(folder / FEATURES, lambda: Features.from_json(features_json))
-    labels = Labels.from_json(read_part(folder / LABELS, LABELS_JSON))
+    labels = Labels.from_json(read_folder_json(folder / LABELS, LABELS_JSON))
     if len(labels.names) != config.num_classes:
         raise InputError(
             f"{folder / LABELS}: expected {config.num_classes} labels as in {CONFIG}, found {len(labels.names)}"
@@ -230,12 +230,12 @@ def read_decision(folder: Path, settings: ModelSettings) -> Decision:
     """Threshold, calibration and baselines; a folder of version 0.2 or older has none, and counts rows above one half."""
     if not (folder / THRESHOLDS).is_file():
         return Decision()
-    values = read_part(folder / THRESHOLDS, THRESHOLDS_JSON)
+    values = read_folder_json(folder / THRESHOLDS, THRESHOLDS_JSON)
     threshold = _built(folder / THRESHOLDS, lambda: Threshold.from_json(values["threshold"]))
     calibration = _built(folder / THRESHOLDS, lambda: Calibration.from_json(values["calibration"]))
     if not (folder / BASELINES).is_file():
         return Decision(threshold, calibration)
-    baselines_json = read_part(folder / BASELINES, BASELINES_JSON)
+    baselines_json = read_folder_json(folder / BASELINES, BASELINES_JSON)
     tensors = _built(folder / BASELINE_WEIGHTS, lambda: load_file(folder / BASELINE_WEIGHTS))
     sizes = {
         "num_classes": settings.config.num_classes,
@@ -245,7 +245,7 @@ def read_decision(folder: Path, settings: ModelSettings) -> Decision:
     return Decision(threshold, calibration, baselines)
 
 
-def read_part(path: Path, check: Check, **bounds: int) -> Any:
+def read_folder_json(path: Path, check: Check, **bounds: int) -> Any:
     """The value of a JSON file of the folder. Raises `InputError` where it cannot be read, too."""
     try:
         return read_json(path, check, **bounds)

@@ -27,7 +27,7 @@ from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import EPS, METRICS
 from mmbert_core.evaluation.predictions import predicted_classes
 from mmbert_core.evaluation.slices import MIN_ROWS, slices_of
-from mmbert_core.inference.attributions import Pieces, explain_rows
+from mmbert_core.inference.attributions import Attributions, explain_rows
 from mmbert_core.inference.model_folder import LoadedModel
 from mmbert_core.inference.permutation_importance import permutation_importance
 from mmbert_core.inference.scoring import Task
@@ -332,10 +332,10 @@ def errors_section(scored: EvaluatedRows) -> Section:
         return {"reason": "no row was predicted wrong"}
     worst = wrong[np.argsort(-sureness[wrong], kind="stable")[:MAX_ERRORS]]
     texts, num_explained = texts_of(scored, worst), max(MIN_EXPLAINED, len(preds) // ROWS_PER_EXPLANATION)
-    pieces: list[Pieces] = []  # row by row: all of them at once could take more memory than training did
+    attributions: list[Attributions] = []  # row by row: all of them at once could take more memory than training did
     for row, text in zip(worst[:num_explained], texts):
-        pieces += explain_rows(scored.loaded, dataset, [row], predicted=[chosen[row]], texts=[text], task=scored.task)
-    pieces += [[(text, 0.0)] if text else [] for text in texts[num_explained:]]
+        attributions += explain_rows(scored.loaded, dataset, [row], predicted=[chosen[row]], texts=[text], task=scored.task)
+    attributions += [[(text, 0.0)] if text else [] for text in texts[num_explained:]]
     columns = dataset.cells(worst)
     return {
         "rows": [
@@ -346,7 +346,7 @@ def errors_section(scored: EvaluatedRows) -> Section:
                 "pred": scored.class_names[chosen[row]],
                 "prob": float(of_chosen[row]),
                 "columns": {name: str(values[place]) for name, values in columns.items()},
-                "tokens": [list(piece) for piece in pieces[place]],
+                "tokens": [list(span) for span in attributions[place]],
                 "method": "integrated gradients" if place < num_explained else None,
             }
             for place, row in enumerate(worst)

@@ -8,7 +8,7 @@ from typing import Any
 
 import mmbert_core
 from mmbert_core.data.class_words import format_share
-from mmbert_core.inference.model_files import CARD, SUMMARY, SUMMARY_JSON, is_own_card, read_part, with_card_mark
+from mmbert_core.inference.model_files import CARD, SUMMARY, SUMMARY_JSON, is_own_card, read_folder_json, with_card_mark
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.report.results import listed_figures
 from mmbert_core.storage.files import write_json, write_text
@@ -47,7 +47,7 @@ def read_summary(folder: Path) -> Values:
     """What summary.json says, nothing where there is none. Raises `InputError` for another structure."""
     if not (folder / SUMMARY).is_file():
         return {"data": {}, "best": {}, "test": None}
-    return read_part(folder / SUMMARY, SUMMARY_JSON)
+    return read_folder_json(folder / SUMMARY, SUMMARY_JSON)
 
 
 def card(name: str, loaded: LoadedModel, summary: Values) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from mmbert_core.inference.attributions import highlight_level, largest_attributions
 from mmbert_core.report import charts
 from mmbert_core.report.charts import Axis, Curve, Guide
 from mmbert_core.report.formatting import (
@@ -39,7 +40,6 @@ MAX_ERRORS = 50
 MAX_PIECES = 500  # of a text
 MAX_COLUMNS = 15  # of a wrong row; more are folded away
 LONG_TEXT = 1500  # characters; more scroll in their own box
-FAINTEST = 0.1  # weight of a piece that is highlighted
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 Part = Mapping[str, Any]
@@ -237,23 +237,17 @@ def _highlighted(pieces: Sequence[Sequence[Any]], place: int) -> str:
 
 def _kind_of(weight: Any) -> str:
     """The class of a highlight: "p1" to "p3" for, "n1" to "n3" against, or none."""
-    if not is_number(weight) or abs(weight) < FAINTEST:
-        return ""
-    return ("p" if weight > 0 else "n") + ("1" if abs(weight) < 0.3 else "2" if abs(weight) < 0.6 else "3")
+    level = highlight_level(weight) if is_number(weight) else 0
+    return f"{'p' if level > 0 else 'n'}{abs(level)}" if level else ""
 
 
 def _strongest(pieces: Sequence[Sequence[Any]], row: Part) -> str:
     """The same in words: the strongest pieces of either sign."""
-    known = [(str(piece).strip(), weight) for piece, weight in pieces if is_number(weight) and str(piece).strip()]
-    known.sort(key=lambda pair: -abs(pair[1]))
-    sides = {
-        "for": [pair for pair in known if pair[1] >= FAINTEST],
-        "against": [pair for pair in known if pair[1] <= -FAINTEST],
-    }
+    largest = largest_attributions([(str(piece), weight) for piece, weight in pieces if is_number(weight)])
     said = [
-        f"{side}: " + ", ".join(f"{text(short(piece))} ({decimals(weight, 2)})" for piece, weight in pairs[:5])
-        for side, pairs in sides.items()
-        if pairs
+        f"{side}: " + ", ".join(f"{text(short(span))} ({decimals(weight, 2)})" for span, weight in spans)
+        for side, spans in zip(("for", "against"), largest)
+        if spans
     ]
     return (
         note(f'Strongest {"; ".join(said)} <span class="muted">({text(row.get("method") or "weights")})</span>')

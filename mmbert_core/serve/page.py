@@ -12,6 +12,7 @@ from pathlib import Path
 from mmbert_core.config import Config
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
+from mmbert_core.inference.attributions import HIGHLIGHT_LEVELS
 
 MAX_VALUES = 1000  # of one category that the page suggests
 
@@ -38,6 +39,7 @@ def render_page(
         "threshold": threshold,
         "label_name": config.label_name,
         "texts": config.text_name,
+        "min_highlight": HIGHLIGHT_LEVELS[0],
     }
     parts = {
         "NONCE": nonce,
@@ -157,7 +159,6 @@ SCRIPT = r"""
 "use strict";
 const at = id => document.getElementById(id);
 const about = JSON.parse(at("about").textContent);
-const WEAKEST_SHOWN = 0.05;
 
 function element(tag, text, className) {
   const made = document.createElement(tag);
@@ -200,7 +201,7 @@ function showClasses(prediction) {
 function showWords(tokens, cells) {
   at("words").hidden = tokens.length === 0;
   at("text").replaceChildren(...tokens.map(([piece, weight]) => {
-    if (Math.abs(weight) < WEAKEST_SHOWN) return document.createTextNode(piece);
+    if (Math.abs(weight) < about.min_highlight) return document.createTextNode(piece);
     const word = element("span", piece, weight > 0 ? "for" : "against");
     word.style.backgroundColor = `rgb(var(--${word.className}) / ${(0.1 + 0.35 * Math.abs(weight)).toFixed(3)})`;
     word.title = (weight > 0 ? "+" : "\u2212") + Math.abs(weight).toFixed(2);
