@@ -3,7 +3,7 @@
 #
 #   ./torchrun.sh                                          built-in sample, no download
 #   ./torchrun.sh run.yaml                                 every GPU of this machine; without a GPU one process
-#   NPROC=2 ./torchrun.sh run.yaml --lr 3e-5               2 processes; flags go over the file
+#   NPROC=2 ./torchrun.sh run.yaml --lr 3e-5               2 processes; a flag replaces the file's value
 #   DRY_RUN=1 ./torchrun.sh run.yaml                       print the commands, run nothing
 #   ./torchrun.sh run.yaml --check                         only read config and data (--help: list every key)
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 ./torchrun.sh run.yaml      on the first machine,
@@ -18,7 +18,7 @@
 #   MASTER_PORT   a free port there                      29500
 #   LOCAL_ADDR    with NODE_RANK=0: the address at which the workers of the others reach it      MASTER_ADDR
 #   RDZV_ID       a name that only this job has          that of the SLURM job, else mmbert
-#   MAX_RESTARTS  restarts after a failed worker         0; a restart goes on from the newest checkpoint
+#   MAX_RESTARTS  restarts after a failed worker         0; a restart resumes from the newest checkpoint
 #   PYTHON        interpreter                            python
 #   PET_SIGNALS_TO_HANDLE           signals that torchrun passes on   SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds until it kills after one  120
@@ -26,19 +26,19 @@
 #
 # Bad config or data: one line and exit code 2, before any worker starts.
 #
-# After one of these signals the workers write a checkpoint and end with exit code 75, torchrun itself with 1. Started again,
-# the same command goes on from the newest checkpoint. SLURM gives such a signal 3 minutes before the time is over with
+# After one of these signals the workers write a checkpoint and end with exit code 75, torchrun itself with 1. The same
+# command, started again, resumes from the newest checkpoint. SLURM sends such a signal 3 minutes before the time limit with
 #   #SBATCH --signal=TERM@180                              or USR1@180
 #
 # One machine: every socket listens on 127.0.0.1 alone. (Those of `torchrun --standalone` listen on all addresses, and
-# whoever reaches them can run code: only on a network that you trust. The same holds for several machines.)
+# anybody who can connect to them can run code: use it on a trusted network only. The same holds for several machines.)
 #
-# Several machines need no shared folder. Each needs its own copy of the data and of the encoder, at the paths that stand in
-# the config (relative ones are of the working folder). The machine with NODE_RANK=0 writes the run. When a run goes on, the
-# newest checkpoint of any of them counts, and all get it from there; with another machine first, the run is written there
-# from then on, and its earlier metrics and best step stay behind. MASTER_PORT of the first machine and ports chosen by the
-# system must be open between them. A machine whose own name leads to 127.0.0.1 or to another network (see
-# getent hosts "$(hostname)") must be told the interface by name, or the workers do not find each other:
+# Several machines need no shared folder. Each needs its own copy of the data and of the encoder, at the paths in the
+# config (relative to the working folder). The machine with NODE_RANK=0 writes the run. A resume takes the newest
+# checkpoint of any machine, which sends it to all others. If another machine has NODE_RANK=0 then, the run is written
+# there from then on, without the earlier metrics and best step. MASTER_PORT of the first machine and ports chosen by the
+# system must be open between the machines. Where a machine's own name resolves to 127.0.0.1 or to another network (see
+# getent hosts "$(hostname)"), set the network interface, or the workers do not find each other:
 #   GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 NNODES=2 ...
 
 set -eu
@@ -51,7 +51,7 @@ run() {
     if [ "${DRY_RUN:-0}" = 1 ]; then echo "$@"; else "$@"; fi
 }
 
-# what a variable should have been; the last argument is what it is
+# refuse NAME EXPECTED FOUND: one line and exit code 2
 refuse() {
     echo "torchrun.sh: $1: expected $2, found ${3:-nothing} (NNODES=$NNODES)" >&2
     exit 2
@@ -95,31 +95,32 @@ if [ $# -gt 0 ]; then
     run "$PYTHON" "$train" "$@" --check
 fi
 
-# ---- go ----
+# ---- run ----
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
-# the workers open their own store, a new one for each start; on one machine it listens at 127.0.0.1, torchrun's does not
+# The workers open a store of their own for each start; on one machine it listens on 127.0.0.1, torchrun's does not.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# torchrun would set it too, with a warning; train.py sets its threads itself (num_threads)
+# torchrun would set it too, with a warning; train.py sets its threads from num_threads.
 if [ "$NPROC" -gt 1 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 set -- --nproc-per-node="$NPROC" --max-restarts="${MAX_RESTARTS:-0}" "$train" "$@"
 if [ "$NNODES" -gt 1 ]; then
-    # torchrun ranks the machines by the order of these names, and uses that of rank 0 alone as an address ("~" sorts last)
+    # torchrun orders the machines by these names; only that of rank 0 is used as an address ("~" sorts last)
     if [ "$NODE_RANK" -eq 0 ]; then
         is_host=1 name=${LOCAL_ADDR:-$MASTER_ADDR}
     else
         is_host=0 name=$(printf '~%05d' "$NODE_RANK")
     fi
-    # read_timeout: the machines may come 10 minutes apart
+    # read_timeout: the machines may start 10 minutes apart
     set -- --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" \
-        --rdzv-id="${RDZV_ID:-${SLURM_JOB_ID:-mmbert}}" --rdzv-conf="is_host=$is_host,read_timeout=600" --local-addr="$name" "$@"
+        --rdzv-id="${RDZV_ID:-${SLURM_JOB_ID:-mmbert}}" --rdzv-conf="is_host=$is_host,read_timeout=600" \
+        --local-addr="$name" "$@"
 else
-    # a file to meet at opens no socket
-    meeting=FILE
-    [ "${DRY_RUN:-0}" = 1 ] || meeting=$(mktemp "${TMPDIR:-/tmp}/torchrun.XXXXXX")
-    set -- --rdzv-backend=c10d --rdzv-endpoint="$meeting" --rdzv-conf=store_type=file "$@"
+    # a rendezvous through a file opens no socket
+    rendezvous=FILE
+    [ "${DRY_RUN:-0}" = 1 ] || rendezvous=$(mktemp "${TMPDIR:-/tmp}/torchrun.XXXXXX")
+    set -- --rdzv-backend=c10d --rdzv-endpoint="$rendezvous" --rdzv-conf=store_type=file "$@"
 fi
 if [ "${DRY_RUN:-0}" = 1 ]; then
     run "$PYTHON" -m torch.distributed.run "$@"
