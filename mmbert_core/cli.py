@@ -40,13 +40,13 @@ from mmbert_core.console import CountingHandler, place, print_figures, say_error
 from mmbert_core.data.class_words import positive_class_line
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.demo import run as demo
+from mmbert_core.evaluation.metrics import lower_is_better
 from mmbert_core.export.exporter import check_request, export_model
 from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.inference.output_file import STANDARD
 from mmbert_core.predictor import Predictor
 from mmbert_core.report.build import PAGE, render_again
 from mmbert_core.report.model_card import describe as describe_model
-from mmbert_core.report.results import LOWER_IS_BETTER
 from mmbert_core.runtime import distributed
 from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError, PeerError, RunError, Stopped, format_for_message, phase
@@ -180,7 +180,7 @@ def describe(config: Config, data: Data) -> None:
     ]
     logger.info("inputs: %s", "; ".join(inputs))
     if data.val is not None:
-        best = "lowest" if config.early_stop_metric in LOWER_IS_BETTER else "highest"
+        best = "lowest" if lower_is_better(config.early_stop_metric) else "highest"
         logger.info(
             "best step: the %s %s (early_stop_metric), of equals the lowest val_loss", best, config.early_stop_metric
         )

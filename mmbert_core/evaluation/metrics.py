@@ -22,7 +22,13 @@ from mmbert_core.runtime.errors import InputError
 CLASS_PREFIX = "average_precision_class_"
 NUM_BINS = 15  # of the expected calibration error: equal width, [a, b), the last one closed
 ONE_SIDED = ("precision", "recall")  # calling every row class 1 finds them all: alone they compare no models
+LOWER_IS_BETTER = ("val_loss", "log_loss", "ece")
 EPS = float(np.finfo(np.float32).eps)  # log_loss keeps probabilities in [EPS, 1 - EPS], whatever their dtype
+
+
+def lower_is_better(name: str) -> bool:
+    """Of a metric, as "val/ece" or "ece". A class may be named after one: only the whole name counts."""
+    return name.removeprefix("val/") in LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,9 @@ def errors_section(scored: EvaluatedRows) -> Section:
     texts, num_explained = texts_of(scored, worst), max(MIN_EXPLAINED, len(preds) // ROWS_PER_EXPLANATION)
     attributions: list[Attributions] = []  # row by row: all of them at once could take more memory than training did
     for row, text in zip(worst[:num_explained], texts):
-        attributions += explain_rows(scored.loaded, dataset, [row], predicted=[chosen[row]], texts=[text], task=scored.task)
+        attributions += explain_rows(
+            scored.loaded, dataset, [row], predicted=[chosen[row]], texts=[text], task=scored.task
+        )
     attributions += [[(text, 0.0)] if text else [] for text in texts[num_explained:]]
     columns = dataset.cells(worst)
     return {

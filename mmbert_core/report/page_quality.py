@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
-from mmbert_core.evaluation.metrics import ONE_SIDED
+from mmbert_core.evaluation.metrics import ONE_SIDED, lower_is_better
 from mmbert_core.report import charts
 from mmbert_core.report.charts import Axis, Curve, Guide
 from mmbert_core.report.formatting import (
@@ -38,7 +38,6 @@ from mmbert_core.report.formatting import (
 )
 
 HEADLINE = 6  # metrics with a card of their own
-LOWER_IS_BETTER = {"log_loss", "ece", "brier", "loss"}
 MAX_CLASSES = 40  # of the confusion grid: the most frequent ones
 MAX_LISTED = 25  # classes of a table, where there are too many for a grid: as many as need no scrolling
 MAX_MIXED = 15  # pairs of classes taken for each other
@@ -83,7 +82,7 @@ def _headline_card(metric: str, value: Part, baselines: Sequence[Part]) -> str:
     lines = [interval(value.get("interval"))]
     best = best_baseline(metric, baselines)
     if best and metric not in ONE_SIDED:
-        gain = (value["value"] - best[1]) * (-1 if metric in LOWER_IS_BETTER else 1)
+        gain = (value["value"] - best[1]) * (-1 if lower_is_better(metric) else 1)
         words = (
             f'<span class="{"good" if gain > 0 else "bad"}">{decimals(abs(gain))} {"better" if gain > 0 else "worse"} than</span>'
             if gain
@@ -102,7 +101,7 @@ def best_baseline(metric: str, baselines: Sequence[Part]) -> tuple[str, float] |
     ]
     if not known:
         return None
-    return min(known, key=lambda pair: pair[1]) if metric in LOWER_IS_BETTER else max(known, key=lambda pair: pair[1])
+    return min(known, key=lambda pair: pair[1]) if lower_is_better(metric) else max(known, key=lambda pair: pair[1])
 
 
 def warnings(part: Sequence[str], report: Part) -> str:

@@ -15,7 +15,7 @@ from mmbert_core.evaluation.baselines import WORDS, Baselines
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.intervals import bootstrap_intervals
-from mmbert_core.evaluation.metrics import CLASS_PREFIX, ONE_SIDED, compute_metrics, metric_names
+from mmbert_core.evaluation.metrics import CLASS_PREFIX, ONE_SIDED, compute_metrics, lower_is_better, metric_names
 from mmbert_core.inference.output_file import Columns, prediction_columns, table_line, table_rows
 from mmbert_core.inference.scoring import EpochResult, non_finite_rows
 from mmbert_core.report.plots import write_plots
@@ -23,9 +23,6 @@ from mmbert_core.runtime.progress import slow_step
 from mmbert_core.storage.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
-
-
-LOWER_IS_BETTER = ("val_loss", "val/log_loss", "val/ece")
 
 
 MAX_LISTED = 10  # of more than FEW_CLASSES, those that pages and prints list
@@ -146,7 +143,7 @@ def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.nd
 def main_metric(config: Config) -> str:
     """The metric that parts of the rows, columns and rivals are compared by: the one that chose the best step, if more of it is better."""
     name = config.early_stop_metric
-    return "auroc" if name in LOWER_IS_BETTER else name.removeprefix("val/")
+    return "auroc" if lower_is_better(name) else name.removeprefix("val/")
 
 
 def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> str:

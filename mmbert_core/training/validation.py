@@ -8,8 +8,8 @@ import torch
 
 from mmbert_core import hooks
 from mmbert_core.data.dataset import Batch, Dataset
+from mmbert_core.evaluation.metrics import lower_is_better
 from mmbert_core.inference import scoring
-from mmbert_core.report.results import LOWER_IS_BETTER
 from mmbert_core.runtime import distributed, signals
 from mmbert_core.runtime.errors import phase
 from mmbert_core.training.run import Run
@@ -72,7 +72,7 @@ def update_best_step(run: Run, values: dict[str, Any]) -> bool:
     elif value == state.best_value:
         better = has_lower_loss(values["val_loss"], state.best_val_loss)
     else:
-        better = value < state.best_value if name in LOWER_IS_BETTER else value > state.best_value
+        better = value < state.best_value if lower_is_better(name) else value > state.best_value
     if better:
         state.best_metric, state.best_value, state.best_step, state.bad_validations = name, value, state.step, 0
         state.best_val_loss = values["val_loss"]
