@@ -215,7 +215,7 @@ def test_columns_of_very_many_classes_have_no_baseline_rather_than_minutes_of_on
         len(decision_fit.sample(data.train, 0, 30)[0]) == 860
         and len(decision_fit.sample(data.train, 0, 10_000)[0]) == 150
     )
-    monkeypatch.setitem(baselines.MAX_CLASSES, baselines.COLUMNS, 399)
+    monkeypatch.setitem(baselines.MAX_CLASSES, baselines.COLUMNS_ONLY, 399)
     assert decision_fit.fit_baselines(data, run["config"]).reasons["columns only"] == "more than 399 classes"
 
 

@@ -1,5 +1,5 @@
 """Predictions and labels (arrays) to numbers: metrics, intervals, thresholds, calibration, baselines. Knows no model.
 
-Modules, each importing only those before it: predictions, class_counts, class_ranking, metrics, intervals, slices,
-thresholds, calibration, baselines, decision.
+Modules, each importing only those before it: thresholds, class_counts, class_ranking, metrics, intervals, slices,
+calibration, baselines, decision.
 """

@@ -25,23 +25,23 @@ ITERATIONS = 60
 PAIR, SPREAD = 1_000_003, 0x9E3779B97F4A7C15  # odd multipliers that scatter token ids over the features
 
 
-MAJORITY, COLUMNS, WORDS = "most frequent class", "columns only", "text only"
+MAJORITY, COLUMNS_ONLY, TEXT_ONLY = "most frequent class", "columns only", "text only"
 MAX_CLASSES = {
-    WORDS: 50,
-    COLUMNS: 500,
+    TEXT_ONLY: 50,
+    COLUMNS_ONLY: 500,
 }  # words: HASHED weights for each; columns: MAX_CELLS are then a few rows of each
-HOW = {
+DESCRIPTIONS = {
     MAJORITY: "the shares of the classes in the training rows",
-    COLUMNS: "logistic regression on standardised numbers and one-hot categories",
-    WORDS: "logistic regression on a bag of the encoder's tokens and pairs of them",
+    COLUMNS_ONLY: "logistic regression on standardised numbers and one-hot categories",
+    TEXT_ONLY: "logistic regression on a bag of the encoder's tokens and pairs of them",
 }
 BASELINES_JSON = record(
     {
         "shares": array(number(0, 1), min_length=2),
         "rows": whole(0),
-        "models": array(text(choices=(COLUMNS, WORDS)), distinct=True),
-        "thresholds": mapping(number(-1, 1), keys=text(choices=(COLUMNS, WORDS))),
-        "reasons": mapping(text(), keys=text(choices=(COLUMNS, WORDS))),
+        "models": array(text(choices=(COLUMNS_ONLY, TEXT_ONLY)), distinct=True),
+        "thresholds": mapping(number(-1, 1), keys=text(choices=(COLUMNS_ONLY, TEXT_ONLY))),
+        "reasons": mapping(text(), keys=text(choices=(COLUMNS_ONLY, TEXT_ONLY))),
     }
 )
 
@@ -97,7 +97,7 @@ def _csr(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple
 
 
 @dataclass(frozen=True)
-class Linear:
+class LogisticRegression:
     """A logistic regression."""
 
     weight: torch.Tensor  # [F, K]
@@ -120,7 +120,7 @@ class Baselines:
     """The models that a result is shown beside, with weights of their own: kept in the model folder."""
 
     shares: np.ndarray  # [K] float32 of the classes in the training rows
-    models: Mapping[str, Linear]  # COLUMNS, WORDS, where the rows have such features
+    models: Mapping[str, LogisticRegression]  # COLUMNS_ONLY, TEXT_ONLY, where the rows have such features
     thresholds: Mapping[str, float]  # of the models, chosen as the model's own is
     rows: int  # that they were fitted on
     reasons: Mapping[str, str]  # of what is not among `models`
@@ -149,7 +149,7 @@ class Baselines:
     def from_json(
         cls, values: dict[str, Any], tensors: Mapping[str, torch.Tensor], *, num_classes: int, num_columns: int
     ) -> Baselines:
-        """The models of a value that BASELINES_JSON declares; `num_columns`: features of COLUMNS.
+        """The models of a value that BASELINES_JSON declares; `num_columns`: features of COLUMNS_ONLY.
 
         Raises `InputError` for shares that are none, and for weights of another shape or that are not finite.
         """
@@ -159,7 +159,7 @@ class Baselines:
             )
         models = {}
         for name in values["models"]:
-            shapes = {"weight": (HASHED if name == WORDS else num_columns, num_classes), "bias": (num_classes,)}
+            shapes = {"weight": (HASHED if name == TEXT_ONLY else num_columns, num_classes), "bias": (num_classes,)}
             for entry, shape in shapes.items():
                 tensor = tensors.get(f"{name}.{entry}")
                 if (
@@ -172,7 +172,7 @@ class Baselines:
                     raise InputError(
                         f"its weights {name}.{entry}: expected finite float32 of shape {list(shape)}, found {found}"
                     )
-            models[name] = Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+            models[name] = LogisticRegression(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
         return cls(
             np.array(values["shares"], dtype=np.float32),
             models,
@@ -189,7 +189,7 @@ def majority(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 def fit_best(
     train: tuple[torch.Tensor, np.ndarray], val: tuple[torch.Tensor, np.ndarray] | None, num_classes: int
-) -> Linear:
+) -> LogisticRegression:
     """The logistic regression of STRENGTHS that fits the validation rows best; features [N, F] sparse, labels [N]. None: of STRENGTH."""
     features, labels = train[0], torch.from_numpy(train[1])
     transposed = features.to_sparse_coo().t().coalesce().to_sparse_csr()
@@ -201,7 +201,7 @@ def fit_best(
 
 def _fit(
     features: torch.Tensor, transposed: torch.Tensor, labels: torch.Tensor, num_classes: int, strength: float
-) -> Linear:
+) -> LogisticRegression:
     """Mean cross entropy plus strength / 2 |weight|^2, by L-BFGS; gradients by hand, since autograd has none through CSR."""
     weight, bias = torch.zeros(features.shape[1], num_classes), torch.zeros(num_classes)
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -219,4 +219,4 @@ def _fit(
 
     with torch.no_grad():
         optimizer.step(closure)
-    return Linear(weight, bias)
+    return LogisticRegression(weight, bias)

@@ -19,7 +19,7 @@ from mmbert_core.evaluation.class_ranking import (
     weighted_rankings,
 )
 from mmbert_core.evaluation.metrics import CLASS_PREFIX, EPS, within_range
-from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
 
 LEVEL = 0.95
 DRAWS, MIN_DRAWS = 1000, 200

@@ -16,7 +16,7 @@ import torch
 
 from mmbert_core.evaluation.class_counts import COUNT_METRICS, ClassCounts, class_counts, value_of
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES, ClassRankings, class_rankings
-from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
 from mmbert_core.runtime.errors import InputError
 
 CLASS_PREFIX = "average_precision_class_"

@@ -15,7 +15,7 @@ import pandas as pd
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.intervals import bootstrap_intervals
 from mmbert_core.evaluation.metrics import compute_metrics
-from mmbert_core.evaluation.predictions import BINARY_THRESHOLD
+from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD
 
 MIN_ROWS = 30  # of a slice; smaller ones are put together
 DRAWS, MIN_DRAWS = 300, 100  # of the intervals: there are many slices

@@ -14,7 +14,7 @@ from typing import TextIO
 
 import numpy as np
 
-from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
 from mmbert_core.runtime import distributed
 from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError

@@ -22,11 +22,11 @@ from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.encoding import longest_texts, number_of
 from mmbert_core.data.prepare import Data
 from mmbert_core.data.tokens import join_texts, keeps_end
-from mmbert_core.evaluation.baselines import HOW
+from mmbert_core.evaluation.baselines import DESCRIPTIONS
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import EPS, METRICS
-from mmbert_core.evaluation.predictions import predicted_classes
 from mmbert_core.evaluation.slices import MIN_ROWS, slices_of
+from mmbert_core.evaluation.thresholds import predicted_classes
 from mmbert_core.inference.attributions import Attributions, explain_rows
 from mmbert_core.inference.model_folder import LoadedModel
 from mmbert_core.inference.permutation_importance import permutation_importance
@@ -254,7 +254,7 @@ def baselines_section(scored: EvaluatedRows) -> Section:
     rows = [
         {
             "name": name,
-            "how": HOW[name],
+            "how": DESCRIPTIONS[name],
             "metrics": {
                 key.removeprefix("test/"): {"value": value, "interval": None, "reason": None}
                 for key, value in values.items()

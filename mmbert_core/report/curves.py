@@ -14,8 +14,7 @@ from mmbert_core.evaluation.class_counts import class_counts
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.metrics import within_range
-from mmbert_core.evaluation.predictions import predicted_classes
-from mmbert_core.evaluation.thresholds import ThresholdCurve, metrics_at_threshold, threshold_curve
+from mmbert_core.evaluation.thresholds import ThresholdCurve, metrics_at_threshold, predicted_classes, threshold_curve
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 300  # of a curve
@@ -40,7 +39,7 @@ def threshold_section(preds: np.ndarray, labels: np.ndarray, decision: Decision)
     if (labels == 1).any():
         cuts = threshold_curve(preds, labels)
         places = {int(np.argmax(cuts.recall >= recall)) for recall in RECALLS}
-        values = sorted({*(float(cuts.values[place]) for place in places), 0.5, chosen.value}, reverse=True)
+        values = sorted({*(float(cuts.thresholds[place]) for place in places), 0.5, chosen.value}, reverse=True)
         section["table"] = [_table_row(preds, labels, value) for value in values]
     return section
 
@@ -87,7 +86,9 @@ def _bins(preds: np.ndarray, labels: np.ndarray) -> list[Section]:
 def roc_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Section:
     curves = {}
     for name, cuts in _cuts_by_class(preds, labels, class_names):
-        false = (cuts.found - cuts.true) / (cuts.found[-1] - cuts.true[-1])
+        false = (cuts.predicted_positives - cuts.true_positives) / (
+            cuts.predicted_positives[-1] - cuts.true_positives[-1]
+        )
         x, y = thinned(false, cuts.recall)
         curves[name] = {"x": x, "y": y, "area": within_range("auroc", float(np.trapezoid(cuts.recall, false)))}
     return {"curves": curves} if curves else {"reason": "one class only in the labels"}
@@ -99,7 +100,7 @@ def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names:
         precision = np.append(cuts.precision[1], cuts.precision[1:])  # of no rows: as of the first
         x, y = thinned(cuts.recall, precision)
         area = within_range("average_precision", float(np.diff(cuts.recall) @ cuts.precision[1:]))
-        curves[name] = {"x": x, "y": y, "area": area, "share": float(cuts.true[-1] / cuts.rows)}
+        curves[name] = {"x": x, "y": y, "area": area, "share": float(cuts.true_positives[-1] / cuts.num_rows)}
     return {"curves": curves} if curves else {"reason": "one class only in the labels"}
 
 

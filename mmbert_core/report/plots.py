@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mmbert_core.evaluation.metrics import functional
-from mmbert_core.evaluation.predictions import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 2000  # of a curve: more than a picture's width can show

@@ -11,7 +11,7 @@ import torch
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.evaluation import baselines
-from mmbert_core.evaluation.baselines import WORDS, Baselines
+from mmbert_core.evaluation.baselines import TEXT_ONLY, Baselines
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.intervals import bootstrap_intervals
@@ -39,7 +39,7 @@ CHUNK_ROWS = 8_192  # whose sparse features are in memory at a time
 
 def baseline_features(name: str, dataset: Dataset, positions: np.ndarray) -> torch.Tensor:
     """Sparse [N, F] of rows, for the baseline of that name."""
-    if name == WORDS:
+    if name == TEXT_ONLY:
         return baselines.word_features(*dataset.token_ids(positions))
     features, (numbers, categories) = dataset.features, dataset.columns(positions)
     standardised = (numbers - np.array(features.means)) / np.array(features.stds)

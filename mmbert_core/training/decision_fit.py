@@ -11,8 +11,16 @@ from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.evaluation import baselines
-from mmbert_core.evaluation.baselines import COLUMNS, MAX_CELLS, MAX_CLASSES, MAX_ROWS, MAX_TOKENS, WORDS, Baselines
-from mmbert_core.evaluation.decision import Decision, fit_threshold_and_calibration, fit_threshold
+from mmbert_core.evaluation.baselines import (
+    COLUMNS_ONLY,
+    MAX_CELLS,
+    MAX_CLASSES,
+    MAX_ROWS,
+    MAX_TOKENS,
+    TEXT_ONLY,
+    Baselines,
+)
+from mmbert_core.evaluation.decision import Decision, fit_threshold, fit_threshold_and_calibration
 from mmbert_core.report.results import baseline_features
 from mmbert_core.runtime.progress import slow_step
 
@@ -50,11 +58,11 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
     val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed, config.num_classes)
     models, thresholds, reasons = {}, {}, {}
     for name, is_there in {
-        COLUMNS: bool(config.tab_field_list or config.cat_field_list),
-        WORDS: bool(config.text_name),
+        COLUMNS_ONLY: bool(config.tab_field_list or config.cat_field_list),
+        TEXT_ONLY: bool(config.text_name),
     }.items():
         if not is_there:
-            reasons[name] = f"the model has no {'columns' if name == COLUMNS else 'text'}"
+            reasons[name] = f"the model has no {'columns' if name == COLUMNS_ONLY else 'text'}"
         elif config.num_classes > MAX_CLASSES[name]:
             reasons[name] = f"more than {MAX_CLASSES[name]} classes"
         else:

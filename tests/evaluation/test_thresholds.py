@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
-from mmbert_core.evaluation.predictions import predicted_classes
-from mmbert_core.evaluation.thresholds import EVERY_ROW, Threshold, choose_threshold, threshold_curve, parse_rule
+from mmbert_core.evaluation.thresholds import (
+    EVERY_ROW,
+    Threshold,
+    choose_threshold,
+    parse_rule,
+    predicted_classes,
+    threshold_curve,
+)
 from mmbert_core.runtime.errors import InputError
 
 
@@ -71,8 +77,8 @@ def test_figures_are_those_of_the_rows_above() -> None:
 def test_cuts_run_from_none_to_all() -> None:
     preds, labels = np.array([0.2, 0.9, 0.9, 0.4], np.float32), np.array([0, 1, 0, 1])
     cuts = threshold_curve(preds, labels)
-    assert cuts.found.tolist() == [0, 2, 3, 4] and cuts.true.tolist() == [0, 1, 2, 2]
-    assert [int((preds > value).sum()) for value in cuts.values] == [0, 2, 3, 4]
+    assert cuts.predicted_positives.tolist() == [0, 2, 3, 4] and cuts.true_positives.tolist() == [0, 1, 2, 2]
+    assert [int((preds > value).sum()) for value in cuts.thresholds] == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -182,8 +188,8 @@ def test_the_promise_of_a_rule_holds_whatever_the_probabilities(
 def test_each_cut_separates_what_it_counts(rows: tuple[np.ndarray, np.ndarray]) -> None:
     preds, labels = rows
     cuts = threshold_curve(preds, labels)
-    assert [int((preds > np.float64(value)).sum()) for value in cuts.values] == cuts.found.tolist()
-    assert [int(labels[preds > np.float64(value)].sum()) for value in cuts.values] == cuts.true.tolist()
+    assert [int((preds > np.float64(value)).sum()) for value in cuts.thresholds] == cuts.predicted_positives.tolist()
+    assert [int(labels[preds > np.float64(value)].sum()) for value in cuts.thresholds] == cuts.true_positives.tolist()
 
 
 def test_all_rows_are_those_of_probability_zero_too() -> None:
