@@ -17,7 +17,7 @@ from mmbert_core.data.tokens import (
     tokenizer_fingerprint,
 )
 from mmbert_core.runtime.errors import InputError
-from tests.data.conftest import WORDS
+from tests.support.table_fixtures import WORDS
 
 
 def chunks_of(tokens, row):

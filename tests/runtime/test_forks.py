@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> Path:
 
 def run_worker(model: Path, threads: int, num_children: int, *precision: str) -> list[Any]:
     """A JSON value of each child."""
-    script = [str(tiny.ROOT / "tests" / "fork_worker.py"), str(model), str(threads), str(num_children), *precision]
+    script = [str(tiny.ROOT / "tests" / "support" / "fork_worker.py"), str(model), str(threads), str(num_children), *precision]
     done = tiny.run_command(script, timeout=500, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(threads))
     assert done.returncode == 0 and "forked" not in done.stderr, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -62,7 +62,7 @@ def test_twenty_forks_none_hangs(model, threads):
 
 def test_children_forked_right_after_threads_have_ended(model):
     """The end of a thread holds a lock of the matrix library for a moment: without a wait about one in eight of them hangs."""
-    script = [str(tiny.ROOT / "tests" / "fork_after_threads.py"), str(model), "30"]
+    script = [str(tiny.ROOT / "tests" / "support" / "fork_after_threads.py"), str(model), "30"]
     done = tiny.run_command(script, timeout=500, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="2")
     assert done.returncode == 0 and done.stdout == "0 of 30 hang\n", (done.stdout, done.stderr[-2000:])
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mmbert_core.config import Config
-from mmbert_core.inference.precision import autocast, build_scaler, resolve_precision
+from mmbert_core.inference.precision import AUTOCAST_DTYPES, autocast, build_scaler, resolve_precision
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase
@@ -282,4 +282,4 @@ def test_autocast_and_scaler_do_nothing_where_they_are_not_needed(precision, dty
         assert torch.is_autocast_enabled("cpu") == (precision != "fp32")
     assert build_scaler(precision, CPU).is_enabled() == (precision == "fp16")
     assert build_scaler("fp32", CPU).scale(torch.ones(())) == 1.0
-    assert set(precision.AUTOCAST_DTYPES) == {"fp32", "bf16", "fp16"}
+    assert set(AUTOCAST_DTYPES) == {"fp32", "bf16", "fp16"}
