@@ -35,7 +35,7 @@ from mmbert_core.inference.model_folder import build_model
 from mmbert_core.model.dropout import Dropout
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.text_encoder import TextBertBase
-from mmbert_core.runtime.distributed import DistContext, read_context, set_threads
+from mmbert_core.runtime.ranks import DistContext, read_context, set_threads
 from mmbert_core.training.memory import MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD, call_glibc, keep_freed_memory
 
 GEMM = {"cpu": (2048, 1), "cuda": (8192, 8)}  # size of the matrices, products between two looks at the clock

@@ -29,7 +29,7 @@ from mmbert_core.inference.precision import resolve_precision
 from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.tables.table import Roles
 from mmbert_core.training.start import prepare_model
 

@@ -32,7 +32,7 @@ from mmbert_core.data.prepare import prepare
 from mmbert_core.data.store import open_or_build
 from mmbert_core.data.tokens import load_tokenizer
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import read_context, set_threads
+from mmbert_core.runtime.ranks import read_context, set_threads
 from mmbert_core.tables.table import Roles
 from mmbert_core.training import loop
 from mmbert_core.training.run_folder import locked_folder

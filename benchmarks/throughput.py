@@ -37,7 +37,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order
 from mmbert_core.data.prepare import Data
 from mmbert_core.inference.precision import AUTOCAST_DTYPES, resolve_precision
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training import loop
 from mmbert_core.training.run_folder import locked_folder
 from mmbert_core.training.start import prepare_model, start_run

@@ -10,8 +10,8 @@ from typing import Any
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import write_json
 from mmbert_core.training.loop import fit
 from mmbert_core.training.start import prepare_model

@@ -47,10 +47,10 @@ from mmbert_core.inference.output_file import STANDARD
 from mmbert_core.predictor import Predictor
 from mmbert_core.report.build import PAGE, render_again
 from mmbert_core.report.model_card import describe as describe_model
-from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime import ranks, workers
 from mmbert_core.runtime.errors import InputError, PeerError, RunError, Stopped, format_for_message, phase
-from mmbert_core.runtime.streams import open_closed_streams, protect_streams, while_it_is_read
+from mmbert_core.runtime.ranks import DistContext
+from mmbert_core.runtime.streams import open_closed_streams, protect_streams, until_reader_closes
 from mmbert_core.serve.server import run_server
 from mmbert_core.training.loop import fit
 from mmbert_core.training.resume import read_for_all_ranks
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_closed_streams()
     try:
-        context = distributed.read_context()
+        context = ranks.read_context()
     except InputError as error:
         say_error(str(error))
         return 2
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a full disk behind it is still told
         return exit_code
     except InputError as error:
-        distributed.wait_for_local_main()
+        workers.wait_for_local_main()
         say_error(str(error))
         return 2
     except Stopped as stopped:
@@ -113,7 +113,7 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
         return demo.run_demo(context)
     config = read_config(arguments.config, overrides)
     check_folders(config)
-    distributed.set_threads(config.num_threads, context)
+    ranks.set_threads(config.num_threads, context)
     with phase("reading data and encoder"):
         data = prepare(config)
         model = prepare_model(config, data)
@@ -129,7 +129,7 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
             f"; {num_warnings} warning{'s'[: num_warnings > 1]} above" if num_warnings else "",
         )
         return 0
-    with distributed.process_group(context, config.timeout_seconds):
+    with workers.process_group(context, config.timeout_seconds):
         results = fit(config, data, model, context)
     if context.is_main and results.get("test_metrics"):
         print_figures(results["test_metrics"], config)
@@ -196,8 +196,8 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
         raise InputError(
             f"command line: - as {' and '.join(standard)} is for one process, found {context.world_size}: name files"
         )
-    with distributed.process_group(context), phase("prediction"), spooled(arguments) as path:
-        with while_it_is_read():
+    with workers.process_group(context), phase("prediction"), spooled(arguments) as path:
+        with until_reader_closes():
             num_rows = predictor.predict_file(
                 [path], arguments.output, sheet_safe=arguments.sheet_safe, tsv_quoting=arguments.tsv_quoting
             )
@@ -213,7 +213,7 @@ def say_positive_class(predictor: Predictor) -> None:
 
 
 def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Predictor:
-    distributed.set_threads(arguments.num_threads or "auto", context)
+    ranks.set_threads(arguments.num_threads or "auto", context)
     predictor = Predictor.from_folder(
         arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold
     )
@@ -247,7 +247,7 @@ def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
     predictor = build_predictor(arguments, context)
     output = arguments.output or arguments.model_path
     check_folder("--output" if arguments.output else "the model folder, where no --output is given", output)
-    with distributed.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
+    with workers.process_group(context, predictor.loaded.config.timeout_seconds), phase("evaluation"):
         figures, folder = predictor.evaluate_file(
             [arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting
         )
@@ -262,8 +262,8 @@ def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
 def ablate(arguments: argparse.Namespace, context: DistContext) -> int:
     config = read_config(arguments.config, overrides_from(arguments))
     check_folders(config)
-    distributed.set_threads(config.num_threads, context)
-    with distributed.process_group(context, config.timeout_seconds):
+    ranks.set_threads(config.num_threads, context)
+    with workers.process_group(context, config.timeout_seconds):
         results = run_ablation(config, arguments.seeds, context)
     if context.is_main:
         print(table(results))
@@ -289,7 +289,7 @@ def report(arguments: argparse.Namespace, context: DistContext) -> int:
 def serve(arguments: argparse.Namespace, context: DistContext) -> int:
     if context.world_size > 1:
         raise InputError(f"serve: expected one process, found {context.world_size} (start it without torchrun)")
-    distributed.set_threads(arguments.num_threads or "auto", context)
+    ranks.set_threads(arguments.num_threads or "auto", context)
     run_server(
         Predictor.from_folder(arguments.model_path, context),
         arguments.model_path,
@@ -302,7 +302,7 @@ def serve(arguments: argparse.Namespace, context: DistContext) -> int:
 def export(arguments: argparse.Namespace, context: DistContext) -> int:
     if context.world_size > 1:
         raise InputError(f"export: expected one process, found {context.world_size}; start it without torchrun")
-    distributed.set_threads("auto", context)
+    ranks.set_threads("auto", context)
     check_request(Path(arguments.output), arguments.format)
     with phase("export"):
         export_model(
@@ -329,11 +329,11 @@ def run() -> NoReturn:
     protect_streams()
     with signals.caught():
         try:
-            exit_code = distributed.record(main)() or 0  # None: `record` has swallowed the SystemExit of --help
+            exit_code = workers.record(main)() or 0  # None: `record` has swallowed the SystemExit of --help
         except Exception:  # noqa: BLE001 - main has told it
             pass
         except Stopped as stopped:  # outside of a command: nothing had begun
             logger.info("%s", stopped)
             exit_code = signals.EXIT_STOPPED
         signals.ignore()
-        distributed.leave(exit_code)
+        workers.leave(exit_code)

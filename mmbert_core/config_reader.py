@@ -31,27 +31,27 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     """A `Config` from a YAML or JSON file and overriding values. Raises `InputError` with the key and what was expected."""
     values = _checked(read_config_file(path), path) if path else {}
     flags = _checked(overrides or {}, COMMAND_LINE)  # apart, so that --encoder wins over the file's tokenizer too
-    place = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
-    return _build(_with_metrics_of_the_run({**values, **flags}), place)
+    source = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
+    return _build(_with_metrics_of_the_run({**values, **flags}), source)
 
 
-def config_from_dict(values: Mapping[str, Any], *, place: str = "config") -> Config:
+def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Config:
     """Check names, translate the original's keys, coerce values by the key's type, build the `Config`."""
-    return _build(_checked(values, place), place)
+    return _build(_checked(values, source), source)
 
 
-def _checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The values of one source under today's names, each of its key's type."""
-    values = _translate_original_keys(_with_original_metrics(values, place), place)
+    values = _translate_original_keys(_with_original_metrics(values, source), source)
     known = config_fields()
     if unknown := [key for key in values if key not in known]:
-        raise InputError(f"{place}: {_unknown_keys(unknown)}")
-    return coerce_all(values, place=place)
+        raise InputError(f"{source}: {_unknown_keys(unknown)}")
+    return coerce_all(values, source=source)
 
 
-def _with_original_metrics(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _with_original_metrics(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A file with keys that only the original had keeps the original's metrics. A flag such as --tokenizer says nothing of the file."""
-    if place == COMMAND_LINE or not any(key in values for key in (*ALIASES, *IGNORED_KEYS)):
+    if source == COMMAND_LINE or not any(key in values for key in (*ALIASES, *IGNORED_KEYS)):
         return dict(values)
     defaults = {"metric_choices": list(ORIGINAL_METRICS), "early_stop_metric": ORIGINAL_CHOICE}
     return {**values, **{key: default for key, default in defaults.items() if values.get(key) is None}}
@@ -91,24 +91,24 @@ def _unknown_keys(unknown: list[str]) -> str:
     return f"unknown keys {', '.join(named)}{more}" + ("" if all(nearest) and not more else f"; {LIST_OF_KEYS}")
 
 
-def _build(values: Mapping[str, Any], place: str) -> Config:
-    """The `Config`; a missing key, a value out of its range or a contradiction is an error that names the place."""
+def _build(values: Mapping[str, Any], source: str) -> Config:
+    """The `Config`; a missing key, a value out of its range or a contradiction is an error that names the source."""
     for name, item in config_fields().items():
         if item.default is MISSING and name not in values:
-            raise InputError(f"{place}: the key {name!r} is required: {item.metadata['meaning']}")
+            raise InputError(f"{source}: the key {name!r} is required: {item.metadata['meaning']}")
     try:
         return Config(**values)
     except InputError as error:
-        raise InputError(f"{place}: {error}") from None
+        raise InputError(f"{source}: {error}") from None
 
 
-def _translate_original_keys(values: dict[str, Any], place: str) -> dict[str, Any]:
+def _translate_original_keys(values: dict[str, Any], source: str) -> dict[str, Any]:
     """`tokenizer` -> encoder, `fp16` -> precision, and one warning for keys without use here. None means "not set"."""
     ignored = [key for key in IGNORED_KEYS if values.pop(key, None) is not None]
     if ignored:
         logger.warning(
             "%s: %s %s no use here and %s ignored",
-            place,
+            source,
             " and ".join(ignored),
             *(("has", "is") if len(ignored) == 1 else ("have", "are")),
         )
@@ -116,33 +116,33 @@ def _translate_original_keys(values: dict[str, Any], place: str) -> dict[str, An
         encoder = values.get("encoder")
         if encoder not in (None, tokenizer):
             raise InputError(
-                f"{place}: encoder is {format_for_message(encoder)} and tokenizer is {format_for_message(tokenizer)}: they mean the same, keep one"
+                f"{source}: encoder is {format_for_message(encoder)} and tokenizer is {format_for_message(tokenizer)}: they mean the same, keep one"
             )
         values["encoder"] = tokenizer
     if (fp16 := values.pop("fp16", None)) is not None:
-        fp16, precision = coerce("fp16", fp16, bool, place=place), values.get("precision")
+        fp16, precision = coerce("fp16", fp16, bool, source=source), values.get("precision")
         meant = "fp16" if fp16 else "fp32"  # the original knew no other
         if precision not in (None, meant):
             raise InputError(
-                f"{place}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: they contradict, keep precision"
+                f"{source}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: they contradict, keep precision"
             )
         values["precision"] = meant
     return values
 
 
-def coerce_all(values: Mapping[str, Any], *, place: str = "config") -> dict[str, Any]:
+def coerce_all(values: Mapping[str, Any], *, source: str = "config") -> dict[str, Any]:
     """Values of a mapping, each turned into the type of its key; None means "not set" and takes the default."""
     hints, known = get_type_hints(Config), config_fields()
     result = {}
     for key, value in values.items():
         has_default = known[key].default is not MISSING
         result[key] = (
-            known[key].default if value is None and has_default else coerce(key, value, hints[key], place=place)
+            known[key].default if value is None and has_default else coerce(key, value, hints[key], source=source)
         )
     return result
 
 
-def coerce(key: str, value: Any, hint: Any, *, place: str) -> Any:
+def coerce(key: str, value: Any, hint: Any, *, source: str) -> Any:
     """`value` as the type `hint`; strings are read as a file or a shell gives them (YAML reads 2e-4 as a string)."""
     for member in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         try:
@@ -153,7 +153,7 @@ def coerce(key: str, value: Any, hint: Any, *, place: str) -> Any:
         isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
     ) and str in _members(hint)
     quotes = " (YAML reads yes, no, on, off so: write a name in quotes)" if is_yaml_word else ""
-    raise InputError(f"{place}: {key}: expected {describe(hint)}, found {format_for_message(value)}{quotes}")
+    raise InputError(f"{source}: {key}: expected {describe(hint)}, found {format_for_message(value)}{quotes}")
 
 
 def _members(hint: Any) -> list[Any]:

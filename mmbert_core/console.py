@@ -9,8 +9,8 @@ import transformers
 
 from mmbert_core.config import Config
 from mmbert_core.report.results import NOT_BETTER, TRY, listed_figures, verdict
-from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import RunError
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training.memory import is_out_of_memory
 
 logger = logging.getLogger("mmbert_core")  # the parent of all loggers of the package

@@ -40,10 +40,10 @@ from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model.probe import num_embedding_rows
 from mmbert_core.report import results
 from mmbert_core.report.build import EvaluatedRows, rows_section, training_section, write_report
-from mmbert_core.runtime import distributed, forks
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime import distributed, forks, ranks
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.runtime.progress import Progress
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import read_json
 from mmbert_core.tables.readers import lengths_of
 from mmbert_core.tables.table import (
@@ -121,7 +121,7 @@ class Predictor:
         """
         return cls(
             load_model_folder(folder),
-            context or distributed.read_context(),
+            context or ranks.read_context(),
             precision=precision,
             threshold=threshold,
             folder=Path(folder),

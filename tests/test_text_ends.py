@@ -13,8 +13,8 @@ from mmbert_core.export import example as export_example
 from mmbert_core.export import exporter
 from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.manifest import MANIFEST
 from tests.support import tiny
 

@@ -22,8 +22,8 @@ from mmbert_core.demo.sample import (
     write_sample,
     write_small_encoder,
 )
-from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime import distributed, ranks, workers
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import make_folder_by_time
 from mmbert_core.training.loop import fit
 from mmbert_core.training.start import prepare_model
@@ -37,9 +37,9 @@ SHOWN = ("auroc", "average_precision", "f1_score", "accuracy")
 
 def run_demo(context: DistContext) -> int:
     """Collective. Train the three models on the sample into `runs/demo-<time>/` and print their test figures."""
-    distributed.set_threads("auto", context)
+    ranks.set_threads("auto", context)
     started = time.monotonic()
-    with distributed.process_group(context):
+    with workers.process_group(context):
         folder = distributed.on_main(make_folder)
         rows = {part: run_part(part, folder, context) for part in PARTS}
     if context.is_main:

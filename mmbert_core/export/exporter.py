@@ -29,8 +29,8 @@ from mmbert_core.export import example as export_example
 from mmbert_core.inference.model_folder import LoadedModel
 from mmbert_core.model.padded import PaddedModel
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import MEGABYTE, atomic_folder, write_json, write_text
 from mmbert_core.tables.table import Roles, read_chunks, records_to_chunk
 

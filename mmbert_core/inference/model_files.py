@@ -206,7 +206,7 @@ def check_complete(folder: Path) -> None:
 def read_settings(folder: Path) -> ModelSettings:
     """Config, features and labels. Raises `InputError`, one line, for what does not fit: nothing has been built by then."""
     values = read_folder_json(folder / CONFIG, CONFIG_JSON)
-    config, resolved = config_from_dict(values["config"], place=f"{folder / CONFIG}: config"), values["resolved"]
+    config, resolved = config_from_dict(values["config"], source=f"{folder / CONFIG}: config"), values["resolved"]
     if config.text_name and resolved["pooling"] is None:
         raise InputError(f"{folder / CONFIG}: resolved.pooling: expected {', '.join(POOLINGS[1:])}, found null")
     features_json = read_folder_json(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)

@@ -49,7 +49,7 @@ from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, reinitialise, resolve_pooling
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.storage.encoder_files import Shapes, check_content, read_shapes
-from mmbert_core.storage.files import TEMPORARY_PREFIX, save_tensors, space, sync_path, write_json
+from mmbert_core.storage.files import TEMPORARY_PREFIX, missing_space, save_tensors, sync_path, write_json
 from mmbert_core.storage.manifest import MANIFEST
 
 ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
@@ -154,7 +154,7 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: Load
         _replace_tensors(weights, temporaries[WEIGHTS], folder / WEIGHTS, manifest_of=folder)
     except OSError as error:
         num_bytes = sum(tensor.nbytes for tensor in weights.values())
-        raise RunError(f"the model could not be written: {space(folder, num_bytes)} ({error})") from error
+        raise RunError(f"the model could not be written: {missing_space(folder, num_bytes)} ({error})") from error
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)

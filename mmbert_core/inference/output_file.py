@@ -16,9 +16,9 @@ import numpy as np
 
 from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
 from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError
-from mmbert_core.storage.files import TEMPORARY_PREFIX, naming, sync_path
+from mmbert_core.runtime.ranks import DistContext
+from mmbert_core.storage.files import TEMPORARY_PREFIX, path_in_errors, sync_path
 from mmbert_core.tables.table import (
     check_path,
 )
@@ -153,7 +153,7 @@ def written_whole(output: str | Path, inputs: Sequence[str], context: DistContex
     try:
         distributed.on_main(lambda: create(temporary, output))
         with (
-            naming(output),
+            path_in_errors(output),
             open(temporary if context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream,
         ):
             yield stream

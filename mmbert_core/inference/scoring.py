@@ -14,7 +14,7 @@ from mmbert_core.data.batches import assign_to_ranks, evaluation_batches
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.model.losses import LossOp
 from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.ranks import DistContext
 
 TOKEN_BUDGETS = {"cpu": 1024, "cuda": 16384}  # of an evaluation batch: what a CPU keeps in its caches, what fills a GPU
 

@@ -71,7 +71,7 @@ def open_closed_streams() -> None:
 
 
 @contextmanager
-def while_it_is_read() -> Iterator[None]:
+def until_reader_closes() -> Iterator[None]:
     """Work whose only result is standard output ends without a failure when the reader (`| head`) has seen enough."""
     try:
         yield

@@ -40,7 +40,7 @@ def sync_path(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """An `OSError` from inside that names no file, as of a write to a full disk, gets `path` and the space that is left."""
     try:
         yield
@@ -57,7 +57,7 @@ def write_text(path: Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     try:
-        with naming(path), open(temporary, "w", encoding="utf-8", newline="") as stream:
+        with path_in_errors(path), open(temporary, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -165,7 +165,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with naming(final):
+        with path_in_errors(final):
             yield temporary
         for path in sorted(temporary.rglob("*")):
             sync_path(path)
@@ -227,7 +227,7 @@ def remove_stale_temporaries(folder: Path, names: Iterable[str] | None = None) -
 # ---- the folder of a run ----
 
 
-def space(folder: Path, num_bytes: int) -> str:
+def missing_space(folder: Path, num_bytes: int) -> str:
     """The words of an error for `num_bytes` that find no place."""
     return f"need {num_bytes / MEGABYTE:.1f} MB, have {free_bytes(folder) / MEGABYTE:.1f} MB at {folder}"
 

@@ -25,11 +25,11 @@ from mmbert_core.storage.files import (
     TEMPORARY_PREFIX,
     atomic_folder,
     free_bytes,
+    missing_space,
     read_json,
     remove_path,
     remove_stale_temporaries,
     save_tensors,
-    space,
     sync_path,
     write_json,
 )
@@ -158,7 +158,7 @@ def _size(weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tenso
 
 
 def _space(folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> str:
-    return space(folder, _size(weights, moments))
+    return missing_space(folder, _size(weights, moments))
 
 
 def _write(

@@ -17,10 +17,10 @@ from mmbert_core.data.batches import assign_to_ranks, epoch_order, micro_batch_s
 from mmbert_core.data.prepare import Data
 from mmbert_core.model.losses import LossOp
 from mmbert_core.model.multimodal_bert import MultimodalBert
-from mmbert_core.runtime import distributed, signals
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime import ddp, distributed, signals
 from mmbert_core.runtime.errors import PeerError, RunError, Stopped, phase
 from mmbert_core.runtime.progress import format_seconds
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training.finish import finish
 from mmbert_core.training.memory import return_freed_memory
 from mmbert_core.training.optim import optimizer_step
@@ -149,7 +149,7 @@ def backward(run: Run, rows: np.ndarray, index: int, weight_sum: float, *, is_la
     """Gradients of one micro-batch; the rank's last one synchronises. Returns its share of the step's loss, detached."""
     with phase(f"the data of step {run.state.step + 1}"):
         batch = run.data.train.batch(rows)
-    with distributed.no_sync(run.ddp_model, enabled=not is_last), distributed.lost_peers():
+    with ddp.no_sync(run.ddp_model, enabled=not is_last), distributed.as_peer_error():
         with phase(f"the forward pass of step {run.state.step + 1}"):
             loss = hooks.training_step(run.ddp_model, batch, index, task=run.task, weight_sum=weight_sum)["loss"]
         with phase(f"the backward pass of step {run.state.step + 1}"):

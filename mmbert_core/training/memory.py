@@ -19,7 +19,7 @@ from mmbert_core.data.batches import epoch_order, micro_batches
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.hooks import run_epoch
 from mmbert_core.inference.scoring import Task
-from mmbert_core.runtime import distributed
+from mmbert_core.runtime import ddp, distributed
 from mmbert_core.runtime.errors import RunError, phase
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task
     moments = [
         torch.ones_like(parameter) for parameter in ddp_model.parameters() if parameter.requires_grad for _ in range(2)
     ]
-    with distributed.no_sync(ddp_model, enabled=True):
+    with ddp.no_sync(ddp_model, enabled=True):
         loss, _, _ = run_epoch(ddp_model, dataset.batch(rows), "train", task=task)
         loss.backward()
     del moments

@@ -16,9 +16,9 @@ from mmbert_core.data.prepare import Data
 from mmbert_core.inference.model_files import (
     WEIGHTS,
 )
-from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime import distributed, ranks
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.runtime.versions import VERSIONS
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
@@ -90,7 +90,7 @@ def read_for_all_ranks(
     """
     folder = Path(config.model_path) / "checkpoints"
     # torchrun repeats the arguments of the first start; of several nodes it may count the restart on some only
-    resume = "auto" if any(distributed.on_all(distributed.restart_count)) else config.resume
+    resume = "auto" if any(distributed.on_all(ranks.restart_count)) else config.resume
 
     def look() -> tuple[int, str] | None:
         """Step and path of this node's newest whole checkpoint."""

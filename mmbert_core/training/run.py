@@ -16,8 +16,9 @@ from mmbert_core.data.prepare import Data
 from mmbert_core.inference.scoring import Task
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext, UsedRows
+from mmbert_core.runtime.ddp import UsedRows
 from mmbert_core.runtime.errors import RunError, phase
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.runtime.versions import VERSIONS
 from mmbert_core.storage.files import LOCK
 from mmbert_core.storage.folder_lock import Claim

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mmbert_core.storage.files import naming, write_text
+from mmbert_core.storage.files import path_in_errors, write_text
 from mmbert_core.storage.metrics_log import kept_lines
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class RunLog:
         """One object with `step` and figures; a None is an undefined figure, with its reason in the object `undefined`."""
         if not self.is_main:
             return
-        with naming(self._path):
+        with path_in_errors(self._path):
             self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
             self._stream.flush()
         if not self._has_curves:  # not before: a finished run that is started again gets no more files

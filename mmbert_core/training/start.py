@@ -24,9 +24,10 @@ from mmbert_core.model.losses import LossOp, add_loss_op, build_loss_op, row_wei
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import POOLINGS
-from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext, UsedRows
+from mmbert_core.runtime import ddp, distributed
+from mmbert_core.runtime.ddp import UsedRows
 from mmbert_core.runtime.errors import InputError, phase
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import read_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
@@ -206,7 +207,7 @@ def place_model(
         with phase("load"):
             distributed.on_all(lambda: load_weights(model, found))
     freeze_unused(model, data, task)
-    return distributed.wrap_ddp(model, context, used_rows)
+    return ddp.wrap_ddp(model, context, used_rows)
 
 
 def resolve_batching(
@@ -260,7 +261,7 @@ def warm_up(ddp_model: nn.Module, data: Data, task: Task) -> None:
     ranks are summed.
     """
     if ddp_model is not getattr(ddp_model, "module", ddp_model):
-        with distributed.lost_peers():
+        with distributed.as_peer_error():
             loss, _, _ = run_epoch(ddp_model, data.train.batch(np.arange(1)), "train", task=task, weight_sum=math.inf)
             loss.backward()
         ddp_model.zero_grad(set_to_none=True)

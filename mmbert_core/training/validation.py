@@ -95,19 +95,19 @@ def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> 
 
     False, with `run.stopping` set, when a signal to any rank ended it before the last batch.
     """
-    poll = distributed.Poll()
+    stop_flag = distributed.AsyncFlag()
     run.model.eval()
     with (
         torch.no_grad(),
         phase(f"the evaluation at step {run.state.step}"),
     ):  # not inference_mode: an encoder may keep a table it makes here for training steps
         for item in scoring.own_batches(dataset, run.context):
-            run.stopping = poll.ask(signals.requested() is not None)
+            run.stopping = stop_flag.any_rank(signals.requested() is not None)
             if run.stopping:
                 break
             if item is not None:
                 index, batch = item
                 step(batch, index)
-    poll.close()
+    stop_flag.close()
     run.model.train()
     return not run.stopping

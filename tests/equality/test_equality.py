@@ -26,7 +26,7 @@ from mmbert_core.data.batches import epoch_order, evaluation_batches, micro_batc
 from mmbert_core.data.dataset import Batch, Dataset
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.inference import scoring
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training import loop, start
 from tests.equality.original_module import OriginalMultimodalBert
 from tests.support.tiny import metrics_lines, settings

@@ -26,8 +26,8 @@ from mmbert_core.inference.model_folder import LoadedModel, load_model_folder, s
 from mmbert_core.inference.output_file import output_delimiter, table_line
 from mmbert_core.model import packing
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training.start import prepare_model
 from tests.support import tiny
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmbert_core import cli
-from mmbert_core.runtime import distributed
+from mmbert_core.runtime import distributed, ranks
 from mmbert_core.training import loop, start
 
 seconds: dict[str, float] = defaultdict(float)
@@ -41,11 +41,11 @@ def main() -> None:
     clocked(loop, "validate", "validations")
     clocked(loop, "save", "checkpoints")
     clocked(loop, "check_step_on_all_ranks", "check_on_all_ranks")
-    clocked(distributed.Poll, "ask", "polls")
+    clocked(distributed.AsyncFlag, "any_rank", "polls")
     clocked(start, "resolve_by_trial", "trial before step 1")
     clocked(start, "warm_up", "warm-up of DDP")
     code = cli.main(["train", *sys.argv[1:]])
-    if distributed.read_context().is_main:
+    if ranks.read_context().is_main:
         training = seconds["steps"] + seconds["validations"] + seconds["checkpoints"]
         safety = seconds["checkpoints"] + seconds["check_on_all_ranks"] + seconds["polls"]
         print(

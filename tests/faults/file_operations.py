@@ -21,7 +21,7 @@ import torch
 
 from mmbert_core import hooks
 from mmbert_core.config import Config
-from mmbert_core.runtime.distributed import read_context
+from mmbert_core.runtime.ranks import read_context
 from mmbert_core.storage.files import sha256_of
 from tests.support import tiny
 

@@ -13,7 +13,7 @@ from mmbert_core.data import batches
 from mmbert_core.inference import scoring
 from mmbert_core.predictor import Predictor
 from mmbert_core.report import results
-from mmbert_core.runtime import distributed
+from mmbert_core.runtime import distributed, ranks, workers
 from mmbert_core.storage.files import write_json
 from mmbert_core.tables.table import Roles, read_chunks
 
@@ -40,9 +40,9 @@ def evaluate(scorer: Predictor, table: Path, folder: Path) -> None:
 def main() -> None:
     folder, pairs = Path(sys.argv[1]), [tuple(map(int, word.split("x"))) for word in sys.argv[2:]]
     results.write_plots = lambda *_, **__: []  # pictures take longer than all of this
-    context = distributed.read_context()
-    distributed.set_threads(1, context)
-    with distributed.process_group(context):
+    context = ranks.read_context()
+    ranks.set_threads(1, context)
+    with workers.process_group(context):
         for model in ("two", "three"):
             scorer = Predictor.from_folder(folder / model, context)
             for num_rows, most in pairs:

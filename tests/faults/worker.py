@@ -44,7 +44,7 @@ import torch
 
 from mmbert_core import cli, hooks, predictor
 from mmbert_core.inference import scoring
-from mmbert_core.runtime import distributed
+from mmbert_core.runtime import ranks
 from mmbert_core.training import checkpoint, finish, loop, memory, start
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -97,7 +97,7 @@ def plant_rows(folder: str) -> None:
             stream.write(
                 json.dumps(
                     {
-                        "life": [launcher, distributed.restart_count()],
+                        "life": [launcher, ranks.restart_count()],
                         "time": time.time(),
                         "step": step_now(),
                         "rows": batch.row_index.tolist(),
@@ -230,7 +230,7 @@ def plant_phases(folder: str) -> None:
     stream = open(Path(folder) / f"phases-{RANK}.jsonl", "a", encoding="utf-8")
 
     def note(phase: str, step: int = 0) -> None:
-        stream.write(json.dumps({"restart": distributed.restart_count(), "phase": phase, "step": step}) + "\n")
+        stream.write(json.dumps({"restart": ranks.restart_count(), "phase": phase, "step": step}) + "\n")
         stream.flush()
 
     before(cli, "prepare", lambda *_: note("data"))

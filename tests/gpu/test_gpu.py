@@ -16,7 +16,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.prepare import prepare
 from mmbert_core.inference.precision import resolve_precision
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import DistContext, read_context
+from mmbert_core.runtime.ranks import DistContext, read_context
 from mmbert_core.training import start
 from mmbert_core.training.checkpoint import list_steps, step_folder
 from tests.support import tiny

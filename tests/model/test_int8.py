@@ -11,8 +11,8 @@ from torch import nn
 from mmbert_core.config import Config
 from mmbert_core.model.int8 import Int8Linear
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import read_context
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.ranks import read_context
 from tests.support import tiny
 
 

@@ -19,8 +19,8 @@ from mmbert_core.model import probe
 from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime.distributed import DistContext
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.start import prepare_model
 from tests.support import tiny

@@ -9,8 +9,8 @@ from mmbert_core import hooks
 from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime import distributed, ranks, workers
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import sha256_of
 from mmbert_core.training import loop
 from tests.support import tiny
@@ -144,9 +144,9 @@ def resume(folder: Path, context: DistContext) -> None:
 
 def main() -> None:
     folder, tasks = Path(sys.argv[1]), sys.argv[2:]
-    context = distributed.read_context()
-    distributed.set_threads(1, context)
-    with distributed.process_group(context):
+    context = ranks.read_context()
+    ranks.set_threads(1, context)
+    with workers.process_group(context):
         for task in tasks:
             {"steps": steps, "score": score, "resume": resume}[task](folder, context)
 

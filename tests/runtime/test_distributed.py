@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmbert_core.config import Config
-from mmbert_core.runtime import distributed
+from mmbert_core.runtime import ddp, distributed, ranks, workers
 from mmbert_core.runtime.errors import InputError
 from tests.support import tiny
 from tests.support.distributed_worker import DTYPES, tensors_of_all_kinds
@@ -45,7 +45,7 @@ def configs(tmp_path_factory) -> dict[str, Config]:
 
 
 @pytest.fixture(scope="module")
-def ranks(configs) -> list[dict]:
+def both_ranks(configs) -> list[dict]:
     """What each of two ranks reports."""
     folder = Path(configs["few parts"].model_path).parent
     (folder / "configs.json").write_text(json.dumps({name: config.to_dict() for name, config in configs.items()}))
@@ -54,41 +54,42 @@ def ranks(configs) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_lists_of_unequal_length_are_gathered_in_bounded_rounds(ranks):
+def test_lists_of_unequal_length_are_gathered_in_bounded_rounds(both_ranks):
     expected = [[[rank, index, [rank] * index] for index in range(count)] for rank, count in ((0, 8), (1, 2))]
-    assert [rank["collectives"]["gathered"] for rank in ranks] == [expected, expected]
-    assert [rank["collectives"]["sizes"] for rank in ranks] == [[0, 3, 3, 2], [0, 2, 0, 0]]  # first the lengths
-    assert [rank["collectives"]["nothing"] for rank in ranks] == [[[], []]] * 2
+    assert [rank["collectives"]["gathered"] for rank in both_ranks] == [expected, expected]
+    assert [rank["collectives"]["sizes"] for rank in both_ranks] == [[0, 3, 3, 2], [0, 2, 0, 0]]  # first the lengths
+    assert [rank["collectives"]["nothing"] for rank in both_ranks] == [[[], []]] * 2
 
 
-def test_objects_and_sums_are_the_same_on_every_rank(ranks):
-    for rank in ranks:
+def test_objects_and_sums_are_the_same_on_every_rank(both_ranks):
+    for rank in both_ranks:
         assert rank["collectives"]["from 0"] == {"rank": 0} and rank["collectives"]["from 1"] == {"rank": 1}
         assert rank["collectives"]["sum"] == [pytest.approx(1.2, abs=1e-15), 1e300, 2**41 + 1]  # in float64
         assert rank["collectives"]["is_distributed"]
 
 
-def test_tensors_of_every_kind_arrive(ranks):
+def test_tensors_of_every_kind_arrive(both_ranks):
     expected = {name: [str(value.dtype), value.double().tolist()] for name, value in tensors_of_all_kinds().items()}
     assert len(expected) == len(DTYPES) + 4
-    for rank in ranks:
+    for rank in both_ranks:
         assert rank["collectives"]["tensors"] == expected
         assert rank["collectives"]["from 1 only"] == [1.0, 1.0]
 
 
-def test_an_error_of_rank_0_reaches_every_rank_as_what_it_is(ranks):
-    assert ranks[0]["errors"]["ran"] == [0] * 4 and ranks[1]["errors"]["ran"] == []
-    assert [rank["errors"]["input"] for rank in ranks] == [["InputError", "train.csv row 3: no label"]] * 2
-    assert [rank["errors"]["value"] for rank in ranks] == [
+def test_an_error_of_rank_0_reaches_every_rank_as_what_it_is(both_ranks):
+    assert both_ranks[0]["errors"]["ran"] == [0] * 4 and both_ranks[1]["errors"]["ran"] == []
+    assert [rank["errors"]["input"] for rank in both_ranks] == [["InputError", "train.csv row 3: no label"]] * 2
+    assert [rank["errors"]["value"] for rank in both_ranks] == [
         ["ValueError", "a bug"],
         ["PeerError", "rank 0: ValueError: a bug"],
     ]
-    assert ranks[1]["errors"]["disk"] == ["PeerError", "rank 0: OSError: [Errno 28] No space left on device"]
-    assert [rank["errors"]["value after"] for rank in ranks] == ["made on rank 0"] * 2
+    assert both_ranks[1]["errors"]["disk"] == ["PeerError", "rank 0: OSError: [Errno 28] No space left on device"]
+    assert [rank["errors"]["value after"] for rank in both_ranks] == ["made on rank 0"] * 2
+    assert [rank["errors"]["value kept"] for rank in both_ranks] == ["not pickled", None]
 
 
 @pytest.mark.parametrize("name", ("few parts", "unused parameters"))
-def test_two_processes_train_as_one(ranks, configs, tmp_path, name):
+def test_two_processes_train_as_one(both_ranks, configs, tmp_path, name):
     """Also when a rank has no micro-batch, and when a rank would wait for gradients that never come."""
     two, one = configs[name], replace(configs[name], model_path=str(tmp_path / "one"))
     results, _ = tiny.train(one)
@@ -109,8 +110,8 @@ def test_two_processes_train_as_one(ranks, configs, tmp_path, name):
     )
 
 
-def test_a_bad_loss_of_one_rank_stops_all_before_the_step(ranks):
-    [(other, heard), (guilty, told)] = [rank["poisoned"] for rank in ranks]
+def test_a_bad_loss_of_one_rank_stops_all_before_the_step(both_ranks):
+    [(other, heard), (guilty, told)] = [rank["poisoned"] for rank in both_ranks]
     assert (other, heard) == ("PeerError", "a loss of step 3 is not finite on another rank")
     assert (
         guilty == "RunError"
@@ -120,21 +121,23 @@ def test_a_bad_loss_of_one_rank_stops_all_before_the_step(ranks):
     )
 
 
-def test_a_failure_of_any_rank_is_one_of_all(ranks):
-    assert [rank["errors"]["all"] for rank in ranks] == [
+def test_a_failure_of_any_rank_is_one_of_all(both_ranks):
+    assert [rank["errors"]["all"] for rank in both_ranks] == [
         ["PeerError", "rank 1: ValueError: only here"],
         ["ValueError", "only here"],
     ]
-    assert [rank["errors"]["all after"] for rank in ranks] == [["rank 0", "rank 1"]] * 2
+    assert [rank["errors"]["all after"] for rank in both_ranks] == [["rank 0", "rank 1"]] * 2
 
 
-def test_a_flag_of_one_rank_is_heard_by_all_at_the_same_question(ranks):
-    assert ranks[0]["poll"] == ranks[1]["poll"] == [False] * 5 + [True]  # raised by rank 1 at the fourth
+def test_a_flag_of_one_rank_is_read_by_all_at_the_same_call(both_ranks):
+    assert (
+        both_ranks[0]["async flag"] == both_ranks[1]["async flag"] == [False] * 5 + [True]
+    )  # raised by rank 1 at the fourth
 
 
-def test_the_used_rows_of_an_embedding_are_summed_alone_and_the_gradients_are_the_same(ranks):
-    every, used = (ranks[0]["embedding"][name] for name in ("all", "used"))
-    assert used["gradients"] == every["gradients"] == ranks[1]["embedding"]["used"]["gradients"]
+def test_the_used_rows_of_an_embedding_are_summed_alone_and_the_gradients_are_the_same(both_ranks):
+    every, used = (both_ranks[0]["embedding"][name] for name in ("all", "used"))
+    assert used["gradients"] == every["gradients"] == both_ranks[1]["embedding"]["used"]["gradients"]
     assert [row for row, gradient in enumerate(used["gradients"][0]) if any(gradient)] == [1, 2, 7, 90]
     assert used["sent"] == 4 * 4 + 4 * 3 + 3 and every["sent"] in (
         0,
@@ -142,25 +145,25 @@ def test_the_used_rows_of_an_embedding_are_summed_alone_and_the_gradients_are_th
     )  # 0: torch's own, not through Python
 
 
+def test_ranks_wait_for_long_work_of_rank_0_and_no_longer_for_any_other(tmp_path):
+    done = tiny.torchrun(2, [WORKER, str(tmp_path), "long timeout"], timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    said = json.loads((tmp_path / "long_timeout1.json").read_text())
+    assert said[0] == "done" and said[1].startswith("lost contact with another rank")
+
+
 # ---- one process ----
 
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in distributed.TORCHRUN_VARIABLES:
+    for name in ranks.TORCHRUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
-def test_ranks_wait_for_long_work_of_rank_0_and_no_longer_for_any_other(tmp_path):
-    done = tiny.torchrun(2, [WORKER, str(tmp_path), "patience"], timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    said = json.loads((tmp_path / "patience1.json").read_text())
-    assert said[0] == "done" and said[1].startswith("lost contact with another rank")
-
-
 def test_helpers_are_identities_in_one_process(environment):
-    context = distributed.read_context()
+    context = ranks.read_context()
     assert (context.rank, context.local_rank, context.world_size, context.local_world_size, context.is_main) == (
         0,
         0,
@@ -168,7 +171,7 @@ def test_helpers_are_identities_in_one_process(environment):
         1,
         True,
     )
-    with distributed.process_group(context) as same:
+    with workers.process_group(context) as same:
         assert same is context and not distributed.is_distributed()
         distributed.barrier()
         item = object()
@@ -181,73 +184,6 @@ def test_helpers_are_identities_in_one_process(environment):
         with pytest.raises(InputError, match="^as it is$"):
             distributed.on_main(lambda: (_ for _ in ()).throw(InputError("as it is")))
         model = torch.nn.Linear(2, 2)
-        assert distributed.wrap_ddp(model, context) is model
-        with distributed.no_sync(model, enabled=True):
+        assert ddp.wrap_ddp(model, context) is model
+        with ddp.no_sync(model, enabled=True):
             pass
-
-
-def test_torchrun_environment_is_read(environment):
-    for name, value in zip(distributed.TORCHRUN_VARIABLES, ("3", "1", "4", "2", "localhost", "29500"), strict=True):
-        environment.setenv(name, value)
-    context = distributed.read_context()
-    assert (context.rank, context.local_rank, context.world_size, context.local_world_size, context.is_main) == (
-        3,
-        1,
-        4,
-        2,
-        False,
-    )
-
-
-@pytest.mark.parametrize(
-    "present", (("RANK",), ("WORLD_SIZE",), ("RANK", "WORLD_SIZE", "LOCAL_RANK"), distributed.TORCHRUN_VARIABLES[:-1])
-)
-def test_a_partial_torchrun_environment_is_refused(environment, present):
-    for name in present:
-        environment.setenv(name, "1")
-    missing = sorted(set(distributed.TORCHRUN_VARIABLES) - set(present))
-    with pytest.raises(InputError, match=f"without {', '.join(missing)}$"):
-        distributed.read_context()
-
-
-def test_ranks_that_are_no_numbers_are_refused(environment):
-    for name in distributed.TORCHRUN_VARIABLES:
-        environment.setenv(name, "one")
-    with pytest.raises(InputError, match="expected numbers in RANK"):
-        distributed.read_context()
-
-
-def test_variables_that_other_launchers_set_do_not_make_a_rank(environment):
-    environment.setenv("MASTER_ADDR", "node0")
-    environment.setenv("LOCAL_RANK", "0")
-    assert distributed.read_context().world_size == 1
-
-
-@pytest.mark.parametrize("threads, processes, highest", [(65, 1, 64), (1_024, 1, 64), (33, 2, 32), (3, 64, 2)])
-def test_threads_that_would_wait_for_each_other_are_refused(monkeypatch, threads, processes, highest):
-    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    before = torch.get_num_threads()
-    with pytest.raises(
-        InputError,
-        match=rf"^num_threads: expected at most {highest} \({processes} process.* 2 cores here\), found {threads}: auto is",
-    ):
-        distributed.set_threads(threads, distributed.DistContext(0, 0, processes, processes, torch.device("cpu")))
-    assert torch.get_num_threads() == before
-
-
-def test_processes_that_have_a_core_each_may_be_many(monkeypatch):
-    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
-    assert distributed.set_threads(1, distributed.DistContext(0, 0, 64, 64, torch.device("cpu"))) == 1
-
-
-def test_threads_are_set_and_shared_by_the_processes_of_a_node(monkeypatch):
-    before = torch.get_num_threads()
-    context = distributed.DistContext(0, 0, 3, 3, torch.device("cpu"))
-    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    try:
-        assert distributed.set_threads("auto", context) == 2 == torch.get_num_threads()
-        assert distributed.set_threads(3, context) == 3 == torch.get_num_threads()
-        monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: {0}, raising=False)
-        assert distributed.set_threads("auto", context) == 1
-    finally:
-        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ import torch
 
 from mmbert_core.config import Config
 from mmbert_core.predictor import Predictor
-from mmbert_core.runtime import distributed, forks
+from mmbert_core.runtime import forks, ranks
 from mmbert_core.runtime.errors import InputError, RunError
 from tests.support import tiny
 
@@ -120,11 +120,8 @@ def test_what_cannot_cross_a_fork_is_one_line(model, monkeypatch):
 
 def test_a_forked_process_is_given_one_thread(monkeypatch, caplog):
     monkeypatch.setattr(forks, "_forked", True)
-    assert distributed.set_threads("auto", distributed.read_context()) == 1 and not caplog.records
-    assert (
-        distributed.set_threads(3, distributed.read_context()) == 1
-        and "a forked process computes with 1 thread" in caplog.text
-    )
+    assert ranks.set_threads("auto", ranks.read_context()) == 1 and not caplog.records
+    assert ranks.set_threads(3, ranks.read_context()) == 1 and "a forked process computes with 1 thread" in caplog.text
 
 
 @pytest.mark.parametrize("shared", [True, False])

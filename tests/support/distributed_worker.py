@@ -15,9 +15,9 @@ import torch
 from mmbert_core import hooks
 from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict
-from mmbert_core.runtime import distributed
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime import ddp, distributed, ranks, workers
 from mmbert_core.runtime.errors import InputError, PeerError
+from mmbert_core.runtime.ranks import DistContext
 from tests.support import tiny
 
 DTYPES = (
@@ -101,17 +101,19 @@ def errors(context: DistContext) -> dict[str, list[str]]:
     ran.pop() if context.rank == 1 else None
     seen["all after"] = distributed.on_all(lambda: f"rank {context.rank}")
     seen["value after"] = distributed.on_main(lambda: ran.append(context.rank) or "made on rank 0")
+    seen["value kept"] = distributed.on_main(lambda: lambda: "not pickled", share=False)
+    seen["value kept"] = seen["value kept"] and seen["value kept"]()
     seen["ran"] = ran
     return seen
 
 
-def poll(context: DistContext) -> list[bool]:
-    """What each rank hears until it hears yes; rank 1 raises its flag at the fourth question."""
-    questions, heard = distributed.Poll(), []
-    while not any(heard):
-        heard.append(questions.ask(context.rank == 1 and len(heard) == 3))
-    questions.close()
-    return heard
+def async_flag(context: DistContext) -> list[bool]:
+    """What each rank reads until it reads True; rank 1 raises its flag at the fourth call."""
+    flag, answers = distributed.AsyncFlag(), []
+    while not any(answers):
+        answers.append(flag.any_rank(context.rank == 1 and len(answers) == 3))
+    flag.close()
+    return answers
 
 
 def embedding_gradients(context: DistContext) -> dict[str, Any]:
@@ -127,11 +129,11 @@ def embedding_gradients(context: DistContext) -> dict[str, Any]:
     for name, rows in (("all", None), ("used", torch.tensor([1, 2, 7, 90]))):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Embedding(100, 4), torch.nn.Linear(4, 3))
-        used = distributed.UsedRows(model[0].weight, rows)
-        ddp_model = distributed.wrap_ddp(model, context, used)
+        used = ddp.UsedRows(model[0].weight, rows)
+        ddp_model = ddp.wrap_ddp(model, context, used)
         for step in range(2):  # DDP lays out its buckets anew after the first
             ddp_model.zero_grad(set_to_none=True)
-            with distributed.no_sync(ddp_model, enabled=True):
+            with ddp.no_sync(ddp_model, enabled=True):
                 ddp_model(ids[:1]).square().sum().backward()
             sent.clear()
             ddp_model(ids[1:]).square().sum().backward()
@@ -160,7 +162,7 @@ def stops_together(config: Config, context: DistContext) -> list[str]:
 
 
 def waits_for_rank_0() -> list[str]:
-    """What comes of work of rank 0 that takes longer than the group's timeout: with patience, then without."""
+    """What comes of work of rank 0 that takes longer than the group's timeout: with a long timeout, then without."""
 
     def work() -> str:
         time.sleep(4)
@@ -178,20 +180,20 @@ def waits_for_rank_0() -> list[str]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    context = distributed.read_context()
-    if sys.argv[2:] == ["patience"]:
-        with distributed.process_group(context):
-            (folder / f"patience{context.rank}.json").write_text(json.dumps(waits_for_rank_0()))
-            distributed.leave(0)  # the group is broken
-    distributed.set_threads(1, context)
+    context = ranks.read_context()
+    if sys.argv[2:] == ["long timeout"]:
+        with workers.process_group(context):
+            (folder / f"long_timeout{context.rank}.json").write_text(json.dumps(waits_for_rank_0()))
+            workers.leave(0)  # the group is broken
+    ranks.set_threads(1, context)
     configs = {
         name: config_from_dict(values) for name, values in json.loads((folder / "configs.json").read_text()).items()
     }
-    with distributed.process_group(context):
+    with workers.process_group(context):
         result = {
             "collectives": collectives(context),
             "errors": errors(context),
-            "poll": poll(context),
+            "async flag": async_flag(context),
             "embedding": embedding_gradients(context),
         }
         for name, config in configs.items():

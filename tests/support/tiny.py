@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import Data, prepare
-from mmbert_core.runtime.distributed import DistContext, read_context, set_threads
+from mmbert_core.runtime.ranks import DistContext, read_context, set_threads
 from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.loop import fit
 from mmbert_core.training.start import prepare_model

@@ -14,7 +14,7 @@ from transformers import AutoModel, LukeConfig
 from mmbert_core.config import Config
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.report import results
-from mmbert_core.runtime.distributed import DistContext
+from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training import checkpoint, loop
 from mmbert_core.training.loop import fit
 from mmbert_core.training.start import prepare_model
