@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import gemm_peak, machine, opened, parser, table, wait
-from mmbert_core.model.dropout import draw_kept
+from mmbert_core.model.dropout import draw_keep_mask
 
 MEGABYTES = 256
 TEXTS = 20_000
@@ -56,7 +56,7 @@ def main() -> None:
         rows.append(
             [
                 "dropout draws on the CPU, 16 bits each",
-                f"{per_second(lambda: draw_kept((draws,), 0.1), draws, torch.device('cpu')) / 1e6:,.0f} million/s",
+                f"{per_second(lambda: draw_keep_mask((draws,), 0.1), draws, torch.device('cpu')) / 1e6:,.0f} million/s",
             ]
         )
         texts = data.tokenizer.batch_decode(

@@ -43,6 +43,7 @@ from mmbert_core.inference.model_files import (
     read_settings,
 )
 from mmbert_core.model.multimodal_bert import MultimodalBert
+from mmbert_core.model.positions import max_tokens
 from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder, sentence_pooling
 from mmbert_core.model.probe import check_runs_once, check_token_ids
 from mmbert_core.model.tabular_encoder import TabAE
@@ -85,28 +86,20 @@ def build_model(config: Config, features: Features) -> MultimodalBert:
         text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
-    return MultimodalBert(text, _tabular_part(config, features), config.num_classes)
+    return MultimodalBert(text, _build_tabular_encoder(config, features), config.num_classes)
 
 
 def check_length(config: Config, encoder: nn.Module) -> None:
-    """Refuse chunks longer than the encoder's positions, which would fail deep inside it."""
-    positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions is None or positions < 1:  # XLNet has relative positions and says -1
-        return
-    offset = 0
-    for name, module in encoder.named_modules():
-        if name.split(".")[-1] == "position_embeddings" and isinstance(module, nn.Embedding):
-            positions = min(positions, module.num_embeddings)
-            offset = (
-                0 if module.padding_idx is None else module.padding_idx + 1
-            )  # RoBERTa's way: they start behind the padding's
-    if config.max_length > positions - offset:
+    """Raise `InputError` for chunks longer than the encoder's position embeddings, which would fail inside the encoder."""
+    limit = max_tokens(encoder)
+    if limit is not None and config.max_length > limit:
         raise InputError(
-            f"max_length: expected at most {positions - offset} tokens, as encoder {config.encoder!r} has positions, found {config.max_length}"
+            f"max_length: expected at most {limit} tokens, as encoder {config.encoder!r} has positions, "
+            f"found {config.max_length}"
         )
 
 
-def _tabular_part(config: Config, features: Features) -> TabAE | None:
+def _build_tabular_encoder(config: Config, features: Features) -> TabAE | None:
     if not features.num_numbers and not features.cardinalities:
         return None
     return TabAE(
@@ -209,7 +202,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
             text = TextBertBase(
                 encoder, pooling=settings.resolved["pooling"], hidden_common_dim=config.hidden_common_dim
             )
-        model = MultimodalBert(text, _tabular_part(config, features), config.num_classes)
+        model = MultimodalBert(text, _build_tabular_encoder(config, features), config.num_classes)
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (
         RuntimeError,

@@ -1,5 +1,5 @@
 """Tensors to logits: text encoder, tabular encoder, fusion, loss. Reads no files but pretrained encoders.
 
-Modules, each importing only those before it: fusion, losses, tabular_encoder, pretrained, dropout, int8, packing,
-text_encoder, probe, multimodal_bert, padded.
+Modules, each importing only those before it: fusion, losses, tabular_encoder, positions, pretrained, dropout, int8,
+packing, packed_attention, text_encoder, probe, multimodal_bert, padded.
 """

@@ -1,36 +1,35 @@
 """Dropout whose masks are cheap to draw on the CPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-LEVELS = 2**16  # of a 16-bit draw
+LEVELS = 2**16  # values of a 16-bit draw
 
 
-def resolution(rate: float) -> tuple[int, float]:
-    """How many of the LEVELS are dropped, and by what a survivor is multiplied, so that its mean stays exact."""
-    dropped = round(rate * LEVELS)
-    return dropped, LEVELS / (LEVELS - dropped) if dropped < LEVELS else 0.0
+def rounded_rate(rate: float) -> tuple[int, float]:
+    """How many of the LEVELS are dropped, and the factor of the kept elements, with which the mean stays exact."""
+    num_dropped = round(rate * LEVELS)
+    return num_dropped, LEVELS / (LEVELS - num_dropped) if num_dropped < LEVELS else 0.0
 
 
-def draw_kept(shape: torch.Size | tuple[int, ...], rate: float) -> torch.Tensor:
-    """Which elements survive, int8 zeros and ones of this shape, on the CPU, from torch's global generator.
+def draw_keep_mask(shape: torch.Size | tuple[int, ...], rate: float) -> torch.Tensor:
+    """int8 of this shape on the CPU, 1 where an element is kept, 0 where it is dropped; from torch's global generator.
 
-    A full-range 64-bit integer is four draws of 16 bits, at a quarter of `bernoulli_`'s cost each. `random_()` without
-    bounds leaves the sign bit zero; with the lower bound alone it draws all 64. No bool: its kernels are not vectorised.
+    One full-range 64-bit integer is four draws of 16 bits, each at a quarter of `bernoulli_`'s cost. `random_()` without
+    bounds leaves the sign bit zero; with the lower bound given it draws all 64. No bool: its kernels are not vectorised.
     """
     count = torch.Size(shape).numel()
     draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    return torch.ge(draws, resolution(rate)[0] - LEVELS // 2, out=torch.empty(count, dtype=torch.int8)).view(shape)
+    threshold = rounded_rate(rate)[0] - LEVELS // 2
+    return torch.ge(draws, threshold, out=torch.empty(count, dtype=torch.int8)).view(shape)
 
 
-def apply_kept(values: torch.Tensor, kept: torch.Tensor, rate: float) -> torch.Tensor:
-    """`values` where kept, scaled, else 0: forward and backward of dropout alike."""
-    return torch.addcmul(values.new_zeros(()), values, kept.to(values.dtype), value=resolution(rate)[1])
+def apply_keep_mask(values: torch.Tensor, keep_mask: torch.Tensor, rate: float) -> torch.Tensor:
+    """The kept values, scaled, and 0 elsewhere: both dropout's forward and its backward."""
+    return torch.addcmul(values.new_zeros(()), values, keep_mask.to(values.dtype), value=rounded_rate(rate)[1])
 
 
 class Dropout(nn.Dropout):
@@ -45,19 +44,19 @@ class Dropout(nn.Dropout):
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, rate: float) -> torch.Tensor:
-        kept = draw_kept(values.shape, rate)
-        ctx.save_for_backward(kept)
+        keep_mask = draw_keep_mask(values.shape, rate)
+        ctx.save_for_backward(keep_mask)
         ctx.rate = rate
-        return apply_kept(values, kept, rate)
+        return apply_keep_mask(values, keep_mask, rate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return apply_kept(gradient, *ctx.saved_tensors, ctx.rate), None
+        return apply_keep_mask(gradient, *ctx.saved_tensors, ctx.rate), None
 
 
 def replace_dropouts(module: nn.Module) -> None:
-    """Every nn.Dropout below `module` becomes a `Dropout` of the same rate, in place."""
+    """Replace every nn.Dropout below `module` by a `Dropout` of the same rate, in place."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:

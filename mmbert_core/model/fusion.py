@@ -1,12 +1,10 @@
-"""The head over both halves."""
-
-from __future__ import annotations
+"""The classification head over the text and the tabular vector."""
 
 from torch import nn
 
 
 def build_merge_subnetwork(input_merge_dim: int, output_merge_dim: int) -> nn.Sequential:
-    """The original's final network: ``relu_layer_final``, then ``linear_layer_final`` [B, input] -> [B, output]."""
+    """The original's final network: `relu_layer_final`, then `linear_layer_final`, [B, input] -> [B, output]."""
     network = nn.Sequential()
     network.add_module("relu_layer_final", nn.ReLU())
     network.add_module("linear_layer_final", nn.Linear(input_merge_dim, output_merge_dim))

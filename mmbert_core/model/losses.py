@@ -1,8 +1,7 @@
-"""Loss per row and weight per row, so that means are taken once, over whole steps."""
+"""One loss and one weight per row, so that a mean can be taken once, over all rows of an optimizer step.
 
-# B rows, K classes
-
-from __future__ import annotations
+B rows, K classes.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,16 +13,16 @@ LossOp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_loss_op(class_weights: Sequence[float] | None = None) -> nn.CrossEntropyLoss:
-    """Cross entropy with one loss per row; ``class_weights``: one positive weight per class, in class order."""
+    """Cross entropy with one loss per row; `class_weights`: one positive weight per class, in class order."""
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
     return nn.CrossEntropyLoss(weight=weight, reduction="none")
 
 
 def add_loss_op(loss_op: LossOp) -> LossOp:
-    """A user's ``loss_op(logits [B, K], labels [B])`` made to return one loss per row, [B].
+    """A user's `loss_op(logits [B, K], labels [B])` that returns one loss per row, [B].
 
-    A loss with a ``reduction`` (torch's own have one) is copied with reduction "none"; any other must return [B] by
-    itself, which row_losses checks at the first use.
+    A loss with a `reduction`, as torch's own, is copied with reduction "none"; any other must return [B] itself, which
+    `row_losses` checks at each use.
     """
     if not hasattr(loss_op, "reduction"):
         return loss_op
@@ -33,7 +32,7 @@ def add_loss_op(loss_op: LossOp) -> LossOp:
 
 
 def row_losses(loss_op: LossOp, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Losses [B] float32, class weights already in. Raises ValueError when the loss op returns another shape."""
+    """Losses [B] in float32, multiplied by the class weights. Raises `ValueError` when the loss op returns another shape."""
     losses = loss_op(logits.float(), labels)
     if losses.shape != labels.shape:
         expected, found = tuple(labels.shape), tuple(losses.shape)
@@ -42,10 +41,10 @@ def row_losses(loss_op: LossOp, logits: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def row_weights(loss_op: LossOp, labels: torch.Tensor) -> torch.Tensor:
-    """Weights [B] float32 whose sum divides the summed losses, as torch's "mean" does.
+    """Weights [B] float32 by whose sum the summed losses are divided, as with torch's reduction "mean".
 
-    The class weight of the row's label for CrossEntropyLoss and NLLLoss (0 for their ``ignore_index``), the two whose
-    "mean" is weighted; 1 for every other loss.
+    For CrossEntropyLoss and NLLLoss, whose "mean" is weighted, the class weight of each row's label, and 0 for their
+    `ignore_index`; 1 for every other loss.
     """
     weights = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
     if not isinstance(loss_op, (nn.CrossEntropyLoss, nn.NLLLoss)):

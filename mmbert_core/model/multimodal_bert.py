@@ -1,8 +1,7 @@
-"""Text and columns to logits.text_encoder, model.tabular_encoder and model.fusion."""
+"""The classifier: text and columns to logits.
 
-# B rows, C chunks, T tokens, F numeric inputs, K categorical columns
-
-from __future__ import annotations
+B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim.
+"""
 
 import contextlib
 
@@ -15,9 +14,9 @@ from mmbert_core.model.text_encoder import TextBertBase
 
 
 class MultimodalBert(nn.Module):
-    """The classifier: either half may be absent (None), both absent is a ValueError.
+    """Text encoder, tabular encoder and head. One of the encoders may be None; both None is a ValueError.
 
-    Attributes: ``text_subnetwork``, ``tab_subnetwork``, ``final_merge_network``, ``num_classes``.
+    Attributes: `text_subnetwork`, `tab_subnetwork`, `final_merge_network`, `num_classes`, `pooling`.
     """
 
     build_merge_subnetwork = staticmethod(build_merge_subnetwork)
@@ -25,7 +24,7 @@ class MultimodalBert(nn.Module):
     def __init__(self, text_subnetwork: TextBertBase | None, tab_subnetwork: TabAE | None, num_classes: int) -> None:
         super().__init__()
         if text_subnetwork is None and tab_subnetwork is None:
-            raise ValueError("MultimodalBert: expected a text part, a tabular part or both, found neither")
+            raise ValueError("MultimodalBert: expected a text encoder, a tabular encoder or both, found neither")
         self.text_subnetwork = text_subnetwork
         self.tab_subnetwork = tab_subnetwork
         self.num_classes = num_classes
@@ -35,7 +34,7 @@ class MultimodalBert(nn.Module):
 
     @property
     def pooling(self) -> str | None:
-        """How the vectors of a text's tokens become one; None without text."""
+        """How a text's token vectors become one vector; None without a text encoder."""
         return None if self.text_subnetwork is None else self.text_subnetwork.pooling
 
     def forward(
@@ -47,7 +46,7 @@ class MultimodalBert(nn.Module):
     ) -> torch.Tensor:
         """Token ids and mask [B, T] or [B, C, T], numbers [B, F], categories [B, K] -> logits float32 [B, num_classes].
 
-        What an absent half would read is ignored and may be None.
+        Inputs of an encoder that the model lacks are ignored and may be None.
         """
         text_vectors = None if self.text_subnetwork is None else self.text_subnetwork(input_ids, attention_mask)
         return self.merge(text_vectors, tab_data, cat_data)
@@ -55,15 +54,15 @@ class MultimodalBert(nn.Module):
     def merge(
         self, text_vectors: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None
     ) -> torch.Tensor:
-        """The text half's vectors [B, D] and the columns -> logits: all that comes behind the encoder, next to nothing beside it.
+        """Text vectors [B, D], numbers [B, F], categories [B, K] -> logits: all but the text encoder, at little cost.
 
-        It stays in float32: a standardised outlier of 1e4 would overflow fp16 in the two linear layers.
+        Computed in float32, also inside autocast: a standardised outlier of 1e4 would overflow fp16 in the linear layers.
         """
-        parts = [] if text_vectors is None else [text_vectors.float()]
+        vectors = [] if text_vectors is None else [text_vectors.float()]
         with _without_autocast(self.final_merge_network.linear_layer_final.weight.device.type):
             if self.tab_subnetwork is not None:
-                parts.append(self.tab_subnetwork(tab_data, cat_data))
-            return self.final_merge_network(torch.cat(parts, dim=1))
+                vectors.append(self.tab_subnetwork(tab_data, cat_data))
+            return self.final_merge_network(torch.cat(vectors, dim=1))  # [B, D] or [B, 2 D] -> [B, num_classes]
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:

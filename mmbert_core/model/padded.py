@@ -1,8 +1,7 @@
-"""The model as a graph can hold it: padded batches to probabilities.multimodal_bert."""
+"""The model in a form that a graph can hold, for export: padded batches to probabilities.
 
-# B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim
-
-from __future__ import annotations
+B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim.
+"""
 
 import copy
 
@@ -13,10 +12,10 @@ from mmbert_core.model.multimodal_bert import MultimodalBert
 
 
 class PaddedModel(nn.Module):
-    """A copy of the model that takes padded batches and returns probabilities; only what the model has is given.
+    """A copy of the model without packing, whose tensor shapes depend on the lengths of the texts.
 
-    Packing makes shapes from the lengths of the texts, which no graph can hold. `limits`: the lowest and the highest number
-    [F] of each column that the model is given; those beyond are limited to them. None: none are.
+    `limits`: the lowest and the highest number [F] of each column that the model is given; numbers beyond are clipped.
+    None: numbers are not clipped.
     """
 
     def __init__(
@@ -32,12 +31,12 @@ class PaddedModel(nn.Module):
         self.register_buffer("highest", None if limits is None else limits[1].float())
         self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.is_binary = is_binary
-        text = self.model.text_subnetwork
-        if text is not None and text.is_packed:
-            text.is_packed = False
-            text.encoder.set_attn_implementation("sdpa")
-        if text is not None and max_chunks > 1:
-            self.model.text_subnetwork = AllChunks(text)
+        text_encoder = self.model.text_subnetwork
+        if text_encoder is not None and text_encoder.is_packed:
+            text_encoder.is_packed = False
+            text_encoder.encoder.set_attn_implementation("sdpa")
+        if text_encoder is not None and max_chunks > 1:
+            self.model.text_subnetwork = AllChunks(text_encoder)
 
     def forward(
         self,
@@ -46,9 +45,12 @@ class PaddedModel(nn.Module):
         numbers: torch.Tensor | None = None,
         categories: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, T] or [B, C, T] twice, [B, F], [B, K] -> probabilities of class 1 [B], or of all classes."""
+        """Ids and mask [B, T] or [B, C, T], [B, F], [B, K] -> probabilities of class 1 [B], or of all classes [B, classes].
+
+        Inputs that the model does not have are left out.
+        """
         if numbers is None and categories is not None:
-            numbers = torch.zeros_like(categories[:, :0], dtype=torch.float32)
+            numbers = torch.zeros_like(categories[:, :0], dtype=torch.float32)  # [B, 0]
         if self.lowest is not None:
             numbers = torch.minimum(torch.maximum(numbers, self.lowest), self.highest)
         probabilities = torch.softmax(self.model(input_ids, attention_mask, numbers, categories).float(), dim=1)
@@ -56,20 +58,21 @@ class PaddedModel(nn.Module):
 
 
 class AllChunks(nn.Module):
-    """The text half for a graph: every chunk of [B, C, T] is encoded, also those that are padding, which the mean leaves out."""
+    """The text encoder for a graph: it encodes every chunk of [B, C, T], also padding, which the mean leaves out."""
 
     def __init__(self, text: nn.Module) -> None:
         super().__init__()
         self.text = text
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[B, C, T] twice -> [B, D]"""
         num_rows, num_chunks, num_tokens = attention_mask.shape
         is_chunk = attention_mask.any(dim=2)  # [B, C]
-        is_first = torch.arange(num_tokens) == 0  # a chunk that sees no token would be NaN
+        is_first = torch.arange(num_tokens) == 0  # [T]; a chunk in which no token is seen would be NaN
         mask = torch.where(is_first, 1, attention_mask)
         vectors = self.text(input_ids.flatten(0, 1), mask.flatten(0, 1))  # [B C, D]
-        # picked, not reshaped: a graph with that reshape is refused where all texts have one chunk
+        # by an index, not a reshape: a graph with that reshape is refused where all texts have one chunk
         vectors = vectors[torch.arange(num_rows)[:, None] * num_chunks + torch.arange(num_chunks)]  # [B, C, D]
-        weights = is_chunk / is_chunk.sum(dim=1, keepdim=True).clamp(min=1)
-        # the projection comes before the mean here: it is linear, and the weights add up to 1
+        weights = is_chunk / is_chunk.sum(dim=1, keepdim=True).clamp(min=1)  # [B, C]
+        # here the projection precedes the mean, which is the same: it is linear and the weights add up to 1
         return (vectors * weights.unsqueeze(2)).sum(dim=1)

@@ -1,8 +1,7 @@
-"""The tabular half: numbers standardised, categories embedded, one linear layer."""
+"""The tabular encoder: numbers standardised, categories embedded, one linear layer.
 
-# B rows, F numeric inputs (imputed columns, then missing indicators), K categorical columns, D hidden_common_dim
-
-from __future__ import annotations
+B rows, F numeric inputs (imputed columns, then missing indicators), K categorical columns, D hidden_common_dim.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-UNSEEN = 1  # index of a category that training never had; 0 is a missing cell, 2.. are the training categories
-LIMIT = 1e4  # of a standardised number: a cell of 3.4e38 must not become an infinite logit
+UNSEEN = 1  # index of a category that no training row has; 0 is a missing cell, 2.. are the training categories
+LIMIT = 1e4  # largest standardised number: a cell of 3.4e38 must not become an infinite logit
 
 
 def embedding_dim(cardinality: int) -> int:
@@ -20,14 +19,14 @@ def embedding_dim(cardinality: int) -> int:
 
 
 class TabAE(nn.Module):
-    """Numeric and categorical columns to a vector of ``hidden_common_dim`` per row.
+    """Numeric and categorical columns to one vector of `hidden_common_dim` per row.
 
-    ``means``, ``stds``: one each per numeric input, fitted on the training rows; they are buffers, saved with the
-    weights. The original's BatchNorm made a row's output depend on its neighbours in the batch.
-    ``cardinalities``: rows of each column's embedding, the two reserved indices included. The row of UNSEEN is zero
-    and gets no gradient, so an unseen category adds nothing; the row of a missing cell starts at zero and is learned.
+    `means`, `stds`: one each per numeric input, fitted on the training rows; they are buffers, saved with the weights.
+    The original's BatchNorm made a row's output depend on the other rows of its batch.
+    `cardinalities`: rows of each column's embedding, the two reserved indices included. The row of UNSEEN is zero and
+    gets no gradient, so an unseen category adds nothing; the row of a missing cell starts at zero and is learned.
 
-    Attribute: ``output_tab_dim``. Raises ValueError without any column, or when the lengths do not agree.
+    Attribute: `output_tab_dim`. Raises `ValueError` without any column, or when the lengths differ.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class TabAE(nn.Module):
         mean = torch.tensor(means, dtype=torch.float64).to(torch.float32)
         std = torch.tensor(stds, dtype=torch.float64).to(torch.float32)
         self.register_buffer("mean", mean)
-        # A constant column divides by 1; so does one whose spread float32 cannot hold.
+        # a constant column is divided by 1, and so is one whose spread is too small for float32
         self.register_buffer("std", torch.where(std > 0, std, 1.0))
         self.embeddings = nn.ModuleList(
             nn.Embedding(cardinality, embedding_dim(cardinality), padding_idx=UNSEEN) for cardinality in cardinalities
@@ -63,15 +62,15 @@ class TabAE(nn.Module):
 
     @staticmethod
     def combine_tab_data(batch: Any) -> torch.Tensor:
-        """The numeric part of a batch, ``batch.numbers``, as float32 [B, F]."""
+        """The batch's numeric inputs, `batch.numbers`, as float32 [B, F]."""
         return batch.numbers.float()
 
     def forward(self, tab_data: torch.Tensor, cat_data: torch.Tensor | None = None) -> torch.Tensor:
-        """``tab_data`` float [B, F], imputed and in the columns' own units; ``cat_data`` int64 [B, K] -> [B, D]."""
-        parts = [((tab_data.float() - self.mean) / self.std).clamp(-LIMIT, LIMIT)]
+        """`tab_data` float [B, F], imputed, in the columns' own units; `cat_data` int64 [B, K] -> [B, D]."""
+        inputs = [((tab_data.float() - self.mean) / self.std).clamp(-LIMIT, LIMIT)]  # [B, F]
         if len(self.embeddings):
             if cat_data is None or cat_data.shape[1] != len(self.embeddings):
                 found = "none" if cat_data is None else cat_data.shape[1]
                 raise ValueError(f"TabAE: expected {len(self.embeddings)} categorical columns, found {found}")
-            parts += [embedding(cat_data[:, column]) for column, embedding in enumerate(self.embeddings)]
-        return self.relu(self.linear(torch.cat(parts, dim=1)))
+            inputs += [embedding(cat_data[:, column]) for column, embedding in enumerate(self.embeddings)]
+        return self.relu(self.linear(torch.cat(inputs, dim=1)))  # [B, F + widths of the embeddings] -> [B, D]

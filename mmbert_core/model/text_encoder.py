@@ -1,8 +1,8 @@
-"""The text half: a pretrained encoder, its pooling and its projection.pretrained, model.dropout and model.packing."""
+"""The text encoder: a pretrained encoder, its pooling and a projection.
 
-# B rows, C chunks of a row, N real chunks of the batch, T tokens, H hidden size of the encoder, D hidden_common_dim
-
-from __future__ import annotations
+B rows, C chunks of a row, N chunks of the batch that have tokens, T tokens of a chunk, S tokens of all chunks,
+H hidden size of the encoder, D hidden_common_dim.
+"""
 
 import inspect
 import logging
@@ -10,26 +10,24 @@ import logging
 import torch
 from torch import nn
 
-from mmbert_core.model import packing
+from mmbert_core.model import packed_attention, packing
 from mmbert_core.model.dropout import Dropout, replace_dropouts
-from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder
+from mmbert_core.model.positions import position_offset
 from mmbert_core.runtime.errors import InputError
-
-__all__ = ["TextBertBase", "build_encoder", "load_pretrained_encoder", "reinitialise", "resolve_pooling"]
 
 logger = logging.getLogger(__name__)
 
 POOLINGS = ("auto", "pooler", "cls", "mean", "last")
-EQUAL = 5e-7  # of the largest value, at least of 1: what rounding makes of equal vectors, as where tokens go to experts in groups
-NUM_CAUSAL_TOKENS = 4  # of the two texts that tell whether an encoder reads forward only
+CAUSAL_TOLERANCE = 5e-7  # of the largest value, at least of 1: rounding of equal vectors, as in mixtures of experts
+NUM_CAUSAL_TOKENS = 4  # of the two texts by which a causal encoder is recognised
 
 
 def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, trained: str | None = None) -> str:
-    """The pooling in use, "pooler", "cls", "mean" or "last", from the config's key (which may be "auto").
+    """The pooling to use, "pooler", "cls", "mean" or "last", for the config's setting `asked`.
 
-    auto: what the encoder was ``trained`` with as a sentence encoder, else last where a token sees those before it alone,
-    else the pooler if its weights were stored with the encoder, else cls; said in one line.
-    Raises InputError for an unknown word, and for "pooler" where the encoder has none.
+    "auto" is the pooling the encoder was `trained` with as a sentence encoder, else last for a causal encoder, else the
+    pooler if its weights were stored with the encoder, else cls; the choice is logged.
+    Raises `InputError` for an unknown word, and for "pooler" where the encoder has none.
     """
     if asked not in POOLINGS:
         raise InputError(f"pooling: expected one of {', '.join(POOLINGS)}, found {asked!r}")
@@ -55,34 +53,31 @@ def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, tra
 
 
 def is_causal(encoder: nn.Module) -> bool:
-    """Whether the first token's vector ignores the tokens behind it, as in decoders. Two short texts are tried; eval mode, on the CPU.
+    """Whether the first token's vector ignores the tokens after it, as in decoders. For eval mode on the CPU.
 
-    Nothing is drawn from torch's generators. An encoder that cannot run this way is not called causal here: the checks
-    before training say what is wrong with it.
+    Encodes two texts that differ in their last token; draws from no generator. False for an encoder that cannot run
+    this way: the checks before training report why.
     """
     try:
         rows = encoder.get_input_embeddings().weight.shape[0]
         ids = torch.arange(max(0, rows - NUM_CAUSAL_TOKENS), rows)[None]  # [1, T]
-        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # with another last token
         mask = torch.ones_like(ids)
         with torch.no_grad():
             first, second = (
-                encoder(input_ids=each, attention_mask=mask, return_dict=True).last_hidden_state[:, 0]
+                encoder(input_ids=each, attention_mask=mask, return_dict=True).last_hidden_state[:, 0]  # [1, H]
                 for each in (ids, other)
             )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return False
-    return bool((first - second).abs().max() <= EQUAL * first.abs().max().clamp(min=1.0))
+    return bool((first - second).abs().max() <= CAUSAL_TOLERANCE * first.abs().max().clamp(min=1.0))
 
 
 def reinitialise(encoder: nn.Module, *, pooler: bool, layers: int) -> None:
-    """Re-draw the pooler and the last ``layers`` layers in place, with the encoder's own initialiser.
+    """Re-draw the pooler and the last `layers` layers in place, with the encoder's own initialiser.
 
-    transformers 5 marks every loaded tensor (``_is_hf_initialized``) and its initialisers skip marked tensors without
-    a word, so the marks are cleared first. Draws from torch's global generator.
-
-    No pooler where one is asked for: one warning. Raises InputError when the encoder has fewer layers, or no list of
-    separate layers (ALBERT shares one among all).
+    Draws from torch's global generator. An encoder without a pooler costs a warning where one is asked for.
+    Raises `InputError` when the encoder has fewer layers, or no list of separate layers (ALBERT shares one among all).
     """
     targets: list[tuple[str, nn.Module]] = []
     if pooler:
@@ -104,16 +99,17 @@ def reinitialise(encoder: nn.Module, *, pooler: bool, layers: int) -> None:
 def _redraw(encoder: nn.Module, module: nn.Module, *, name: str) -> None:
     matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
     before = [matrix.detach().clone() for matrix in matrices]
+    # transformers 5 marks loaded tensors, and its initialisers skip those silently
     for tensor in (*module.parameters(), *module.buffers()):
         tensor._is_hf_initialized = False
     with torch.no_grad():
         module.apply(encoder._init_weights)
-    if matrices and all(torch.equal(old, new) for old, new in zip(before, matrices)):
+    if matrices and all(torch.equal(old, new) for old, new in zip(before, matrices, strict=True)):
         raise RuntimeError(f"{type(encoder).__name__}: {name} was not re-drawn by this version of transformers")
 
 
 def _encoder_layers(encoder: nn.Module) -> nn.ModuleList:
-    """The encoder's stack of layers, in order: the ModuleList as long as the config says, the outermost of equals."""
+    """The encoder's layers in order: the ModuleList of `num_hidden_layers` modules, the largest of several."""
     count = getattr(encoder.config, "num_hidden_layers", None)
     stacks = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not stacks:
@@ -125,12 +121,12 @@ def _encoder_layers(encoder: nn.Module) -> nn.ModuleList:
 
 
 class TextBertBase(nn.Module):
-    """Token ids to a vector of ``hidden_common_dim`` per row: encoder, pooling, mean over chunks, Dropout, Linear.
+    """Token ids to one vector of `hidden_common_dim` per row: encoder, pooling, mean over chunks, Dropout, Linear.
 
-    ``pooling`` is what resolve_pooling returned. A pooler that is not used is removed: parameters without a gradient
-    would stop DDP at the second step. The encoder's train or eval mode is left as it comes.
+    `pooling` is what `resolve_pooling` returned. An unused pooler is removed: parameters without a gradient would stop
+    DDP at the second step. The encoder keeps its train or eval mode.
 
-    Attributes: ``encoder``, ``dropout``, ``linear``, ``output_text_dim``.
+    Attributes: `encoder`, `dropout`, `linear`, `output_text_dim`, `is_packed`.
     """
 
     def __init__(self, encoder: nn.Module, *, pooling: str, hidden_common_dim: int, dropout: float = 0.1) -> None:
@@ -145,51 +141,50 @@ class TextBertBase(nn.Module):
         self.encoder = encoder
         self.pooling = pooling
         replace_dropouts(encoder)
-        self.is_packed = packing.use_packed_attention(encoder)
+        self.is_packed = packed_attention.use_packed_attention(encoder)
+        self.position_offset = position_offset(encoder)
+        reads_first_tokens = pooling in ("pooler", "cls")
         self.ends_at_first_tokens = (
-            self.is_packed and pooling in ("pooler", "cls") and packing.end_at_first_tokens(encoder)
+            self.is_packed and reads_first_tokens and packed_attention.end_at_first_tokens(encoder)
         )
-        # Longformer and its kin: the token that the row's vector is read at must see the whole text.
+        # as Longformer's: the token that the text's vector is read from must attend to the whole text
         self.has_global_attention = "global_attention_mask" in inspect.signature(encoder.forward).parameters
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(encoder.config.hidden_size, hidden_common_dim)
         self.output_text_dim = hidden_common_dim
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """``input_ids``, ``attention_mask`` int64 [B, T], or [B, C, T] for rows of several chunks -> [B, D].
+        """`input_ids`, `attention_mask` int64 [B, T], or [B, C, T] for rows of several chunks -> [B, D].
 
-        A chunk without a real token is padding of the chunk axis: it is not encoded and does not count in the mean.
-        Both may lie on any device; texts on the CPU are packed there, and the GPU need not be waited for.
+        A chunk without tokens is padding: it is not encoded and does not count in the mean. Both may be on any device;
+        on the CPU they are packed there, without waiting for the GPU.
         """
         if input_ids.ndim == 2:
             pooled = self.pool(input_ids, attention_mask)  # [B, H]
         else:
-            real = attention_mask.any(dim=2)  # [B, C]
-            chunks = self.pool(input_ids[real], attention_mask[real])  # [N, H]
-            # Scattered back rather than index_add: every slot is written once, so the sum's order is fixed.
-            places, counts = (
-                packing.moved(made, chunks.device)
-                for made in (real.flatten().nonzero()[:, 0], real.sum(dim=1, keepdim=True).clamp(min=1))
+            is_chunk = attention_mask.any(dim=2)  # [B, C]
+            chunks = self.pool(input_ids[is_chunk], attention_mask[is_chunk])  # [N, H]
+            index, counts = (
+                packing.to_device(tensor, chunks.device)
+                for tensor in (is_chunk.flatten().nonzero()[:, 0], is_chunk.sum(dim=1, keepdim=True).clamp(min=1))
             )
-            by_row = chunks.new_zeros(real.numel(), chunks.shape[-1]).index_copy(0, places, chunks)  # [B x C, H]
-            pooled = by_row.unflatten(0, real.shape).sum(dim=1) / counts  # [B, H]
+            # index_copy rather than index_add: each slot is written once, so the order of the sum is fixed
+            by_row = chunks.new_zeros(is_chunk.numel(), chunks.shape[-1]).index_copy(0, index, chunks)  # [B C, H]
+            pooled = by_row.unflatten(0, is_chunk.shape).sum(dim=1) / counts  # [B, H]
         return self.linear(self.dropout(pooled))
 
     def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[N, T] -> [N, H], the encoder's vector of each text (chunk), before the projection."""
+        """Ids and mask [N, T] -> [N, H], the encoder's vector of each text (chunk), before the projection."""
         if self.is_packed:
             return self._pool_packed(input_ids, attention_mask)
         device = self.linear.weight.device
-        input_ids, attention_mask = (
-            input_ids.to(device, non_blocking=True),
-            attention_mask.to(device, non_blocking=True),
-        )
+        input_ids, attention_mask = (tensor.to(device, non_blocking=True) for tensor in (input_ids, attention_mask))
         extra = {}
         if self.has_global_attention:
             is_global = torch.zeros_like(attention_mask)
             is_global[:, 0] = 1
             if self.pooling == "last":
-                is_global = is_global.scatter(1, _last_index(attention_mask)[:, None], 1)
+                is_global = is_global.scatter(1, _last_index(attention_mask)[:, None], 1)  # [N, T]
             extra["global_attention_mask"] = is_global
         outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
         if self.pooling == "pooler":
@@ -205,8 +200,9 @@ class TextBertBase(nn.Module):
 
     def _pool_packed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[N, T] -> [N, H]"""
-        arguments, layout = packing.pack(self.encoder, input_ids, attention_mask)
-        hidden = self.encoder(**arguments, return_dict=True).last_hidden_state.squeeze(0)  # [S, H]
+        arguments, layout = packing.pack(self.encoder, input_ids, attention_mask, position_offset=self.position_offset)
+        # [S, H], or [N, H] where the last layer computes first tokens alone
+        hidden = self.encoder(**arguments, return_dict=True).last_hidden_state.squeeze(0)
         if self.pooling == "mean":
             return layout.means(hidden)
         if self.pooling == "last":
@@ -216,5 +212,5 @@ class TextBertBase(nn.Module):
 
 
 def _last_index(attention_mask: torch.Tensor) -> torch.Tensor:
-    """[N, T], padded on the right -> [N]: the last real token; the first place of a text without one."""
+    """[N, T], padded on the right -> [N]: index of the last token, 0 for a text without one."""
     return (attention_mask.sum(dim=1) - 1).clamp(min=0)

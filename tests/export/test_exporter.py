@@ -24,7 +24,7 @@ from mmbert_core.export import example as export_example
 from mmbert_core.export import exporter
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder, save_model_folder
 from mmbert_core.inference.output_file import output_delimiter, table_line
-from mmbert_core.model import packing
+from mmbert_core.model import packed_attention
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.runtime.ranks import DistContext
@@ -356,7 +356,7 @@ def test_the_loaded_model_stays_as_it_was(plain, tmp_path):
     exporter.export_model(loaded, tmp_path / "exported", format="torch_export")
     assert (
         text.is_packed
-        and text.encoder.config._attn_implementation == packing.ATTENTION
+        and text.encoder.config._attn_implementation == packed_attention.ATTENTION
         and loaded.tokenizer.backend_tokenizer.truncation == truncation
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())

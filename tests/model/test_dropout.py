@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mmbert_core.model import dropout
-from mmbert_core.model.dropout import Dropout, draw_kept, replace_dropouts, resolution
+from mmbert_core.model.dropout import Dropout, draw_keep_mask, replace_dropouts, rounded_rate
 
 COUNT = 4_000_003  # no multiple of four
 
@@ -14,7 +14,7 @@ COUNT = 4_000_003  # no multiple of four
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
 def test_the_share_that_is_dropped(rate: float) -> None:
     torch.manual_seed(0)
-    kept = draw_kept((COUNT,), rate)
+    kept = draw_keep_mask((COUNT,), rate)
     assert kept.dtype == torch.int8 and kept.shape == (COUNT,)
     share = 1 - kept.double().mean().item()
     assert abs(share - rate) < 5 * (rate * (1 - rate) / COUNT) ** 0.5 + 1 / dropout.LEVELS
@@ -23,19 +23,19 @@ def test_the_share_that_is_dropped(rate: float) -> None:
 def test_each_of_the_four_draws_of_an_integer_has_the_right_share() -> None:
     """A sign bit that is always zero, as `random_()` without bounds leaves it, would show in every fourth element."""
     torch.manual_seed(0)
-    kept = draw_kept((4_000_000,), 0.1).view(-1, 4).double().mean(0)
+    kept = draw_keep_mask((4_000_000,), 0.1).view(-1, 4).double().mean(0)
     assert (kept - 0.9).abs().max() < 5 * (0.09 / 1_000_000) ** 0.5
 
 
 def test_neighbours_are_independent() -> None:
     torch.manual_seed(0)
-    kept = draw_kept((4_000_000,), 0.5).double().numpy() - 0.5
+    kept = draw_keep_mask((4_000_000,), 0.5).double().numpy() - 0.5
     for distance in (1, 2, 3, 4, 8, 384):
         assert abs(np.mean(kept[:-distance] * kept[distance:])) < 5 * 0.25 / len(kept) ** 0.5
 
 
 def test_survivors_are_scaled_by_the_rounded_rate() -> None:
-    dropped, scale = resolution(0.1)
+    dropped, scale = rounded_rate(0.1)
     assert dropped == 6554 and scale == 65536 / (65536 - 6554)
     torch.manual_seed(0)
     layer = Dropout(0.1)

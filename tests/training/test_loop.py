@@ -17,7 +17,7 @@ from mmbert_core import hooks
 from mmbert_core.config import Config
 from mmbert_core.data.batches import step_rows
 from mmbert_core.data.prepare import prepare
-from mmbert_core.model import packing
+from mmbert_core.model import packed_attention
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.errors import RunError
 from mmbert_core.training import checkpoint, loop, start
@@ -233,7 +233,7 @@ def test_padding_share_and_gradient_norm_are_what_they_say(config_of, monkeypatc
         return plain_optimizer_step(parameters, *arguments, **options)
 
     if not packed:
-        monkeypatch.setattr(packing, "use_packed_attention", lambda _: False)
+        monkeypatch.setattr(packed_attention, "use_packed_attention", lambda _: False)
     monkeypatch.setattr(hooks, "training_step", training_step)
     monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
     config = config_of(gradient_clip_val=0.01, **NO_VALIDATION)

@@ -1,0 +1,30 @@
+"""The learned position embeddings of an encoder: how many tokens they hold and where a text begins in them."""
+
+from torch import nn
+
+
+def _position_tables(encoder: nn.Module) -> list[nn.Embedding]:
+    return [
+        module
+        for name, module in encoder.named_modules()
+        if name.split(".")[-1] == "position_embeddings" and isinstance(module, nn.Embedding)
+    ]
+
+
+def position_offset(encoder: nn.Module) -> int:
+    """Position of a text's first token: 0, or, as in RoBERTa and its relatives, one above the padding's.
+
+    Those families reserve the row `padding_idx` of their position embeddings for padding and count upwards from the next.
+    """
+    tables = _position_tables(encoder)
+    return 0 if not tables or tables[-1].padding_idx is None else tables[-1].padding_idx + 1
+
+
+def max_tokens(encoder: nn.Module) -> int | None:
+    """The longest text, in tokens, that the encoder has positions for; None where its config gives no limit."""
+    num_positions = getattr(encoder.config, "max_position_embeddings", None)
+    if num_positions is None or num_positions < 1:  # XLNet has relative positions and says -1
+        return None
+    return min([num_positions, *(table.num_embeddings for table in _position_tables(encoder))]) - position_offset(
+        encoder
+    )
