@@ -27,7 +27,7 @@
 # Bad config or data: one line and exit code 2, before any worker starts.
 #
 # After one of these signals the workers write a checkpoint and end with exit code 75, torchrun itself with 1. The same
-# command, started again, resumes from the newest checkpoint. SLURM sends such a signal 3 minutes before the time limit with
+# command, started again, resumes from the newest checkpoint. SLURM sends such a signal 3 minutes before its limit with
 #   #SBATCH --signal=TERM@180                              or USR1@180
 #
 # One machine: every socket listens on 127.0.0.1 alone. (Those of `torchrun --standalone` listen on all addresses, and
@@ -36,9 +36,9 @@
 # Several machines need no shared folder. Each needs its own copy of the data and of the encoder, at the paths in the
 # config (relative to the working folder). The machine with NODE_RANK=0 writes the run. A resume takes the newest
 # checkpoint of any machine, which sends it to all others. If another machine has NODE_RANK=0 then, the run is written
-# there from then on, without the earlier metrics and best step. MASTER_PORT of the first machine and ports chosen by the
-# system must be open between the machines. Where a machine's own name resolves to 127.0.0.1 or to another network (see
-# getent hosts "$(hostname)"), set the network interface, or the workers do not find each other:
+# there from then on, without the earlier metrics and best step. MASTER_PORT of the first machine and ports chosen by
+# the system must be open between the machines. Where a machine's own name resolves to 127.0.0.1 or to another network
+# (see getent hosts "$(hostname)"), set the network interface, or the workers do not find each other:
 #   GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 NNODES=2 ...
 
 set -eu
