@@ -201,7 +201,7 @@ class Predictor:
         )
         unseen: Unseen = {}
         outside: Outside = {}
-        num_truncated, progress = 0, Progress(lengths_of(inputs))
+        num_truncated, progress = 0, Progress("rows scored", lengths_of(inputs))
         with written_whole(output, inputs, self.context) as stream:
             stream.write(table_line(names, delimiter=delimiter, sheet_safe=sheet_safe))
             for dataset in self._windows(inputs, roles, tsv_quoting):
@@ -214,8 +214,8 @@ class Predictor:
                 outside = add_by_column(outside, dataset.outside())
                 num_truncated += dataset.encoded.num_truncated
                 progress.advance(len(dataset), *dataset.encoded.last_position())
-        self._warn("input", num_truncated, progress.done, unseen, outside)
-        return progress.done
+        self._warn("input", num_truncated, progress.num_done, unseen, outside)
+        return progress.num_done
 
     def _windows(self, inputs: Sequence[str], roles: Roles, tsv_quoting: str) -> Iterator[Dataset]:
         """The rows of files in windows of WINDOW rows; the same on every rank, for the files alone decide where a window ends."""

@@ -116,12 +116,12 @@ def test_the_time_left_does_not_count_line_breaks_in_cells_as_rows(tmp_path):
         with open(tmp_path / name, "w", newline="") as stream:
             csv.writer(stream).writerows([["text"], *([cell] for _ in range(1000))])
     paths = [str(tmp_path / "b.csv"), str(tmp_path / "a.csv")]
-    progress = Progress(lengths_of(paths[:1]))
+    progress = Progress("rows scored", lengths_of(paths[:1]))
     for number, window in enumerate(read_chunks(paths[:1], ["text"], chunk_rows=250), start=1):
         assert progress.seconds_left(int(window.file_index[-1]), int(window.line[-1]), 10.0 * number) == pytest.approx(
             10.0 * (4 - number), abs=0.5
         )
-    progress = Progress(lengths_of(paths))
+    progress = Progress("rows scored", lengths_of(paths))
     *_, last = read_chunks(paths, ["text"], chunk_rows=250)
     assert progress.seconds_left(int(last.file_index[-1]), int(last.line[-1]), 60.0) == pytest.approx(0, abs=0.5)
     assert lengths_of([str(tmp_path / "c.csv.gz")]) is None

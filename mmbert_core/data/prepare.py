@@ -2,8 +2,7 @@
 
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -23,6 +22,7 @@ from mmbert_core.data.splits import sample_rows, split_rows, taken
 from mmbert_core.data.store import check_columns, open_or_build, required_columns
 from mmbert_core.data.tokens import keeps_end, load_tokenizer, tokenizer_fingerprint
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.progress import Progress
 from mmbert_core.tables.readers import header_of
 from mmbert_core.tables.table import (
     Roles,
@@ -36,7 +36,6 @@ from mmbert_core.tables.table import (
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0  # of a long build
 LABEL_CHUNKS = 16  # of training rows whose labels are looked at when columns are missing anyway
 MANY_CATEGORIES = 10_000  # of one column: more are an id or free text rather than a category
 
@@ -72,16 +71,25 @@ def prepare(config: Config) -> Data:
         cache_path=config.cache_path or Path(config.model_path) / "cache",
         tsv_quoting=config.tsv_quoting,
     )
-    tables = {"train": encode(config.train_path, train_roles, progress=_progress("training"))}
+    tables = {
+        "train": encode(
+            config.train_path, train_roles, progress=Progress("training rows read and tokenised").advance_to
+        )
+    }
     if config.val_path:
         tables["val"] = encode(
             config.val_path,
             roles_with_group(config.val_path, roles, config.tsv_quoting),
-            progress=_progress("validation"),
+            progress=Progress("validation rows read and tokenised").advance_to,
         )
     if config.test_path:
         test_roles = roles_with_group(config.test_path, roles, config.tsv_quoting)
-        tables["test"] = encode(config.test_path, test_roles, label_optional=True, progress=_progress("test"))
+        tables["test"] = encode(
+            config.test_path,
+            test_roles,
+            label_optional=True,
+            progress=Progress("test rows read and tokenised").advance_to,
+        )
     for table in (tables["train"], tables.get("val")):
         if table is not None and table.num_rows == 0:
             raise InputError(f"{table.paths[0]}: expected rows, found a header only")
@@ -123,20 +131,6 @@ def roles_with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Ro
         roles.group in header_of(path, tsv_quoting) for path in expand_paths(paths)
     )
     return roles if has_groups else replace(roles, group=None)
-
-
-def _progress(name: str) -> Callable[[int], None]:
-    """Hears the rows done by a build, and says so every few seconds."""
-    started = said = time.monotonic()
-
-    def hear(num_rows: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= SECONDS_BETWEEN_LINES:
-            said = now
-            logger.info("%d %s rows read and tokenised, %.0f rows/s", num_rows, name, num_rows / (now - started))
-
-    return hear
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, dict[str, int | str]]:

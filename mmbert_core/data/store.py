@@ -4,14 +4,12 @@ A store is a folder named by a hash of all that decides its content, so it is ne
 tokenizer or length is another folder. It is raw arrays and a meta.json; it appears by a rename, whole or not at all.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +17,7 @@ from dataclasses import asdict
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from threading import Thread
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +35,9 @@ from mmbert_core.data.encoding import (
 from mmbert_core.data.prefetch import prefetch_one
 from mmbert_core.data.tokens import keeps_end, tokenizer_fingerprint
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.memory import available_bytes
 from mmbert_core.storage import schema
+from mmbert_core.storage.file_lock import lock_file
 from mmbert_core.storage.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_of, write_json
 from mmbert_core.tables.csv_reader import AUTO
 from mmbert_core.tables.readers import format_of
@@ -107,7 +107,7 @@ def open_or_build(
     """The rows of `paths`, memory-mapped from `cache_path`; built there first if no process has done so.
 
     Needs no process group: the first process to take the lock of the store builds, the others of the node wait for it.
-    Memory stays bounded by `chunk_rows`. `progress` hears the number of rows done after every chunk of a build.
+    Memory stays bounded by `chunk_rows`. `progress` is called with the number of rows done after every chunk of a build.
     Raises the `InputError`s of `read_chunks` and `encode_arrays`; nothing is left behind by a build that failed.
     """
     files = expand_paths(paths)
@@ -187,9 +187,9 @@ def _locked(folder: Path) -> Iterator[bool]:
     with open(folder.with_suffix(".lock"), "w") as stream:
         has_lock = True
         try:
-            if not _lock_within(stream, SECONDS_BEFORE_SAYING):
+            if not lock_file(stream, seconds=SECONDS_BEFORE_SAYING):
                 logger.info("waiting for another process that builds %s", folder)
-                fcntl.flock(stream, fcntl.LOCK_EX)
+                lock_file(stream, seconds=None)
         except OSError as error:  # every process builds it, and the last one's stays
             has_lock = False
             logger.warning(
@@ -198,19 +198,6 @@ def _locked(folder: Path) -> Iterator[bool]:
                 error.strerror,
             )
         yield has_lock
-
-
-def _lock_within(stream: TextIO, seconds: float) -> bool:
-    """Take the lock if it comes free within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
 
 
 def _clear(folder: Path) -> None:
@@ -303,18 +290,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return read_json(folder / META, META_JSON, max_bytes=MAX_META_BYTES)
 
 
-def _available_bytes() -> int:
-    """Memory that can be had without swapping (MemAvailable); 0 where the system does not say."""
-    try:
-        return next(
-            1024 * int(line.split()[1])
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration):
-        return 0
-
-
 def _open(folder: Path, paths: list[str]) -> EncodedRows:
     meta = read_meta(folder)
     arrays, mappings = {}, {}
@@ -336,7 +311,7 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
     )
     rows.token_file = mappings.get("token_ids")
     rows.mappings = {str(folder / f"{name}.bin"): mapping for name, mapping in mappings.items()}
-    if sum(map(len, mappings.values())) < SHARE_OF_MEMORY * _available_bytes():
+    if sum(map(len, mappings.values())) < SHARE_OF_MEMORY * available_bytes():
         Thread(target=_read_ahead, args=([folder / f"{name}.bin" for name in mappings],), daemon=True).start()
     return rows
 

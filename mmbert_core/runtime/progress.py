@@ -1,6 +1,4 @@
-"""A line about a step that takes longer than a few seconds, while it runs."""
-
-from __future__ import annotations
+"""Lines about work that takes longer than a few seconds, while it runs."""
 
 import logging
 import threading
@@ -10,14 +8,15 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-SECONDS_UNTIL_LINE = 5.0
+SECONDS_UNTIL_LINE = 5.0  # of a slow step
+SECONDS_BETWEEN_LINES = 10.0  # about rows
 
 
 @contextmanager
 def slow_step(name: str) -> Iterator[None]:
-    """After SECONDS_UNTIL_LINE say that `name` still runs, then each time its duration has tripled.
+    """After SECONDS_UNTIL_LINE log that `name` still runs, then each time its duration has tripled.
 
-    A step that is faster says nothing.
+    A step that is faster logs nothing.
     """
     is_done = threading.Event()
 
@@ -37,37 +36,54 @@ def slow_step(name: str) -> Iterator[None]:
         watcher.join()
 
 
-SECONDS_BETWEEN_LINES = 10.0
+class Throttle:
+    """True at most once every `seconds`; the first time at once, or, with `wait_first`, after as many."""
+
+    def __init__(self, seconds: float, *, wait_first: bool = False) -> None:
+        self._seconds = seconds
+        self._next = time.monotonic() + (seconds if wait_first else 0.0)
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
 
 
 class Progress:
-    """Rows scored, told every few seconds, with the time that is left where the length of the files is known."""
+    """Log rows done and rows per second every few seconds, and the time left where the length of the files is known."""
 
-    def __init__(self, lengths: Sequence[int] | None) -> None:
-        """`lengths`: lines, or rows, of each file; a row may have several lines, so that only lines tell how much is left."""
-        self.lengths, self.done = lengths, 0
-        self._started = self._said = time.monotonic()
+    def __init__(self, rows: str, lengths: Sequence[int] | None = None) -> None:
+        """`rows`: what is counted, such as "rows scored". `lengths`: lines, or rows, of each file, to estimate the time.
 
-    def advance(self, num_rows: int, file: int, position: int) -> None:
-        """`num_rows` more are scored; the last of them stands at `position`, a line or a row, of a file."""
-        self.done += num_rows
-        now = time.monotonic()
-        if now - self._said > SECONDS_BETWEEN_LINES:
-            self._said, seconds = now, now - self._started
-            left = (
-                ""
-                if self.lengths is None
-                else f", about {format_seconds(self.seconds_left(file, position, seconds))} left"
-            )
-            logger.info("%d rows scored, %.0f rows/s%s", self.done, self.done / seconds, left)
+        A row may have several lines, so that the time left follows from lines where files have them.
+        """
+        self.lengths, self.num_done = lengths, 0
+        self._rows, self._started = rows, time.monotonic()
+        self._throttle = Throttle(SECONDS_BETWEEN_LINES, wait_first=True)
+
+    def advance(self, num_rows: int, file: int = 0, position: int = 0) -> None:
+        """`num_rows` more are done; the last of them is at `position`, a line or a row, of the file with index `file`."""
+        self.num_done += num_rows
+        if self._throttle.is_due():
+            seconds, left = time.monotonic() - self._started, ""
+            if self.lengths is not None:
+                left = f", about {format_seconds(self.seconds_left(file, position, seconds))} left"
+            logger.info("%d %s, %.0f rows/s%s", self.num_done, self._rows, self.num_done / seconds, left)
+
+    def advance_to(self, num_done: int) -> None:
+        """`num_done` rows in all are done."""
+        self.advance(num_done - self.num_done)
 
     def seconds_left(self, file: int, position: int, seconds: float) -> float:
         """From the share of all lines (of files without lines: rows) up to `position`, which took `seconds`."""
         assert self.lengths is not None
-        done = sum(self.lengths[:file]) + position
-        return seconds * max(0.0, sum(self.lengths) / max(1, done) - 1)
+        num_read = sum(self.lengths[:file]) + position
+        return seconds * max(0.0, sum(self.lengths) / max(1, num_read) - 1)
 
 
 def format_seconds(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: 2:05, 1:02:05."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

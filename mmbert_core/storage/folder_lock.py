@@ -5,7 +5,6 @@ process, machine and a random token, and a counter behind it grows every few sec
 compared: whoever finds a claim watches whether its counter grows.
 """
 
-import fcntl
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.storage.file_lock import lock_file
 from mmbert_core.storage.files import LOCK, TEMPORARY_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -116,12 +116,7 @@ def claim_folder(folder: Path) -> Claim:
     Path(folder).mkdir(parents=True, exist_ok=True)
     stream = open(Path(folder) / LOCK, "a+", encoding="utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
-        stream.close()
-        raise in_use(folder, holder) from None
+        is_locked = lock_file(stream)
     except OSError as error:
         stream.close()
         claim = Claim(folder, None)
@@ -129,6 +124,11 @@ def claim_folder(folder: Path) -> Claim:
         text = "%s: this file system has no locks (%s); the file %s keeps other runs away"
         logger.warning(text, folder, error.strerror, CLAIM)
         return claim
+    if not is_locked:
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        stream.close()
+        raise in_use(folder, holder)
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     stream.flush()

@@ -1,8 +1,6 @@
 """The end of a run: the best step's model folder, the test rows, the report."""
 
 import logging
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from mmbert_core.report.model_card import write_card
 from mmbert_core.report.results import listed_figures
 from mmbert_core.runtime import distributed, signals
 from mmbert_core.runtime.errors import RunError, Stopped, phase
+from mmbert_core.runtime.memory import peak_mb
 from mmbert_core.storage.files import remove_stale_temporaries, write_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import TrainState
@@ -43,15 +42,14 @@ def finish(run: Run) -> dict[str, Any]:
     val_preds = validation_of_best(run)
     distributed.on_main(lambda: check_finite_predictions(run, best, val_preds))
     with phase("threshold, calibration and baselines"):
-        made: list[LoadedModel] = []  # rank 0's: the others need none
-        distributed.on_main(lambda: made.append(model_with_decision(run, val_preds)), long_timeout=True)
+        loaded = distributed.on_main(lambda: model_with_decision(run, val_preds), share=False, long_timeout=True)
     with phase("writing the model folder"):
-        distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), made[0]))
+        distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), loaded))
     run.log.say(f"model of step {best} written to {run.folder}")
-    test_figures, test_folder = test(run, made[0] if made else None) if run.data.test is not None else (None, None)
+    test_figures, test_folder = test(run, loaded) if run.data.test is not None else (None, None)
     best_figures = {"step": best, "metric": run.state.best_metric, "value": run.state.best_value}
     distributed.on_main(
-        lambda: write_card(run.folder, made[0], data=data_section(run.data), best=best_figures, test=test_figures)
+        lambda: write_card(run.folder, loaded, data=data_section(run.data), best=best_figures, test=test_figures)
     )
     state = run.state
     results = {
@@ -65,7 +63,7 @@ def finish(run: Run) -> dict[str, Any]:
         "skipped_steps": state.skipped_steps,
         "train_seconds": state.train_seconds,
         "train_rows_per_second": state.rows_trained / state.train_seconds,
-        "peak_memory_mb": peak_memory_mb(run.context.device),
+        "peak_memory_mb": peak_mb(run.context.device),
         "world_size": run.context.world_size,
         **run.resolved,
         "test_folder": str(test_folder) if test_folder else None,
@@ -142,13 +140,12 @@ def model_with_decision(run: Run, val_preds: np.ndarray | None) -> LoadedModel:
 
 def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
     """Collective. Rank 0 reads a step's weights, the others receive them."""
-    kept: dict[str, torch.Tensor] = {}
-    distributed.on_main(lambda: kept.update(checkpoint.read_weights(run.checkpoints, step)))
-    return distributed.broadcast_tensors(kept)
+    weights = distributed.on_main(lambda: checkpoint.read_weights(run.checkpoints, step), share=False)
+    return distributed.broadcast_tensors(weights)
 
 
-def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
-    """Collective. Score the test rows with the model as it is; returns the figures and the folder they are in. `made` is rank 0's."""
+def test(run: Run, loaded: LoadedModel | None) -> tuple[dict[str, Any], Path]:
+    """Collective. Score the test rows with the model as it is; returns the figures and the folder they are in. `loaded` is rank 0's."""
     dataset = run.data.test
     outputs, folder = hooks.on_test_epoch_start(run.folder, run.state.test_folder)
     has_labels = dataset.has_labels
@@ -162,11 +159,11 @@ def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
         raise Stopped(
             "stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test"
         )
-    decision = made.decision if made else None
+    decision = loaded.decision if loaded else None
     figures, result = hooks.on_test_epoch_end(
         outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, decision=decision
     )
-    distributed.on_main(lambda: report(run, made, result, figures, folder), long_timeout=True)
+    distributed.on_main(lambda: report(run, loaded, result, figures, folder), long_timeout=True)
     run.log.record(
         {
             "step": run.state.step,
@@ -181,13 +178,13 @@ def test(run: Run, made: LoadedModel | None) -> tuple[dict[str, Any], Path]:
     return figures, folder
 
 
-def report(run: Run, made: LoadedModel, result: scoring.EpochResult, figures: dict[str, Any], folder: Path) -> None:
+def report(run: Run, loaded: LoadedModel, result: scoring.EpochResult, figures: dict[str, Any], folder: Path) -> None:
     """Rank 0 only. The page about the test."""
 
     def scored() -> EvaluatedRows:
         training = training_section(run.folder, run.state.best_step, run.state.best_metric)
         return EvaluatedRows(
-            made,
+            loaded,
             run.task,
             run.data.test,
             result.preds,
@@ -204,10 +201,3 @@ def report(run: Run, made: LoadedModel, result: scoring.EpochResult, figures: di
     if write_report(scored, folder):
         run.log.say(f"report: {folder / PAGE}")
     run.model.train()
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory this process has held: of the GPU where there is one, else resident memory (bytes on macOS, else KiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

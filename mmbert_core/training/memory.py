@@ -4,10 +4,7 @@ import ctypes
 import logging
 import os
 import re
-import resource
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -21,6 +18,7 @@ from mmbert_core.hooks import run_epoch
 from mmbert_core.inference.scoring import Task
 from mmbert_core.runtime import ddp, distributed
 from mmbert_core.runtime.errors import RunError, phase
+from mmbert_core.runtime.memory import peak_mb, reset_peak
 
 logger = logging.getLogger(__name__)
 
@@ -156,20 +154,3 @@ def call_glibc(function: str, *arguments: int) -> None:
         getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, AttributeError):
         pass
-
-
-def reset_peak() -> None:
-    """Where Linux allows it; elsewhere the peak is that of the process's whole life."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def peak_mb() -> float:
-    """Most resident memory of this process since `reset_peak` (bytes on macOS, else KiB)."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10  # type: ignore[index]
-    except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

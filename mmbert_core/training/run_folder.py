@@ -95,16 +95,20 @@ def locked_folder(config: Config) -> Iterator[Claim | None]:
     Yields the claim, on rank 0. Raises `InputError` when another run has the folder, and `RunError`, instead of the error of a
     file that is suddenly gone, when another run has taken it meanwhile.
     """
-    claim: Claim | None = None
+    folder = Path(config.model_path)
 
-    def take() -> None:
-        nonlocal claim
-        check_no_links(Path(config.model_path))
-        claim = claim_folder(Path(config.model_path))
-        remove_leftovers(Path(config.model_path))
+    def claim_and_clean() -> Claim:
+        check_no_links(folder)
+        claim = claim_folder(folder)
+        try:
+            remove_leftovers(folder)
+        except BaseException:
+            claim.release()
+            raise
+        return claim
 
+    claim = distributed.on_main(claim_and_clean, share=False)
     try:
-        distributed.on_main(take)
         yield claim
     except OSError:
         if claim is not None:

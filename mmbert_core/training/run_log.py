@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mmbert_core.runtime.progress import Throttle
 from mmbert_core.storage.files import path_in_errors, write_text
 from mmbert_core.storage.metrics_log import kept_lines
 
@@ -43,7 +43,7 @@ class RunLog:
     ) -> None:
         self.is_main = is_main
         self.total_steps = total_steps
-        self._last_line = 0.0
+        self._throttle = Throttle(SECONDS_BETWEEN_LINES)
         if not is_main:
             return
         self._path = Path(folder) / "metrics.jsonl"
@@ -88,9 +88,7 @@ class RunLog:
             return
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix_str(shown, refresh=False)
-        now = time.monotonic()
-        if self._bar.disable and (now - self._last_line >= SECONDS_BETWEEN_LINES or step == self.total_steps):
-            self._last_line = now
+        if self._bar.disable and (self._throttle.is_due() or step == self.total_steps):
             logger.info("step %d/%d  %s", step, self.total_steps, shown)
 
     def say(self, line: str) -> None:

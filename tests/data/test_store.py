@@ -1,5 +1,6 @@
 """The store: the same arrays as in memory, built once, found again, never half believed."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -281,7 +282,7 @@ def test_without_locks_a_store_is_built_all_the_same(build, write_table, monkeyp
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     path = write_table("t.csv", HEADER, table(9))
     assert build(path).num_rows == build(path).num_rows == 9
     assert [message for message in caplog.messages if "no locks (Function not implemented)" in message]

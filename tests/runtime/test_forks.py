@@ -35,7 +35,13 @@ def model(tmp_path_factory) -> Path:
 
 def run_worker(model: Path, threads: int, num_children: int, *precision: str) -> list[Any]:
     """A JSON value of each child."""
-    script = [str(tiny.ROOT / "tests" / "support" / "fork_worker.py"), str(model), str(threads), str(num_children), *precision]
+    script = [
+        str(tiny.ROOT / "tests" / "support" / "fork_worker.py"),
+        str(model),
+        str(threads),
+        str(num_children),
+        *precision,
+    ]
     done = tiny.run_command(script, timeout=500, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(threads))
     assert done.returncode == 0 and "forked" not in done.stderr, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

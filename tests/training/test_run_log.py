@@ -8,6 +8,7 @@ import threading
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmbert_core.runtime import progress
 from mmbert_core.storage.metrics_log import kept_lines
 from mmbert_core.training import run_log
 from mmbert_core.training.run_log import RunLog
@@ -64,7 +65,7 @@ def test_plain_lines_every_few_seconds_without_a_terminal_a_bar_in_one(
 ):
     caplog.set_level(logging.INFO, logger="mmbert_core")
     now = [100.0]
-    monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(run_log.sys.stderr, "isatty", lambda: is_terminal)
     log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=20)
     for step in range(1, 21):
