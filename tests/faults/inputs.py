@@ -17,9 +17,9 @@ from typing import Any
 
 from mmbert_core import cli
 from mmbert_core.storage.files import sha256_of
-from tests.faults.matrix import Figures
 from tests.support import tiny
 from tests.support.bad_tables import Rows, read_rows
+from tests.support.fault_matrix import Figures
 
 
 @dataclass(frozen=True)

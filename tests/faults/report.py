@@ -29,8 +29,8 @@ import pytest
 import torch
 import transformers
 
-from tests.faults.matrix import LONGEST_SECONDS, ROWS, Figures, Row
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, ROWS, Figures, Row
 
 DOCUMENT = tiny.ROOT / "docs/reliability.md"
 MODULES = sorted(path for folder in ("faults", "gpu") for path in (tiny.ROOT / "tests" / folder).glob("test_*.py"))
@@ -68,7 +68,7 @@ def run_row(number: int, *, full: bool) -> tuple[int, Figures | None, float]:
 
 def holds(figures: Figures) -> bool:
     return (
-        max(figures.seconds, default=0.0) <= LONGEST_SECONDS
+        max(figures.seconds, default=0.0) <= MAX_SECONDS
         and figures.held == figures.tried
         and not (figures.rows_lost or figures.rows_repeated or figures.wrongly_accepted or figures.problems)
     )

@@ -12,9 +12,9 @@ import pytest
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
 from tests.faults.disks import Disk, small_disk
-from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
-from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
+from tests.support.jobs import Job, digest, error_lines, run_job, steps_saved, write_config
 
 pytestmark = pytest.mark.fault
 KILOBYTES = 8000  # room for several checkpoints of a third of a megabyte, and for the megabyte beside that is asked for
@@ -24,7 +24,7 @@ def count_refusal(
     figures: Figures, case: str, job: Job, since: float | None, *expected: str, exit_code: int = 1
 ) -> None:
     """The job ends in time with one line that has the expected words; no rank ends with 0."""
-    code = job.wait(seconds=LONGEST_SECONDS)
+    code = job.wait(seconds=MAX_SECONDS)
     if since is not None:
         figures.seconds.append(time.monotonic() - since)
     figures.count(code == (1 if job.num_processes else exit_code), f"{case}: exit code {code}: {job.output()[-4000:]}")
@@ -106,12 +106,12 @@ def test_F10_no_place_for_a_checkpoint(
         with small_disk(folder / "disk", KILOBYTES) as disk:
             run, seen = disk.place / "run", disk.seen / "run"
             words = ["train", str(config), "--model_path", str(run)]
-            plants = {
+            faults = {
                 "before": {"slow_step": 0.2},
                 "within": {"fill": [str(disk.place), 4, share]},
                 "too long": {"file_limit": [4, share]},
             }[way]
-            job = Job(num_processes, words, plants=plants, ends=folder / "ends.txt", prefix=disk.prefix)
+            job = Job(num_processes, words, faults=faults, exit_code_file=folder / "ends.txt", prefix=disk.prefix)
             since = fill_in_mid_run(disk, seen, job) if way == "before" else None
             said = (
                 "no place for the checkpoint of step"
@@ -180,8 +180,8 @@ def test_F10_no_place_for_another_file(
             job = Job(
                 num_processes,
                 words,
-                plants={"full": [str(disk.place), place]},
-                ends=folder / "ends.txt",
+                faults={"full": [str(disk.place), place]},
+                exit_code_file=folder / "ends.txt",
                 prefix=disk.prefix,
             )
             count_refusal(figures, case, job, None, "No space left on device", expected[place].format(run=run), " MB")
@@ -225,7 +225,7 @@ def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = 
             job = Job(
                 num_processes,
                 [*words, str(disk.place / "predictions.tsv")],
-                ends=tmp_path / "ends.txt",
+                exit_code_file=tmp_path / "ends.txt",
                 prefix=disk.prefix,
             )
             rank = "rank 0, " if num_processes > 1 else ""
@@ -249,7 +249,7 @@ def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = 
                 and (disk.seen / "predictions.tsv").read_text() == "older\n",
                 f"{case}: {files} left",
             )
-        job = Job(num_processes, [*words, "/dev/full"], ends=tmp_path / "ends.txt")
+        job = Job(num_processes, [*words, "/dev/full"], exit_code_file=tmp_path / "ends.txt")
         count_refusal(
             figures, f"/dev/full, {case}", job, None, "error: /dev/full: expected a file to write", exit_code=2
         )
@@ -280,7 +280,7 @@ def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] =
                 job = Job(
                     num_processes,
                     ["train", str(config), "--model_path", str(disk.place / name)],
-                    ends=tmp_path / "ends.txt",
+                    exit_code_file=tmp_path / "ends.txt",
                     prefix=disk.prefix,
                 )
                 count_refusal(
@@ -293,7 +293,7 @@ def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] =
             job = Job(
                 num_processes,
                 ["train", str(config), f"--{key}", str(closed / "new")],
-                ends=tmp_path / "ends.txt",
+                exit_code_file=tmp_path / "ends.txt",
                 prefix=AS_OTHERS,
             )
             count_refusal(figures, case, job, None, f"error: {key}: {closed}: cannot be written to", exit_code=2)
@@ -321,7 +321,9 @@ def test_F11_gone_in_mid_run(
         case, run = f"{way}, {num_processes} processes", tmp_path / f"{num_processes}-{way}/run"
         run.parent.mkdir()
         words = ["train", str(config), "--model_path", str(run)]
-        job = Job(num_processes, words, plants={"slow_step": 0.2}, ends=run.parent / "ends.txt", prefix=AS_OTHERS)
+        job = Job(
+            num_processes, words, faults={"slow_step": 0.2}, exit_code_file=run.parent / "ends.txt", prefix=AS_OTHERS
+        )
         job.wait_until(lambda: len(steps_saved(run)) >= 2)
         if way == "closed":
             (run / "checkpoints").chmod(0o555)

@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
-from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
+from tests.support.jobs import Job, digest, error_lines, run_job, steps_saved, write_config
 
 pytestmark = pytest.mark.fault
 STEPS = 16  # 2 epochs
@@ -32,7 +32,7 @@ PHASES = {  # as the error line has them
 
 def count_failure(figures: Figures, case: str, job: Job, since: float, *expected: str) -> None:
     """Every process ends in time and with an exit code other than 0; one line, with the expected words, says why."""
-    code = job.wait(seconds=LONGEST_SECONDS)
+    code = job.wait(seconds=MAX_SECONDS)
     figures.seconds.append(time.monotonic() - since)
     figures.count(code == 1, f"{case}: exit code {code}: {job.output()[-4000:]}")
     codes = job.exit_codes()
@@ -90,15 +90,15 @@ def test_F14_one_rank_raises(
         job = Job(
             num_processes,
             words,
-            plants={"evaluation_rows": 2, "fail": [rank, phase, 3], "failed": str(folder)},
-            ends=folder / "ends.txt",
+            faults={"evaluation_rows": 2, "fail": [rank, phase, 3], "failure_mark": str(folder)},
+            exit_code_file=folder / "ends.txt",
         )
         count_failure(
             figures,
             case,
             job,
             wait_for(job, folder / "failed"),
-            f"error: rank {rank}, {PHASES[phase]}: Planted: planted in {phase}",
+            f"error: rank {rank}, {PHASES[phase]}: InjectedError: injected in {phase}",
         )
         figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s; exit codes {job.exit_codes()}")
         if phase == "predict":
@@ -134,7 +134,7 @@ def test_F15_every_rank_ends_with_the_same_error(
     for num_processes in sorted({case[0] for case in cases}):
         straight = tmp_path / f"straight{num_processes}"
         code, output = run_job(
-            num_processes, ["train", str(config), "--model_path", str(straight)], plants={"die_after_save": 5}
+            num_processes, ["train", str(config), "--model_path", str(straight)], faults={"die_after_save": 5}
         )
         figures.count(steps_saved(straight) == [1, 2, 3, 4, 5], f"first life: exit code {code}: {output[-3000:]}")
         shutil.copytree(straight, tmp_path / f"first{num_processes}")
@@ -148,8 +148,8 @@ def test_F15_every_rank_ends_with_the_same_error(
         job = Job(
             num_processes,
             words,
-            plants={"fail": [rank, phase, 6], "failed": str(folder), "errors": str(folder)},
-            ends=folder / "ends.txt",
+            faults={"fail": [rank, phase, 6], "failure_mark": str(folder), "errors": str(folder)},
+            exit_code_file=folder / "ends.txt",
         )
         place = "load" if phase in ("load", "read") else "save"
         count_failure(
@@ -157,11 +157,13 @@ def test_F15_every_rank_ends_with_the_same_error(
             case,
             job,
             wait_for(job, folder / "failed"),
-            f"error: rank {rank}, {place}: Planted: planted in {phase}",
+            f"error: rank {rank}, {place}: InjectedError: injected in {phase}",
         )
         errors = {path.name.removeprefix("error-"): path.read_text() for path in folder.glob("error-*")}
         expected = {
-            str(other): f"{'Planted: ' if other == rank else f'PeerError: rank {rank}: Planted: '}planted in {phase}"
+            str(
+                other
+            ): f"{'InjectedError: ' if other == rank else f'PeerError: rank {rank}: InjectedError: '}planted in {phase}"
             for other in range(num_processes)
         }
         figures.count(errors == expected, f"{case}: expected {expected}, found {errors}")
@@ -197,7 +199,7 @@ def test_F16_a_rank_stalls(
         case, folder = f"rank {rank} of {num_processes} stopped", tmp_path / f"{num_processes}-{rank}"
         folder.mkdir()
         config = write_config(folder, save_every=1, timeout_seconds=timeout_seconds)
-        job = Job(num_processes, ["train", str(config)], plants={"slow_step": 0.3}, ends=folder / "ends.txt")
+        job = Job(num_processes, ["train", str(config)], faults={"slow_step": 0.3}, exit_code_file=folder / "ends.txt")
         job.wait_until(lambda: len(steps_saved(folder / "run")) >= 2)
         since = job.send(signal.SIGSTOP, rank)
         count_failure(figures, case, job, since, "lost contact with another rank")
@@ -264,7 +266,10 @@ def test_F17_numbers_that_are_none(
             ["train", str(config), "--model_path", str(folder / "run"), "--on_nonfinite", policy],
         )
         job = Job(
-            num_processes, words, plants={"poison": [rank, 3, kind], "weights": str(folder)}, ends=folder / "ends.txt"
+            num_processes,
+            words,
+            faults={"poison": [rank, 3, kind], "weights": str(folder)},
+            exit_code_file=folder / "ends.txt",
         )
         if policy == "stop":
             # the loss: told by the rank that has it; the gradient is the same on all ranks, and rank 0 tells
@@ -335,7 +340,7 @@ def test_F21_there_are_no_other_processes(tmp_path: Path, counts: tuple[int, ...
         config = write_config(folder)
         slow = {"evaluation_rows": 2, "slow_data": 1, "slow_step": 0.1, "slow_eval": 0.1}
         job = Job(
-            num_processes, ["train", str(config), "--num_threads", "2"], plants={**slow, "places": [str(notes), 3]}
+            num_processes, ["train", str(config), "--num_threads", "2"], faults={**slow, "reached": [str(notes), 3]}
         )
         for place in ("reading", "training", "validation", "test"):
             job.wait_until(lambda: len(list(notes.glob(f"{place}-*"))) == max(1, num_processes))

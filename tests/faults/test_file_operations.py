@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.matrix import Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import Figures, row
 
 pytestmark = pytest.mark.fault
 

@@ -1,4 +1,4 @@
-"""Runs that are killed: after every step, at any instant, in the middle of a write, with and without restarts. Real processes, real SIGKILLs."""
+"""SIGKILLs of real processes: after every step, at any instant, in the middle of a write, with and without restarts."""
 
 import json
 import os
@@ -21,30 +21,32 @@ from mmbert_core.training.checkpoint import (
     step_of,
     why_invalid,
 )
-from tests.faults.launch import Job, logged, run_job, steps_saved
-from tests.faults.matrix import LONGEST_SECONDS, Figures, row
-from tests.faults.soak import (
+from tests.faults.checkpoint_writer import BEST_EVERY, best_of, tensors_of
+from tests.faults.kills import (
+    Outcome,
+    PlannedKill,
+    kill,
+    kill_as_planned,
+    problems_of,
+    run_with_kills,
+    wait_for_ranks,
+    wait_until,
+)
+from tests.faults.runs import (
     ENVIRONMENT,
     SLOW,
     STEPS,
-    Outcome,
-    Strike,
     count_rows,
     differences,
-    kill,
+    noted_faults,
     notes_of,
-    plants_of,
-    problems_of,
-    ranks_of,
-    soak,
-    straight,
-    strike,
-    struck_run,
-    until,
-    write_run,
+    reference_run,
+    write_run_config,
 )
-from tests.faults.writer import BEST_EVERY, best_of, tensors_of
+from tests.faults.soak import soak
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
+from tests.support.jobs import Job, captured_warnings, run_job, steps_saved
 
 pytestmark = pytest.mark.fault
 SHORT = {"num_rows": 27, "max_epochs": 2}  # 2 epochs of 4 steps, the last of 3 rows
@@ -54,30 +56,30 @@ SHORT = {"num_rows": 27, "max_epochs": 2}  # 2 epochs of 4 steps, the last of 3 
 
 
 def count_deaths(figures: Figures, folder: Path, num_processes: int, steps: tuple[int, ...]) -> None:
-    """One job in which all ranks die right after the checkpoint of each of `steps`; compared with one that nobody disturbed."""
-    config = write_run(folder, save_every=1, keep_checkpoints=2, **SHORT)
-    plants = plants_of(folder, die_after_save=list(steps))
+    """One job in which all ranks die right after the checkpoint of each of `steps`, compared with the reference run."""
+    config = write_run_config(folder, save_every=1, keep_checkpoints=2, **SHORT)
+    faults = noted_faults(folder, die_after_save=list(steps))
     code, output = run_job(
         num_processes,
         ["train", str(config)],
-        plants=plants,
+        faults=faults,
         max_restarts=len(steps),
         seconds=60 + 60 * len(steps),
         **ENVIRONMENT,
     )
-    where = f"{num_processes} processes killed after {', '.join(map(str, steps))}"
+    case = f"{num_processes} processes killed after {', '.join(map(str, steps))}"
     if code != 0:
-        figures.count(False, f"{where}: exit code {code}:\n{output[-3000:]}")
+        figures.count(False, f"{case}: exit code {code}:\n{output[-3000:]}")
         return
-    problems = differences(folder, straight(num_processes, **SHORT))
+    problems = differences(folder, reference_run(num_processes, **SHORT))
     lost, repeated = count_rows(folder, num_rows=SHORT["num_rows"], epochs=SHORT["max_epochs"])
     figures.rows_lost += lost
     figures.rows_repeated += repeated
-    for life, step in enumerate(steps):
-        last = notes_of(folder, life)[-1]
+    for attempt, step in enumerate(steps):
+        last = notes_of(folder, attempt)[-1]
         figures.count(
             not problems and (last["phase"], last["step"]) == ("save", step),
-            f"{where}: life {life} ended in {last}; {problems}",
+            f"{case}: attempt {attempt} ended in {last}; {problems}",
         )
 
 
@@ -87,8 +89,8 @@ def count_deaths(figures: Figures, folder: Path, num_processes: int, steps: tupl
     "the same weights, moments, step, schedule and losses as without, bit for bit",
     full={"chains": dict.fromkeys((1, 2, 3, 4), 8)},
 )
-def test_F1_death_after_any_step_leaves_no_trace(tmp_path: Path, chains: dict[int, int] | None = None) -> Figures:
-    """`chains`: processes -> in one job, death after so many of the 8 steps, the last among them."""
+def test_F1_a_kill_after_any_step_changes_nothing(tmp_path: Path, chains: dict[int, int] | None = None) -> Figures:
+    """`chains`: processes -> in one job, kills after so many of the 8 steps, the last among them."""
     figures = Figures()
     for num_processes, count in (chains or {2: 2, 4: 1}).items():
         steps = tuple(8 * index // count for index in range(1, count + 1))
@@ -103,20 +105,20 @@ def test_F1_death_after_any_step_leaves_no_trace(tmp_path: Path, chains: dict[in
 
 
 def count_outcome(figures: Figures, outcome: Outcome, folder: Path, num_processes: int) -> None:
-    """Each kill of a job is a try; all hold when the job ended as if nobody had struck."""
+    """Each kill of a job is a case; all hold when the job ended like the reference run."""
     problems = problems_of(outcome, folder, num_processes)
     lost, repeated = count_rows(folder) if not problems else (0, 0)
     figures.rows_lost += lost
     figures.rows_repeated += repeated
-    for done in outcome.kills:
+    for sent in outcome.kills:
         figures.count(not problems, f"{num_processes} processes, {outcome.kills}: {problems}")
-        figures.seconds.append(done.seconds)
+        figures.seconds.append(sent.seconds)
 
 
 @row(
     "F2",
     "SIGKILL of a random rank at random instants, with restarts",
-    "exit 0; bit-equal to an undisturbed run; every row once an epoch",
+    "exit 0; bit-equal to a run without kills; every row once an epoch",
     full={"kills": 50, "processes": (1, 2, 3, 4)},
 )
 def test_F2_kills_at_random_instants(
@@ -127,9 +129,8 @@ def test_F2_kills_at_random_instants(
         tried=total.kills, held=total.recovered, rows_lost=total.rows_lost, rows_repeated=total.rows_repeated
     )
     figures.seconds, figures.problems = total.restart_seconds, total.problems
-    figures.notes.append(
-        f"{total.jobs} jobs; kills by what the rank was doing: {', '.join(f'{phase} {count}' for phase, count in sorted(total.phases.items()))}"
-    )
+    by_phase = ", ".join(f"{phase} {count}" for phase, count in sorted(total.phases.items()))
+    figures.notes.append(f"{total.jobs} jobs; kills by the rank's phase: {by_phase}")
     return figures
 
 
@@ -139,12 +140,12 @@ def test_F4_three_kills_in_one_epoch(tmp_path: Path, processes: tuple[int, ...] 
     figures = Figures()
     for num_processes in processes:
         generator, folder = random.Random(num_processes), tmp_path / f"by{num_processes}"
-        strikes = [
-            Strike("step", generator.uniform(0.0, 0.1), generator.randrange(num_processes), step=step)
+        planned = [
+            PlannedKill("step", generator.uniform(0.0, 0.1), generator.randrange(num_processes), step=step)
             for step in (8, 9, 11)
         ]
-        outcome = struck_run(folder, num_processes, strikes)
-        steps = [done.step for done in outcome.kills]
+        outcome = run_with_kills(folder, num_processes, planned)
+        steps = [sent.step for sent in outcome.kills]
         figures.count(
             len(steps) == 3 and all(7 <= step <= 12 for step in steps),
             f"{num_processes} processes: killed in steps {steps}",
@@ -160,7 +161,7 @@ def test_F4_three_kills_in_one_epoch(tmp_path: Path, processes: tuple[int, ...] 
 @row(
     "F3",
     "SIGKILL of one rank, no restarts",
-    "exit code not 0; the other ranks gone within 60 s; the newest checkpoint is whole",
+    "exit code not 0; the other ranks end within 60 s; the newest checkpoint is complete",
     full={"processes": (2, 3, 4), "phases": ("start", "step", "validation", "save", "finish")},
 )
 def test_F3_no_restarts(
@@ -169,22 +170,23 @@ def test_F3_no_restarts(
     figures = Figures()
     for num_processes in processes:
         for index, phase in enumerate(phases):
-            folder, where = tmp_path / f"{num_processes}-{phase}", f"{num_processes} processes, killed in {phase}"
-            config = write_run(folder)
-            job = Job(num_processes, ["train", str(config)], plants=plants_of(folder, **SLOW), **ENVIRONMENT)
-            done = strike(job, 0, Strike(phase, 0.05, index % num_processes, step=7 if phase != "start" else 0), folder)
+            folder, case = tmp_path / f"{num_processes}-{phase}", f"{num_processes} processes, killed in {phase}"
+            config = write_run_config(folder)
+            job = Job(num_processes, ["train", str(config)], faults=noted_faults(folder, **SLOW), **ENVIRONMENT)
+            planned = PlannedKill(phase, 0.05, index % num_processes, step=7 if phase != "start" else 0)
+            sent = kill_as_planned(job, 0, planned, folder)
             started = time.monotonic()
-            code = job.wait(seconds=LONGEST_SECONDS)
-            figures.seconds.append(time.monotonic() - started + (done.seconds if done else 0.0))
+            code = job.wait(seconds=MAX_SECONDS)
+            figures.seconds.append(time.monotonic() - started + (sent.seconds if sent else 0.0))
             figures.count(
-                done is not None and code not in (0, -999),
-                f"{where}: {done}, exit code {code}:\n{job.output()[-2000:]}",
+                sent is not None and code not in (0, -999),
+                f"{case}: {sent}, exit code {code}:\n{job.output()[-2000:]}",
             )
-            figures.count(not job.left_alive(), f"{where}: {job.left_alive()} are still there")
+            figures.count(not job.left_alive(), f"{case}: processes {job.left_alive()} still exist")
             steps = steps_saved(folder / "run")
             if phase != "start":
                 reason = why_invalid(step_folder(folder / "run/checkpoints", steps[-1])) if steps else "there is none"
-                figures.count(reason is None and steps[-1] >= 6, f"{where}: newest checkpoint of {steps}: {reason}")
+                figures.count(reason is None and steps[-1] >= 6, f"{case}: newest checkpoint of {steps}: {reason}")
             job.kill_all()
     return figures
 
@@ -199,19 +201,19 @@ class Writer:
         folder.mkdir(parents=True)
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.writer", str(folder)],
+            [sys.executable, "-m", "tests.faults.checkpoint_writer", str(folder)],
             cwd=tiny.ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def kill_while_it_writes(self, generator: random.Random, **what: int) -> bool:
+    def kill_while_it_writes(self, generator: random.Random, **options: int) -> bool:
         """Start one, SIGKILL it a random time after its first write has begun. Whether a temporary folder was left."""
-        self.process.stdin.write(json.dumps({**what, "seconds": 0.01, "seed": generator.randrange(2**31)}) + "\n")
+        self.process.stdin.write(json.dumps({**options, "seconds": 0.01, "seed": generator.randrange(2**31)}) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
-        deadline = time.monotonic() + LONGEST_SECONDS
+        deadline = time.monotonic() + MAX_SECONDS
         while not self.temporaries(pid) and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(generator.uniform(0.0, 0.25))
@@ -223,13 +225,10 @@ class Writer:
         return list(self.folder.glob(f".tmp-step-*-{pid}"))
 
     def written(self) -> tuple[int, int]:
-        """Step and version of the last checkpoint that was said to be written."""
+        """Step and version of the last checkpoint whose writing had returned."""
         path = self.folder.parent / "written.txt"
-        lines = (
-            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            if path.exists()
-            else []
-        )
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]
         return tuple(map(int, lines[-1].split())) if lines else (0, 0)
 
     def close(self) -> None:
@@ -238,10 +237,10 @@ class Writer:
 
 
 def count_start_after_kill(figures: Figures, writer: Writer, before: tuple[int, int], replace: bool) -> tuple[int, int]:
-    """What the next start finds: step and version of the newest whole checkpoint. Counts whether all is as it must be."""
+    """Step and version of the newest complete checkpoint that the next start finds; counts whether they are right."""
     step, version = max(writer.written(), before)
     torn = [path.name for path in writer.folder.glob("step-*") if why_invalid(path)]
-    with logged() as warnings:
+    with captured_warnings() as warnings:
         clean_up(writer.folder)
         try:
             path = find_checkpoint(writer.folder, "auto")
@@ -252,75 +251,84 @@ def count_start_after_kill(figures: Figures, writer: Writer, before: tuple[int, 
     if found is None:
         figures.count(step == 0, f"no checkpoint was found after step {step}")
         return 0, 0
-    place = found.state["step"], found.state["version"]
+    newest = found.state["step"], found.state["version"]
     allowed = [(step, version), (step, version + 1)] if replace else [(step, version), (step + 1, 0)]
-    is_right = all(torch.equal(found.weights[name], value) for name, value in tensors_of(*place).items())
-    is_right &= all(torch.equal(found.moments[name], value) for name, value in tensors_of(*place[::-1]).items())
-    best = best_of(place[0])
+    is_right = all(torch.equal(found.weights[name], value) for name, value in tensors_of(*newest).items())
+    is_right &= all(torch.equal(found.moments[name], value) for name, value in tensors_of(*newest[::-1]).items())
+    best = best_of(newest[0])
     has_best = best is None or why_invalid(step_folder(writer.folder, best)) is None
     left = [path.name for path in writer.folder.glob(".tmp-*")]
-    holds = place in allowed and is_right and has_best and not left and not warnings
     figures.count(
-        holds,
-        f"written {step, version}, found {place}, torn before {torn}, whole tensors {is_right}, best {best} there {has_best}, left {left}, warned {warnings}",
+        newest in allowed and is_right and has_best and not left and not warnings,
+        f"written {step, version}, found {newest}, torn before {torn}, right tensors {is_right}, "
+        f"best {best} exists {has_best}, left {left}, warned {warnings}",
     )
-    return place
+    return newest
 
 
 def kill_writers(figures: Figures, folder: Path, instants: int, seed: int) -> None:
     """Processes that only write checkpoints. Every second one replaces the newest checkpoint again and again."""
     generator, writer = random.Random(seed), Writer(folder)
     tries = in_writes = in_removals = 0
-    place = (0, 0)
+    newest = (0, 0)  # step and version
     try:
         while in_writes < instants and tries < 3 * instants:
             tries += 1
-            replace = tries % 2 == 0 and place[0] > 0
-            step, version = (place[0], place[1] + 1) if replace else (place[0] + 1, 0)
+            replace = tries % 2 == 0 and newest[0] > 0
+            step, version = (newest[0], newest[1] + 1) if replace else (newest[0] + 1, 0)
             in_writes += writer.kill_while_it_writes(generator, step=step, version=version, replace=replace)
             in_removals += replace and why_invalid(step_folder(folder, step)) is not None
-            place = count_start_after_kill(figures, writer, place, replace)
+            newest = count_start_after_kill(figures, writer, newest, replace)
     finally:
         writer.close()
     figures.count(in_writes == instants, f"only {in_writes} of {tries} kills came while a temporary folder was there")
     figures.notes.append(
-        f"{in_writes} kills of a process that only writes checkpoints, {in_removals} of them between removing an old folder and renaming the new one"
+        f"{in_writes} kills of a process that only writes checkpoints, "
+        f"{in_removals} of them between removing an old folder and renaming the new one"
     )
 
 
-def strike_write(figures: Figures, job: Job, folder: Path, life: int, generator: random.Random) -> bool:
-    """SIGKILL of rank 0 while its temporary folder is there, then what the next life makes of it. False when the run has ended."""
-    pids, checkpoints = ranks_of(job, life), folder / "run/checkpoints"
+def newest_valid_step(checkpoints: Path, temporaries: list[Path]) -> int:
+    """The newest step with a valid checkpoint, in its folder or in a temporary one; 0 if there is none."""
+    steps = [step_of(path) for path in checkpoints.glob("step-*") if why_invalid(path) is None]
+    for path in temporaries:
+        if why_invalid(path) is None:
+            steps.append(step_of(Path(path.name.removeprefix(".tmp-").rpartition("-")[0])))
+    return max(steps, default=0)
+
+
+def kill_in_write(figures: Figures, job: Job, folder: Path, attempt: int, generator: random.Random) -> bool:
+    """SIGKILL of rank 0 while its temporary folder exists; the next attempt's first step. False if the run ended."""
+    pids, checkpoints = wait_for_ranks(job, attempt), folder / "run/checkpoints"
     if pids is None:
         return False
-    deadline = time.monotonic() + LONGEST_SECONDS
+
+    def temporaries() -> list[Path]:
+        return list(checkpoints.glob(f".tmp-step-*-{pids[0]}"))
+
+    deadline = time.monotonic() + MAX_SECONDS
     while time.monotonic() < deadline:
-        if not until(lambda: list(checkpoints.glob(f".tmp-step-*-{pids[0]}")), job):
+        if not wait_until(temporaries, job):
             return False
         time.sleep(generator.uniform(0.0, 0.2))
-        if list(checkpoints.glob(f".tmp-step-*-{pids[0]}")):
+        if temporaries():
             break
-    done = kill(job, pids[0], folder, life, 0)
-    left = list(checkpoints.glob(f".tmp-step-*-{pids[0]}"))
-    if done is None or not left:
-        return done is not None
-    figures.seconds.append(done.seconds)
-    # the next life is still at its imports
-    whole = [step_of(path) for path in checkpoints.glob("step-*") if why_invalid(path) is None]
-    whole += [
-        step_of(Path(path.name.removeprefix(".tmp-").rpartition("-")[0])) for path in left if why_invalid(path) is None
-    ]
-    expected = max(whole, default=0)
+    sent = kill(job, pids[0], folder, attempt, 0)
+    left = temporaries()
+    if sent is None or not left:
+        return sent is not None
+    figures.seconds.append(sent.seconds)
+    expected = newest_valid_step(checkpoints, left)  # the next attempt still imports modules
 
     def first_note() -> dict | None:
-        return next((note for note in notes_of(folder, life + 1) if note["phase"] in ("step", "finish")), None)
+        return next((note for note in notes_of(folder, attempt + 1) if note["phase"] in ("step", "finish")), None)
 
-    note = until(first_note, job) or first_note()
-    first = (note or {"step": -1})["step"] - (note or {"phase": "step"})["phase"].startswith("step")
+    note = wait_until(first_note, job) or first_note() or {"step": -1, "phase": "step"}
+    resumed_from = note["step"] - (note["phase"] == "step")
     still = [path.name for path in left if path.exists()]
     figures.count(
-        first == expected and not still,
-        f"life {life}, killed in {done}: went on from {first}, expected {expected}; still there: {still}",
+        resumed_from == expected and not still,
+        f"attempt {attempt}, {sent}: resumed from {resumed_from}, expected {expected}; not removed: {still}",
     )
     return True
 
@@ -329,33 +337,35 @@ def kill_jobs_in_writes(figures: Figures, folder: Path, count: int, seed: int) -
     """Real runs that save after every step, slowly."""
     generator, tried, start = random.Random(seed), 0, figures.tried
     for index in range(2 * count):
-        left, num_processes, place = count - tried, 1 + index % 2, folder / f"job{index}"
-        if left <= 0:
+        remaining, num_processes, job_folder = count - tried, 1 + index % 2, folder / f"job{index}"
+        if remaining <= 0:
             break
-        config = write_run(place, save_every=1, keep_checkpoints=2)
-        plants = plants_of(place, slow_save=0.04)
-        job = Job(num_processes, ["train", str(config)], plants=plants, max_restarts=min(left, 5), **ENVIRONMENT)
-        lives = 0
-        while lives < min(left, 5) and strike_write(figures, job, place, lives, generator):
-            lives += 1
+        config = write_run_config(job_folder, save_every=1, keep_checkpoints=2)
+        faults, max_kills = noted_faults(job_folder, slow_save=0.04), min(remaining, 5)
+        job = Job(num_processes, ["train", str(config)], faults=faults, max_restarts=max_kills, **ENVIRONMENT)
+        attempt = 0
+        while attempt < max_kills and kill_in_write(figures, job, job_folder, attempt, generator):
+            attempt += 1
         code = job.wait(seconds=240)
         tried = figures.tried - start
-        problems = (
-            differences(place, straight(num_processes)) if code == 0 else [f"exit code {code}:\n{job.output()[-3000:]}"]
-        )
+        if code == 0:
+            problems = differences(job_folder, reference_run(num_processes))
+        else:
+            problems = [f"exit code {code}:\n{job.output()[-3000:]}"]
         problems += [line for line in job.output().splitlines() if "damaged" in line]
-        lost, repeated = count_rows(place) if code == 0 else (0, 0)
+        lost, repeated = count_rows(job_folder) if code == 0 else (0, 0)
         figures.rows_lost += lost
         figures.rows_repeated += repeated
         if problems:
-            figures.problems.append(f"{num_processes} processes, {lives} kills in a write: {problems}")
+            figures.problems.append(f"{num_processes} processes, {attempt} kills in a write: {problems}")
     figures.notes.append(f"{tried} kills of rank 0 of a real run while it wrote a checkpoint")
 
 
 @row(
     "F8",
     "SIGKILL while a checkpoint is written",
-    "the next start goes on from the last whole one; nothing cannot be read; what was left is gone; bit-equal in the end",
+    "the next start resumes from the newest complete one; all files can be read; temporary files are removed; "
+    "bit-equal in the end",
     full={"instants": 200, "in_jobs": 15},
 )
 def test_F8_killed_while_a_checkpoint_is_written(

@@ -18,9 +18,9 @@ from tests.faults.inputs import (
     write_config,
     write_rows,
 )
-from tests.faults.matrix import Figures, row
 from tests.support import tiny
 from tests.support.bad_tables import TRAINING_TABLES, Rows, cell, column_of
+from tests.support.fault_matrix import Figures, row
 
 pytestmark = pytest.mark.fault
 

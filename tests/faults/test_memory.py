@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
-from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
+from tests.support.jobs import Job, digest, error_lines, run_job, steps_saved, write_config
 
 pytestmark = pytest.mark.fault
 WARNING = "warning: microbatches_per_step {} does not fit into memory: {} are used for this run"
@@ -66,8 +66,8 @@ def test_F19_a_step_that_does_not_fit_is_cut_smaller(tmp_path: Path, counts: tup
         job = Job(
             num_processes,
             ["train", str(config), "--model_path", str(folder / "none"), "--memory_limit_mb", "1"],
-            plants={"trials": str(folder)},
-            ends=folder / "ends.txt",
+            faults={"trials": str(folder)},
+            exit_code_file=folder / "ends.txt",
         )
         code = job.wait()
         lines = error_lines(job.output())
@@ -91,7 +91,7 @@ def test_F19_a_step_that_does_not_fit_is_cut_smaller(tmp_path: Path, counts: tup
         low, high = max(trial[2] for trial in trials), min(trial[1] for trial in trials)
         limit, run = int((low + high) / 2), folder / "run"
         words = ["train", str(config), "--model_path", str(run)]
-        code, output = run_job(num_processes, [*words, "--memory_limit_mb", str(limit)], plants={"die_after_save": 1})
+        code, output = run_job(num_processes, [*words, "--memory_limit_mb", str(limit)], faults={"die_after_save": 1})
         figures.count(
             warning_lines(output) == [WARNING.format(1, 4)],
             f"{case}: limit {limit} of trials {trials}: {output[-3000:]}",
@@ -100,7 +100,7 @@ def test_F19_a_step_that_does_not_fit_is_cut_smaller(tmp_path: Path, counts: tup
             steps_saved(run) == [1] and resolved(run) == (1, 4),
             f"{case}: checkpoints {steps_saved(run)}: {output[-3000:]}",
         )
-        code, output = run_job(num_processes, [*words, "--memory_limit_mb", "1"], plants={"trials": str(folder)})
+        code, output = run_job(num_processes, [*words, "--memory_limit_mb", "1"], faults={"trials": str(folder)})
         figures.count(code == 0 and not warning_lines(output), f"{case}: resumed: exit code {code}: {output[-3000:]}")
         code, output = run_job(
             num_processes, ["train", str(config), "--model_path", str(folder / "four"), "--microbatches_per_step", "4"]
@@ -147,13 +147,13 @@ def test_F19_an_allocation_fails(
         job = Job(
             num_processes,
             words,
-            plants={"memory": [rank, step, megabytes]},
-            ends=folder / "ends.txt",
+            faults={"memory": [rank, step, megabytes]},
+            exit_code_file=folder / "ends.txt",
             MALLOC_MMAP_THRESHOLD_="131072",
             MALLOC_ARENA_MAX="1",
         )
         started = time.monotonic()
-        code, lines = job.wait(seconds=LONGEST_SECONDS + 60), error_lines(job.output())
+        code, lines = job.wait(seconds=MAX_SECONDS + 60), error_lines(job.output())
         codes = job.exit_codes()
         if step:
             where = f"rank {rank}, " if num_processes > 1 else ""

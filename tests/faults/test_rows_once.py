@@ -13,9 +13,9 @@ import pytest
 
 from mmbert_core.storage.files import read_json
 from tests.faults.inputs import command, predictions_of, read_tsv, rows_of, trained, write_config, write_rows
-from tests.faults.matrix import Figures, row
 from tests.support import tiny
 from tests.support.bad_tables import read_rows
+from tests.support.fault_matrix import Figures, row
 
 pytestmark = pytest.mark.fault
 

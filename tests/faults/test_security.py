@@ -25,8 +25,8 @@ from mmbert_core.cli import main
 from mmbert_core.storage.files import sha256_of
 from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.checkpoint import PARTS
-from tests.faults.matrix import Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import Figures, row
 from tests.test_layout import unsafe_problems
 
 pytestmark = pytest.mark.fault

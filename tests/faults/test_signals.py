@@ -20,9 +20,9 @@ import pytest
 from mmbert_core.runtime.signals import EXIT_STOPPED
 from mmbert_core.storage.files import sha256_of
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests.faults.launch import Job, digest, run_job, steps_saved, write_config
-from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
+from tests.support.jobs import Job, digest, run_job, steps_saved, write_config
 
 pytestmark = pytest.mark.fault
 STEPS_PER_EPOCH = 8  # of 2 epochs; every epoch ends with a validation and, where it was the best so far, a checkpoint
@@ -60,7 +60,7 @@ def undisturbed(num_processes: int) -> dict[str, Any]:
     """The result of a run that nobody stops."""
     folder = Path(tempfile.mkdtemp(prefix="mmbert-signals-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    code, output = run_job(num_processes, ["train", str(config_for(folder))], plants=SMALL_BATCHES)
+    code, output = run_job(num_processes, ["train", str(config_for(folder))], faults=SMALL_BATCHES)
     assert code == 0, output[-4000:]
     return result(folder / "run")
 
@@ -79,8 +79,10 @@ def start(
     notes = config.parent / "notes"
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir()
-    plants = {**SMALL_BATCHES, **(PLACES[place] if slow is None else slow), "places": [str(notes), step]}
-    job = Job(num_processes, ["train", str(config)], plants=plants, ends=config.parent / "ends.txt", **environment)
+    faults = {**SMALL_BATCHES, **(PLACES[place] if slow is None else slow), "reached": [str(notes), step]}
+    job = Job(
+        num_processes, ["train", str(config)], faults=faults, exit_code_file=config.parent / "ends.txt", **environment
+    )
     expected = 1 if place == "checkpoint" else max(1, num_processes if ranks is None else ranks)
     job.wait_until(lambda: len(list(notes.glob(f"{'reading' if place == 'tokenisation' else place}-*"))) >= expected)
     return job
@@ -96,7 +98,7 @@ def goes_on(figures: Figures, case: str, num_processes: int, config: Path) -> No
     """Started again, the run goes on from its newest checkpoint, and ends as if nothing had happened, with nothing left behind."""
     run = config.parent / "run"
     saved = steps_saved(run)
-    code, output = run_job(num_processes, ["train", str(config)], plants=SMALL_BATCHES)
+    code, output = run_job(num_processes, ["train", str(config)], faults=SMALL_BATCHES)
     if not figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
         return
     going_on = f"going on from {step_folder(run / 'checkpoints', saved[-1])}" if saved else "going on from"
@@ -108,7 +110,7 @@ def goes_on(figures: Figures, case: str, num_processes: int, config: Path) -> No
 
 def count_stop(figures: Figures, case: str, job: Job, run: Path, since: float, *, exit_code: int = 1) -> None:
     """The job stops in time, quietly: every process with 75, torchrun with 1, the step it had reached in a whole checkpoint."""
-    code = job.wait(seconds=LONGEST_SECONDS)
+    code = job.wait(seconds=MAX_SECONDS)
     figures.seconds.append(time.monotonic() - since)
     expected = exit_code if job.num_processes else EXIT_STOPPED
     figures.count(code == expected, f"{case}: exit code {code}, expected {expected}: {job.output()[-3000:]}")
@@ -278,7 +280,7 @@ def test_F6_workers_outlive_no_launcher(
                 job.send(signal.SIGTERM)
                 time.sleep(2.0)
             since = job.send(signal.SIGKILL)
-            figures.count(job.wait(seconds=LONGEST_SECONDS) == -signal.SIGKILL, f"{case}: {job.output()[-3000:]}")
+            figures.count(job.wait(seconds=MAX_SECONDS) == -signal.SIGKILL, f"{case}: {job.output()[-3000:]}")
             figures.seconds.append(time.monotonic() - since)
             codes = {rank: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for rank, pid in workers.items()}
         figures.count(
@@ -345,7 +347,7 @@ def test_F7_a_second_signal_ends_it_at_once(
         job.workers()
         before = steps_saved(run)
         since = twice(job, target, number, 1.5)
-        code = job.wait(seconds=LONGEST_SECONDS)
+        code = job.wait(seconds=MAX_SECONDS)
         figures.seconds.append(time.monotonic() - since)
         figures.count(
             code == (1 if num_processes else 128 + number), f"{case}: exit code {code}: {job.output()[-3000:]}"

@@ -25,7 +25,6 @@ from tests.faults.inputs import (
     write_config,
     write_rows,
 )
-from tests.faults.matrix import Figures, row
 from tests.support import tiny
 from tests.support.bad_tables import (
     PREDICT_TABLES,
@@ -37,6 +36,7 @@ from tests.support.bad_tables import (
     spoil,
     without,
 )
+from tests.support.fault_matrix import Figures, row
 
 pytestmark = pytest.mark.fault
 

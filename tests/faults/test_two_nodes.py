@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from mmbert_core.storage.files import sha256_of
-from tests.faults.matrix import LONGEST_SECONDS, Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
 
 pytestmark = pytest.mark.fault
 ADDRESSES = ("10.231.7.9", "10.231.7.10")  # the second sorts first: ranks must follow NODE_RANK, not names
@@ -352,7 +352,7 @@ def test_E2_a_run_on_two_machines_goes_on(
                 continue
             started = time.monotonic()
             allowed = interrupt(machines, job)
-            codes = job.wait(LONGEST_SECONDS)
+            codes = job.wait(MAX_SECONDS)
             figures.seconds.append(time.monotonic() - started)
             figures.count(
                 all(code in allowed for code in codes), f"{way}: exit codes {codes}, expected {allowed}{job.text()}"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests.faults.launch import Job, digest, error_lines, run_job, steps_saved, write_config
-from tests.faults.matrix import LONGEST_SECONDS, Figures, row
+from tests.support.jobs import Job, digest, error_lines, run_job, steps_saved, write_config
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
 from tests.support import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.fault]
@@ -42,9 +42,9 @@ def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figure
     figures = Figures()
     num_gpus()
     config = write_config(tmp_path, precision="fp16", warmup_steps=0, test_path=(), **EVERY_STEP)
-    plants = {"loss_scale": [2.0**52, 2.0**-12]}
+    faults = {"loss_scale": [2.0**52, 2.0**-12]}
     straight = tmp_path / "straight"
-    code, output = run_job(0, ["train", str(config), "--model_path", str(straight)], plants=plants)
+    code, output = run_job(0, ["train", str(config), "--model_path", str(straight)], faults=faults)
     if not figures.count(code == 0, f"straight: exit code {code}: {output[-3000:]}"):
         return figures
     lines = [line for line in tiny.metrics_lines(straight) if "train_loss" in line]
@@ -69,9 +69,9 @@ def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figure
     for death in deaths:
         case, run = f"dead after step {death}", tmp_path / f"dead{death}"
         words = ["train", str(config), "--model_path", str(run)]
-        run_job(0, words, plants={**plants, "die_after_save": death})
+        run_job(0, words, faults={**faults, "die_after_save": death})
         figures.count(steps_saved(run) == list(range(1, death + 1)), f"{case}: checkpoints {steps_saved(run)}")
-        code, output = run_job(0, words, plants=plants)
+        code, output = run_job(0, words, faults=faults)
         if figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
             figures.count(digest(run) == digest(straight), f"{case}: other bits than an undisturbed run")
             kept = ("scaler", "skipped_steps")
@@ -120,9 +120,9 @@ def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)
             str(micro_batches),
         ]
         job = Job(
-            num_processes, words, plants={"gpu_memory": [rank, step, 20 if step else 200]}, ends=folder / "ends.txt"
+            num_processes, words, faults={"gpu_memory": [rank, step, 20 if step else 200]}, exit_code_file=folder / "ends.txt"
         )
-        code, lines = job.wait(seconds=LONGEST_SECONDS + 120), error_lines(job.output())
+        code, lines = job.wait(seconds=MAX_SECONDS + 120), error_lines(job.output())
         if step == 0:
             resolved = json.loads((folder / "run/config.json").read_text())["resolved"] if code == 0 else {}
             holds = code == 0 and not lines and resolved["microbatches_asked"] == 1 < resolved["microbatches_per_step"]
@@ -171,12 +171,12 @@ def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figu
         case, folder = f"rank {rank} of {num_processes} killed after step {step}", tmp_path / f"killed{step}"
         run, words = folder / "run", ["train", str(config), "--model_path", str(folder / "run")]
         folder.mkdir()
-        job = Job(num_processes, words, plants={"slow_step": 0.3}, ends=folder / "ends.txt")
+        job = Job(num_processes, words, faults={"slow_step": 0.3}, exit_code_file=folder / "ends.txt")
         job.wait_until(lambda: len(steps_saved(run)) >= step)
         job.send(signal.SIGSTOP, rank)
         time.sleep(1.0)  # the others get to the all-reduce
         since = job.send(signal.SIGKILL, rank)
-        code = job.wait(seconds=LONGEST_SECONDS)
+        code = job.wait(seconds=MAX_SECONDS)
         figures.seconds.append(time.monotonic() - since)
         codes = job.exit_codes()
         figures.count(

@@ -1,6 +1,7 @@
-"""`python -m tests.faults.writer FOLDER`: for each JSON line on stdin a process that does nothing but write checkpoints, to be killed.
+"""Processes that only write checkpoints, to be killed: `python -m tests.faults.checkpoint_writer FOLDER`.
 
-Forked from one that has imported everything, so that a kill costs a fraction of a second. Prints its pid, and `gone` when it is.
+Each JSON line on stdin holds the arguments of `write_until_killed` for one process. It is forked from this one, which
+has imported everything, so that a start takes a fraction of a second. Prints its pid, and `gone` when it has ended.
 """
 
 import json
@@ -24,21 +25,21 @@ def best_of(step: int) -> int | None:
 
 
 def tensors_of(step: int, version: int) -> dict[str, torch.Tensor]:
-    """Weights or moments that tell whose they are."""
+    """Weights or moments with values that depend on step and version."""
     return {"a": torch.full((64, 16), float(step)), "b": torch.full((7,), float(version))}
 
 
 def slow_down(seconds: float, seed: int) -> None:
-    """A pause before everything that touches the disk; a folder goes file by file."""
+    """A pause before every change of the disk; a folder is removed file by file."""
     generator = random.Random(seed)
 
     def pause() -> None:
         time.sleep(generator.uniform(0.0, seconds))
 
-    def paused(plain: Any) -> Any:
+    def paused(original: Any) -> Any:
         def wrapped(*arguments: Any, **options: Any) -> Any:
             pause()
-            return plain(*arguments, **options)
+            return original(*arguments, **options)
 
         return wrapped
 
@@ -56,8 +57,8 @@ def slow_down(seconds: float, seed: int) -> None:
     checkpoint.remove_path = remove
 
 
-def write_for_ever(folder: Path, *, step: int, version: int, replace: bool, seconds: float, seed: int) -> NoReturn:
-    """Checkpoints of `step` again and again, or of one step after the other; each is noted when it is said to be written."""
+def write_until_killed(folder: Path, *, step: int, version: int, replace: bool, seconds: float, seed: int) -> NoReturn:
+    """Checkpoints of the same step again and again (`replace`), or of one step after the other; noted when written."""
     slow_down(seconds, seed)
     with open(folder.parent / "written.txt", "a") as stream:
         while True:
@@ -77,7 +78,7 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            write_for_ever(folder, **json.loads(line))
+            write_until_killed(folder, **json.loads(line))
         print(pid, flush=True)
         os.waitpid(pid, 0)
         print("gone", flush=True)
