@@ -28,8 +28,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from benchmarks.common import machine, table
 from mmbert_core.config import Config
 from mmbert_core.data.batches import epoch_order, step_rows
+from mmbert_core.data.cache import open_or_build_cache
 from mmbert_core.data.prepare import prepare
-from mmbert_core.data.store import open_or_build
 from mmbert_core.data.tokens import load_tokenizer
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.ranks import read_context, set_threads
@@ -116,11 +116,11 @@ def stage_cache(folder: Path, num_rows: int) -> dict[str, float]:
     """Read, tokenise and store the table."""
     config = config_for(folder, str(num_rows))
     roles, tokenizer = Roles.from_config(config), load_tokenizer(config.encoder)
-    open_or_build(
+    open_or_build_cache(
         config.val_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path
     )
     before, started = peak_mb(), time.perf_counter()
-    rows = open_or_build(
+    rows = open_or_build_cache(
         config.train_path, roles, tokenizer, max_length=config.max_length, max_chunks=1, cache_path=config.cache_path
     )
     assert rows.num_rows == num_rows

@@ -37,7 +37,7 @@ from mmbert_core.cli_arguments import overrides_from, parse
 from mmbert_core.config import Config
 from mmbert_core.config_reader import read_config
 from mmbert_core.console import CountingHandler, place, print_figures, say_error, set_up_logging, tell
-from mmbert_core.data.class_words import positive_class_line
+from mmbert_core.data.class_messages import positive_class_line
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.demo import run as demo
 from mmbert_core.evaluation.metrics import lower_is_better

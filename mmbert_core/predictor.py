@@ -20,12 +20,12 @@ import torch
 
 from mmbert_core import hooks
 from mmbert_core.data.batches import WINDOW
-from mmbert_core.data.class_words import positive_class_line
+from mmbert_core.data.cache import open_or_build_cache
+from mmbert_core.data.class_messages import positive_class_line
 from mmbert_core.data.dataset import Dataset, dataset_for_prediction, encode_for_prediction, pad_token_id_of
-from mmbert_core.data.encoding import encode_windows, longest_texts
-from mmbert_core.data.features import Outside, Unseen, add_by_column, outside_lines, unseen_lines
+from mmbert_core.data.encoding import encode_windows, max_cell_characters
+from mmbert_core.data.features import OutOfRange, Unseen, add_by_column, out_of_range_lines, unseen_lines
 from mmbert_core.data.prepare import truncated_texts_warning
-from mmbert_core.data.store import open_or_build
 from mmbert_core.data.tokens import join_texts, keeps_end
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.inference import scoring
@@ -50,11 +50,11 @@ from mmbert_core.tables.table import (
     Chunk,
     Roles,
     check_path,
-    columns_kept,
     expand_paths,
     frame_to_chunk,
     read_chunks,
     records_to_chunk,
+    resolve_columns,
 )
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Predictor:
         inputs = expand_paths(paths)
         config, roles = self.loaded.config, Roles.from_config(self.loaded.config)
         tsv_quoting = tsv_quoting or config.tsv_quoting
-        kept = columns_kept(inputs, roles.inputs(), (config.label_name,), tsv_quoting=tsv_quoting)
+        kept = resolve_columns(inputs, roles.inputs(), (config.label_name,), tsv_quoting=tsv_quoting)
         names = header(
             self.loaded.labels.names,
             is_binary=config.is_binary,
@@ -200,7 +200,7 @@ class Predictor:
             has_labels=config.label_name in kept,
         )
         unseen: Unseen = {}
-        outside: Outside = {}
+        out_of_range: OutOfRange = {}
         num_truncated, progress = 0, Progress("rows scored", lengths_of(inputs))
         with written_whole(output, inputs, self.context) as stream:
             stream.write(table_line(names, delimiter=delimiter, sheet_safe=sheet_safe))
@@ -211,10 +211,10 @@ class Predictor:
                         table_rows(self._columns(dataset, result), delimiter=delimiter, sheet_safe=sheet_safe)
                     )
                 unseen = add_by_column(unseen, dataset.unseen())
-                outside = add_by_column(outside, dataset.outside())
+                out_of_range = add_by_column(out_of_range, dataset.out_of_range())
                 num_truncated += dataset.encoded.num_truncated
                 progress.advance(len(dataset), *dataset.encoded.last_position())
-        self._warn("input", num_truncated, progress.num_done, unseen, outside)
+        self._warn("input", num_truncated, progress.num_done, unseen, out_of_range)
         return progress.num_done
 
     def _windows(self, inputs: Sequence[str], roles: Roles, tsv_quoting: str) -> Iterator[Dataset]:
@@ -227,7 +227,7 @@ class Predictor:
             inputs,
             roles.inputs(),
             optional=(loaded.config.label_name,),
-            longest=longest_texts(roles, **lengths),
+            max_characters=max_cell_characters(roles, **lengths),
             keep_end=keeps_end(loaded.tokenizer),
             chunk_rows=WINDOW,
             tsv_quoting=tsv_quoting,
@@ -255,16 +255,16 @@ class Predictor:
         config, inputs = self.loaded.config, expand_paths(paths)
         check_path(parent)
         tsv_quoting = tsv_quoting or config.tsv_quoting
-        columns_kept(
+        resolve_columns(
             inputs, [*Roles.from_config(config).inputs(), config.label_name, *slice_columns], tsv_quoting=tsv_quoting
         )
         if not slice_columns:
-            slice_columns = columns_kept(inputs, [], config.slice_columns, tsv_quoting=tsv_quoting)
+            slice_columns = resolve_columns(inputs, [], config.slice_columns, tsv_quoting=tsv_quoting)
         made = [path for path in (Path(parent), *Path(parent).parents) if not path.exists()]
         _, folder = hooks.on_test_epoch_start(parent)
         try:
             dataset = self._stored(inputs, folder / CACHE, tsv_quoting)
-            unlike = self._unlike_training("input", dataset.unseen(), dataset.outside())
+            unlike = self._unlike_training("input", dataset.unseen(), dataset.out_of_range())
             for line in unlike:
                 logger.warning("%s", line)
             result = self.score(dataset)
@@ -285,7 +285,7 @@ class Predictor:
         roles = replace(Roles.from_config(config), group=None)
         lengths = {"max_length": config.max_length, "max_chunks": config.max_chunks}
         with self._in_use():
-            encoded = open_or_build(
+            encoded = open_or_build_cache(
                 inputs, roles, loaded.tokenizer, **lengths, cache_path=cache, tsv_quoting=tsv_quoting
             )
         return Dataset(
@@ -356,7 +356,9 @@ class Predictor:
             raise InputError(f"rows: expected a dict, a list of dicts or a data frame, found {type(rows).__name__}")
         dataset = self._encode(self._chunk_of(rows))
         columns = self._columns(dataset, self.score(dataset))
-        self._warn("data in memory", dataset.encoded.num_truncated, len(dataset), dataset.unseen(), dataset.outside())
+        self._warn(
+            "data in memory", dataset.encoded.num_truncated, len(dataset), dataset.unseen(), dataset.out_of_range()
+        )
         if isinstance(rows, pd.DataFrame):
             return pd.DataFrame(columns, index=rows.index)
         values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
@@ -394,20 +396,20 @@ class Predictor:
         with self._in_use():
             return encode_for_prediction(chunk, roles, loaded.tokenizer, loaded.features, loaded.labels, **lengths)
 
-    def _warn(self, name: str, num_truncated: int, num_rows: int, unseen: Unseen, outside: Outside) -> None:
+    def _warn(self, name: str, num_truncated: int, num_rows: int, unseen: Unseen, out_of_range: OutOfRange) -> None:
         for line in (
             *truncated_texts_warning(
                 num_truncated, num_rows, self.loaded.config, keep_end=keeps_end(self.loaded.tokenizer)
             ),
-            *self._unlike_training(name, unseen, outside),
+            *self._unlike_training(name, unseen, out_of_range),
         ):
             logger.warning("%s", line)
 
-    def _unlike_training(self, name: str, unseen: Unseen, outside: Outside) -> list[str]:
+    def _unlike_training(self, name: str, unseen: Unseen, out_of_range: OutOfRange) -> list[str]:
         """A line for each column with values or numbers that no training row has; `name` says of which rows."""
         features = self.loaded.features
         unseen_values = unseen_lines(name, unseen, features, examples=self.warns_with_examples)
-        return [*unseen_values, *outside_lines(name, outside, features)]
+        return [*unseen_values, *out_of_range_lines(name, out_of_range, features)]
 
     def score(self, dataset: Dataset) -> EpochResult:
         """Collective. Probabilities and ids of all rows in order; whole batches are dealt to the ranks."""
@@ -426,7 +428,7 @@ class Predictor:
         result = scoring.gather_results(results, len(dataset))
         if len(broken := scoring.non_finite_rows(result.preds)):
             raise RunError(
-                f"{dataset.where(broken[0])}: its probability is no number in {self.task.precision}: choose another precision, or fp32"
+                f"{dataset.row_location(broken[0])}: its probability is no number in {self.task.precision}: choose another precision, or fp32"
             )
         return result
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mmbert_core.config import FREE_ON_RESUME, Config
-from mmbert_core.data.store import META, is_whole
+from mmbert_core.data.cache import META, is_whole
 from mmbert_core.inference.model_files import check_complete, check_manifest, read_decision, read_settings
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.predictor import Predictor

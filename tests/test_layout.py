@@ -331,7 +331,7 @@ def plant(root: Path, module: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "problem"),
     [
-        ("config", "from mmbert_core.data.splits import taken", "above its own 2"),
+        ("config", "from mmbert_core.data.splits import select_rows", "above its own 2"),
         ("data.features", "from mmbert_core.inference.scoring import Task", "above its own 4"),
         ("hooks", "from mmbert_core.training import loop", "above its own 7"),
         ("training.optim", "import mmbert_core.cli", "above its own 8"),
@@ -367,7 +367,7 @@ def test_a_file_without_a_layer_and_a_layer_without_a_file_are_found(copy):
         "runtime.hub: has a layer, but there is no such file",
     }
     init = copy / PACKAGE / "data/__init__.py"
-    init.write_text(init.read_text() + "from mmbert_core.data.splits import taken\n")
+    init.write_text(init.read_text() + "from mmbert_core.data.splits import select_rows\n")
     assert any(
         line.startswith("mmbert_core/data/__init__.py, line ") and line.endswith(": imports data.splits")
         for line in import_problems(copy)

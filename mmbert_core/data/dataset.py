@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.encoding import EncodedRows, encode_chunk
-from mmbert_core.data.features import Features, Outside, Unseen, outside_cells, unseen_cells
+from mmbert_core.data.features import Features, OutOfRange, Unseen, out_of_range_cells, unseen_cells
 from mmbert_core.data.labels import Labels
-from mmbert_core.data.splits import taken
+from mmbert_core.data.splits import select_rows
 from mmbert_core.data.tokens import Tokens
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.tables.cells import normal_form
@@ -81,9 +81,11 @@ class Dataset:
         self.lengths = _lengths_of(encoded.tokens, self.rows)  # [N] int64, real tokens over all chunks; 1 without text
         self.label_index: np.ndarray | None = None  # [N] int64, -1 where missing or unknown
         if encoded.label_codes is not None:
-            self.label_index = labels.lookup(encoded.label_values)[taken(encoded.label_codes, self.rows)]
+            self.label_index = labels.lookup(encoded.label_values)[select_rows(encoded.label_codes, self.rows)]
             if require_labels:
-                labels.check_known(self.label_index, self.label_string, column=label_column, where=self.where)
+                labels.check_known(
+                    self.label_index, self.label_string, column=label_column, row_location=self.row_location
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,9 +95,9 @@ class Dataset:
         """Whether the table has a label column."""
         return self.label_index is not None
 
-    def where(self, position: int) -> str:
+    def row_location(self, position: int) -> str:
         """Place of a row for messages: file, row, line."""
-        return self.encoded.where(int(self.rows[position]))
+        return self.encoded.row_location(int(self.rows[position]))
 
     def ids(self, positions: Sequence[int] | np.ndarray) -> list[str]:
         """Ids of the rows, byte for byte; the table must have them."""
@@ -125,7 +127,7 @@ class Dataset:
             - 1
         )
         raise InputError(
-            f"{self.encoded.where(int(row))}: its text has the token id {tokens.ids[token]}, the model's embedding has {num_rows} rows: "
+            f"{self.encoded.row_location(int(row))}: its text has the token id {tokens.ids[token]}, the model's embedding has {num_rows} rows: "
             "tokens were added to the tokenizer without model.resize_token_embeddings(len(tokenizer)) before training"
         )
 
@@ -137,15 +139,15 @@ class Dataset:
             self.features.category_names,
         )
         return {
-            name: unseen_cells(self._lookups[index], taken(codes[:, index], self.rows), vocabularies[index])
+            name: unseen_cells(self._lookups[index], select_rows(codes[:, index], self.rows), vocabularies[index])
             for index, name in enumerate(names)
         }
 
-    def outside(self) -> Outside:
+    def out_of_range(self) -> OutOfRange:
         """Numeric column -> its numbers beyond what the training rows have."""
         numbers = self.encoded.numbers
         return {
-            name: outside_cells(self.features, index, taken(numbers[:, index], self.rows))
+            name: out_of_range_cells(self.features, index, select_rows(numbers[:, index], self.rows))
             for index, name in enumerate(self.features.number_names)
         }
 
@@ -191,7 +193,7 @@ class Dataset:
         self._rows_since_let_go += num_rows
         if self._rows_since_let_go > ROWS_HELD:
             self._rows_since_let_go = num_rows
-            self.encoded.let_go_of_tokens()
+            self.encoded.release_token_pages()
 
     def used_token_ids(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """The different token ids of these rows [U] int64, ascending; padding's is always one."""

@@ -15,10 +15,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
-from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.errors import InputError, RunError, format_for_message
 from mmbert_core.tables.cells import BOOLEANS
 from mmbert_core.tables.csv_reader import AUTO
-from mmbert_core.tables.table import Chunk, Roles, place_of, shown
+from mmbert_core.tables.lines import row_location
+from mmbert_core.tables.table import Chunk, Roles
 
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
 LARGEST_NUMBER = float(np.finfo(np.float32).max)  # the model computes in float32
@@ -103,7 +104,7 @@ class EncodedRows:
             return 0, 0
         return int(self.file_index[-1]), int(self.lines[-1] or self.file_rows[-1])
 
-    def let_go_of_tokens(self) -> None:
+    def release_token_pages(self) -> None:
         """Give the pages of texts back that were read: they count as this process's memory, and come again where they are needed."""
         if self.token_file is not None:
             self.token_file.madvise(MADV_DONTNEED)
@@ -113,12 +114,12 @@ class EncodedRows:
         """Rows whose text did not fit into the chunks."""
         return self.tokens.num_truncated if self.tokens else 0
 
-    def where(self, index: int) -> str:
+    def row_location(self, index: int) -> str:
         """Place of a row for messages, as `Chunk.where`."""
-        return place_of(self.paths[self.file_index[index]], int(self.file_rows[index]), int(self.lines[index]))
+        return row_location(self.paths[self.file_index[index]], int(self.file_rows[index]), int(self.lines[index]))
 
 
-def longest_texts(roles: Roles, *, max_length: int, max_chunks: int) -> dict[str, int]:
+def max_cell_characters(roles: Roles, *, max_length: int, max_chunks: int) -> dict[str, int]:
     """Text column -> characters of a cell to keep: one more than are tokenised, so that the text still counts as cut."""
     whole = (roles.id, roles.group)  # whose cells are needed to their end
     return {name: characters_read(max_length, max_chunks) + 1 for name in roles.text if name not in whole}
@@ -209,7 +210,7 @@ def encode_arrays(
     cells = chunk.cells
     numbers = np.empty((len(chunk), len(roles.numbers)), dtype=np.float64)
     for place, name in enumerate(roles.numbers):
-        numbers[:, place] = _parse_column(cells[name], column=name, where=chunk.where)
+        numbers[:, place] = _parse_column(cells[name], column=name, row_location=chunk.row_location)
     codes = np.empty((len(chunk), len(roles.categories)), dtype=np.int32)
     for place, name in enumerate(roles.categories):
         codes[:, place] = books[name].encode(cells[name])
@@ -282,7 +283,7 @@ def number_of(cell: str) -> float:
     return number
 
 
-def _parse_column(cells: Sequence[str], *, column: str, where: Callable[[int], str]) -> np.ndarray:
+def _parse_column(cells: Sequence[str], *, column: str, row_location: Callable[[int], str]) -> np.ndarray:
     """A numeric column -> float64 [N], NaN = missing."""
     try:  # nearly all chunks: no word, nothing to refuse
         numbers = np.fromiter(map(float, cells), dtype=np.float64, count=len(cells))
@@ -295,7 +296,9 @@ def _parse_column(cells: Sequence[str], *, column: str, where: Callable[[int], s
             numbers[index] = number_of(cell)
         except ValueError:
             expected = "expected a finite number (such as 3.5 or 1e5, at most 3.4e38) or an empty cell"
-            raise InputError(f"{where(index)}, column {column!r}: {expected}, found {shown(cell)}") from None
+            raise InputError(
+                f"{row_location(index)}, column {column!r}: {expected}, found {format_for_message(cell)}"
+            ) from None
     return numbers
 
 

@@ -3,18 +3,18 @@
 N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K categorical columns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mmbert_core.data.splits import taken
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.data.splits import select_rows
+from mmbert_core.runtime.errors import InputError, list_for_message
 from mmbert_core.storage.schema import array, boolean, nullable, number, record, text
 from mmbert_core.tables.cells import index_by_form, normal_form
-from mmbert_core.tables.table import Roles, shown
+from mmbert_core.tables.table import Roles
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
 MAX_UNSEEN_SHARE = 0.2  # of a column's cells, above which they are probably written in another way than in training
@@ -62,7 +62,7 @@ class Features:
         roles: Roles,
         *,
         rows: np.ndarray | None = None,
-        where: str = "training rows",
+        source: str = "training rows",
     ) -> "Features":
         """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`; `rows` (sorted) picks the training rows.
 
@@ -74,11 +74,11 @@ class Features:
         minimums, maximums = [], []
         indicator_stats = []
         for place, name in enumerate(roles.numbers):
-            column = taken(numbers[:, place], rows)  # [N]
+            column = select_rows(numbers[:, place], rows)  # [N]
             missing = np.isnan(column)
             if missing.all():
                 raise InputError(
-                    f"{where}, column {name!r}: expected numbers, found no value in any of {len(column)} rows"
+                    f"{source}, column {name!r}: expected numbers, found no value in any of {len(column)} rows"
                 )
             medians.append(float(np.median(column[~missing])))
             has_indicator.append(bool(missing.any()))
@@ -91,7 +91,7 @@ class Features:
                 indicator_stats.append(_mean_and_std(missing.astype(np.float64)))
         categories = []
         for place, vocabulary in enumerate(vocabularies):
-            counts = np.bincount(taken(codes[:, place], rows), minlength=len(vocabulary))
+            counts = np.bincount(select_rows(codes[:, place], rows), minlength=len(vocabulary))
             categories.append(
                 tuple(sorted({normal_form(vocabulary[code]) for code in np.flatnonzero(counts) if vocabulary[code]}))
             )
@@ -221,20 +221,20 @@ class UnseenCells:
 
 
 @dataclass(frozen=True)
-class OutsideCells:
+class OutOfRangeCells:
     """Cells of one numeric column beyond the limits, or far from the mean where these are not known."""
 
     count: int
     num_numbers: int  # of the column, missing cells not included
 
-    def __add__(self, other: "OutsideCells") -> "OutsideCells":
-        return OutsideCells(self.count + other.count, self.num_numbers + other.num_numbers)
+    def __add__(self, other: "OutOfRangeCells") -> "OutOfRangeCells":
+        return OutOfRangeCells(self.count + other.count, self.num_numbers + other.num_numbers)
 
 
 # By column, in the order of the config.
 Unseen = dict[str, UnseenCells]
-Outside = dict[str, OutsideCells]
-Cells = TypeVar("Cells", UnseenCells, OutsideCells)
+OutOfRange = dict[str, OutOfRangeCells]
+Cells = TypeVar("Cells", UnseenCells, OutOfRangeCells)
 
 
 def unseen_cells(lookup: np.ndarray, codes: np.ndarray, vocabulary: Sequence[str]) -> UnseenCells:
@@ -263,25 +263,23 @@ def unseen_lines(name: str, unseen: Unseen, features: Features, *, examples: boo
         if cells.count <= MAX_UNSEEN_SHARE * cells.num_cells or not examples:
             lines.append(f"{name}: {cells.count} {problem}")
             continue
-        known = (
-            f"training rows have {_listed(values[:MAX_EXAMPLES], len(values))}" if values else "training rows have none"
-        )
+        known = f"training rows have {list_for_message(values, MAX_EXAMPLES)}" if values else "training rows have none"
         counts = f"{cells.count:,} of {cells.num_cells:,}"
-        lines.append(f"{name}: {counts} {problem}, such as {_listed(cells.examples, len(cells.examples))}; {known}")
+        lines.append(f"{name}: {counts} {problem}, such as {list_for_message(cells.examples)}; {known}")
     return lines
 
 
-def outside_cells(features: Features, index: int, numbers: np.ndarray) -> OutsideCells:
+def out_of_range_cells(features: Features, index: int, numbers: np.ndarray) -> OutOfRangeCells:
     """Of the numeric column `index` of `features`: raw `numbers` [N], NaN = missing."""
     if features.limits is None:
         outside = np.abs(numbers - features.means[index]) > FAR_STDS * features.stds[index]
     else:
         low, high = features.limits
         outside = (numbers < low[index]) | (numbers > high[index])
-    return OutsideCells(int(outside.sum()), int((~np.isnan(numbers)).sum()))
+    return OutOfRangeCells(int(outside.sum()), int((~np.isnan(numbers)).sum()))
 
 
-def outside_lines(name: str, outside: Outside, features: Features) -> list[str]:
+def out_of_range_lines(name: str, outside: OutOfRange, features: Features) -> list[str]:
     """A line for each column with numbers outside what the training rows have; `name` says of which rows."""
     lines = []
     for index, column in enumerate(features.number_names):
@@ -298,8 +296,3 @@ def outside_lines(name: str, outside: Outside, features: Features) -> list[str]:
         known = f"{features.minimums[index]:.12g} to {features.maximums[index]:.12g}"
         lines.append(f"{counts} outside the training range {known} and were limited to {limits}")
     return lines
-
-
-def _listed(values: Iterable[str], num_values: int) -> str:
-    listed = [shown(value) for value in values]
-    return ", ".join(listed) + (", ..." if num_values > len(listed) else "")

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, format_for_message, list_for_message
 from mmbert_core.storage.schema import array, record, text
 from mmbert_core.tables.cells import index_by_form, normal_form
-from mmbert_core.tables.table import shown
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 LABELS_JSON = record({"names": array(text(non_empty=True), min_length=2, distinct=True)})
@@ -35,13 +34,13 @@ class Labels:
         num_classes: int,
         positive_label: str | None = None,
         column: str = "label",
-        where: Callable[[int], str] = "row {}".format,
+        row_location: Callable[[int], str] = "row {}".format,
         others: Callable[[int], str] = lambda index: "",
     ) -> "Labels":
         """Classes of the label texts `values` (repeats allowed): sorted as numbers if all are whole numbers, else by code point.
 
         Texts with one normal form are one class, but for numbers, whose spellings must not differ. `positive_label`
-        becomes class 1 of two classes. `where(i)` is the place of `values[i]`, `others(i)` what `other_rows` says of its rows.
+        becomes class 1 of two classes. `row_location(i)` is the place of `values[i]`, `others(i)` what `other_rows` says of its rows.
         Raises `InputError`: a missing label, one class only, another number of classes than `num_classes`,
         two spellings of one number, a positive_label that is no class.
         """
@@ -50,9 +49,9 @@ class Labels:
             first.setdefault(value, index)
         if "" in first:
             raise InputError(
-                f"{where(first[''])}, column {column!r}: expected a label, found an empty cell{others(first[''])}"
+                f"{row_location(first[''])}, column {column!r}: expected a label, found an empty cell{others(first[''])}"
             )
-        _check_spellings(sorted(first), first, column=column, where=where, others=others)
+        _check_spellings(sorted(first), first, column=column, row_location=row_location, others=others)
         by_form = spellings_by_form(first)
         merged = "".join(f"; {line}" for line in _merged(by_form))
         first = {spellings[0]: first[spellings[0]] for spellings in by_form.values()}
@@ -60,15 +59,15 @@ class Labels:
         names = sorted(first, key=lambda name: (int(name), name)) if are_numbers else sorted(first)
         if len(names) == 1:
             raise InputError(
-                f"{where(0)}, column {column!r}: all training rows have the label {shown(names[0])}, expected {num_classes} classes{merged}"
+                f"{row_location(0)}, column {column!r}: all training rows have the label {format_for_message(names[0])}, expected {num_classes} classes{merged}"
             )
         if len(names) != num_classes:
-            place, found = where(0), f"{len(names)}: {_listed(names)}"
+            place, found = row_location(0), f"{len(names)}: {list_for_message(names)}"
             if len(names) > num_classes:  # a label too many is one that comes late
                 newest = list(first)[num_classes]
                 place, found = (
-                    where(first[newest]),
-                    f"{found}; {shown(newest)} is in this row for the first time{others(first[newest])}",
+                    row_location(first[newest]),
+                    f"{found}; {format_for_message(newest)} is in this row for the first time{others(first[newest])}",
                 )
             raise InputError(
                 f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}{merged}"
@@ -82,7 +81,7 @@ class Labels:
                     else f"; write it as in the training file: {ascii(same)}, not {ascii(positive_label)}"
                 )
                 raise InputError(
-                    f"positive_label: expected one of the labels {_listed(names)}, found {positive_label!r}{hint}"
+                    f"positive_label: expected one of the labels {list_for_message(names)}, found {positive_label!r}{hint}"
                 )
             if num_classes != 2:
                 raise InputError(f"positive_label: expected 2 classes to choose from, found {num_classes}")
@@ -104,17 +103,17 @@ class Labels:
         return np.array(indices, dtype=np.int64)
 
     def check_known(
-        self, indices: np.ndarray, label_of: Callable[[int], str], *, column: str, where: Callable[[int], str]
+        self, indices: np.ndarray, label_of: Callable[[int], str], *, column: str, row_location: Callable[[int], str]
     ) -> None:
         """Raise `InputError` with the first three places when any of `indices` [N] is `UNKNOWN`."""
         unknown = np.flatnonzero(indices == UNKNOWN)
         if len(unknown) == 0:
             return
         first = label_of(int(unknown[0]))
-        found = f"found {shown(first)}" if first else "found an empty cell"
-        expected = f"expected one of the labels {_listed(self.names)}"
+        found = f"found {format_for_message(first)}" if first else "found an empty cell"
+        expected = f"expected one of the labels {list_for_message(self.names)}"
         raise InputError(
-            f"{where(int(unknown[0]))}, column {column!r}: {expected}, {found}{other_rows(unknown, where)}"
+            f"{row_location(int(unknown[0]))}, column {column!r}: {expected}, {found}{other_rows(unknown, row_location)}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -125,11 +124,11 @@ class Labels:
         return cls(tuple(value["names"]))
 
 
-def other_rows(rows: np.ndarray, where: Callable[[int], str]) -> str:
+def other_rows(rows: np.ndarray, row_location: Callable[[int], str]) -> str:
     """What a message that names the first of `rows` says of the rest: how many, and where two more are."""
     if len(rows) == 1:
         return ""
-    return f" ({len(rows)} such rows; also {', '.join(where(int(row)) for row in rows[1:3])})"
+    return f" ({len(rows)} such rows; also {', '.join(row_location(int(row)) for row in rows[1:3])})"
 
 
 def spellings_by_form(values: Iterable[str]) -> dict[str, list[str]]:
@@ -150,7 +149,7 @@ def spelling_warnings(values: Iterable[str], column: str) -> list[str]:
     for names in similar.values():
         if len(names) > 1:
             lines.append(
-                f"column {column!r}: the labels {_listed(names)} differ by spaces or case only and are {len(names)} classes: are they meant as one?"
+                f"column {column!r}: the labels {list_for_message(names)} differ by spaces or case only and are {len(names)} classes: are they meant as one?"
             )
     return lines
 
@@ -164,16 +163,12 @@ def _merged(by_form: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(shown(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-
-
 def _check_spellings(
     names: Sequence[str],
     first: dict[str, int],
     *,
     column: str,
-    where: Callable[[int], str],
+    row_location: Callable[[int], str],
     others: Callable[[int], str],
 ) -> None:
     """One number written in two ways ("1" beside "1.0" or "01") is a mistake in the file, never two classes."""
@@ -186,9 +181,9 @@ def _check_spellings(
         if "_" in name:  # Python's own digit grouping: 1_0 is a name here
             continue
         if number in spelling:
-            both = f"{shown(spelling[number])} and {shown(name)}"
+            both = f"{format_for_message(spelling[number])} and {format_for_message(name)}"
             newest = max(first[spelling[number]], first[name])
             raise InputError(
-                f"{where(newest)}, column {column!r}: expected one spelling of a label, found {both} for the same number{others(newest)}"
+                f"{row_location(newest)}, column {column!r}: expected one spelling of a label, found {both} for the same number{others(newest)}"
             )
         spelling[number] = name

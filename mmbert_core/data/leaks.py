@@ -10,7 +10,7 @@ import pandas as pd
 
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.labels import Labels
-from mmbert_core.data.splits import taken
+from mmbert_core.data.splits import select_rows
 
 TRAINING_ROWS, OTHER_ROWS, COLUMN_ROWS = 1_000_000, 100_000, 100_000  # that are looked at, at most
 CHUNK_ROWS = 8_192
@@ -48,9 +48,9 @@ def find_leaks(train: Dataset, val: Dataset | None, test: Dataset | None, labels
 def _shared_groups(part: Dataset, earlier: Dataset) -> Iterator[str]:
     if part.encoded.group_codes is None or earlier.encoded.group_codes is None:
         return
-    shared = shared_places(*(taken(each.encoded.group_codes, each.rows) for each in (part, earlier)))
+    shared = shared_places(*(select_rows(each.encoded.group_codes, each.rows) for each in (part, earlier)))
     if len(shared):
-        yield f"{part.name}: {len(shared)} of {len(part)} rows are of a group that has {KINDS[earlier.name]} rows, first {part.where(int(shared[0]))}"
+        yield f"{part.name}: {len(shared)} of {len(part)} rows are of a group that has {KINDS[earlier.name]} rows, first {part.row_location(int(shared[0]))}"
 
 
 def shared_places(codes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ def _shared_texts(part: Dataset, earlier: Dataset, hashes: np.ndarray, others: n
     shared = np.flatnonzero(_is_in(hashes, others) & (part.lengths[: len(hashes)] >= MIN_TOKENS))
     if len(shared):
         count = f"{len(shared)} of {len(hashes)} texts"
-        yield f"{part.name}: {count} are those of {KINDS[earlier.name]} rows (texts of {MIN_TOKENS} tokens or more), first {part.where(int(shared[0]))}"
+        yield f"{part.name}: {count} are those of {KINDS[earlier.name]} rows (texts of {MIN_TOKENS} tokens or more), first {part.row_location(int(shared[0]))}"
 
 
 def text_hashes(dataset: Dataset, most_rows: int) -> np.ndarray:

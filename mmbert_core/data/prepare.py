@@ -12,26 +12,25 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.config import Config
-from mmbert_core.data.class_words import few_rows_warning, positive_class_warning
+from mmbert_core.data.cache import check_columns, open_or_build_cache, required_columns
+from mmbert_core.data.class_messages import few_rows_warning, positive_class_warning
 from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
-from mmbert_core.data.features import Features, outside_lines, unseen_lines
+from mmbert_core.data.features import Features, out_of_range_lines, unseen_lines
 from mmbert_core.data.labels import Labels, other_rows, spelling_warnings
 from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
-from mmbert_core.data.splits import sample_rows, split_rows, taken
-from mmbert_core.data.store import check_columns, open_or_build, required_columns
+from mmbert_core.data.splits import sample_rows, select_rows, split_rows
 from mmbert_core.data.tokens import keeps_end, load_tokenizer, tokenizer_fingerprint
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, format_for_message
 from mmbert_core.runtime.progress import Progress
 from mmbert_core.tables.readers import header_of
 from mmbert_core.tables.table import (
     Roles,
-    columns_kept,
     expand_paths,
     join_problems,
     missing_in_files,
     read_chunks,
-    shown,
+    resolve_columns,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def prepare(config: Config) -> Data:
     _check_files(config, train_roles)
     tokenizer = load_tokenizer(config.encoder) if roles.text else None
     encode = partial(
-        open_or_build,
+        open_or_build_cache,
         tokenizer=tokenizer,
         max_length=config.max_length,
         max_chunks=config.max_chunks,
@@ -97,7 +96,7 @@ def prepare(config: Config) -> Data:
     labels = _fit_labels(train, config)
     train_rows, val_rows = choose_rows(train, labels, config)
     features = Features.fit(
-        train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, where=train.paths[0]
+        train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, source=train.paths[0]
     )
     dataset = partial(
         Dataset,
@@ -164,7 +163,7 @@ def _check_files(config: Config, train_roles: Roles) -> None:
                 tsv_quoting=config.tsv_quoting,
             )
     if config.test_path:
-        columns_kept(config.test_path, config.slice_columns, tsv_quoting=config.tsv_quoting)
+        resolve_columns(config.test_path, config.slice_columns, tsv_quoting=config.tsv_quoting)
 
 
 def _check_all_columns(config: Config, train_roles: Roles) -> None:
@@ -193,18 +192,18 @@ def _label_problem(config: Config) -> str | None:
         for chunk in islice(chunks, LABEL_CHUNKS):
             for row, value in enumerate(chunk.cells[config.label_name]):
                 if value not in first:
-                    first[value] = chunk.where(row)
+                    first[value] = chunk.row_location(row)
         if (
             next(chunks, None) is not None and len(first) <= config.num_classes
         ):  # a later row may have the missing class
             return None
-        where = list(first.values())
+        locations = list(first.values())
         Labels.fit(
             list(first),
             num_classes=config.num_classes,
             positive_label=config.positive_label,
             column=config.label_name,
-            where=where.__getitem__,
+            row_location=locations.__getitem__,
         )
     except InputError as error:
         return None if "not found" in str(error) else str(error)
@@ -218,8 +217,8 @@ def _fit_labels(train: EncodedRows, config: Config) -> Labels:
         num_classes=config.num_classes,
         positive_label=config.positive_label,
         column=config.label_name,
-        where=lambda index: train.where(int(first_rows[index])),
-        others=lambda index: other_rows(np.flatnonzero(train.label_codes == codes[index]), train.where),
+        row_location=lambda index: train.row_location(int(first_rows[index])),
+        others=lambda index: other_rows(np.flatnonzero(train.label_codes == codes[index]), train.row_location),
     )
     if not config.is_binary and "calibrated" in labels.names:
         raise InputError(
@@ -243,10 +242,10 @@ def _first_places(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training table for training and for validation (none where val_path has them)."""
     rows = sample_rows(train.num_rows, config.max_train_rows, config.seed)
-    classes = labels.lookup(train.label_values)[taken(train.label_codes, rows)]
+    classes = labels.lookup(train.label_values)[select_rows(train.label_codes, rows)]
     missing = set(np.flatnonzero(np.bincount(classes, minlength=len(labels.names)) == 0).tolist())
     if missing:
-        name = shown(labels.names[min(missing)])
+        name = format_for_message(labels.names[min(missing)])
         raise InputError(
             f"max_train_rows: expected rows of every class, found none of class {name} among {len(rows)} sampled training rows"
         )
@@ -288,7 +287,7 @@ def _warnings(data: Data, config: Config) -> list[str]:
     lines += find_leaks(data.train, data.val, data.test, data.labels)
     for place, part in enumerate(parts[1:], start=1):
         lines += unseen_lines(part.name, part.unseen(), data.features)
-        lines += outside_lines(part.name, part.outside(), data.features)
+        lines += out_of_range_lines(part.name, part.out_of_range(), data.features)
         for earlier in parts[:place]:
             lines += _shared_ids(part, earlier)
     return lines
@@ -310,13 +309,13 @@ def _repeated_ids(table: EncodedRows) -> Iterator[str]:
     is_first = np.zeros(table.num_rows, dtype=bool)
     is_first[np.unique(table.id_codes, return_index=True)[1]] = True  # an empty id equals no other
     repeats = np.flatnonzero(~is_first)
-    yield f"{table.paths[0]}: {len(repeats)} of {table.num_rows} ids repeat one of an earlier row, first in {table.where(int(repeats[0]))}; all rows are kept"
+    yield f"{table.paths[0]}: {len(repeats)} of {table.num_rows} ids repeat one of an earlier row, first in {table.row_location(int(repeats[0]))}; all rows are kept"
 
 
 def _shared_ids(part: Dataset, earlier: Dataset) -> Iterator[str]:
     """Rows that are scored by a model that learned from them, or was chosen by them."""
     if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
         return
-    shared = shared_places(*(taken(each.encoded.id_codes, each.rows) for each in (part, earlier)))
+    shared = shared_places(*(select_rows(each.encoded.id_codes, each.rows) for each in (part, earlier)))
     if len(shared):
-        yield f"{part.name}: {len(shared)} rows have an id of a {KINDS[earlier.name]} row, first {part.where(int(shared[0]))}"
+        yield f"{part.name}: {len(shared)} rows have an id of a {KINDS[earlier.name]} row, first {part.row_location(int(shared[0]))}"

@@ -16,7 +16,7 @@ def sample_rows(num_rows: int, max_rows: int | None, seed: int) -> np.ndarray:
     return np.sort(generator.choice(num_rows, max_rows, replace=False)).astype(np.int64)
 
 
-def taken(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def select_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """`array[rows]` of a sorted choice of rows without repeats; all of them are not copied."""
     return array if len(rows) == len(array) else array[rows]
 

@@ -16,13 +16,14 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmbert_core.data.prefetch import prefetch_one
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, shorten
 from mmbert_core.runtime.hub import check_hub_answers, check_hub_name
 from mmbert_core.storage.encoder_files import check_encoder_files
 
 # Cutting before tokenising bounds the time of a text of any size; English has 4 to 5 characters a token.
 CHARACTERS_PER_TOKEN = 20
 SAMPLE_LENGTH, NUM_SAMPLE_WORDS = 64, 64  # tokens
+MAX_ERROR_CHARACTERS = 200  # of another library's message in ours
 ENCODED_AT_ONCE = 1024  # texts; their Rust encodings take a few hundred bytes a token
 
 
@@ -71,7 +72,7 @@ def _load(name: str, *, local_files_only: bool) -> PreTrainedTokenizerFast:
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers a bare Exception
         raise InputError(
-            f"encoder: no tokenizer could be loaded from {name!r} ({' '.join(str(error).split())[:200]})"
+            f"encoder: no tokenizer could be loaded from {name!r} ({shorten(str(error), MAX_ERROR_CHARACTERS)})"
         ) from None
 
 
@@ -227,7 +228,7 @@ def _encode(encode_batch: Callable[[list[str]], list[Any]], texts: list[str]) ->
         return encode_batch(texts)
     except Exception as error:  # the Rust tokenizer raises a bare Exception
         raise InputError(
-            f"encoder: its tokenizer cannot encode a text ({' '.join(str(error).split())[:200]}): choose an encoder with an unknown token"
+            f"encoder: its tokenizer cannot encode a text ({shorten(str(error), MAX_ERROR_CHARACTERS)}): choose an encoder with an unknown token"
         ) from None
 
 

@@ -18,8 +18,8 @@ from torch import nn
 import mmbert_core
 from mmbert_core.config import Config
 from mmbert_core.data.features import Features
-from mmbert_core.data.known_ranges import with_known_ranges
 from mmbert_core.data.labels import Labels
+from mmbert_core.data.number_ranges import recover_number_ranges
 from mmbert_core.data.tokens import always_used_ids, load_tokenizer
 from mmbert_core.evaluation.decision import Decision
 from mmbert_core.inference.model_files import (
@@ -184,7 +184,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     check_manifest(folder)
     settings = read_settings(folder)
     config = settings.config
-    features = with_known_ranges(settings.features, settings.labels, config, folder)
+    features = recover_number_ranges(settings.features, settings.labels, config, folder)
     decision = read_decision(folder, settings)
     shapes = read_shapes(folder / WEIGHTS)
     _check_head(folder / WEIGHTS, config, shapes)

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
-from mmbert_core.data.encoding import longest_texts, number_of
+from mmbert_core.data.encoding import max_cell_characters, number_of
 from mmbert_core.data.prepare import Data
 from mmbert_core.data.tokens import join_texts, keeps_end
 from mmbert_core.evaluation.baselines import DESCRIPTIONS
@@ -342,7 +342,7 @@ def errors_section(scored: EvaluatedRows) -> Section:
     return {
         "rows": [
             {
-                "place": dataset.where(int(row)),
+                "place": dataset.row_location(int(row)),
                 "id": scored.ids[row] if scored.ids else None,
                 "label": scored.class_names[labels[row]],
                 "pred": scored.class_names[chosen[row]],
@@ -370,13 +370,15 @@ def texts_of(scored: EvaluatedRows, positions: np.ndarray) -> list[str]:
     columns = config.text_name
     if not columns:
         return [""] * len(positions)
-    longest = longest_texts(Roles.from_config(config), max_length=config.max_length, max_chunks=config.max_chunks)
+    max_characters = max_cell_characters(
+        Roles.from_config(config), max_length=config.max_length, max_chunks=config.max_chunks
+    )
     wanted = {int(row): place for place, row in enumerate(scored.dataset.rows[positions])}
     texts, first = [""] * len(positions), 0
     for chunk in read_chunks(
         encoded.paths,
         list(columns),
-        longest=longest,
+        max_characters=max_characters,
         keep_end=keeps_end(scored.loaded.tokenizer),
         tsv_quoting=encoded.tsv_quoting,
     ):

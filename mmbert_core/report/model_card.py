@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mmbert_core
-from mmbert_core.data.class_words import format_share
+from mmbert_core.data.class_messages import format_share
 from mmbert_core.inference.model_files import CARD, SUMMARY, SUMMARY_JSON, is_own_card, read_folder_json, with_card_mark
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.report.results import listed_figures

@@ -219,7 +219,7 @@ def write_results(
             "probabilities that are no numbers: %d of %d rows, first %s: their pred says nothing",
             len(broken),
             len(dataset),
-            dataset.where(broken[0]),
+            dataset.row_location(broken[0]),
         )
     if dataset.has_labels:
         if result.labels is not None:  # else rows of a prediction, which has no loss

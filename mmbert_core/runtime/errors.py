@@ -1,6 +1,6 @@
 """The errors that a user or another rank can do something with, and the phase in which an error happened."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 MAX_SHOWN = 80  # characters of a value in a message
@@ -40,10 +40,15 @@ def phase(name: str) -> Iterator[None]:
 def format_for_message(value: object, limit: int = MAX_SHOWN) -> str:
     """A value as a message shows it: its `repr`, on one line, at most `limit` characters."""
     try:
-        text = repr(value)
+        text = repr(value[: limit + 1] if isinstance(value, str) else value)  # a cell may have millions of characters
     except ValueError:  # Python turns no whole number of more than 4,300 digits into text
         text = "a number of thousands of digits"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def list_for_message(values: Sequence[object], limit: int = 10) -> str:
+    """The first `limit` values as a message shows them, separated by commas."""
+    return ", ".join(map(format_for_message, values[:limit])) + (", ..." if len(values) > limit else "")
 
 
 def shorten(message: str, limit: int) -> str:

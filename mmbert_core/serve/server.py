@@ -25,11 +25,11 @@ from urllib.parse import urlsplit
 
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime import signals
-from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.errors import InputError, RunError, format_for_message
 from mmbert_core.serve.connections import DEFAULT_LIMITS, BoundedServer, Limits, RequestStream
 from mmbert_core.serve.page import content_security_policy, render_page
 from mmbert_core.tables.readers import object_of
-from mmbert_core.tables.table import Roles, shown
+from mmbert_core.tables.table import Roles
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,13 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"Allow": ", ".join(METHODS[path])}
         self._send(status, kind, body, headers)
         milliseconds = 1000 * (time.monotonic() - started)
-        logger.info("%s %s %d %.0f ms", self.command, path if path in METHODS else shown(path), status, milliseconds)
+        logger.info(
+            "%s %s %d %.0f ms",
+            self.command,
+            path if path in METHODS else format_for_message(path),
+            status,
+            milliseconds,
+        )
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
@@ -155,7 +161,9 @@ class Handler(BaseHTTPRequestHandler):
         """Status, type, body and further headers of what was asked for. Raises `Refusal` and what the predictor raises."""
         self._check_host()
         if path not in METHODS:
-            raise Refusal(HTTPStatus.NOT_FOUND, f"there is no {shown(path)}; there are {', '.join(METHODS)}")
+            raise Refusal(
+                HTTPStatus.NOT_FOUND, f"there is no {format_for_message(path)}; there are {', '.join(METHODS)}"
+            )
         if self.command not in METHODS[path]:
             raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, f"{path}: expected {METHODS[path][0]}, found {self.command}")
         server, loaded = self.server, self.server.predictor.loaded
@@ -224,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise Refusal(
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                f"expected Content-Type application/json, found {shown(self.headers.get('Content-Type', ''))}",
+                f"expected Content-Type application/json, found {format_for_message(self.headers.get('Content-Type', ''))}",
             )
         try:
             return json.loads(body, parse_constant=refuse_constant, object_pairs_hook=object_of)

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 
-from mmbert_core.runtime.errors import InputError
-from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, BadLine, text_lines
+from mmbert_core.runtime.errors import InputError, format_for_message
+from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, BadLine, row_location, text_lines
 
 AUTO, STANDARD, NONE = "auto", "standard", "none"  # values of tsv_quoting
 TAB = "\t"
@@ -22,11 +22,6 @@ logger = logging.getLogger(__name__)
 Record = tuple[int, list[str]]  # line where it begins, cells
 
 
-def row_prefix(path: str, row: int, line: int) -> str:
-    """File and row at the beginning of a message; row 0 is the header."""
-    return f"{path} header (line {line})" if row == 0 else f"{path} row {row} (line {line})"
-
-
 def csv_header(path: str, delimiter: str, tsv_quoting: str) -> list[str] | None:
     """Column names, without empty ones at the end; None for an empty file. Raises `InputError`, also for a line `sep=;`."""
     first = next(_records(path, delimiter, tsv_quoting), None)
@@ -36,7 +31,7 @@ def csv_header(path: str, delimiter: str, tsv_quoting: str) -> list[str] | None:
     if header[0].lower().startswith("sep=") and not any(header[1:]):
         advice = f"remove it, and separate cells by {'tabs' if delimiter == TAB else 'commas'}"
         raise InputError(
-            f"{path} header (line {first[0]}): expected column names, found {header[0]!r}, a line for spreadsheets: {advice}"
+            f"{row_location(path, 0, first[0])}: expected column names, found {header[0]!r}, a line for spreadsheets: {advice}"
         )
     return _named(header)
 
@@ -56,12 +51,12 @@ def csv_rows(
     for row, (line, cells) in enumerate(records, start=1):
         if len(cells) != len(header):
             raise InputError(
-                f"{row_prefix(path, row, line)}: expected {len(header)} cells as in the header, found {len(cells)}"
+                f"{row_location(path, row, line)}: expected {len(header)} cells as in the header, found {len(cells)}"
             )
         if num_named < len(header) - 1 and any(cells[num_named:]):
             cell = next(filter(None, cells[num_named:]))
             raise InputError(
-                f"{row_prefix(path, row, line)}: expected no cell under the empty names at the end of the header, found {cell[:40]!r}"
+                f"{row_location(path, row, line)}: expected no cell under the empty names at the end of the header, found {format_for_message(cell)}"
             )
         yield line, pick(cells)
 
@@ -91,9 +86,9 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
             break
         except csv.Error as error:
             other = _other_separator(path, delimiter) if row == 0 else None
-            raise InputError(f"{row_prefix(path, row, line)}: {other or _problem(str(error), is_auto)}") from None
+            raise InputError(f"{row_location(path, row, line)}: {other or _problem(str(error), is_auto)}") from None
         except BadLine as error:
-            raise InputError(f"{row_prefix(path, row, reader.line_num + 1)}: {error}") from None
+            raise InputError(f"{row_location(path, row, reader.line_num + 1)}: {error}") from None
         if not cells or (num_columns > 1 and not any(cells)):
             if not blank_line:
                 blank_line, blank_kind = line, "separators alone" if cells else "a blank line"
@@ -103,9 +98,9 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
             hint = {0: "remove it", 1: 'an empty cell alone is written ""'}.get(
                 num_columns, "remove it, or give the row an id"
             )
-            raise InputError(f"{row_prefix(path, row, blank_line)}: expected a row, found {blank_kind} ({hint})")
+            raise InputError(f"{row_location(path, row, blank_line)}: expected a row, found {blank_kind} ({hint})")
         if is_auto and len(line_cells) > 1 and num_columns:
-            _check_span(line_cells, num_columns, row_prefix(path, row, line))
+            _check_span(line_cells, num_columns, row_location(path, row, line))
         yield line, cells
         num_columns = num_columns or len(cells)
         row += 1

@@ -56,6 +56,12 @@ def short_text_of(value: Any) -> str:
     return text
 
 
+def row_location(path: str, row: int, line: int = 0) -> str:
+    """File and row at the beginning of a message, `reviews.csv row 17 (line 23)`; row 0 is the header, line 0 a format without lines."""
+    place = "header" if row == 0 else f"row {row}"
+    return f"{path} {place} (line {line})" if line else f"{path} {place}"
+
+
 def is_gzip_name(path: str) -> bool:
     return path.lower().endswith(".gz")
 

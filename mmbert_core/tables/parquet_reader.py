@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, shorten
 from mmbert_core.tables.cells import text_of
-from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, kind_of, short_text_of
+from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, kind_of, row_location, short_text_of
 
 MAX_BATCH_ROWS = 4096
 MAX_BATCH_BYTES = 2**24  # of all columns of a batch, as the file's metadata has them
 MAX_DICTIONARY_BYTES = 2**16  # of a text, on average over the rows
+MAX_ERROR_CHARACTERS = 120  # of pyarrow's message in ours
 READ_BYTES = 2**20  # of a column at a time; without it a column of a row group is in memory as a whole
 # of pyarrow, all subclasses of these, and of text in a damaged file that is not UTF-8
 READ_ERRORS = (OSError, ValueError, OverflowError, LookupError, NotImplementedError, TypeError)
@@ -27,7 +28,9 @@ def open_parquet(path: str, **options: Any) -> Any:
     try:
         return parquet.ParquetFile(path, **options)
     except READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({_one_line(error)}){_other_kind(path)}") from None
+        raise InputError(
+            f"{path}: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)}){_other_kind(path)}"
+        ) from None
 
 
 def parquet_header(path: str) -> list[str]:
@@ -36,7 +39,7 @@ def parquet_header(path: str) -> list[str]:
     try:
         return list(file.schema_arrow.names)
     except READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)})") from None
 
 
 def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
@@ -50,13 +53,13 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
             _bytes_per_row(file.metadata.row_group(group), columns) for group in range(file.metadata.num_row_groups)
         ]
     except READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)})") from None
     file = open_parquet(path, read_dictionary=_dictionary_columns(file, columns, sizes), buffer_size=READ_BYTES)
     row = 0
     for group, size_of in enumerate(sizes):
         if (column := next((name for name, size in size_of.items() if size > MAX_CELL_CHARACTERS), None)) is not None:
             expected = f"expected cells of at most {MAX_CELL_CHARACTERS:,} characters, found longer ones"
-            raise InputError(f"{path} row {row + 1} or after, column {column!r}: {expected}")
+            raise InputError(f"{row_location(path, row + 1)} or after, column {column!r}: {expected}")
         batch_rows = int(max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES / max(1.0, sum(size_of.values())))))
         batches = file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=list(columns))
         while True:
@@ -66,17 +69,13 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
                 break
             except READ_ERRORS as error:
                 raise InputError(
-                    f"{path} row {row + 1} or after: cannot be read as Parquet ({_one_line(error)})"
+                    f"{row_location(path, row + 1)} or after: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)})"
                 ) from None
             cells = [_cells(batch, column, first_row=row + 1, path=path) for column in columns]
             row += batch.num_rows
             yield from map(list, zip(*cells, strict=True))
     if row != file.metadata.num_rows:
         raise InputError(f"{path}: expected {file.metadata.num_rows} rows, as the file's metadata says, found {row}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
 
 
 def _other_kind(path: str) -> str:
@@ -125,13 +124,13 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
         found = _python_values(values)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} row {first_row} or after, column {column!r}: expected UTF-8 text ({error.reason})"
+            f"{row_location(path, first_row)} or after, column {column!r}: expected UTF-8 text ({error.reason})"
         ) from None
     except (
         READ_ERRORS
     ) as error:  # a damaged page, a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
         raise InputError(
-            f"{path} row {first_row} or after, column {column!r}: cannot be read as {values.type} ({_one_line(error)})"
+            f"{row_location(path, first_row)} or after, column {column!r}: cannot be read as {values.type} ({shorten(str(error), MAX_ERROR_CHARACTERS)})"
         ) from None
     with suppress(ValueError):  # nearly all batches: nothing to refuse
         cells = list(map(text_of, found))
@@ -143,7 +142,7 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
             cells.append(short_text_of(value))
         except ValueError as error:
             raise InputError(
-                f"{path} row {first_row + len(cells)}, column {column!r}: expected a single value, found {error}"
+                f"{row_location(path, first_row + len(cells))}, column {column!r}: expected a single value, found {error}"
             ) from None
     return cells
 

@@ -11,9 +11,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from mmbert_core.runtime.errors import InputError
-from mmbert_core.tables.csv_reader import AUTO, csv_header, csv_rows, row_prefix
-from mmbert_core.tables.lines import BadLine, is_gzip_name, short_text_of, text_lines
+from mmbert_core.runtime.errors import InputError, format_for_message
+from mmbert_core.tables.csv_reader import AUTO, csv_header, csv_rows
+from mmbert_core.tables.lines import BadLine, is_gzip_name, row_location, short_text_of, text_lines
 from mmbert_core.tables.parquet_reader import open_parquet, parquet_header, parquet_rows
 
 TEXT_FORMATS = {
@@ -72,9 +72,9 @@ def rows_of(path: str, columns: Sequence[str], *, absent: Sequence[str] = (), ts
             for column in absent:
                 if column in record:
                     raise InputError(
-                        f"{row_prefix(path, row, line)}: key {column!r} is there, but row 1 has none; a missing value is written null"
+                        f"{row_location(path, row, line)}: key {column!r} is there, but row 1 has none; a missing value is written null"
                     )
-            yield line, [_json_cell(record, column, row_prefix(path, row, line)) for column in columns]
+            yield line, [_json_cell(record, column, row_location(path, row, line)) for column in columns]
 
 
 def lengths_of(paths: Sequence[str]) -> list[int] | None:
@@ -122,12 +122,12 @@ def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except StopIteration:
             return
         except BadLine as error:
-            raise InputError(f"{row_prefix(path, row, line)}: {error}") from None
+            raise InputError(f"{row_location(path, row, line)}: {error}") from None
         if not text.strip():
             blank_line = blank_line or line
             continue
         if blank_line:
-            raise InputError(f"{row_prefix(path, row, blank_line)}: expected a JSON object, found a blank line")
+            raise InputError(f"{row_location(path, row, blank_line)}: expected a JSON object, found a blank line")
         try:
             # whole numbers stay the text they are: no limit of digits, nothing rounded
             record = json.loads(text, parse_int=str, object_pairs_hook=object_of)
@@ -136,12 +136,12 @@ def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             advice = f"; {JSON_LINES}" if text.strip() in ("[", "{") else ""
             raise InputError(
-                f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r} ({error}){advice}"
+                f"{row_location(path, row, line)}: expected a JSON object, found {format_for_message(text.strip())} ({error}){advice}"
             ) from None
         if not isinstance(record, dict):
             advice = f"; {JSON_LINES}" if isinstance(record, list) else ""
             raise InputError(
-                f"{row_prefix(path, row, line)}: expected a JSON object, found {text.strip()[:40]!r}{advice}"
+                f"{row_location(path, row, line)}: expected a JSON object, found {format_for_message(text.strip())}{advice}"
             )
         yield line, record
         row += 1

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from mmbert_core.config import Config
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, format_for_message, list_for_message
 from mmbert_core.tables.cells import text_of
 from mmbert_core.tables.csv_reader import AUTO, SEPARATORS
+from mmbert_core.tables.lines import row_location
 from mmbert_core.tables.readers import check_once, header_of, rows_of
 
 CHUNK_ROWS = 8192
@@ -69,18 +70,9 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.row)
 
-    def where(self, index: int) -> str:
+    def row_location(self, index: int) -> str:
         """Place of a row for messages: `reviews.csv row 17 (line 23)`."""
-        return place_of(self.paths[self.file_index[index]], int(self.row[index]), int(self.line[index]))
-
-
-def place_of(path: str, row: int, line: int) -> str:
-    return f"{path} row {row} (line {line})" if line else f"{path} row {row}"
-
-
-def shown(cell: str) -> str:
-    """A cell in a message: quoted, on one line, not longer than a line should be."""
-    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+        return row_location(self.paths[self.file_index[index]], int(self.row[index]), int(self.line[index]))
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
@@ -134,11 +126,13 @@ def _parquet_parts(folder: str) -> list[str]:
     if len(others) == len(names):
         if (keyed := next((name for name in names if "=" in name), None)) is not None:
             raise InputError(
-                f"{folder}: expected Parquet files, found folders such as {shown(keyed)}, whose names hold a column: write files with all columns"
+                f"{folder}: expected Parquet files, found folders such as {format_for_message(keyed)}, whose names hold a column: write files with all columns"
             )
         raise InputError(f"{folder}: expected a file, found a folder (all its files: {os.path.join(folder, '*.csv')})")
     if others:
-        raise InputError(f"{folder}: expected a folder of Parquet files alone, found {shown(others[0])} in it")
+        raise InputError(
+            f"{folder}: expected a folder of Parquet files alone, found {format_for_message(others[0])} in it"
+        )
     return [os.path.join(folder, name) for name in names]
 
 
@@ -150,7 +144,7 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def columns_kept(
+def resolve_columns(
     paths: Sequence[str], columns: Sequence[str], optional: Sequence[str] = (), *, tsv_quoting: str = AUTO
 ) -> list[str]:
     """The `columns`, then those of `optional` that the files have. Reads headers only.
@@ -178,23 +172,24 @@ def read_chunks(
     columns: Sequence[str],
     *,
     optional: Sequence[str] = (),
-    longest: Mapping[str, int] | None = None,
+    max_characters: Mapping[str, int] | None = None,
     keep_end: bool = False,
     chunk_rows: int = CHUNK_ROWS,
     tsv_quoting: str = AUTO,
 ) -> Iterator[Chunk]:
     """Rows of all files in order, in chunks that end after every `chunk_rows` rows of the table, and before it after MAX_CHUNK_CHARACTERS.
 
-    Only the asked columns are kept, and of the columns in `longest` only so many characters of a cell (with
+    Only the asked columns are kept, and of the columns in `max_characters` only so many characters of a cell (with
     `keep_end` its last ones): a chunk of thousand-page texts would fill the memory. The headers of all files are checked
     before the first row is read.
-    Raises the `InputError`s of `expand_paths`, `columns_kept` and `readers.rows_of`.
+    Raises the `InputError`s of `expand_paths`, `resolve_columns` and `readers.rows_of`.
     """
     files = expand_paths(paths)
-    kept = columns_kept(files, columns, optional, tsv_quoting=tsv_quoting)
+    kept = resolve_columns(files, columns, optional, tsv_quoting=tsv_quoting)
     absent = [name for name in optional if name not in kept]
     limits = [
-        (kept.index(name), slice(-count, None) if keep_end else slice(count)) for name, count in (longest or {}).items()
+        (kept.index(name), slice(-count, None) if keep_end else slice(count))
+        for name, count in (max_characters or {}).items()
     ]
     rows: list[Sequence[str]] = []
     lines: list[int] = []
@@ -253,7 +248,7 @@ def records_to_chunk(
     kept = _columns_of(RECORDS_PATH, list(rows[0]), columns, ()) if rows else list(columns)
     kept += [name for name in optional if name not in kept and any(name in row for row in rows)]
     for number, row in enumerate(rows, start=1):
-        _columns_of(f"{RECORDS_PATH} row {number}", list(row), kept, ())
+        _columns_of(row_location(RECORDS_PATH, number), list(row), kept, ())
     return _chunk_in_memory(RECORDS_PATH, {name: [row[name] for row in rows] for name in kept}, len(rows))
 
 
@@ -297,7 +292,7 @@ def _missing_columns(header: Sequence[str], columns: Sequence[str]) -> str | Non
     missing = [column for column in columns if column not in known]
     if not missing:
         return None
-    names = ", ".join(shown(name) for name in header[:40]) + (", ..." if len(header) > 40 else "")
+    names = list_for_message(header, 40)
     hints = [_missing_hint(column, header) for column in missing[:MAX_NAMED]]
     if hints[0].startswith(OTHER_SEPARATOR):
         hints[1:] = [""] * (len(hints) - 1)  # all columns are missing for this one reason
@@ -355,4 +350,6 @@ def _memory_cell(value: object, path: str, column: str, row: int) -> str:
         text.encode("utf-8")  # half a surrogate pair is no text
         return text
     except ValueError as error:
-        raise InputError(f"{path} row {row}, column {column!r}: expected a single value, found {error}") from None
+        raise InputError(
+            f"{row_location(path, row)}, column {column!r}: expected a single value, found {error}"
+        ) from None

@@ -116,7 +116,7 @@ def check_finite_predictions(run: Run, step: int, val_preds: np.ndarray | None) 
     if len(non_finite_rows):
         raise RunError(
             f"the model of step {step} gives probabilities that are not finite: {len(non_finite_rows)} of {len(preds)} {dataset.name} rows, first "
-            f"{dataset.where(int(non_finite_rows[0]))}; no model is written: choose another model_path with a lower lr, or gradient_clip_val: 1.0"
+            f"{dataset.row_location(int(non_finite_rows[0]))}; no model is written: choose another model_path with a lower lr, or gradient_clip_val: 1.0"
         )
 
 

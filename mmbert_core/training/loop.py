@@ -178,7 +178,7 @@ def check_step_on_all_ranks(
         return train_loss, True
     if bad:
         rows = parts[bad[0]]
-        where = f"the loss of a micro-batch of step {step} is {losses[bad[0]]}, of {len(rows)} rows, first {run.data.train.where(int(rows[0]))}"
+        where = f"the loss of a micro-batch of step {step} is {losses[bad[0]]}, of {len(rows)} rows, first {run.data.train.row_location(int(rows[0]))}"
         if run.config.on_nonfinite == "stop":
             raise RunError(f"{where}; stopped before the optimizer step (on_nonfinite: skip would leave the step out)")
         logger.error("%s; the step is left out on all ranks", where)

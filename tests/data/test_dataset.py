@@ -394,4 +394,7 @@ def test_prediction_keeps_unknown_labels_and_takes_odd_rows(config_of):
         and torch.isfinite(batch.numbers).all()
     )
     assert batch.attention_mask.sum(dim=1).tolist() == [2, 3, 3]
-    assert dataset.unseen() == {"kind": UnseenCells(1, 3, ("never seen",))} and dataset.where(1) == "data frame row 2"
+    assert (
+        dataset.unseen() == {"kind": UnseenCells(1, 3, ("never seen",))}
+        and dataset.row_location(1) == "data frame row 2"
+    )

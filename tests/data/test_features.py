@@ -12,8 +12,8 @@ from mmbert_core.data.features import (
     UNSEEN,
     Features,
     add_by_column,
-    outside_cells,
-    outside_lines,
+    out_of_range_cells,
+    out_of_range_lines,
     unseen_cells,
     unseen_lines,
 )
@@ -64,7 +64,7 @@ def test_extreme_numbers_have_finite_statistics():
 
 def test_a_column_without_any_number():
     with pytest.raises(InputError, match="^t.csv, column 'n1': expected numbers, found no value in any of 2 rows$"):
-        fit([[1, 2], [nan, nan]], where="t.csv")
+        fit([[1, 2], [nan, nan]], source="t.csv")
 
 
 def test_categories_are_those_of_the_training_rows():
@@ -130,7 +130,7 @@ def test_unseen_cells_are_counted_with_examples():
     ]
     first, second = unseen_lines("val", add_by_column(add_by_column({}, unseen(few)), unseen(many)), features)
     assert first == (
-        f"val: 5 of 10 cells of column 'k' hold a value that no training row has, such as '1.50', {'x' * 57 + '...'!r}, '2.50'; training rows have '1', '2', '3', ..."
+        f"val: 5 of 10 cells of column 'k' hold a value that no training row has, such as '1.50', '{'x' * 76}..., '2.50'; training rows have '1', '2', '3', ..."
     )
     assert second == "val: 1 cells of column 'other' hold a value that no training row has"
     [alone] = unseen_lines("val", {"other": unseen(many[:1])["other"]}, features)
@@ -180,7 +180,7 @@ def test_training_rows_keep_their_bits_and_others_are_limited_a_little_beyond(
     assert (found[:, 1:] == np.isnan(new)).all()  # indicators know nothing of limits
     limited = found[:, 0] != as_before(features, new)[:, 0]
     assert (
-        outside_cells(features, 0, new[:, 0]).count >= limited.sum()
+        out_of_range_cells(features, 0, new[:, 0]).count >= limited.sum()
     )  # one beyond by less than float32 holds is counted too
 
 
@@ -205,9 +205,9 @@ def test_numbers_outside_are_counted_by_column_over_all_windows() -> None:
     outside: dict = {}
     for window in windows:
         outside = add_by_column(
-            outside, {f"n{index}": outside_cells(features, index, window[:, index]) for index in range(3)}
+            outside, {f"n{index}": out_of_range_cells(features, index, window[:, index]) for index in range(3)}
         )
-    assert outside_lines("input", outside, features) == [
+    assert out_of_range_lines("input", outside, features) == [
         "input: column 'n0': 2 of 3 numbers lie outside the training range 0 to 20 and were limited to -2 to 22",
         "input: column 'n1': 2 of 4 numbers lie outside the training range 7 to 7 and were limited to 7",
     ]
@@ -220,8 +220,8 @@ def test_without_a_training_range_nothing_is_limited_and_far_numbers_are_said() 
     raw = np.array([[30.0, 2], [1e6, 2]])
     assert known.limits is not None and older.limits is None and older.minimums is None
     assert older.transform_numbers(raw).tolist() == [[30, 2], [1e6, 2]]
-    outside = {f"n{index}": outside_cells(older, index, raw[:, index]) for index in range(2)}
-    [line] = outside_lines("input", outside, older)
+    outside = {f"n{index}": out_of_range_cells(older, index, raw[:, index]) for index in range(2)}
+    [line] = out_of_range_lines("input", outside, older)
     assert line.startswith(
         "input: column 'n0': 1 of 2 numbers lie more than 20 standard deviations from the training mean 8.33333; they were not limited"
     )

@@ -61,7 +61,7 @@ def test_positive_label_becomes_class_1():
 )
 def test_labels_that_cannot_be(values, num_classes, message):
     with pytest.raises(InputError) as caught:
-        Labels.fit(values, num_classes=num_classes, column="y", where="t.csv row {}".format)
+        Labels.fit(values, num_classes=num_classes, column="y", row_location="t.csv row {}".format)
     assert str(caught.value) == message
 
 
@@ -69,7 +69,7 @@ def test_lookup_and_unknown_labels():
     labels = Labels(("no", "yes"))
     indices = labels.lookup(["", "yes", "maybe", "no"])
     assert indices.tolist() == [UNKNOWN, 1, UNKNOWN, 0]
-    options = {"column": "y", "where": "t.csv row {}".format}
+    options = {"column": "y", "row_location": "t.csv row {}".format}
     labels.check_known(np.array([0, 1]), str, **options)
     with pytest.raises(InputError) as caught:
         labels.check_known(np.array([0, -1, 1, -1, -1, -1]), lambda index: "maybe", **options)

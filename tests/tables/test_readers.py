@@ -17,7 +17,7 @@ from pyarrow import parquet
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.tables import csv_reader, lines, parquet_reader
 from mmbert_core.tables.readers import header_of
-from mmbert_core.tables.table import columns_kept, expand_paths, read_chunks
+from mmbert_core.tables.table import expand_paths, read_chunks, resolve_columns
 
 
 def cells_of(path, columns, **options):
@@ -95,7 +95,7 @@ def test_line_breaks_in_quoted_cells_of_a_tsv_are_read_where_they_can_be_nothing
 def test_an_optional_key_that_only_later_objects_have_is_refused(tmp_path):
     objects = [{"a": 1}, {"a": 2, "label": "x"}, {"a": 3, "label": "y"}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(each) + "\n" for each in objects))
-    assert columns_kept([str(tmp_path / "t.jsonl")], ["a"], ["label"]) == ["a"]
+    assert resolve_columns([str(tmp_path / "t.jsonl")], ["a"], ["label"]) == ["a"]
     found = error_of(tmp_path / "t.jsonl", ["a"], optional=["label"])
     assert found == "FILE row 2 (line 2): key 'label' is there, but row 1 has none; a missing value is written null"
     assert cells_of(tmp_path / "t.jsonl", ["a"]) == [("1",), ("2",), ("3",)]
@@ -280,10 +280,10 @@ def test_chunks_end_at_a_number_of_characters_and_at_multiples_of_their_rows(wri
     monkeypatch.setattr(table, "MAX_CHUNK_CHARACTERS", 45)
     chunks = list(read_chunks([path], ["a"], chunk_rows=12))
     assert [len(chunk) for chunk in chunks] == [5, 5, 2, 5, 5, 2, 1]
-    assert [chunk.where(0).split()[-4:] for chunk in chunks] == [
+    assert [chunk.row_location(0).split()[-4:] for chunk in chunks] == [
         ["row", str(row), "(line", f"{row + 1})"] for row in (1, 6, 11, 13, 18, 23, 25)
     ]
-    assert [len(chunk) for chunk in read_chunks([path], ["a"], longest={"a": 3}, chunk_rows=12)] == [12, 12, 1]
+    assert [len(chunk) for chunk in read_chunks([path], ["a"], max_characters={"a": 3}, chunk_rows=12)] == [12, 12, 1]
 
 
 def test_parquet_texts_are_the_same_in_any_encoding(tmp_path):

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.tables.cells import text_of
 from mmbert_core.tables.readers import header_of
-from mmbert_core.tables.table import Roles, columns_kept, expand_paths, frame_to_chunk, read_chunks, records_to_chunk
+from mmbert_core.tables.table import Roles, expand_paths, frame_to_chunk, read_chunks, records_to_chunk, resolve_columns
 
 ODD_CELLS = [
     "007",
@@ -85,7 +85,7 @@ def test_chunks_run_on_over_files_and_know_their_places(write_table, chunk_rows)
     second = write_table("two.tsv", ["a"], [("d",), ("e\n\n",), ("f",), ("g",)])
     chunks = list(read_chunks([first, empty, second], ["a"], chunk_rows=chunk_rows))
     assert [len(chunk) for chunk in chunks[:-1]] == [chunk_rows] * (len(chunks) - 1)
-    places = [chunk.where(index) for chunk in chunks for index in range(len(chunk))]
+    places = [chunk.row_location(index) for chunk in chunks for index in range(len(chunk))]
     # a quoted line break moves the lines on, not the rows
     assert places == [
         f"{first} row 1 (line 2)",
@@ -103,7 +103,7 @@ def test_parquet_rows_have_no_lines(tmp_path):
     parquet.write_table(pyarrow.table({"a": list(range(5000))}), tmp_path / "t.parquet", row_group_size=700)
     chunks = list(read_chunks([str(tmp_path / "t.parquet")], ["a"], chunk_rows=4999))
     assert [len(chunk) for chunk in chunks] == [4999, 1]
-    assert chunks[1].where(0) == f"{tmp_path / 't.parquet'} row 5000"
+    assert chunks[1].row_location(0) == f"{tmp_path / 't.parquet'} row 5000"
     assert chunks[1].cells["a"] == ["4999"]
 
 
@@ -255,11 +255,11 @@ def test_a_later_file_is_checked_before_the_first_row_is_read(tmp_path, write_ta
 def test_optional_columns_are_in_all_files_or_in_none(write_table):
     with_it = write_table("one.csv", ["a", "label"], [(1, 2)])
     without = write_table("two.csv", ["a"], [(1,)])
-    assert columns_kept([with_it], ["a"], ["label"]) == ["a", "label"]
-    assert columns_kept([without], ["a"], ["label"]) == ["a"]
+    assert resolve_columns([with_it], ["a"], ["label"]) == ["a", "label"]
+    assert resolve_columns([without], ["a"], ["label"]) == ["a"]
     for paths in ([with_it, without], [without, with_it]):
         with pytest.raises(InputError, match=r"two.csv: column 'label' not found, but .*one.csv has it"):
-            columns_kept(paths, ["a"], ["label"])
+            resolve_columns(paths, ["a"], ["label"])
 
 
 def test_globs_are_sorted_and_a_file_counts_once(tmp_path, write_table):
@@ -301,7 +301,7 @@ def test_a_frame_in_memory_gives_the_same_chunk():
     )
     chunk = frame_to_chunk(frame, ["i", "s", "n"], ["t", "label"])
     assert chunk.cells == {"i": ["9007199254740993", "2"], "s": ["x", ""], "n": ["1.5", ""], "t": ["true", "false"]}
-    assert chunk.where(1) == "data frame row 2"
+    assert chunk.row_location(1) == "data frame row 2"
     narrow = pd.Series([0.1, 2, None], dtype="float32")  # as its CSV and its Parquet file have it
     kinds = {
         "a": narrow,
@@ -354,7 +354,7 @@ def test_rows_as_dicts_give_the_same_chunk():
     records = [{"n": 1.5, "s": "x", "i": 2**53 + 1, "t": True, "extra": 0}, {"t": False, "i": 2, "s": None, "n": None}]
     chunk = records_to_chunk(records, ["i", "s", "n"], ["t", "label"])
     assert chunk.cells == {"i": ["9007199254740993", "2"], "s": ["x", ""], "n": ["1.5", ""], "t": ["true", "false"]}
-    assert chunk.where(1) == "data row 2" and len(records_to_chunk([], ["i"])) == 0
+    assert chunk.row_location(1) == "data row 2" and len(records_to_chunk([], ["i"])) == 0
     with pytest.raises(InputError, match="data: column 'x' not found"):
         records_to_chunk(records, ["x"])
     with pytest.raises(InputError, match="data row 2: column 'extra' not found"):

@@ -30,7 +30,7 @@ from mmbert_core.data.encoding import (
     EncodedRows,
     assemble,
     encode_arrays,
-    longest_texts,
+    max_cell_characters,
 )
 from mmbert_core.data.prefetch import prefetch_one
 from mmbert_core.data.tokens import keeps_end, tokenizer_fingerprint
@@ -41,7 +41,7 @@ from mmbert_core.storage.file_lock import lock_file
 from mmbert_core.storage.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256_of, write_json
 from mmbert_core.tables.csv_reader import AUTO
 from mmbert_core.tables.readers import format_of
-from mmbert_core.tables.table import CHUNK_ROWS, Chunk, Roles, columns_kept, expand_paths, read_chunks
+from mmbert_core.tables.table import CHUNK_ROWS, Chunk, Roles, expand_paths, read_chunks, resolve_columns
 
 STORE_FORMAT = 2  # counts up when the arrays or what decides their content change
 META = "meta.json"
@@ -80,9 +80,11 @@ def fingerprint_files(paths: Sequence[str]) -> dict[str, dict[str, int | str]]:
 def check_columns(
     paths: Sequence[str], roles: Roles, *, label_optional: bool = False, tsv_quoting: str = AUTO
 ) -> list[str]:
-    """The columns that a store of `paths` holds. Reads headers only; raises the `InputError`s of `columns_kept`."""
+    """The columns that a store of `paths` holds. Reads headers only; raises the `InputError`s of `resolve_columns`."""
     label = [roles.label] if roles.label is not None else []
-    return columns_kept(paths, required_columns(roles, label_optional=label_optional), label, tsv_quoting=tsv_quoting)
+    return resolve_columns(
+        paths, required_columns(roles, label_optional=label_optional), label, tsv_quoting=tsv_quoting
+    )
 
 
 def required_columns(roles: Roles, *, label_optional: bool = False) -> list[str]:
@@ -91,7 +93,7 @@ def required_columns(roles: Roles, *, label_optional: bool = False) -> list[str]
     return [*roles.inputs(), *([roles.group] if roles.group is not None else []), *label]
 
 
-def open_or_build(
+def open_or_build_cache(
     paths: Sequence[str],
     roles: Roles,
     tokenizer: PreTrainedTokenizerFast | None,
@@ -129,12 +131,12 @@ def open_or_build(
             if not is_whole(folder):  # another process may have built it while this one waited
                 if has_lock:
                     _clear(folder)
-                longest = longest_texts(roles, max_length=max_length, max_chunks=max_chunks)
+                max_characters = max_cell_characters(roles, max_length=max_length, max_chunks=max_chunks)
                 chunks = read_chunks(
                     files,
                     columns,
                     optional=[roles.label] if roles.label is not None else [],
-                    longest=longest,
+                    max_characters=max_characters,
                     keep_end=keeps_end(tokenizer),
                     chunk_rows=chunk_rows,
                     tsv_quoting=tsv_quoting,

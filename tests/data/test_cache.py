@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmbert_core.data import dataset, store
+from mmbert_core.data import cache, dataset
+from mmbert_core.data.cache import META, open_or_build_cache
 from mmbert_core.data.encoding import encode_chunk
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
-from mmbert_core.data.store import META, open_or_build
 from mmbert_core.data.tokens import characters_read
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.tables.table import Roles, read_chunks
@@ -47,7 +47,7 @@ def table(num_rows, seed=0):
 def build(tmp_path, tokenizer):
     def build(paths, *, roles=ROLES, **options):
         options = {"max_length": 8, "max_chunks": 3, "cache_path": tmp_path / "cache"} | options
-        return open_or_build(
+        return open_or_build_cache(
             [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)], roles, tokenizer, **options
         )
 
@@ -74,7 +74,7 @@ def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, wri
     for name in ("ids", "chunk_offsets", "row_chunks"):
         assert np.array_equal(getattr(stored.tokens, name), getattr(memory.tokens, name)), name
     assert stored.ids.take(np.arange(43)) == chunk.cells["id"]
-    assert [stored.where(row) for row in range(43)] == [chunk.where(row) for row in range(43)]
+    assert [stored.row_location(row) for row in range(43)] == [chunk.row_location(row) for row in range(43)]
     empty = stored.id_codes < 0  # an empty id equals no other
     assert empty.sum() == chunk.cells["id"].count("") and len(set(stored.id_codes[empty].tolist())) == empty.sum()
 
@@ -117,7 +117,7 @@ def test_arrays_are_mapped_not_read(build, write_table):
 def test_texts_are_the_same_after_their_pages_went_back(build, write_table):
     rows = build(write_table("t.csv", HEADER, table(20)))
     before = rows.tokens.ids.tolist()
-    rows.let_go_of_tokens()
+    rows.release_token_pages()
     assert rows.tokens.ids.tolist() == before and before
 
 
@@ -146,7 +146,7 @@ def test_pages_of_texts_do_not_pile_up(build, write_table, monkeypatch, rows_hel
 def test_a_second_start_does_not_read_the_rows_again(build, write_table, monkeypatch):
     path = write_table("t.csv", HEADER, table(20))
     first = build(path)
-    monkeypatch.setattr(store, "read_chunks", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr(cache, "read_chunks", lambda *a, **k: pytest.fail("read again"))
     second = build(path)
     assert np.array_equal(first.tokens.ids, second.tokens.ids)
     assert (
@@ -156,8 +156,8 @@ def test_a_second_start_does_not_read_the_rows_again(build, write_table, monkeyp
 
 def test_the_same_content_elsewhere_keeps_its_own_name_in_messages(build, write_table):
     first, second = write_table("one.csv", HEADER, table(5)), write_table("two.csv", HEADER, table(5))
-    assert build(first).where(0).startswith(f"{first} row 1")
-    assert build(second).where(0).startswith(f"{second} row 1")
+    assert build(first).row_location(0).startswith(f"{first} row 1")
+    assert build(second).row_location(0).startswith(f"{second} row 1")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_header_alone_is_a_store_without_rows(build, write_table):
 def test_columns_only_needs_no_tokenizer(write_table, tmp_path):
     path = write_table("t.csv", HEADER, table(4))
     roles = Roles((), ("price",), ("kind",), "y", None, None)
-    rows = open_or_build([path], roles, None, max_length=8, max_chunks=1, cache_path=tmp_path / "cache")
+    rows = open_or_build_cache([path], roles, None, max_length=8, max_chunks=1, cache_path=tmp_path / "cache")
     assert rows.tokens is None and rows.ids is None and rows.numbers.shape == (4, 1)
 
 
@@ -232,7 +232,7 @@ def test_a_file_that_changes_while_it_is_read(build, write_table, tmp_path):
 
 BUILDER = """
 import os, sys, time
-from mmbert_core.data.store import open_or_build
+from mmbert_core.data.cache import open_or_build_cache
 from mmbert_core.tables.table import Roles
 from mmbert_core.data.tokens import load_tokenizer
 path, cache, encoder, mode = sys.argv[1:]
@@ -242,7 +242,7 @@ def progress(rows_done):
     if mode == "die" and rows_done >= 20:
         os._exit(9)
     time.sleep(0.05 if mode == "slow" else 0)
-rows = open_or_build([path], roles, load_tokenizer(encoder), max_length=8, max_chunks=3, cache_path=cache, chunk_rows=10, progress=progress)
+rows = open_or_build_cache([path], roles, load_tokenizer(encoder), max_length=8, max_chunks=3, cache_path=cache, chunk_rows=10, progress=progress)
 print("opened", rows.num_rows, int(rows.tokens.ids.sum()), flush=True)
 """
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from mmbert_core.config import Config
+from mmbert_core.data.cache import META, is_whole, read_meta
 from mmbert_core.data.encoding import EncodedRows, assemble
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.prepare import choose_rows
-from mmbert_core.data.store import META, is_whole, read_meta
 from mmbert_core.tables.table import Roles
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ MAX_CELLS = 50_000_000  # of a table that is looked at: some seconds
 OF_TEXTS = ("token_ids", "chunk_offsets", "row_chunks")
 
 
-def with_known_ranges(features: Features, labels: Labels, config: Config, folder: Path) -> Features:
+def recover_number_ranges(features: Features, labels: Labels, config: Config, folder: Path) -> Features:
     """`features` with minimums and maximums, where the cache in `folder`, or the configured one, has the training rows."""
     if features.minimums is not None or not features.number_names:
         return features

@@ -10,8 +10,8 @@ import pytest
 
 from mmbert_core.config import Config
 from mmbert_core.data.features import Features
-from mmbert_core.data.known_ranges import with_known_ranges
 from mmbert_core.data.labels import Labels
+from mmbert_core.data.number_ranges import recover_number_ranges
 from mmbert_core.data.prepare import prepare
 from mmbert_core.inference.model_folder import load_model_folder
 from tests.support import tiny
@@ -36,12 +36,12 @@ def older(folder: Path, **changes: Any) -> tuple[Features, Features, Labels, Con
 @pytest.mark.parametrize("name", CASES)
 def test_the_range_of_the_rows_that_trained_is_found(tmp_path: Path, name: str) -> None:
     features, whole, labels, config = older(tmp_path, **CASES[name])
-    found = with_known_ranges(features, labels, config, Path(config.model_path))
+    found = recover_number_ranges(features, labels, config, Path(config.model_path))
     assert found == whole and found.minimums is not None
     # wherever the folder is now
     shutil.move(config.model_path, tmp_path / "elsewhere")
-    assert with_known_ranges(features, labels, config, tmp_path / "elsewhere") == whole
-    assert with_known_ranges(features, labels, config, Path(config.model_path)) is features
+    assert recover_number_ranges(features, labels, config, tmp_path / "elsewhere") == whole
+    assert recover_number_ranges(features, labels, config, Path(config.model_path)) is features
 
 
 def test_rows_of_another_table_are_not_believed(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_rows_of_another_table_are_not_believed(tmp_path: Path) -> None:
         numbers = np.fromfile(store)
         numbers[0] += 1
         numbers.tofile(store)
-    assert with_known_ranges(features, labels, config, Path(config.model_path)) is features
+    assert recover_number_ranges(features, labels, config, Path(config.model_path)) is features
 
 
 DAMAGED = [
@@ -70,8 +70,8 @@ def test_a_damaged_cache_is_passed_over(tmp_path: Path, content: str) -> None:
     features, whole, labels, config = older(tmp_path)
     for meta in (Path(config.model_path) / "cache").glob("*/meta.json"):
         meta.write_text(content)
-    assert with_known_ranges(features, labels, config, Path(config.model_path)) is features
-    assert with_known_ranges(whole, labels, config, Path(config.model_path)) is whole
+    assert recover_number_ranges(features, labels, config, Path(config.model_path)) is features
+    assert recover_number_ranges(whole, labels, config, Path(config.model_path)) is whole
 
 
 def test_a_model_folder_without_the_keys_loads_with_them(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from mmbert_core.tables.table import shown
+from mmbert_core.runtime.errors import format_for_message
 
 FEW_ROWS = 50  # of a class in training, below which figures and the best step are chance
 # Label pairs whose order says which one is looked for, in lower case and in the order of their code points.
@@ -30,7 +30,7 @@ YAML_WORDS = frozenset(
 def positive_class_line(class_names: Sequence[str], share: float | None) -> str:
     """Class 1 of two classes and its share of the training rows, where that is known."""
     of_rows = "" if share is None else f", {format_share(share)} of the training rows"
-    return f"class 1 (prob, F1, threshold): {shown(class_names[1])}{of_rows}"
+    return f"class 1 (prob, F1, threshold): {format_for_message(class_names[1])}{of_rows}"
 
 
 def format_share(share: float) -> str:
@@ -49,7 +49,7 @@ def positive_class_warning(class_names: Sequence[str], counts: Sequence[int], po
     )
     share = format_share(counts[1] / sum(counts))
     return [
-        f"class 1 is {shown(class_names[1])} ({share} of the training rows), as the second in order; if {shown(other)} is looked for, add: positive_label: {value}"
+        f"class 1 is {format_for_message(class_names[1])} ({share} of the training rows), as the second in order; if {format_for_message(other)} is looked for, add: positive_label: {value}"
     ]
 
 
@@ -72,7 +72,7 @@ def few_rows_warning(class_names: Sequence[str], counts: Sequence[int]) -> list[
     if not few:
         return []
     fewest = min(few, key=lambda index: counts[index])
-    name = shown(class_names[fewest])
+    name = format_for_message(class_names[fewest])
     if len(few) == 1:
         return [
             f"class {name} has {counts[fewest]} training rows; with fewer than {FEW_ROWS}, the best step and the figures depend much on chance"

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from mmbert_core.data.class_words import few_rows_warning, positive_class_line, positive_class_warning
+from mmbert_core.data.class_messages import few_rows_warning, positive_class_line, positive_class_warning
 
 
 def test_class_1_and_its_share():
