@@ -57,7 +57,7 @@ ALLOWED = (
 
 def files(root: Path = ROOT) -> list[Path]:
     """Every document and source file of the project."""
-    found = [path for path in root.iterdir() if path.name != "LICENSE"]
+    found = [path for path in root.iterdir() if path.suffix or path.name == ".gitignore"]
     found += [path for folder in FOLDERS for path in (root / folder).rglob("*")]
     return sorted(
         path
