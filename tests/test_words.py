@@ -116,6 +116,15 @@ def identifier_hits(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
+def template_hits(text: str) -> Iterator[tuple[int, str]]:
+    """Names that scripts, templates and shell files define."""
+    for match in re.finditer(
+        r"\b(?:const|let|var|function|set|for|macro) +(\w+)|^ *(\w+)(?: =|=| *\(\) *\{)", text, re.MULTILINE
+    ):
+        if banned_words(match.group(1) or match.group(2)):
+            yield text.count("\n", 0, match.start()) + 1, match.group(1) or match.group(2)
+
+
 # ---- prose ----
 
 
@@ -181,6 +190,7 @@ def hits(path: Path, root: Path = ROOT) -> list[str]:
     else:
         plain = re.sub(r"^[ \t]*(?:#(?!#)|//|\*|<!--)", "", text, flags=re.MULTILINE)  # comment marks within a phrase
         found += phrase_hits(iter([(1, plain)]))
+        found += template_hits(text) if path.suffix not in (".md", ".txt") or "templates" in path.parts else []
     return [f"{name}:{line}: {word}" for line, word in sorted(set(found))]
 
 
@@ -221,6 +231,24 @@ def test_every_identifier_is_found(tmp_path, form):
     for word in IDENTIFIERS:
         assert planted(tmp_path, form.format(word)), word
         assert word == "broken_rows" or planted(tmp_path, f"class {word.capitalize()}Rows: pass")
+
+
+TEMPLATE_LINES = (
+    "const {} = 1;",
+    "function {}() {{",
+    "{{% set {} = 1 %}}",
+    "{{% for {} in rows %}}",
+    "{{% macro {}(x) %}}",
+    "{}=1",
+    "{}() {{",
+)
+
+
+@pytest.mark.parametrize("line", TEMPLATE_LINES)
+def test_names_of_scripts_and_templates_are_found(tmp_path, line):
+    for word in IDENTIFIERS:
+        for name in ("torchrun.sh", ".ci/run", "mmbert_core/serve/templates/page.html", "mmbert_core/serve/serve.js"):
+            assert planted(tmp_path, f"x\n{line.format(word)}\n", name)[0].startswith(f"{name}:2: "), (word, name)
 
 
 def test_constants_functions_and_file_names_are_found(tmp_path):
