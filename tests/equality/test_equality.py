@@ -170,10 +170,10 @@ class PlannedBatches(pl.LightningDataModule):
         return self.loader(dataset, [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], 1)])
 
     def val_dataloader(self) -> DataLoader:
-        return self.loader(self.data.val, hooks.evaluation_batches(self.data.val.lengths))
+        return self.loader(self.data.val, scoring.evaluation_batches(self.data.val.lengths))
 
     def test_dataloader(self) -> DataLoader:
-        return self.loader(self.data.test, hooks.evaluation_batches(self.data.test.lengths))
+        return self.loader(self.data.test, scoring.evaluation_batches(self.data.test.lengths))
 
     predict_dataloader = test_dataloader  # the test rows once more, as new rows
 

@@ -384,7 +384,7 @@ def test_an_encoder_that_cannot_be_exported_is_one_line(plain, tmp_path, monkeyp
     def refuse(*_, **__):
         raise TypeError("data-dependent\nmany lines")
 
-    monkeypatch.setattr(torch.exporter, "export", refuse)
+    monkeypatch.setattr(torch.export, "export", refuse)
     with pytest.raises(
         RunError, match=r"^the encoder \(bert\) of this model cannot be exported as onnx: TypeError: data-dependent$"
     ):
@@ -429,7 +429,7 @@ def test_the_exporters_own_words_are_not_heard(plain, tmp_path, monkeypatch, cap
         logging.getLogger("torch.fx").warning("an aside")
         return honest(*arguments, **options)
 
-    monkeypatch.setattr(torch.exporter, "export", talkative)
+    monkeypatch.setattr(torch.export, "export", talkative)
     capfd.readouterr()
     exporter.export_model(plain[1], tmp_path / "exported", format="torch_export")
     assert capfd.readouterr().err == "" and not recwarn.list

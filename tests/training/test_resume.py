@@ -17,7 +17,7 @@ from mmbert_core.config import FREE_ON_RESUME, Config, config_fields
 from mmbert_core.inference import model_folder
 from mmbert_core.runtime import signals
 from mmbert_core.runtime.errors import InputError, Stopped
-from mmbert_core.training import checkpoint, finish, loop, run, start
+from mmbert_core.training import checkpoint, finish, resume, start
 from mmbert_core.training.checkpoint import check_resumable
 from mmbert_core.training.run_log import RunLog
 from tests.support import tiny
@@ -193,7 +193,7 @@ def test_auto_pooling_stays_what_it_was_when_the_run_began(finished, monkeypatch
         train(replace(finished, pooling="mean"))
     monkeypatch.setattr(start, "resolve_stored_pooling", lambda config: "cls")  # of as many parameters
     monkeypatch.setattr(
-        run,
+        resume,
         "parameter_shapes",
         lambda model: json.loads(
             (next((Path(finished.model_path) / "checkpoints").glob("step-*")) / "state.json").read_text()
@@ -480,7 +480,7 @@ def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, fil
         raise Interrupted
 
     with monkeypatch.context() as patches, pytest.raises(Interrupted):
-        patches.setattr(loop, part, die)
+        patches.setattr(finish, part, die)
         train(replace(config, resume=5))
     assert not (Path(config.model_path) / "train_results.json").exists()
     die_before(monkeypatch, step=STEPS + 1)  # nothing is left to train
