@@ -1,10 +1,11 @@
-"""Which words of a text spoke for the predicted class: integrated gradients at the word embeddings.
+"""How much each span of a text contributed to the predicted class: integrated gradients at the word embeddings.
 
 B rows, C chunks, T tokens, S tokens of all rows, E size of a word embedding, K classes.
 
-Gradient x input at the text itself is not enough: where the model is sure the softmax is flat, layer normalisation takes the rest, and a planted word
-that decides the class came out against it. So gradients are averaged on the way from embeddings of zero to the text's own (Sundararajan et al. 2017).
-The weights are a hint at what the model looked at, no proof of a cause.
+Gradient x input at the text itself is not enough: where the model is confident the softmax is flat, layer normalisation
+removes the rest, and a planted word that decides the class came out against it. So gradients are averaged on the path
+from embeddings of zero to the text's own (Sundararajan et al. 2017). The attributions are a hint at what the model
+looked at, no proof of a cause.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from mmbert_core.model.tabular_encoder import TabAE
 
 Attributions = list[tuple[str, float]]  # spans of one text, in order, each with its attribution, -1 to 1
 HIGHLIGHT_LEVELS = (0.1, 0.3, 0.6)  # absolute attributions from which a span is highlighted: weakly, clearly, strongly
-STEPS = 16  # forwards and backwards of one explanation; 8 missed a planted word now and then
+STEPS = 16  # forward and backward passes of one explanation; with 8 a planted word was missed now and then
 
 
 def explain_rows(
@@ -34,68 +35,68 @@ def explain_rows(
     texts: Sequence[str],
     task: Task,
 ) -> list[Attributions]:
-    """For each row of `positions` the pieces of its text, in order, each with a weight of -1 to 1; above 0 speaks for the predicted class.
+    """The attributions of the rows at `positions`, each -1 to 1 and above 0 where a span contributed to the predicted
+    class.
 
-    `predicted`: the class of each, which of two classes the threshold decides and not the larger logit. `texts`: the whole text of each, as it
-    was encoded. The pieces of a row side by side are its text as far as the model read it; what lies between tokens weighs 0, and so does
-    everything where nothing has a gradient. A columns-only model has no pieces. All rows are one batch.
+    `predicted`: class index of each row; of two classes the threshold chooses it, not the larger logit. `texts`: the
+    whole text of each row, as it was encoded. A row's spans joined are its text as far as the model read it; what is
+    between tokens has attribution 0. Each row's attributions are divided by the largest. A columns-only model has no
+    spans. All rows are one batch.
     """
     if loaded.model.text_subnetwork is None:
         return [[] for _ in positions]
     batch = dataset.batch(positions)
     num_tokens = batch.attention_mask.flatten(1).sum(1).tolist()  # [B]
-    parts = token_weights(loaded.model, batch, torch.tensor(list(predicted)), task=task).split(num_tokens)
-    made = []
-    for text, weights in zip(texts, parts, strict=True):
-        spans, read = token_spans(
-            loaded.tokenizer, text, max_length=loaded.config.max_length, max_chunks=loaded.config.max_chunks
-        )
-        made.append(_scaled(_pieces(read, spans, weights.tolist())))
-    return made
+    by_row = token_attributions(loaded.model, batch, torch.tensor(list(predicted)), task=task).split(num_tokens)
+    lengths = {"max_length": loaded.config.max_length, "max_chunks": loaded.config.max_chunks}
+    explained = []
+    for text, values in zip(texts, by_row, strict=True):
+        offsets, read_text = token_spans(loaded.tokenizer, text, **lengths)
+        explained.append(_normalise(_span_attributions(read_text, offsets, values.tolist())))
+    return explained
 
 
-def token_weights(model: MultimodalBert, batch: Batch, predicted: torch.Tensor, *, task: Task) -> torch.Tensor:
-    """[S] float32, row after row, chunk after chunk: what each token gave to the logit of the class `predicted` [B] less the mean of the others.
+def token_attributions(model: MultimodalBert, batch: Batch, predicted: torch.Tensor, *, task: Task) -> torch.Tensor:
+    """[S] float32 by row, then chunk: each token's share of the logit of class `predicted` [B] minus the others' mean.
 
-    Their sum is about that score less the score without words. Computed in float32 whatever the task's precision: small gradients
-    would be 0 in fp16. The model should be in eval mode; it is left as it was.
+    The shares add up to about that difference minus its value for a text of zero embeddings. Computed in float32
+    whatever the task's precision: small gradients would be 0 in fp16. For a model in eval mode, which is left
+    unchanged.
     """
     batch, predicted = batch.to(task.device), predicted.to(task.device)[:, None]
+    # [1, S] if packed, else [B or real chunks, T], or wider where the encoder pads to a multiple of its own
     products = torch.zeros(())
     for step in range(STEPS):
         with (
             torch.enable_grad(),
             autocast("fp32", task.device),
-            _Scaled(model.text_subnetwork.encoder, (step + 0.5) / STEPS) as words,
+            _ScaledEmbeddings(model.text_subnetwork.encoder, (step + 0.5) / STEPS) as embeddings,
         ):
-            logits = _logits(model, batch)  # [B, K]
-            chosen = logits.gather(1, predicted).squeeze(1)
-            others = (logits.sum(1) - chosen) / (logits.shape[1] - 1)
-            [gradient] = torch.autograd.grad((chosen - others).sum(), words.scaled)
-        products = (
-            products + (gradient * words.whole).sum(-1).cpu() / STEPS
-        )  # [1, S] packed, else [real chunks, T] or longer, where the encoder pads once more
+            logits = model(batch.input_ids, batch.attention_mask, TabAE.combine_tab_data(batch), batch.categories)
+            chosen = logits.gather(1, predicted).squeeze(1)  # [B]
+            others = (logits.sum(1) - chosen) / (logits.shape[1] - 1)  # [B]
+            [gradient] = torch.autograd.grad((chosen - others).sum(), embeddings.scaled)  # [..., E]
+        products = products + (gradient * embeddings.original).sum(-1).cpu() / STEPS
     if model.text_subnetwork.is_packed:
         return products[0]
-    mask = batch.attention_mask.flatten(0, -2).bool()  # [B or B x C, T]
-    mask = mask[mask.any(1)]
-    return products[:, : mask.shape[1]][mask]
+    mask = batch.attention_mask.flatten(0, -2).bool()  # [B or B C, T]
+    mask = mask[mask.any(1)]  # without the padding of the chunk axis
+    return products[:, : mask.shape[1]][mask]  # [S]
 
 
-def _logits(model: MultimodalBert, batch: Batch) -> torch.Tensor:
-    return model(batch.input_ids, batch.attention_mask, TabAE.combine_tab_data(batch), batch.categories)
+class _ScaledEmbeddings:
+    """Inside, the encoder reads its word embeddings times `factor`.
 
+    `original`: the embeddings of the last forward; `scaled`: the same times `factor`, a leaf of the graph.
+    """
 
-class _Scaled:
-    """Inside, the encoder reads its word embeddings times `factor`: `whole` as they are, `scaled` as a leaf of the graph."""
-
-    whole: torch.Tensor
+    original: torch.Tensor
     scaled: torch.Tensor
 
     def __init__(self, encoder: nn.Module, factor: float) -> None:
         self.module, self.factor = encoder.get_input_embeddings(), factor
 
-    def __enter__(self) -> "_Scaled":
+    def __enter__(self) -> "_ScaledEmbeddings":
         self.handle = self.module.register_forward_hook(self._scale)
         return self
 
@@ -103,25 +104,36 @@ class _Scaled:
         self.handle.remove()
 
     def _scale(self, module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        self.whole = output.detach()
-        self.scaled = (self.factor * self.whole).requires_grad_()
+        self.original = output.detach()
+        self.scaled = (self.factor * self.original).requires_grad_()
         return self.scaled
 
 
-def _pieces(text: str, spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> Attributions:
-    """The whole text, cut where tokens begin and end; tokens that share a character are one piece."""
-    pieces: Attributions = []
-    start, end, total = 0, 0, 0.0  # of the piece in hand, which is empty before the first token
-    for (first, last), weight in zip(spans, weights, strict=True):
+def _span_attributions(text: str, offsets: Sequence[tuple[int, int]], values: Sequence[float]) -> Attributions:
+    """The whole text, split at the tokens' `offsets` (start, end), with the tokens' values and 0 between tokens.
+
+    Tokens that share a character are one span, whose attribution is their sum.
+    """
+    spans: Attributions = []
+    start, end, total = 0, 0, 0.0  # of the current span, which is empty before the first token
+    for (first, last), value in zip(offsets, values, strict=True):
         if first == last:  # a special token
             continue
         if first < end:
-            end, total = max(end, last), total + weight
+            end, total = max(end, last), total + value
             continue
-        pieces += [(text[start:end], total), (text[end:first], 0.0)]
-        start, end, total = first, last, weight
-    pieces += [(text[start:end], total), (text[end:], 0.0)]
-    return [piece for piece in pieces if piece[0]]
+        spans += [(text[start:end], total), (text[end:first], 0.0)]
+        start, end, total = first, last, value
+    spans += [(text[start:end], total), (text[end:], 0.0)]
+    return [span for span in spans if span[0]]
+
+
+def _normalise(spans: Attributions) -> Attributions:
+    largest = max((abs(value) for _, value in spans), default=0.0)
+    return [(span, value / largest if largest else 0.0) for span, value in spans]
+
+
+# ---- highlighting ----
 
 
 def highlight_level(attribution: float) -> int:
@@ -131,18 +143,12 @@ def highlight_level(attribution: float) -> int:
 
 
 def largest_attributions(attributions: Attributions, count: int = 5) -> tuple[Attributions, Attributions]:
-    """The highlighted spans with the largest attributions, at most `count` for the predicted class and as many against it.
+    """The highlighted spans with the largest attributions: at most `count` for the predicted class, as many against it.
 
     White space around a span is removed; spans of white space alone are left out.
     """
     spans = [(span.strip(), value) for span, value in attributions if span.strip()]
-    spans.sort(key=lambda pair: -abs(pair[1]))
-    levels = [highlight_level(value) for _, value in spans]
-    contributing = [span for span, level in zip(spans, levels, strict=True) if level > 0]
-    opposing = [span for span, level in zip(spans, levels, strict=True) if level < 0]
+    spans.sort(key=lambda span: -abs(span[1]))
+    contributing = [span for span in spans if highlight_level(span[1]) > 0]
+    opposing = [span for span in spans if highlight_level(span[1]) < 0]
     return contributing[:count], opposing[:count]
-
-
-def _scaled(pieces: Attributions) -> Attributions:
-    largest = max((abs(weight) for _, weight in pieces), default=0.0)
-    return [(piece, weight / largest if largest else 0.0) for piece, weight in pieces]

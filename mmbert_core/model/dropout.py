@@ -18,8 +18,9 @@ def rounded_rate(rate: float) -> tuple[int, float]:
 def draw_keep_mask(shape: torch.Size | tuple[int, ...], rate: float) -> torch.Tensor:
     """int8 of this shape on the CPU, 1 where an element is kept, 0 where it is dropped; from torch's global generator.
 
-    One full-range 64-bit integer is four draws of 16 bits, each at a quarter of `bernoulli_`'s cost. `random_()` without
-    bounds leaves the sign bit zero; with the lower bound given it draws all 64. No bool: its kernels are not vectorised.
+    One full-range 64-bit integer is four draws of 16 bits, each at a quarter of `bernoulli_`'s cost. `random_()`
+    without bounds leaves the sign bit zero; with the lower bound given it draws all 64. No bool: its kernels are not
+    vectorised.
     """
     count = torch.Size(shape).numel()
     draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]

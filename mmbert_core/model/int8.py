@@ -11,8 +11,8 @@ LEVELS = 127
 class Int8Linear(nn.Module):
     """nn.Linear with one scale per output for the weights and one per token for the inputs, both symmetric around zero.
 
-    With a scale per token (as in ZeroQuant, Yao et al. 2022) a row's prediction does not depend on the other rows of its
-    batch, as it would with one scale per batch (the dynamic quantisation of torch and of ONNX Runtime).
+    With a scale per token (as in ZeroQuant, Yao et al. 2022) a row's prediction does not depend on the other rows of
+    its batch, as it would with one scale per batch (the dynamic quantisation of torch and of ONNX Runtime).
     """
 
     def __init__(self, linear: nn.Linear) -> None:

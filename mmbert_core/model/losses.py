@@ -32,7 +32,7 @@ def add_loss_op(loss_op: LossOp) -> LossOp:
 
 
 def row_losses(loss_op: LossOp, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Losses [B] in float32, multiplied by the class weights. Raises `ValueError` when the loss op returns another shape."""
+    """Losses [B] in float32, class weights included. Raises `ValueError` when the loss op returns another shape."""
     losses = loss_op(logits.float(), labels)
     if losses.shape != labels.shape:
         expected, found = tuple(labels.shape), tuple(losses.shape)

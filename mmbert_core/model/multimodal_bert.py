@@ -56,7 +56,8 @@ class MultimodalBert(nn.Module):
     ) -> torch.Tensor:
         """Text vectors [B, D], numbers [B, F], categories [B, K] -> logits: all but the text encoder, at little cost.
 
-        Computed in float32, also inside autocast: a standardised outlier of 1e4 would overflow fp16 in the linear layers.
+        Computed in float32, also inside autocast: a standardised outlier of 1e4 would overflow fp16 in the linear
+        layers.
         """
         vectors = [] if text_vectors is None else [text_vectors.float()]
         with _without_autocast(self.final_merge_network.linear_layer_final.weight.device.type):

@@ -3,9 +3,9 @@
 N texts, T tokens of the longest, S tokens of all, h heads, d size of a head, H = h x d, P = sum of squared lengths.
 A group's tensors: g texts of l tokens each.
 
-`use_packed_attention` registers `packed_attention` with transformers, whose encoders pass `packing=...` of their forward
-on to the attention function. The ways to attend below give the same result; which one is fastest depends on the device,
-the precision and dropout.
+`use_packed_attention` registers `packed_attention` with transformers, whose encoders pass `packing=...` of their
+forward on to the attention function. The ways to attend below give the same result; which one is fastest depends on the
+device, the precision and dropout.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ BERT_LAYERS = frozenset("bert electra roberta xlm-roberta camembert".split())  #
 
 
 def use_packed_attention(encoder: nn.Module) -> bool:
-    """Set this file's attention in the encoder; False where packing is not exact. Padded calls compute what they did."""
+    """Set `packed_attention` in the encoder; False where packing is not exact. Padded calls compute what they did."""
     config = encoder.config
     if config.model_type not in FAMILIES or getattr(config, "is_decoder", False):
         return False
@@ -183,7 +183,7 @@ def attend_padded(
 def attend_first_tokens(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, dropout: float
 ) -> torch.Tensor:
-    """Queries [N, h, d] of the first tokens over all keys of their texts -> [N, h, d]; with one query padding is cheap."""
+    """Queries [N, h, d] of the first tokens, over all keys of their texts -> [N, h, d]. The keys are padded."""
     mask = packing.is_token[:, None, None, :]  # [N, 1, 1, T]
     key, value = (_pad(states, packing) for states in (key, value))  # [N, h, T, d]
     return F.scaled_dot_product_attention(
@@ -222,9 +222,8 @@ class AttentionWithDropout(torch.autograd.Function):
         # all passes over one group follow each other, so that its tensors stay in the processor's caches
         for group, group_weights, group_mask in _split_by_group(packing, num_heads, weights, keep_mask):
             keys = _group_batch(key, group).transpose(1, 2)  # [g h, d, l]
-            torch.baddbmm(
-                group_weights, _group_batch(query, group), keys, beta=0, alpha=scaling, out=group_weights
-            )  # [g h, l, l]
+            # scores [g h, l, l]; with beta=0 the old content is ignored
+            torch.baddbmm(group_weights, _group_batch(query, group), keys, beta=0, alpha=scaling, out=group_weights)
             if (window_mask := _window_mask(group.length, window, query.device)) is not None:
                 group_weights.masked_fill_(~window_mask, -torch.inf)
             torch.softmax(group_weights, -1, out=group_weights)

@@ -91,9 +91,10 @@ class Packing:
 def pack(
     encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, position_offset: int
 ) -> tuple[dict[str, Any], Packing]:
-    """Arguments of the encoder's forward for a padded batch [N, T] and its mask; `position_offset`: of its position embeddings.
+    """Arguments of the encoder's forward for a padded batch [N, T] and its mask, and the layout of the packed tokens.
 
-    A batch on the CPU is packed there; one on a GPU costs a wait for the GPU.
+    `position_offset`: of the encoder (model/positions.py). A batch on a GPU costs a wait for the GPU, one on the CPU
+    none.
     """
     device = encoder.get_input_embeddings().weight.device
     is_token = attention_mask != 0  # [N, T]

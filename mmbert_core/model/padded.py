@@ -45,9 +45,10 @@ class PaddedModel(nn.Module):
         numbers: torch.Tensor | None = None,
         categories: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Ids and mask [B, T] or [B, C, T], [B, F], [B, K] -> probabilities of class 1 [B], or of all classes [B, classes].
+        """Ids and mask [B, T] or [B, C, T], numbers [B, F], categories [B, K] -> probabilities.
 
-        Inputs that the model does not have are left out.
+        Of class 1, [B], when binary, else of all classes, [B, num_classes]. Inputs that the model does not have are
+        left out.
         """
         if numbers is None and categories is not None:
             numbers = torch.zeros_like(categories[:, :0], dtype=torch.float32)  # [B, 0]

@@ -14,7 +14,8 @@ def _position_tables(encoder: nn.Module) -> list[nn.Embedding]:
 def position_offset(encoder: nn.Module) -> int:
     """Position of a text's first token: 0, or, as in RoBERTa and its relatives, one above the padding's.
 
-    Those families reserve the row `padding_idx` of their position embeddings for padding and count upwards from the next.
+    Those families reserve the row `padding_idx` of their position embeddings for padding and count upwards from the
+    next.
     """
     tables = _position_tables(encoder)
     return 0 if not tables or tables[-1].padding_idx is None else tables[-1].padding_idx + 1
@@ -25,6 +26,5 @@ def max_tokens(encoder: nn.Module) -> int | None:
     num_positions = getattr(encoder.config, "max_position_embeddings", None)
     if num_positions is None or num_positions < 1:  # XLNet has relative positions and says -1
         return None
-    return min([num_positions, *(table.num_embeddings for table in _position_tables(encoder))]) - position_offset(
-        encoder
-    )
+    num_positions = min([num_positions, *(table.num_embeddings for table in _position_tables(encoder))])
+    return num_positions - position_offset(encoder)

@@ -1,7 +1,5 @@
 """Pretrained encoders from a folder or the hub: safetensors only, no code of their own."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -35,32 +33,30 @@ from mmbert_core.storage.schema import record, shortened
 
 logger = logging.getLogger(__name__)
 
-# Files of sentence-transformers, and its words for the poolings that are ours too.
-SENTENCE_POOLING, SENTENCE_MODULES, SENTENCE_CONFIG = (
-    "1_Pooling/config.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-)
-SENTENCE_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-POOLING_FLAG = "pooling_mode_"  # begins the keys of the older form, one for each mode
-# Keys of a config.json with which transformers would run code, or load weights, that we never want.
+# Files of sentence-transformers.
+SENTENCE_POOLING = "1_Pooling/config.json"
+SENTENCE_MODULES = "modules.json"
+SENTENCE_CONFIG = "config_sentence_transformers.json"
+SENTENCE_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # its names for the poolings that exist here
+POOLING_FLAG = "pooling_mode_"  # prefix of the older form's keys, one for each mode
+# Keys of a config.json with which transformers would run code or load weights that are never wanted.
 REFUSED_KEYS = {
     "auto_map": "it needs code of its own (auto_map), which is never run; choose one that transformers knows",
     "quantization_config": "its weights are quantised and cannot be fine-tuned; choose the full-precision one",
     "transformers_weights": "its config names a weight file of its own; expected model.safetensors",
 }
-# Keys with this in their name choose attention code; any other word than these may be fetched from the hub and run.
+# Keys with this in their name choose attention code; transformers may fetch other values from the hub and run them.
 IMPLEMENTATION, PLAIN_IMPLEMENTATIONS = "_implementation", (None, "eager", "sdpa")
 
 
 def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
-    """Load an encoder in float32 and eval mode: ``(encoder, has_stored_pooler)``.
+    """Load an encoder in float32 and eval mode: `(encoder, has_stored_pooler)`.
 
     A name is looked up in the local cache first and on the hub only if it is not there, so that a second start needs
-    no network. ``has_stored_pooler`` is true when the encoder has a pooler whose weights came from the file; many
-    checkpoints (RoBERTa's, for one) leave it out and transformers then makes a random one.
+    no network. `has_stored_pooler`: the encoder has a pooler and its weights came from the file. Many checkpoints, such
+    as RoBERTa's, leave them out, and transformers then draws them at random.
 
-    Raises InputError (one line) when the folder or name does not exist, holds only pickled weights, needs code of its
+    Raises `InputError` (one line) when the folder or name does not exist, holds only pickled weights, needs code of its
     own, lacks weights of the encoder, or cannot be fetched.
     """
     name = os.fspath(name_or_folder)
@@ -76,17 +72,18 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
         check_hub_answers(name)
     logger.info("encoder %s: not in the local cache, downloading it", name)
     for file in (SENTENCE_MODULES, SENTENCE_CONFIG, SENTENCE_POOLING):
-        with suppress(Exception):  # few encoders have them, and the hub's client raises errors of its own
+        with suppress(Exception):  # optional files; the hub's client raises errors of its own classes
             cached_file(name, file)
     return _load(name, local_files_only=False)
 
 
 def sentence_pooling(name_or_folder: str) -> str | None:
-    """ "mean", "cls" or "last" where the encoder was trained to make sentence vectors that way, as files of sentence-transformers say; else None.
+    """The pooling with which an encoder was trained to make sentence vectors, from files of sentence-transformers.
 
-    Looks into the folder, or the local cache of the hub, and reads both forms of the file: a flag for each mode, or one key
-    `pooling_mode`. A pooler stored with such an encoder was no part of that training.
-    Raises InputError (one line) for settings that cannot be followed: other or several modes, or vectors without the prompt.
+    "mean", "cls" or "last"; None for an encoder without such files in its folder or in the hub's local cache. Reads
+    both forms of the file: a flag for each mode, or one key `pooling_mode`. Such training does not involve a stored
+    pooler. Raises `InputError` (one line) for settings that cannot be followed: several or unknown modes, or vectors
+    without the tokens of a prompt.
     """
     name = os.fspath(name_or_folder)
     path = _cached_path(name, _pooling_file(name))
@@ -107,13 +104,14 @@ def sentence_pooling(name_or_folder: str) -> str | None:
         )
     if settings.get("include_prompt") is False and _has_prompt(name):
         raise InputError(
-            f"{error_prefix}: its vectors leave out the tokens of a prompt (include_prompt: false), which texts here never have: {advice}"
+            f"{error_prefix}: its vectors leave out the tokens of a prompt (include_prompt: false), "
+            f"which texts here never have: {advice}"
         )
     return SENTENCE_POOLINGS[modes[0]]
 
 
 def _pooling_file(name: str) -> str:
-    """Where modules.json says that the pooling's settings are."""
+    """Path below the encoder's folder of the pooling's settings, as modules.json gives it."""
     path = _cached_path(name, SENTENCE_MODULES)
     with suppress(InputError, TypeError, AttributeError):
         for module in read_json(path) if path is not None else []:
@@ -125,7 +123,7 @@ def _pooling_file(name: str) -> str:
 
 
 def _pooling_modes(settings: Mapping[str, Any]) -> list[str]:
-    """The modes in use, in the words of `pooling_mode`; a value that is no mode counts as one of its own."""
+    """The modes in use, named as in `pooling_mode`; a flag with an invalid value counts as one more mode."""
     named = settings.get("pooling_mode", [])
     modes = [str(mode).lower() for mode in (named if isinstance(named, list) else [named])]
     for key, is_used in settings.items():
@@ -145,7 +143,7 @@ def _has_prompt(name: str) -> bool:
 
 
 def _cached_path(name: str, file: str) -> Path | None:
-    """The file of an encoder's folder, or of the hub's local cache; None where there is none."""
+    """A file of an encoder's folder, or of the hub's local cache; None if it does not exist."""
     try:
         path = cached_file(name, file, local_files_only=True)
     except (OSError, ValueError):
@@ -154,10 +152,10 @@ def _cached_path(name: str, file: str) -> Path | None:
 
 
 def build_encoder(folder: str, shapes: Shapes | None = None) -> nn.Module:
-    """An encoder with random weights, float32, eval mode, from the config.json of a model folder (no weights read).
+    """An encoder with random weights, float32, eval mode, from the config.json of a model folder.
 
-    `shapes`: tensor -> shape of the weights to come, under the encoder's own names. Raises InputError, before anything
-    large is allocated, where the config asks for others.
+    `shapes`: tensor -> shape of the weights to be loaded later, under the encoder's own names. Raises `InputError`
+    before anything large is allocated where the config implies other shapes.
     """
     name = os.fspath(folder)
     check_encoder_files(name)
@@ -167,7 +165,7 @@ def build_encoder(folder: str, shapes: Shapes | None = None) -> nn.Module:
 
 
 class _NotCached(InputError):
-    """The hub's local cache does not have the files (yet)."""
+    """The hub's local cache does not have the files."""
 
 
 def _load(name: str, *, local_files_only: bool, shapes: Shapes | None = None) -> tuple[nn.Module, bool]:
@@ -186,7 +184,7 @@ def _load(name: str, *, local_files_only: bool, shapes: Shapes | None = None) ->
     missing = sorted(report["missing_keys"])
     missing_pooler = [key for key in missing if "pooler" in key.split(".")]
     if len(missing) > len(missing_pooler):
-        # transformers fills these with random numbers: a model that only looks pretrained.
+        # transformers draws these at random: the model would only look pretrained
         key = next(key for key in missing if key not in missing_pooler)
         raise InputError(
             f"encoder {name!r}: its weight file lacks {len(missing) - len(missing_pooler)} tensors of "
@@ -214,14 +212,18 @@ def _check_weight_files(folder: str) -> None:
 
 
 def _checked_config(name: str, *, local_files_only: bool, shapes: Shapes) -> PretrainedConfig:
-    """The config, once nothing in it can run code or build more than the weights (`shapes`; {}: not known) have."""
+    """The config of an encoder. Raises `InputError` where it would run code or allocate more than the weights hold.
+
+    `shapes`: of the weights, {} if not known.
+    """
     settings, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
     for key, value in settings_in(settings):
         if key in REFUSED_KEYS and value:
             raise InputError(f"encoder {name!r}: {REFUSED_KEYS[key]}")
         if IMPLEMENTATION in f"_{key}" and value not in PLAIN_IMPLEMENTATIONS:
             raise InputError(
-                f"encoder {name!r}: its config chooses code to run, which is never fetched: expected {key} eager or sdpa, found {value!r:.80}"
+                f"encoder {name!r}: its config chooses code to run, which is never fetched: "
+                f"expected {key} eager or sdpa, found {value!r:.80}"
             )
     if not isinstance(settings.get("model_type"), str):
         raise InputError(f"encoder {name!r}: its config.json names no model_type")
@@ -238,7 +240,7 @@ def _checked_config(name: str, *, local_files_only: bool, shapes: Shapes) -> Pre
 
 @contextmanager
 def _naming_encoder(name: str) -> Iterator[None]:
-    """A message on a file of the folder `name` begins with the encoder."""
+    """Let the message of an `InputError` about a file of the folder `name` begin with the encoder."""
     try:
         yield
     except InputError as error:
@@ -250,26 +252,29 @@ def _naming_encoder(name: str) -> Iterator[None]:
 
 @contextmanager
 def _one_line(name: str, *, not_cached: bool = False) -> Iterator[None]:
-    """Whatever transformers raises while loading becomes one InputError line."""
+    """Turn any error of transformers while loading into an `InputError` of one line."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # the hub, JSON, safetensors and transformers each raise classes of their own
         message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        wanted = _NotCached if not_cached and isinstance(error, OSError) else InputError
-        if "above report" in str(error):  # which is silenced here, and names tensors of other shapes
-            message = "weights of its model.safetensors have other shapes than its config.json says, or cannot be converted to what the model needs"
+        error_class = _NotCached if not_cached and isinstance(error, OSError) else InputError
+        if "above report" in str(error):  # _quiet_transformers silences it; it names tensors of other shapes
+            message = (
+                "weights of its model.safetensors have other shapes than its config.json says, "
+                "or cannot be converted to what the model needs"
+            )
         if isinstance(error, json.JSONDecodeError):
             message = f"its config.json is not JSON ({message})"
-        raise wanted(f"encoder {name!r}: cannot be loaded: {message[:300]}") from error
+        raise error_class(f"encoder {name!r}: cannot be loaded: {message[:300]}") from error
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' report on missing and unused heads and its progress bar; both are restored.
+    """Silence transformers' report on missing and unused weights and its progress bar, then restore both.
 
-    What the report says that matters is checked above. Not thread-safe: both switches are global there.
+    `_load` checks the missing weights itself. Not thread-safe: both switches are global in transformers.
     """
     verbosity = transformers_logging.get_verbosity()
     show_bars = transformers_logging.is_progress_bar_enabled()

@@ -1,9 +1,7 @@
-"""Texts made of token ids that show, before a run, whether an encoder fits its tokenizer and settings.
+"""Checks before a run that an encoder fits its tokenizer and settings, by encoding short texts of token ids.
 
-N texts, T tokens, H hidden size. Tensors on the CPU only; a probe draws from no generator and leaves the model as it was.
+N texts, T tokens, H hidden size. For a model on the CPU; draws from no generator and leaves the model unchanged.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,25 +13,31 @@ from torch import nn
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
 from mmbert_core.runtime.errors import InputError
 
-TOLERANCE = 1e-5  # of a text vector's largest value, at least of 1
-SAME = 1e-7  # the same, for vectors that must differ: a narrow MobileBERT's pooled ones differ by 3e-7
-CERTAIN = 1e-3  # the same: beyond it a difference is no rounding, below it float64 tells
+# Differences of text vectors, in units of their largest value, or of 1 where that is smaller.
+TOLERANCE = 1e-5  # two vectors of the same text
+SAME = 1e-7  # vectors of different texts differ by more: those of a narrow MobileBERT by 3e-7
+CERTAIN = 1e-3  # more than rounding in float32; smaller differences are computed again in float64
 NOT_FINITE = "its values are not finite"
-SHORT_WORDS, LONG_WORDS = (1, 3), 28  # ordinary tokens of the texts whose neighbour is tried, and of that neighbour
+# Raised by encoders for settings or token ids that do not fit them; NotImplementedError is a RuntimeError.
+ENCODER_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, AttributeError, KeyError)
+SHORT_WORDS, LONG_WORDS = (1, 3), 28  # ordinary tokens of the texts encoded next to another, and of that other text
 
 
 @dataclass(frozen=True)
 class ProbeTokens:
-    """Token ids of which texts are made up."""
+    """Token ids from which the texts are built."""
 
     prefix: tuple[int, ...]  # special tokens before a text
     words: tuple[int, ...]  # ordinary tokens, at least one
-    suffix: tuple[int, ...]  # special tokens behind a text
+    suffix: tuple[int, ...]  # special tokens after a text
     pad: int
-    highest: int  # the largest id that the tokenizer can give
+    highest: int  # the largest id of the tokenizer
 
     def text(self, num_words: int, *, first: int | None = None, last: int | None = None) -> list[int]:
-        """A text of so many ordinary tokens (at least 1), its first and last one as given, between its special ones."""
+        """Ids of a text of `num_words` (at least 1) ordinary tokens between the special ones.
+
+        `first` and `last`, if given, replace the first and the last ordinary token.
+        """
         words = [self.words[index % len(self.words)] for index in range(num_words)]
         words[:1] = words[:1] if first is None else [first]
         words[-1:] = words[-1:] if last is None else [last]
@@ -45,21 +49,22 @@ class ProbeTokens:
 
 
 def check_text_encoder(text: TextBertBase, tokens: ProbeTokens, *, max_length: int, name: str) -> None:
-    """Raise `InputError`, one line, where the encoder `name` cannot give right vectors of texts of `max_length` tokens.
+    """Raise `InputError`, one line, where the encoder `name` fails for texts of `max_length` tokens or encodes them
+    wrongly.
 
-    Tried are: token ids without an embedding, the longest text, a text alone and next to a longer one, packed and padded
-    texts, and two texts that differ in their last token only.
+    Checked are the token ids that have an embedding, the longest text, a text alone and next to a longer one, packed
+    and padded texts, and two texts that differ in their last token only.
     """
     check_token_ids(text.encoder, tokens.highest, name=name)
-    most_words = max(1, max_length - tokens.num_special)
-    *short, long = (tokens.text(min(most_words, count)) for count in (*SHORT_WORDS, LONG_WORDS))
+    max_words = max(1, max_length - tokens.num_special)
+    *short, long = (tokens.text(min(max_words, count)) for count in (*SHORT_WORDS, LONG_WORDS))
     with _unchanged(text):
         _check_runs(text, tokens, name=name)
         _check_positions(text, tokens, max_length=max_length, name=name)
-        for each in short:
-            _check_mask(text, each, long, tokens.pad, name=name)
+        for ids in short:
+            _check_mask(text, ids, long, tokens.pad, name=name)
         if len(tokens.words) > 1:
-            _check_last_word(text, tokens, min(most_words, SHORT_WORDS[-1]), name=name)
+            _check_last_word(text, tokens, min(max_words, SHORT_WORDS[-1]), name=name)
 
 
 def check_token_ids(encoder: nn.Module, highest: int, *, name: str) -> None:
@@ -67,23 +72,27 @@ def check_token_ids(encoder: nn.Module, highest: int, *, name: str) -> None:
     rows = num_embedding_rows(encoder)
     if rows is not None and highest >= rows:
         raise InputError(
-            f"encoder {name!r}: its tokenizer has token ids up to {highest}, its embedding has {rows} rows (ids up to {rows - 1}): resize and save "
-            f"the encoder first, with model.resize_token_embeddings({highest + 1}), which is len(tokenizer) where ids have no gaps"
+            f"encoder {name!r}: its tokenizer has token ids up to {highest}, its embedding has {rows} rows "
+            f"(ids up to {rows - 1}): resize and save the encoder first, with "
+            f"model.resize_token_embeddings({highest + 1}), which is len(tokenizer) where ids have no gaps"
         )
 
 
 def check_runs_once(text: TextBertBase, ids: Sequence[int], *, name: str) -> None:
-    """Raise `InputError` where the encoder `name` of a model folder fails for a text of these token ids, whatever it says of it."""
+    """Raise `InputError` where the encoder `name` of a model folder raises an error for a text of these token ids.
+
+    Vectors that are not finite are accepted: such a model loads, and each of its predictions is refused.
+    """
     with _unchanged(text):
         reason = _failure(text, ids)
-    if reason and not reason.startswith(NOT_FINITE):  # such a model loads, and each of its rows is said to be so
+    if reason and not reason.startswith(NOT_FINITE):
         raise InputError(
             f"{name}: the encoder cannot compute a text of {len(ids)} tokens with this config.json ({reason})"
         )
 
 
 def num_embedding_rows(encoder: nn.Module) -> int | None:
-    """Token ids that the encoder has an embedding for; None where it does not say."""
+    """Token ids that the encoder has an embedding for; None for an encoder without an input embedding."""
     try:
         return encoder.get_input_embeddings().weight.shape[0]
     except (NotImplementedError, AttributeError):
@@ -94,18 +103,19 @@ def num_embedding_rows(encoder: nn.Module) -> int | None:
 
 
 def _check_runs(text: TextBertBase, tokens: ProbeTokens, *, name: str) -> None:
-    """A text of one token, then one with the highest token id."""
-    for ids, what in (
+    """A text of one token, then one with the highest token id; packed, if the encoder is, and padded."""
+    for ids, description in (
         (tokens.text(1), "a text of one word"),
         (tokens.text(1, first=tokens.highest), f"a text with the token id {tokens.highest}"),
     ):
-        reason = _failure(text, ids)
+        reason = _failure(text, ids) or _failure(text, ids, is_packed=False)
         if reason:
-            raise InputError(f"encoder {name!r}: {type(text.encoder).__name__} gives no vector of {what}: {reason}")
+            encoder = type(text.encoder).__name__
+            raise InputError(f"encoder {name!r}: {encoder} gives no vector of {description}: {reason}")
 
 
 def _check_positions(text: TextBertBase, tokens: ProbeTokens, *, max_length: int, name: str) -> None:
-    """A text of `max_length` tokens; where it fails, the largest length that does not is looked for."""
+    """A text of `max_length` tokens; where it fails, the message gives the largest length that does not."""
 
     def runs(length: int) -> bool:
         return not _failure(text, tokens.text(max(1, length - tokens.num_special)))
@@ -115,12 +125,13 @@ def _check_positions(text: TextBertBase, tokens: ProbeTokens, *, max_length: int
         return
     largest = _largest(runs, tokens.num_special + 1, max_length)
     raise InputError(
-        f"max_length: expected at most {largest} tokens, as encoder {name!r} ({type(text.encoder).__name__}) takes, found {max_length} ({reason})"
+        f"max_length: expected at most {largest} tokens, as encoder {name!r} ({type(text.encoder).__name__}) takes, "
+        f"found {max_length} ({reason})"
     )
 
 
 def _largest(runs: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest length from `low`, which runs, to below `high`, which does not."""
+    """By bisection the largest length that runs; `low` does, `high` does not."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if runs(middle) else (low, middle)
@@ -133,19 +144,19 @@ def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], p
     alone, again = (_vectors(text, [short], pad, is_packed=False) for _ in range(2))  # [1, H]
     if _difference(alone, again) > TOLERANCE:
         raise InputError(
-            f"encoder {name!r}: {encoder} gives a text another vector at every call (it draws random numbers): choose another encoder"
+            f"encoder {name!r}: {encoder} gives a text another vector at every call (it draws random numbers): "
+            "choose another encoder"
         )
-    difference = _certain_difference(
-        text,
-        lambda: (
-            _vectors(text, [short], pad, is_packed=False)[0],
-            _vectors(text, [short, long], pad, is_packed=False)[0],
-        ),
-    )
+
+    def vectors_alone_and_next_to_another() -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(_vectors(text, texts, pad, is_packed=False)[0] for texts in ([short], [short, long]))
+
+    difference = _certain_difference(text, vectors_alone_and_next_to_another)
     if difference > TOLERANCE:
         raise InputError(
-            f"encoder {name!r}: {encoder} does not heed the attention mask: a text's vector differs by {difference:.1e} "
-            "alone and next to a longer text, so predictions would depend on the other rows: choose another encoder"
+            f"encoder {name!r}: {encoder} does not heed the attention mask: a text's vector differs by "
+            f"{difference:.1e} alone and next to a longer text, so predictions would depend on the other rows: "
+            "choose another encoder"
         )
     if text.is_packed:
         difference = _certain_difference(
@@ -153,17 +164,22 @@ def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], p
         )
         if difference > TOLERANCE:
             raise InputError(
-                f"encoder {name!r}: {encoder} gives other vectors for packed than for padded texts (difference {difference:.1e}): choose another encoder"
+                f"encoder {name!r}: {encoder} gives other vectors for packed than for padded texts "
+                f"(difference {difference:.1e}): choose another encoder"
             )
 
 
 def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *, name: str) -> None:
-    """Two texts that differ in their last word differ in their vectors. One call each: the same work in the same order."""
+    """Two texts that differ in their last word differ in their vectors.
+
+    One call for each, so that both are computed by the same operations in the same order.
+    """
     first, second = (
         _vectors(text, [tokens.text(num_words, last=word)], tokens.pad) for word in (tokens.words[0], tokens.words[-1])
     )
     if _difference(first, second) > SAME:
         return
+    encoder = type(text.encoder).__name__
     reason = (
         "reads forward only and this vector is that of its first token"
         if text.pooling in ("cls", "pooler") and is_causal(text.encoder)
@@ -171,19 +187,20 @@ def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *,
     )
     other = "last" if text.pooling in ("cls", "pooler") else "mean"
     raise InputError(
-        f"pooling: {text.pooling} of encoder {name!r} cannot tell texts apart that differ in their last word: {type(text.encoder).__name__} {reason}: set pooling to {other}"
+        f"pooling: {text.pooling} of encoder {name!r} cannot tell texts apart that differ in their last word: "
+        f"{encoder} {reason}: set pooling to {other}"
     )
 
 
-# ---- what they share ----
+# ---- vectors and their differences ----
 
 
 def _vectors(
     text: TextBertBase, texts: Sequence[Sequence[int]], pad: int, *, is_packed: bool | None = None
 ) -> torch.Tensor:
-    """Token ids of N texts -> [N, H], padded on the right to the longest; packed or not as given, else as the encoder will be used."""
+    """Ids of N texts -> [N, H]; `is_packed` None: as the model itself does."""
     longest = max(map(len, texts))
-    input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts])
+    input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts])  # [N, T]
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts])
     before = text.is_packed
     text.is_packed = before if is_packed is None else is_packed
@@ -193,20 +210,11 @@ def _vectors(
         text.is_packed = before
 
 
-def _failure(text: TextBertBase, ids: Sequence[int]) -> str:
-    """Why there is no finite vector of the text; "" where there is one."""
+def _failure(text: TextBertBase, ids: Sequence[int], *, is_packed: bool | None = None) -> str:
+    """Why a text of these ids has no finite vector; "" where it has one."""
     try:
-        vectors = _vectors(text, [ids], ids[0])
-    except (
-        RuntimeError,
-        IndexError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        AttributeError,
-        KeyError,
-        NotImplementedError,
-    ) as error:
+        vectors = _vectors(text, [ids], ids[0], is_packed=is_packed)
+    except ENCODER_ERRORS as error:
         if "allocate memory" in str(error):
             raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -214,12 +222,12 @@ def _failure(text: TextBertBase, ids: Sequence[int]) -> str:
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest difference of two vectors, in units of their largest value, or of 1 where that is less."""
+    """The largest difference of the vectors' elements, in units of the largest element, at least of 1."""
     return float((first - second).abs().max() / second.abs().max().clamp(min=1.0))
 
 
 def _certain_difference(text: TextBertBase, pair: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """The difference of the two vectors that `pair` computes; where a deep encoder's rounding in float32 could explain it, in float64."""
+    """The difference of the two vectors of `pair`; computed in float64 where rounding in float32 could explain it."""
     difference = _difference(*pair())
     if not TOLERANCE < difference < CERTAIN:
         return difference
@@ -232,7 +240,7 @@ def _certain_difference(text: TextBertBase, pair: Callable[[], tuple[torch.Tenso
 
 @contextmanager
 def _unchanged(text: TextBertBase) -> Iterator[None]:
-    """Eval mode, no gradients, no draw of the CPU's generator that anybody would notice; modes are put back."""
+    """Eval mode and no gradients inside; the modules' modes and the CPU's generator are restored after it."""
     modes = [(module, module.training) for module in text.modules()]
     text.eval()
     try:

@@ -1,4 +1,4 @@
-"""Explanations: the pieces are the text, the weights are integrated derivatives, and a planted word is found."""
+"""Attributions: the spans are the text, the values are integrated derivatives, and a planted word is found."""
 
 import csv
 from pathlib import Path
@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.config import Config
 from mmbert_core.data.tokens import token_spans, tokenise
-from mmbert_core.inference.attributions import STEPS, _pieces, _Scaled, explain_rows, token_weights
+from mmbert_core.inference.attributions import (
+    HIGHLIGHT_LEVELS,
+    STEPS,
+    _ScaledEmbeddings,
+    _span_attributions,
+    explain_rows,
+    highlight_level,
+    largest_attributions,
+    token_attributions,
+)
 from mmbert_core.predictor import Predictor
 from mmbert_core.tables.table import Roles, records_to_chunk
 from tests.support import tiny
@@ -49,7 +58,9 @@ def write_signal(path: Path, num_rows: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Predictor:
-    """A model that has learned the planted word, and is so sure of it that the gradient at the text itself points the other way."""
+    """A model that has learned the planted word and is so confident that the gradient at the text itself has the wrong
+    sign.
+    """
     folder = tmp_path_factory.mktemp("signal")
     tiny.write_encoder(folder / "encoder")
     paths = {
@@ -73,7 +84,7 @@ def trained(tmp_path_factory) -> Predictor:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory) -> Predictor:
-    """Three classes, two text columns, up to three chunks a text; it has learned nothing to speak of."""
+    """Three classes, two text columns, up to three chunks a text; hardly trained."""
     folder = tmp_path_factory.mktemp("several")
     tiny.train(
         Config(
@@ -89,7 +100,7 @@ def several(tmp_path_factory) -> Predictor:
         )
     )
     predictor = Predictor.from_folder(folder / "run")
-    predictor.loaded.model.text_subnetwork.linear.weight.data *= 50  # as drawn, words hardly matter
+    predictor.loaded.model.text_subnetwork.linear.weight.data *= 50  # with the initial weights words hardly matter
     return predictor
 
 
@@ -97,38 +108,37 @@ def row_of(text: str) -> dict[str, object]:
     return {"row_id": "r", "text": text, "age": 30, "amount": 1.5, "kind": "a"}
 
 
-def test_the_planted_word_weighs_most(trained, tmp_path):
+def test_the_planted_word_has_the_largest_attribution(trained, tmp_path):
     with open(write_signal(tmp_path / "new.csv", 24, 7)) as stream:
         rows = [row for row in csv.DictReader(stream) if row["label"] == "1"]
     for row in rows:
-        made = trained.explain(row)
-        assert made["prediction"] == trained.predict(row)
-        assert made["prediction"]["pred"] == "1" and all(-1 <= weight <= 1 for _, weight in made["tokens"])
-        assert max(made["tokens"], key=lambda token: token[1]) == ["refund", 1.0]
+        explained = trained.explain(row)
+        assert explained["prediction"] == trained.predict(row)
+        assert explained["prediction"]["pred"] == "1" and all(-1 <= value <= 1 for _, value in explained["tokens"])
+        assert max(explained["tokens"], key=lambda token: token[1]) == ["refund", 1.0]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_pieces_are_the_text_as_far_as_it_was_read(trained, several, text):
+def test_the_spans_are_the_text_as_far_as_it_was_read(trained, several, text):
     for predictor, whole in ((trained, text), (several, f"{text} a" if text else "a")):
         config = predictor.loaded.config
         sizes = dict(max_length=config.max_length, max_chunks=config.max_chunks)
-        joined = "".join(piece for piece, _ in predictor.explain(row_of(text))["tokens"])
+        joined = "".join(span for span, _ in predictor.explain(row_of(text))["tokens"])
         if tokenise(predictor.loaded.tokenizer, [whole], **sizes).num_truncated:
-            ids = [tokenise(predictor.loaded.tokenizer, [part], **sizes).ids.tolist() for part in (whole, joined)]
+            ids = [tokenise(predictor.loaded.tokenizer, [each], **sizes).ids.tolist() for each in (whole, joined)]
             assert len(joined) < len(whole) and whole.startswith(joined) and ids[0] == ids[1]
         else:
             assert joined == whole
 
 
-def test_gaps_and_what_has_no_gradient_weigh_nothing(trained):
+def test_gaps_and_what_has_no_gradient_have_no_attribution(trained):
     tokens = trained.explain(row_of("refund  my \u200b money"))["tokens"]
-    assert all(weight == 0 for piece, weight in tokens if not piece.strip(" \u200b")) and all(
-        weight for piece, weight in tokens if piece.isalpha()
-    )
+    assert all(value == 0 for span, value in tokens if not span.strip(" \u200b"))
+    assert all(value for span, value in tokens if span.isalpha())
     assert trained.explain(row_of(" \n"))["tokens"] == [[" \n", 0.0]] and trained.explain(row_of(""))["tokens"] == []
 
 
-def test_tokens_that_share_a_character_are_one_piece():
+def test_tokens_that_share_a_character_are_one_span():
     backend = Tokenizer(
         models.BPE(
             vocab={letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]
@@ -138,7 +148,7 @@ def test_tokens_that_share_a_character_are_one_piece():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     spans, read = token_spans(tokenizer, "a😀 b", max_length=64, max_chunks=1)
     assert spans == [(0, 1), *[(1, 2)] * 4, (2, 3), (3, 4)] and read == "a😀 b"
-    assert _pieces(read, spans, [1, 1, 2, 3, 4, 5, 6]) == [("a", 1), ("😀", 10), (" ", 5), ("b", 6)]
+    assert _span_attributions(read, spans, [1, 1, 2, 3, 4, 5, 6]) == [("a", 1), ("😀", 10), (" ", 5), ("b", 6)]
 
 
 def batch_of(predictor: Predictor, texts: list[str]):
@@ -149,21 +159,21 @@ def batch_of(predictor: Predictor, texts: list[str]):
 
 
 @pytest.mark.parametrize("name", ["trained", "several"])
-def test_a_weight_is_the_integrated_derivative_by_the_size_of_its_embedding(request, name):
+def test_an_attribution_is_the_integrated_derivative_by_the_size_of_its_embedding(request, name):
     predictor = request.getfixturevalue(name)
     model = predictor.loaded.model
     _, batch = batch_of(
         predictor, ["refund my money", "hello where is my order please now thanks never again wrong size"]
     )
     predicted = 1 if name == "trained" else 2
-    weights = token_weights(model, batch, torch.full((2,), predicted), task=predictor.task)
-    place, nudge = 1, 5e-3
+    values = token_attributions(model, batch, torch.full((2,), predicted), task=predictor.task)
+    index, nudge = 1, 5e-3
     factors = torch.ones(batch.attention_mask.sum())
 
     def score(others: float, factor: float) -> float:
-        """Of the first row, its token number `place` times `factor`, all others times `others`."""
+        """Of the first row, its token number `index` times `factor`, all others times `others`."""
         scaled = others * factors
-        scaled[place] = factor
+        scaled[index] = factor
         handle = model.text_subnetwork.encoder.get_input_embeddings().register_forward_hook(
             lambda module, arguments, output: output * scaled.to(output)[:, None]
         )
@@ -174,47 +184,44 @@ def test_a_weight_is_the_integrated_derivative_by_the_size_of_its_embedding(requ
 
     points = [(step + 0.5) / STEPS for step in range(STEPS)]
     derivatives = [(score(point, point + nudge) - score(point, point - nudge)) / (2 * nudge) for point in points]
-    assert weights.shape == factors.shape and abs(float(weights[place])) > 1e-3
-    assert float(weights[place]) == pytest.approx(np.mean(derivatives), rel=0.02)
+    assert values.shape == factors.shape and abs(float(values[index])) > 1e-3
+    assert float(values[index]) == pytest.approx(np.mean(derivatives), rel=0.02)
 
 
-def test_the_threshold_decides_which_class_words_speak_for(trained):
+def test_the_threshold_decides_which_class_is_explained(trained):
     """The same row under two thresholds: another class, and every sign turned around."""
     row = row_of("refund my money")
     low, high = (
         Predictor(trained.loaded, trained.context, threshold=threshold).explain(row) for threshold in (0.0, 1.0)
     )
-    assert (low["prediction"]["pred"], high["prediction"]["pred"]) == ("1", "0") and any(
-        weight for _, weight in low["tokens"]
-    )
-    assert [piece for piece, _ in low["tokens"]] == [piece for piece, _ in high["tokens"]]
+    assert (low["prediction"]["pred"], high["prediction"]["pred"]) == ("1", "0")
+    assert any(value for _, value in low["tokens"])
+    assert [span for span, _ in low["tokens"]] == [span for span, _ in high["tokens"]]
     np.testing.assert_allclose(
-        [weight for _, weight in low["tokens"]], [-weight for _, weight in high["tokens"]], atol=1e-6
+        [value for _, value in low["tokens"]], [-value for _, value in high["tokens"]], atol=1e-6
     )
 
 
 @pytest.mark.parametrize("name", ["trained", "several"])
 def test_packed_is_padded(request, name, monkeypatch):
     predictor = request.getfixturevalue(name)
-    loaded, part = predictor.loaded, predictor.loaded.model.text_subnetwork
+    loaded, text_encoder = predictor.loaded, predictor.loaded.model.text_subnetwork
     texts = [text if name == "trained" else f"{text} a".strip() if text else "a" for text in TEXTS]
     dataset, _ = batch_of(predictor, TEXTS)
-    assert part.is_packed
+    assert text_encoder.is_packed
     packed = explain_rows(
         loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task
     )
-    attention = part.encoder.config._attn_implementation
-    monkeypatch.setattr(part, "is_packed", False)
-    part.encoder.set_attn_implementation("eager")
+    attention = text_encoder.encoder.config._attn_implementation
+    monkeypatch.setattr(text_encoder, "is_packed", False)
+    text_encoder.encoder.set_attn_implementation("eager")
     padded = explain_rows(
         loaded, dataset, range(len(TEXTS)), predicted=[0] * len(TEXTS), texts=texts, task=predictor.task
     )
-    part.encoder.set_attn_implementation(attention)
-    assert [[piece for piece, _ in pieces] for pieces in packed] == [
-        [piece for piece, _ in pieces] for pieces in padded
-    ]
+    text_encoder.encoder.set_attn_implementation(attention)
+    assert [[span for span, _ in spans] for spans in packed] == [[span for span, _ in spans] for spans in padded]
     for some, others in zip(packed, padded, strict=True):
-        np.testing.assert_allclose([weight for _, weight in some], [weight for _, weight in others], atol=1e-4)
+        np.testing.assert_allclose([value for _, value in some], [value for _, value in others], atol=1e-4)
 
 
 def test_the_model_is_left_as_it_was(trained):
@@ -222,13 +229,25 @@ def test_the_model_is_left_as_it_was(trained):
     trained.explain(row_of("refund my money"))
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     assert not model.text_subnetwork.encoder.get_input_embeddings()._forward_hooks
-    with pytest.raises(RuntimeError, match="inside"), _Scaled(model.text_subnetwork.encoder, 0.5):
+    with pytest.raises(RuntimeError, match="inside"), _ScaledEmbeddings(model.text_subnetwork.encoder, 0.5):
         raise RuntimeError("inside")
     assert not model.text_subnetwork.encoder.get_input_embeddings()._forward_hooks
 
 
-def test_a_columns_only_model_has_no_pieces(tmp_path):
+def test_a_columns_only_model_has_no_spans(tmp_path):
     tiny.train(Config(**tiny.settings(tmp_path, text_name=(), max_epochs=1)))
     predictor = Predictor.from_folder(tmp_path / "run")
     row = {name: cell for name, cell in row_of("").items() if name != "text"}
     assert predictor.explain(row) == {"prediction": predictor.predict(row), "tokens": []}
+
+
+def test_the_level_of_a_highlight_grows_with_the_attribution():
+    assert [highlight_level(value) for value in (0.0, 0.09, *HIGHLIGHT_LEVELS, 1.0)] == [0, 0, 1, 2, 3, 3]
+    assert [highlight_level(-value) for value in (0.09, *HIGHLIGHT_LEVELS)] == [0, -1, -2, -3]
+
+
+def test_the_largest_attributions_are_those_of_highlighted_words():
+    spans = [(" good", 0.2), (" ", 0.9), ("bad ", -0.4), ("so", 0.09), ("best", 1.0), ("fine", 0.2)]
+    assert largest_attributions(spans) == ([("best", 1.0), ("good", 0.2), ("fine", 0.2)], [("bad", -0.4)])
+    assert largest_attributions(spans, 1) == ([("best", 1.0)], [("bad", -0.4)])
+    assert largest_attributions([]) == ([], [])
