@@ -1,13 +1,12 @@
-"""The words of the command line: commands, options and their help, and one line for what is none of them."""
+"""The argument parser: commands, options and their help, and one line for what it does not know."""
 
 import argparse
 import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from mmbert_core.config import Config, config_fields
+from mmbert_core.config import SETTINGS, Config
 from mmbert_core.config_file import MAX_DIGITS, MAX_MESSAGE
 from mmbert_core.config_reader import ALIASES
 from mmbert_core.config_synonyms import nearest_name
@@ -27,9 +26,10 @@ minute. torchrun starts several processes; the steps are the same for any number
 Below, N is a whole number, X a number, [...] any number of words. `--KEY null` takes a file's value back.
 """
 PREDICT_DESCRIPTION = """\
-Score every row of INPUT once, in its order. Needs the columns that the model was trained on, in any order; other columns
-are ignored, labels are not needed. Of two classes, prob is the probability of class 1: the label that `mmbert inspect`
-names, the second in order unless positive_label was set. The same under torchrun, for several processes:
+Score every row of INPUT once, in its order. Needs the columns that the model was trained on, in any order; other
+columns are ignored, labels are not needed. Of two classes, prob is the probability of class 1: the label that
+`mmbert inspect` names, the second in order unless positive_label was set. The same under torchrun, for several
+processes:
 
   mmbert predict runs/reviews new.csv predictions.tsv
   torchrun --standalone --nproc_per_node=4 -m mmbert_core predict runs/reviews new.csv predictions.tsv
@@ -39,27 +39,28 @@ In one process - stands for standard input and output:
   zcat new.csv.gz | mmbert predict runs/reviews - - | cut -f 1,2
 """
 EVALUATE_DESCRIPTION = """\
-Score labelled rows and judge the result: predictions, metrics with intervals beside the baselines, and report.html, in a new
-folder multimodal_bert-<time> in MODEL_PATH or --output. The same under torchrun.
+Score labelled rows: predictions, metrics with intervals, baselines and report.html, in a new folder
+multimodal_bert-<time> in MODEL_PATH or --output. The same under torchrun.
 
   mmbert evaluate runs/reviews newer_labelled.csv --slices country
 """
 ABLATE_DESCRIPTION = """\
-Train on text only, on columns only and on both, with the same settings and seeds, and print mean and spread of the test figures.
-Takes what `mmbert train` takes. Stopped, it goes on with the same command.
+Train on text only, on columns only and on both, with the same settings and seeds, and print mean and spread of the
+test metrics. Takes what `mmbert train` takes. After a stop, the same command continues.
 
   mmbert ablate run.yaml --seeds 0 1 2
 """
 SERVE_DESCRIPTION = """\
-Score rows over HTTP, from programs or by hand on a page that shows the probabilities and which words spoke for them.
-There is no authentication: by default only this machine can connect. SIGTERM or Ctrl-C ends it.
+Score rows over HTTP, from programs or by hand on a page that shows the probabilities and how much each word
+contributed. There is no authentication: by default only this machine can connect. SIGTERM or Ctrl-C ends it.
 
   mmbert serve runs/reviews
   curl -H 'Content-Type: application/json' -d '{"message": "...", "order_value": 12.5}' http://127.0.0.1:8000/predict
 """
 EXPORT_DESCRIPTION = """\
 Write a model folder as ONNX (extra `onnx`), with a script that scores a CSV without PyTorch, or as PyTorch's own .pt2.
-The probabilities of the exported model are compared with PyTorch's; where they differ by more than 1e-4 nothing is written.
+The probabilities of the exported model are compared with PyTorch's; where they differ by more than 1e-4 nothing is
+written.
 
   mmbert export runs/reviews exported --format onnx
   python exported/example.py new.csv predictions.tsv
@@ -108,7 +109,7 @@ def add_training_commands(commands: Any) -> None:
 
     ablate_parser = commands.add_parser(
         "ablate",
-        help="what text and columns each bring",
+        help="compare text only, columns only and both",
         usage="mmbert ablate CONFIG [--seeds N ...] [--KEY VALUE ...]",
         description=ABLATE_DESCRIPTION,
     )
@@ -129,13 +130,14 @@ def add_scoring_commands(commands: Any) -> None:
     predict_parser.add_argument(
         "output",
         metavar="OUTPUT",
-        help="TSV file to write (CSV where its name ends in .csv), or -: id, probabilities, label if the input has it, predicted label, calibrated probability",
+        help="TSV file to write (CSV where its name ends in .csv), or -: id, probabilities, label if the input has it, "
+        "predicted label, calibrated probability",
     )
     add_scoring_options(predict_parser)
     predict_parser.add_argument(
         "--sheet_safe",
         action="store_true",
-        help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids come back byte for byte",
+        help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids are copied byte for byte",
     )
     predict_parser.add_argument(
         "--input_format", choices=["csv", "tsv", "jsonl"], default="csv", help="of standard input (default: csv)"
@@ -163,9 +165,9 @@ def add_scoring_commands(commands: Any) -> None:
 
 
 def add_other_commands(commands: Any) -> None:
-    add_model_command(commands, "inspect", help="what a model needs, was trained on, and is worth")
+    add_model_command(commands, "inspect", help="what a model needs and was trained on, and its metrics")
 
-    report_parser = commands.add_parser("report", help="write report.html anew from the report.json beside it")
+    report_parser = commands.add_parser("report", help="write report.html again from the report.json next to it")
     report_parser.add_argument("folder", metavar="FOLDER", help="multimodal_bert-<time> of a test or of evaluate")
 
     serve_parser = add_model_command(
@@ -211,7 +213,8 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16", "int8"],
         default="auto",
-        help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, and probabilities move a little (default: auto)",
+        help="auto: on a GPU as the model was trained, fp32 on the CPU; int8, on the CPU alone: about twice as fast, "
+        "and probabilities move a little (default: auto)",
     )
 
 
@@ -235,7 +238,7 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
 
 def number_within(key: str) -> Callable[[str], int]:
     """The type of an option: a whole number in the range of the setting `key`."""
-    low, high = config_fields()[key].metadata["range"]
+    low, high = SETTINGS[key].at_least, SETTINGS[key].at_most
 
     def whole_number(word: str) -> int:
         digits = word.removeprefix("-")
@@ -270,22 +273,25 @@ def port(word: str) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a command. Raises `InputError` for words it does not know, with the nearest flag, and for names that are not UTF-8."""
+    """The arguments of a command.
+
+    Raises `InputError` for words it does not know, with the nearest flag, and for names that are not UTF-8.
+    """
     for word in sys.argv[1:] if argv is None else argv:
         check_path(word)
     arguments, unknown = build_parser().parse_known_args(argv)
     if unknown:
         word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
+        has_config = arguments.command in ("train", "ablate")
         flags = (
-            [*config_fields(), *ALIASES, "check", "seeds"]
-            if arguments.command in ("train", "ablate")
+            [*SETTINGS, *ALIASES, "check", "seeds"]
+            if has_config
             else [name for name in vars(arguments) if name != "command"]
         )
         nearest = nearest_name(word.lstrip("-"), flags)
-        hint = f"did you mean '--{nearest}'?" if nearest and word.startswith("-") else "--help lists all"
-        raise InputError(
-            f"command line: unknown {'flag' if word.startswith('-') else 'argument'} {format_for_message(word)}; {hint}"
-        )
+        kind = "flag" if word.startswith("-") else "argument"
+        hint = f"did you mean '--{nearest}'?" if nearest and kind == "flag" else "--help lists all"
+        raise InputError(f"command line: unknown {kind} {format_for_message(word)}; {hint}")
     return arguments
 
 
@@ -293,22 +299,17 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """One `--key` per setting with its meaning and default, grouped as in config.py."""
     hints = get_type_hints(Config)
     groups: dict[str, Any] = {}
-    for name, item in config_fields().items():
-        title = item.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        default = (
-            "required"
-            if item.default is MISSING
-            else f"default: {item.metadata['default_words'] or _show(item.default)}"
-        )
-        is_list = any(get_origin(member) is tuple for member in [hints[name], *get_args(hints[name])])
-        text = f"{item.metadata['meaning']}{_range_words(item.metadata['range'])} ({default})".replace("%", "%%")
-        group.add_argument(
+    for name, setting in SETTINGS.items():
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        bounds = f"; {setting.range_in_words}" if setting.range_in_words else ""
+        default = setting.default_in_words if setting.is_required else f"default: {setting.default_in_words}"
+        groups[setting.group].add_argument(
             f"--{name}",
-            nargs="*" if is_list else None,
+            nargs="*" if is_list(hints[name]) else None,
             default=argparse.SUPPRESS,
-            metavar=_placeholder(name, hints[name]),
-            help=text,
+            metavar=placeholder(name, hints[name]),
+            help=f"{setting.meaning}{bounds} ({default})".replace("%", "%%"),
         )
     groups["model"].add_argument(
         "--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder"
@@ -321,31 +322,27 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _range_words(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else f"; {bounds[0]} to {bounds[1]:,}"
+def is_list(hint: Any) -> bool:
+    return any(get_origin(member) is tuple for member in [hint, *get_args(hint)])
 
 
-def _placeholder(name: str, hint: Any) -> str:
-    """What stands for a value in --help: N is a whole number, X a number; choices are spelled out."""
+def placeholder(name: str, hint: Any) -> str:
+    """The word for a value in --help: N is a whole number, X a number; choices are listed."""
     if get_origin(hint) in (Union, types.UnionType):
-        return "|".join(
-            dict.fromkeys(_placeholder(name, member) for member in get_args(hint) if member is not type(None))
-        )
+        members = [placeholder(name, member) for member in get_args(hint) if member is not type(None)]
+        return "|".join(dict.fromkeys(members))
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        return _placeholder(name, get_args(hint)[0])
+        return placeholder(name, get_args(hint)[0])
     return {bool: "true|false", int: "N", float: "X", str: "PATH" if name.endswith("_path") else "NAME"}[hint]
 
 
-def _show(default: Any) -> str:
-    if isinstance(default, tuple):
-        return " ".join(map(str, default)) or "none"
-    return str(default).lower() if isinstance(default, bool) else "none" if default is None else str(default)
-
-
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line. One word of a list is a scalar (`--class_weights balanced`), the word null no value."""
-    given = {key: value for key, value in vars(arguments).items() if key in config_fields() or key in ALIASES}
+    """The settings given on the command line.
+
+    One word of a list is a scalar (`--class_weights balanced`); the word null means "not set".
+    """
+    given = {key: value for key, value in vars(arguments).items() if key in SETTINGS or key in ALIASES}
     scalars = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in given.items()}
     return {key: None if value == "null" else value for key, value in scalars.items()}

@@ -1,246 +1,289 @@
-"""Every setting of a run, once: name, type, default, meaning and range.
+"""Every key of a run's config, once: name, type, default, meaning, range, and whether it may change on resume.
 
-Names and defaults of the original module's keys are kept, but for the metric that chooses the best step of two classes. `config_reader` turns files and flags into a `Config`.
+Names and defaults are those of the original module, except for the metric that chooses the best step of two classes.
+`config_reader` turns files and flags into a `Config`.
 """
 
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from mmbert_core.config_setting import Setting, setting, setting_of
 from mmbert_core.runtime.errors import InputError, format_for_message
 
-# Keys that may change between a checkpoint and its resume: none of them touches what is computed from sound numbers,
-# but microbatches_per_step, which a run that ran out of memory must be able to raise, and whose dropout then differs.
-FREE_ON_RESUME = frozenset(
-    {
-        "microbatches_per_step",
-        "log_every",
-        "save_every",
-        "keep_checkpoints",
-        "num_threads",
-        "model_path",
-        "cache_path",
-        "resume",
-        "on_nonfinite",
-        "memory_limit_mb",
-        "timeout_seconds",
-        "threshold_rule",
-        "slice_columns",
-    }
-)
-# The best step of two classes is chosen by a ranking metric: F1 is the same, often 0, for many steps where rows or positives are few.
-RANKING_METRICS, ORIGINAL_METRICS = ("auroc", "average_precision", "f1_score", "accuracy"), ("accuracy", "f1_score")
-RANKING_CHOICE, ORIGINAL_CHOICE = "val/auroc", "val/f1_score"
-MANY = 10**9  # of steps or validations: more than any run has, and small enough for every counter
-
-
-def setting(
-    default: Any,
-    group: str,
-    meaning: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    default_words: str | None = None,
-) -> Any:
-    """A dataclass field with its help text; `...` as default means required.
-
-    `low` and `high` bound its numbers, both included; words such as auto are beyond them. `default_words`: a default that is resolved later.
-    """
-    metadata = {
-        "group": group,
-        "meaning": meaning,
-        "range": None if high is None else (low, high),
-        "default_words": default_words,
-    }
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+# A ranking metric chooses the best step of two classes: with few rows or positives, F1 is the same, often 0, for many
+# steps. The original's metrics are the defaults of everything else.
+RANKING_DEFAULTS: dict[str, Any] = {
+    "metric_choices": ("auroc", "average_precision", "f1_score", "accuracy"),
+    "early_stop_metric": "val/auroc",
+}
+ORIGINAL_DEFAULTS: dict[str, Any] = {"metric_choices": ("accuracy", "f1_score"), "early_stop_metric": "val/f1_score"}
+MANY = 10**9  # steps or validations: more than any run has, and small enough for every counter
+PREDICTION_COLUMNS = ("prob", "label", "pred", "prob_calibrated")  # names that an id column must not have
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings of one run. Raises `InputError` when a value is out of its range or two values contradict.
 
-    Every rank holds the same one. `encoder` is called `tokenizer` in configs of the original module; both names are read.
+    Every rank holds the same one. `encoder` is called `tokenizer` in configs of the original module; both names are
+    read.
     """
 
     # ---- data ----
     train_path: tuple[str, ...] = setting(
-        (), "data", "training rows: a file, several files, or a quoted glob (.csv .tsv .jsonl .parquet, .gz)"
+        (), "training rows: a file, several files, or a quoted glob (.csv .tsv .jsonl .parquet, .gz)", group="data"
     )
     val_path: tuple[str, ...] = setting(
-        (), "data", "validation rows, for the best step and the early stop; none: val_fraction of the training rows"
+        (), "validation rows, for best step and early stop; none: val_fraction of the training rows", group="data"
     )
     test_path: tuple[str, ...] = setting(
-        (), "data", "test rows, scored after training by the best step; the label column may be absent"
+        (), "test rows, scored after training with the best step's weights; the label may be absent", group="data"
     )
     text_name: tuple[str, ...] = setting(
-        ..., "data", "text column(s), joined in order with one space; [] (as a flag: no word): a columns-only model"
+        ..., "text columns, joined in order with one space; [] (as a flag: no word): a columns-only model", group="data"
     )
-    label_name: str = setting(..., "data", "label column; its cells are read as text")
-    id_name: str | None = setting(None, "data", "id column, carried through to the predictions byte for byte")
-    tab_field_list: tuple[str, ...] = setting((), "data", "numeric columns; none: a text-only model")
-    cat_field_list: tuple[str, ...] = setting((), "data", "categorical columns")
+    label_name: str = setting(..., "label column; its cells are read as text", group="data")
+    id_name: str | None = setting(None, "id column, copied to the predictions byte for byte", group="data")
+    tab_field_list: tuple[str, ...] = setting((), "numeric columns; none: a text-only model", group="data")
+    cat_field_list: tuple[str, ...] = setting((), "categorical columns", group="data")
     group_name: str | None = setting(
-        None, "data", "column whose groups are never split between training and validation"
+        None, "column whose groups are never split between training and validation", group="data"
     )
     val_fraction: float = setting(
         0.1,
-        "data",
-        "share of training rows for validation when val_path is not set, 0..0.9; 0: no validation",
-        low=0,
-        high=0.9,
+        "share of the training rows used for validation when val_path is not set, 0..0.9; 0: no validation",
+        group="data",
+        at_least=0,
+        at_most=0.9,
     )
     max_train_rows: int | None = setting(
-        None, "data", "train on a seeded random sample of so many rows", low=2, high=10**12
+        None, "train on a seeded random sample of so many rows", group="data", at_least=2, at_most=10**12
     )
-    cache_path: str | None = setting(None, "data", "folder of the token cache; none: MODEL_PATH/cache")
+    cache_path: str | None = setting(
+        None,
+        "folder of the token cache; none: MODEL_PATH/cache",
+        group="data",
+        may_change_on_resume=True,
+        may_differ_between_nodes=True,
+    )
     tsv_quoting: Literal["auto", "standard", "none"] = setting(
         "auto",
-        "data",
-        "quotes in .tsv files: standard: a cell may be quoted and then hold tabs and line breaks; none: a quote is a quote; auto: standard, refused where a quoted cell may be rows of their own",
+        "quotes in .tsv files: standard: a cell may be quoted and then hold tabs and line breaks; none: a quote is a "
+        "quote; auto: standard, refused where a quoted cell may be rows of their own",
+        group="data",
     )
     # ---- task ----
     is_binary: bool = setting(
-        True, "task", "two classes, one probability (of class 1); false: num_classes probabilities"
+        True, "two classes, one probability (of class 1); false: num_classes probabilities", group="task"
     )
-    num_classes: int = setting(2, "task", "number of classes, at least 2", low=2, high=1_000_000)
+    num_classes: int = setting(2, "number of classes, at least 2", group="task", at_least=2, at_most=10**6)
     positive_label: str | None = setting(
-        None, "task", "label that is class 1 of a binary task; none: the second in order"
+        None, "label that is class 1 of a binary task; none: the second in order", group="task"
     )
     class_weights: tuple[float, ...] | Literal["balanced"] | None = setting(
         None,
-        "task",
         "one loss weight per class in label order, or balanced: rows / (classes x rows of the class)",
-        low=0,
-        high=1_000_000,
+        group="task",
+        at_least=0,
+        at_most=10**6,
     )
-    metric_choices: tuple[str, ...] = setting(  # resolved in __post_init__
+    metric_choices: tuple[str, ...] = setting(  # None is resolved in __post_init__
         None,
-        "task",
-        "metrics of each validation: accuracy f1_score f1_macro auroc average_precision precision recall mcc log_loss ece and more",
-        default_words=f"{' '.join(ORIGINAL_METRICS)}; two classes, where early_stop_metric is not set either: {' '.join(RANKING_METRICS)}",
+        "metrics of each validation: accuracy f1_score f1_macro auroc average_precision precision recall mcc log_loss "
+        "ece and more",
+        group="task",
+        default_in_words=f"{' '.join(ORIGINAL_DEFAULTS['metric_choices'])}; two classes, where early_stop_metric is "
+        f"not set either: {' '.join(RANKING_DEFAULTS['metric_choices'])}",
     )
     # ---- model ----
     encoder: str = setting(
-        "bert-base-cased", "model", "pretrained encoder and tokenizer: a folder, or a name on the Hugging Face hub"
+        "bert-base-cased", "pretrained encoder and tokenizer: a folder, or a name on Hugging Face's hub", group="model"
     )
     pooling: Literal["auto", "pooler", "cls", "mean", "last"] = setting(
         "auto",
-        "model",
-        "text vector: the encoder's pooler, its first token (cls), the mean of its tokens, or its last token; auto: as a sentence encoder was trained, else last for decoders, pooler if it has stored weights, else cls",
+        "text vector: the encoder's pooler, its first token (cls), the mean of its tokens, or its last token; auto: as "
+        "a sentence encoder was trained, else last for decoders, pooler if it has stored weights, else cls",
+        group="model",
     )
     hidden_common_dim: int = setting(
-        100, "model", "width of the text part and of the column part before they are joined", low=1, high=100_000
+        100,
+        "width of the text vector and of the column vector before they are joined",
+        group="model",
+        at_least=1,
+        at_most=10**5,
     )
-    reinit_pooler: bool = setting(False, "model", "draw the pooler's weights anew before training")
+    reinit_pooler: bool = setting(False, "initialise the pooler's weights at random before training", group="model")
     reinit_layers: int = setting(
-        0, "model", "draw the weights of the last so many encoder layers anew before training", low=0, high=1_000
+        0,
+        "initialise the weights of the last so many encoder layers at random before training",
+        group="model",
+        at_least=0,
+        at_most=1_000,
     )
     max_length: int = setting(
-        256, "model", "tokens of one chunk of text, special tokens included", low=4, high=1_000_000
+        256, "tokens of one chunk of text, special tokens included", group="model", at_least=4, at_most=10**6
     )
     max_chunks: int = setting(
-        1, "model", "most chunks of one text, encoded each and averaged; what is longer is cut", low=1, high=10_000
+        1,
+        "most chunks of one text; each is encoded, and the vectors are averaged; longer texts are truncated",
+        group="model",
+        at_least=1,
+        at_most=10**4,
     )
     # ---- optimisation ----
-    max_epochs: int = setting(10, "optimisation", "passes over the training rows", low=1, high=1_000_000)
+    max_epochs: int = setting(10, "passes over the training rows", group="optimisation", at_least=1, at_most=10**6)
     batch_size: int = setting(
-        32, "optimisation", "rows of one optimizer step over all processes", low=1, high=10_000_000
+        32, "rows of one optimizer step over all processes", group="optimisation", at_least=1, at_most=10**7
     )
+    # May change although dropout differs then: a run that ran out of memory must be able to raise it.
     microbatches_per_step: int | Literal["auto"] = setting(
         "auto",
-        "optimisation",
-        "parts of a step, each of similar text lengths, computed one at a time (more: less memory); auto is settled before step 1 and printed",
-        low=1,
-        high=1_000_000,
+        "micro-batches of a step, each of similar text lengths, computed one at a time (more: less memory); auto is "
+        "resolved before step 1 and printed",
+        group="optimisation",
+        at_least=1,
+        at_most=10**6,
+        may_change_on_resume=True,
     )
     lr: float = setting(
-        2e-5, "optimisation", "peak learning rate of AdamW; small encoders need more, such as 2e-4", low=0, high=100
+        2e-5,
+        "peak learning rate of AdamW; small encoders need about 2e-4",
+        group="optimisation",
+        at_least=0,
+        at_most=100,
     )
     head_lr: float | None = setting(
-        None, "optimisation", "peak learning rate of everything but the encoder; none: lr", low=0, high=100
+        None, "peak learning rate of all but the encoder; none: lr", group="optimisation", at_least=0, at_most=100
     )
     weight_decay: float = setting(
-        0.0, "optimisation", "AdamW weight decay; never on biases and normalisation weights", low=0, high=1_000
+        0.0, "AdamW weight decay; never on biases and normalisation", group="optimisation", at_least=0, at_most=1_000
     )
-    adam_epsilon: float = setting(1e-8, "optimisation", "AdamW epsilon, the guard of its division", low=0, high=1_000)
+    adam_epsilon: float = setting(
+        1e-8, "AdamW epsilon, added to the denominator", group="optimisation", at_least=0, at_most=1_000
+    )
     run_scheduler: bool = setting(
         True,
-        "optimisation",
         "true: linear decay of the learning rate to 0 after warm-up; false: constant after warm-up",
+        group="optimisation",
     )
     warmup_steps: int | float = setting(
         0,
-        "optimisation",
         "optimizer steps of linear warm-up; below 1: a share of all steps, such as 0.1",
-        low=0,
-        high=MANY,
+        group="optimisation",
+        at_least=0,
+        at_most=MANY,
     )
-    gradient_clip_val: float = setting(0.0, "optimisation", "largest gradient norm; 0: no clipping", low=0, high=10**9)
+    gradient_clip_val: float = setting(
+        0.0, "largest gradient norm; 0: no clipping", group="optimisation", at_least=0, at_most=10**9
+    )
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop",
-        "optimisation",
-        "a loss or gradient that is no finite number: stop before the step, or skip the step (fp16 overflows are always skipped)",
+        "when a loss or gradient is not finite: stop before the step, or skip the step (fp16 overflows are always "
+        "skipped)",
+        group="optimisation",
+        may_change_on_resume=True,
     )
     memory_limit_mb: int | None = setting(
         None,
-        "optimisation",
-        "on the CPU: resident memory of a process that the trial of the largest micro-batch before step 1 may reach; none: what there is",
-        low=1,
-        high=10**9,
+        "on the CPU: resident memory of a process that the trial of the largest micro-batch before step 1 may reach; "
+        "none: no limit",
+        group="optimisation",
+        at_least=1,
+        at_most=10**9,
+        may_change_on_resume=True,
     )
     # ---- validation ----
     val_check_interval: int | float = setting(
         1.0,
-        "validation",
         "1.0, 0.5: validate every such share of an epoch; 1, 200: every so many optimizer steps",
-        low=0,
-        high=MANY,
+        group="validation",
+        at_least=0,
+        at_most=MANY,
     )
-    early_stop_metric: str = setting(  # resolved in __post_init__
+    early_stop_metric: str = setting(  # None is resolved in __post_init__
         None,
-        "validation",
-        "decides which step is the best and when to stop: val_loss or val/<metric>; of equal values the one with the lower val_loss counts",
-        default_words="val/f1_score; two classes, where metric_choices is not set either: val/auroc",
+        "decides which step is the best and when to stop: val_loss or val/<metric>; of equal values the one with the "
+        "lower val_loss counts",
+        group="validation",
+        default_in_words=f"{ORIGINAL_DEFAULTS['early_stop_metric']}; two classes, where metric_choices is not set "
+        f"either: {RANKING_DEFAULTS['early_stop_metric']}",
     )
     early_stop_patience: int = setting(
-        10, "validation", "stop after so many validations in a row without a better step", low=1, high=MANY
+        10, "stop after so many validations without a better step", group="validation", at_least=1, at_most=MANY
     )
     threshold_rule: str = setting(
         "best_f1",
-        "validation",
-        "which probability counts as class 1 (two classes), chosen on the validation rows: best_f1, half, recall_at_precision=X, precision_at_recall=X, alerts_per_1000=X",
+        "which probability counts as class 1 (two classes), chosen on the validation rows: best_f1, half, "
+        "recall_at_precision=X, precision_at_recall=X, alerts_per_1000=X",
+        group="validation",
+        may_change_on_resume=True,
     )
     slice_columns: tuple[str, ...] = setting(
         (),
-        "validation",
-        "columns whose values or quarters the report looks at one by one; none: every numeric and categorical column",
+        "columns for whose values or quarters the report gives metrics; none: every numeric and categorical column",
+        group="validation",
+        may_change_on_resume=True,
     )
     # ---- run ----
-    model_path: str = setting(..., "run", "folder of everything this run writes")
+    model_path: str = setting(
+        ...,
+        "folder of everything this run writes",
+        group="run",
+        may_change_on_resume=True,
+        may_differ_between_nodes=True,
+    )
     resume: Literal["auto", "never"] | int = setting(
         "auto",
-        "run",
-        "auto: go on from the newest checkpoint, if any; never: start anew, refused where there are checkpoints; or the step of one. A restart by torchrun always goes on",
-        low=0,
-        high=10**12,
+        "auto: continue from the newest checkpoint, if any; never: start a new run, refused where there are "
+        "checkpoints; or the step of one. A restart by torchrun always continues",
+        group="run",
+        at_least=0,
+        at_most=10**12,
+        may_change_on_resume=True,
     )
-    save_every: int = setting(500, "run", "optimizer steps between checkpoints", low=1, high=MANY)
-    keep_checkpoints: int = setting(2, "run", "newest checkpoints to keep, besides the best", low=1, high=MANY)
-    log_every: int = setting(10, "run", "optimizer steps between lines of metrics.jsonl", low=1, high=MANY)
-    seed: int = setting(0, "run", "decides order, dropout, initial weights, sampling and split", low=0, high=2**63 - 1)
+    save_every: int = setting(
+        500, "optimizer steps between checkpoints", group="run", at_least=1, at_most=MANY, may_change_on_resume=True
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "newest checkpoints to keep, besides the best",
+        group="run",
+        at_least=1,
+        at_most=MANY,
+        may_change_on_resume=True,
+    )
+    log_every: int = setting(
+        10,
+        "optimizer steps between lines of metrics.jsonl",
+        group="run",
+        at_least=1,
+        at_most=MANY,
+        may_change_on_resume=True,
+    )
+    seed: int = setting(
+        0, "decides order, dropout, initial weights, sampling and split", group="run", at_least=0, at_most=2**63 - 1
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "run", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU"
+        "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU", group="run"
     )
-    deterministic: bool = setting(False, "run", "bit-equal reruns on CUDA too, slower")
+    deterministic: bool = setting(False, "bit-equal reruns on CUDA too, slower", group="run")
     timeout_seconds: int = setting(
-        600, "run", "seconds that a process waits for the others before it gives up", low=1, high=1_000_000
+        600,
+        "seconds that a process waits for the others before it gives up",
+        group="run",
+        at_least=1,
+        at_most=10**6,
+        may_change_on_resume=True,
     )
     num_threads: int | Literal["auto"] = setting(
         "auto",
-        "run",
         "CPU threads of a process, at most 32 a core; auto: cores divided by the processes of the node",
-        low=1,
-        high=1_024,
+        group="run",
+        at_least=1,
+        at_most=1_024,
+        may_change_on_resume=True,
+        may_differ_between_nodes=True,
     )
 
     def __post_init__(self) -> None:
@@ -253,59 +296,51 @@ class Config:
                 f"num_classes is {self.num_classes} but is_binary is true: set is_binary to false, or num_classes to 2"
             )
         self._check_class_weights()
-        if self.early_stop_metric != "val_loss" and not self.early_stop_metric.startswith("val/"):
+        metric = self.early_stop_metric
+        if metric != "val_loss" and not metric.startswith("val/"):
             raise InputError(
-                f"early_stop_metric: expected val_loss or val/<metric>, found {format_for_message(self.early_stop_metric)}"
+                f"early_stop_metric: expected val_loss or val/<metric>, found {format_for_message(metric)}"
             )
 
     def _resolve_metrics(self) -> None:
-        """The metrics that the config does not name, so that what is stored says what was used."""
+        """Set the metrics that the config does not name, so that the stored config has the metrics that were used."""
         is_ranked = self.is_binary and self.metric_choices is None and self.early_stop_metric is None
-        if self.metric_choices is None:
-            object.__setattr__(self, "metric_choices", RANKING_METRICS if is_ranked else ORIGINAL_METRICS)
-        if self.early_stop_metric is None:
-            object.__setattr__(self, "early_stop_metric", RANKING_CHOICE if is_ranked else ORIGINAL_CHOICE)
+        for name, default in (RANKING_DEFAULTS if is_ranked else ORIGINAL_DEFAULTS).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
 
     def _check_ranges(self) -> None:
-        for name, item in config_fields().items():
+        for name, about in SETTINGS.items():
             value = getattr(self, name)
-            if item.metadata["range"] is not None and isinstance(value, (int, float)):
-                _check_range(name, value, *item.metadata["range"])
+            if isinstance(value, (int, float)):
+                about.check_range(name, value)
         interval = self.val_check_interval
         if interval == 0 or (isinstance(interval, float) and interval > 1):
             raise InputError(
-                f"val_check_interval: expected a share of an epoch above 0 and up to 1.0, or a whole number of steps, found {interval}"
+                f"val_check_interval: expected a share of an epoch above 0 and up to 1.0, "
+                f"or a whole number of steps, found {interval}"
             )
 
     def _check_paths(self) -> None:
         if not self.model_path.strip():
             raise InputError("model_path: expected a folder, found an empty value")
-        for name in ("model_path", "cache_path", "encoder"):
-            if "\0" in (getattr(self, name) or ""):
+        for name, path in self._paths():
+            if "\0" in path and isinstance(getattr(self, name), str):  # those of tables are checked with their globs
                 raise InputError(f"{name}: expected a path, found a NUL character in it")
-        for name in ("model_path", "cache_path", "encoder", "train_path", "val_path", "test_path"):
-            value = getattr(self, name) or ()
-            for path in (value,) if isinstance(value, str) else value:
-                try:
-                    path.encode("utf-8")  # model folders and reports hold paths as JSON
-                except UnicodeEncodeError:
-                    raise InputError(
-                        f"{name}: expected a path in UTF-8, found other bytes in it: {format_for_message(path)}: rename it"
-                    ) from None
+        for name, path in self._paths():
+            try:
+                path.encode("utf-8")  # model folders and reports hold paths as JSON
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{name}: expected a path in UTF-8, found other bytes in it: {format_for_message(path)}: rename it"
+                ) from None
 
-    def _check_class_weights(self) -> None:
-        if not isinstance(self.class_weights, tuple):
-            return
-        if len(self.class_weights) != self.num_classes:
-            raise InputError(
-                f"class_weights: expected {self.num_classes} weights (num_classes), found {len(self.class_weights)}"
-            )
-        low, high = config_fields()["class_weights"].metadata["range"]
-        if not all(low <= weight <= high for weight in self.class_weights) or sum(self.class_weights) == 0:
-            found = format_for_message(list(self.class_weights))
-            raise InputError(
-                f"class_weights: expected finite weights of at least {low} and at most {high:,}, not all 0, found {found}"
-            )
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        """Key and path of everything that may name a file or folder."""
+        for name in SETTINGS:
+            if name.endswith("_path") or name == "encoder":
+                value = getattr(self, name) or ()
+                yield from ((name, path) for path in ((value,) if isinstance(value, str) else value))
 
     def _check_columns(self) -> None:
         if not self.text_name and not self.tab_field_list and not self.cat_field_list:
@@ -318,12 +353,26 @@ class Config:
             for column in (value,) if isinstance(value, str) else value:
                 if column in roles:
                     raise InputError(
-                        f"column {format_for_message(column)} stands in {roles[column]} and in {key}: expected one role for each column"
+                        f"column {format_for_message(column)} stands in {roles[column]} and in {key}: "
+                        f"expected one role for each column"
                     )
                 roles[column] = key
-        if self.id_name in ("prob", "label", "pred", "prob_calibrated", self.label_name):
+        if self.id_name in (*PREDICTION_COLUMNS, self.label_name):
             raise InputError(
                 f"id_name: {self.id_name!r} is a column that the prediction file has already: expected another column"
+            )
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if not isinstance(weights, tuple):
+            return
+        if len(weights) != self.num_classes:
+            raise InputError(f"class_weights: expected {self.num_classes} weights (num_classes), found {len(weights)}")
+        low, high = SETTINGS["class_weights"].at_least, SETTINGS["class_weights"].at_most
+        if not all(low <= weight <= high for weight in weights) or sum(weights) == 0:
+            raise InputError(
+                f"class_weights: expected finite weights of at least {low} and at most {high:,}, not all 0, "
+                f"found {format_for_message(list(weights))}"
             )
 
     @property
@@ -336,14 +385,8 @@ class Config:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def _check_range(name: str, value: int | float, low: float, high: float) -> None:
-    """Raise `InputError` for a number outside of low..high, NaN among them."""
-    if not value >= low:
-        raise InputError(f"{name}: expected a number of at least {low}, found {format_for_message(value)}")
-    if value > high:
-        raise InputError(f"{name}: expected a number of at most {high:,}, found {format_for_message(value)}")
-
-
-def config_fields() -> dict[str, Field]:
-    """The settings by name, in the order of this file."""
-    return {item.name: item for item in fields(Config)}
+SETTINGS: dict[str, Setting] = {item.name: setting_of(item) for item in fields(Config)}  # by key, in the order above
+# Keys that may differ between a checkpoint and the run that continues it: none changes what is computed, except for
+# microbatches_per_step.
+FREE_ON_RESUME = frozenset(name for name, about in SETTINGS.items() if about.may_change_on_resume)
+FREE_BETWEEN_NODES = frozenset(name for name, about in SETTINGS.items() if about.may_differ_between_nodes)

@@ -174,7 +174,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A node's value. What the base class cannot make of an explicit tag (`!!int ""`) or a date (2026-02-31) is an error with its line."""
+        """A node's value. One that its explicit tag (`!!int ""`) or its form (2026-02-31) forbids: an error with its line."""
         kind = node.tag.rpartition(":")[2]
         if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(

@@ -1,16 +1,15 @@
 """Config files (YAML, JSON) and `--key value` flags -> `Config`.
 
-A file comes first, flags go over it. Unknown keys are errors that name the nearest known key.
+A file comes first, flags override it. Unknown keys are errors that name the nearest known key.
 """
 
 import logging
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mmbert_core.config import ORIGINAL_CHOICE, ORIGINAL_METRICS, Config, config_fields
+from mmbert_core.config import ORIGINAL_DEFAULTS, SETTINGS, Config
 from mmbert_core.config_file import read_config_file
 from mmbert_core.config_synonyms import nearest_name
 from mmbert_core.runtime.errors import InputError, format_for_message
@@ -21,14 +20,17 @@ logger = logging.getLogger(__name__)
 COMMAND_LINE = "command line"
 ALIASES = ("tokenizer", "fp16")  # of the original: encoder, precision
 IGNORED_KEYS = ("full_field_list", "need_language_detect")  # of the original's data pipeline; no use here
-MAX_NAMED, MAX_KEY_SHOWN = 5, 40  # unknown keys in a message, and characters of one
+MAX_NAMED, MAX_KEY_CHARACTERS = 5, 40  # unknown keys in a message, and characters of one
 LIST_OF_KEYS = "`train.py --help` lists all keys"
 NONE_WORDS = ("none", "null", "")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """A `Config` from a YAML or JSON file and overriding values. Raises `InputError` with the key and what was expected."""
+    """A `Config` from a YAML or JSON file and overriding values.
+
+    Raises `InputError` with the key and what was expected.
+    """
     values = _checked(read_config_file(path), path) if path else {}
     flags = _checked(overrides or {}, COMMAND_LINE)  # apart, so that --encoder wins over the file's tokenizer too
     source = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
@@ -36,66 +38,65 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Config:
-    """Check names, translate the original's keys, coerce values by the key's type, build the `Config`."""
+    """Check names, translate the original's keys, convert values to the key's type, build the `Config`.
+
+    Raises `InputError`, whose message begins with `source`.
+    """
     return _build(_checked(values, source), source)
 
 
 def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The values of one source under today's names, each of its key's type."""
     values = _translate_original_keys(_with_original_metrics(values, source), source)
-    known = config_fields()
-    if unknown := [key for key in values if key not in known]:
+    if unknown := [key for key in values if key not in SETTINGS]:
         raise InputError(f"{source}: {_unknown_keys(unknown)}")
     return coerce_all(values, source=source)
 
 
 def _with_original_metrics(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A file with keys that only the original had keeps the original's metrics. A flag such as --tokenizer says nothing of the file."""
+    """A file with keys that only the original had keeps the original's metrics.
+
+    A flag such as --tokenizer is no such file.
+    """
     if source == COMMAND_LINE or not any(key in values for key in (*ALIASES, *IGNORED_KEYS)):
         return dict(values)
-    defaults = {"metric_choices": list(ORIGINAL_METRICS), "early_stop_metric": ORIGINAL_CHOICE}
-    return {**values, **{key: default for key, default in defaults.items() if values.get(key) is None}}
+    return {**values, **{key: default for key, default in ORIGINAL_DEFAULTS.items() if values.get(key) is None}}
 
 
 def _with_metrics_of_the_run(values: dict[str, Any]) -> dict[str, Any]:
-    """A config that names no metric, of a run that has checkpoints, continues with the metrics that the run began with.
+    """A config that names no metric, of a run that has checkpoints, keeps the metrics that the run started with.
 
-    The defaults of two classes were others in version 0.2.
+    Version 0.2 had other defaults for two classes.
     """
-    keys = ("metric_choices", "early_stop_metric")
     folder = Path(values.get("model_path") or "")
-    if any(values.get(key) is not None for key in keys) or values.get("resume") == "never":
+    if any(values.get(key) is not None for key in ORIGINAL_DEFAULTS) or values.get("resume") == "never":
         return values
     try:
         if not (folder / "checkpoints").is_dir():  # raises for a name that is too long or a folder that may not be read
             return values
-        began = read_json(folder / "config.json")["config"]
-        return values | _checked({key: began[key] for key in keys}, str(folder / "config.json"))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # what is wrong with the folder is said by those who read all of it
+        started_with = read_json(folder / "config.json")["config"]
+        metrics = {key: started_with[key] for key in ORIGINAL_DEFAULTS}
+        return values | _checked(metrics, str(folder / "config.json"))
+    except (OSError, ValueError, KeyError, TypeError):  # the reader of the whole folder reports what is wrong with it
         return values
 
 
 def _unknown_keys(unknown: list[str]) -> str:
     """Each with the key that was probably meant; of many, the first few and their number."""
-    nearest = [nearest_name(key, [*config_fields(), *ALIASES]) for key in unknown[:MAX_NAMED]]
-    shown = [format_for_message(key, MAX_KEY_SHOWN) for key in unknown[:MAX_NAMED]]
+    nearest = [nearest_name(key, [*SETTINGS, *ALIASES]) for key in unknown[:MAX_NAMED]]
+    keys = [format_for_message(key, MAX_KEY_CHARACTERS) for key in unknown[:MAX_NAMED]]
     if len(unknown) == 1:
-        return f"unknown key {shown[0]}; " + (f"did you mean {nearest[0]!r}?" if nearest[0] else LIST_OF_KEYS)
-    named = [f"{key} (did you mean {name!r}?)" if name else key for key, name in zip(shown, nearest, strict=True)]
+        return f"unknown key {keys[0]}; " + (f"did you mean {nearest[0]!r}?" if nearest[0] else LIST_OF_KEYS)
+    named = [f"{key} (did you mean {name!r}?)" if name else key for key, name in zip(keys, nearest, strict=True)]
     more = f" and {len(unknown) - MAX_NAMED:,} more" if len(unknown) > MAX_NAMED else ""
     return f"unknown keys {', '.join(named)}{more}" + ("" if all(nearest) and not more else f"; {LIST_OF_KEYS}")
 
 
 def _build(values: Mapping[str, Any], source: str) -> Config:
-    """The `Config`; a missing key, a value out of its range or a contradiction is an error that names the source."""
-    for name, item in config_fields().items():
-        if item.default is MISSING and name not in values:
-            raise InputError(f"{source}: the key {name!r} is required: {item.metadata['meaning']}")
+    """Raises `InputError`, beginning with `source`: a missing key, a value out of its range, a contradiction."""
+    for name, setting in SETTINGS.items():
+        if setting.is_required and name not in values:
+            raise InputError(f"{source}: the key {name!r} is required: {setting.meaning}")
     try:
         return Config(**values)
     except InputError as error:
@@ -106,52 +107,53 @@ def _translate_original_keys(values: dict[str, Any], source: str) -> dict[str, A
     """`tokenizer` -> encoder, `fp16` -> precision, and one warning for keys without use here. None means "not set"."""
     ignored = [key for key in IGNORED_KEYS if values.pop(key, None) is not None]
     if ignored:
-        logger.warning(
-            "%s: %s %s no use here and %s ignored",
-            source,
-            " and ".join(ignored),
-            *(("has", "is") if len(ignored) == 1 else ("have", "are")),
-        )
+        verbs = ("has", "is") if len(ignored) == 1 else ("have", "are")
+        logger.warning("%s: %s %s no use here and %s ignored", source, " and ".join(ignored), *verbs)
     if (tokenizer := values.pop("tokenizer", None)) is not None:
         encoder = values.get("encoder")
         if encoder not in (None, tokenizer):
             raise InputError(
-                f"{source}: encoder is {format_for_message(encoder)} and tokenizer is {format_for_message(tokenizer)}: they mean the same, keep one"
+                f"{source}: encoder is {format_for_message(encoder)} and tokenizer is {format_for_message(tokenizer)}: "
+                f"they mean the same, keep one"
             )
         values["encoder"] = tokenizer
     if (fp16 := values.pop("fp16", None)) is not None:
         fp16, precision = coerce("fp16", fp16, bool, source=source), values.get("precision")
-        meant = "fp16" if fp16 else "fp32"  # the original knew no other
+        meant = "fp16" if fp16 else "fp32"  # the original had no other
         if precision not in (None, meant):
             raise InputError(
-                f"{source}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: they contradict, keep precision"
+                f"{source}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: "
+                f"they contradict, keep precision"
             )
         values["precision"] = meant
     return values
 
 
+# ---- values of a file or a shell as the types of Config ----
+
+
 def coerce_all(values: Mapping[str, Any], *, source: str = "config") -> dict[str, Any]:
-    """Values of a mapping, each turned into the type of its key; None means "not set" and takes the default."""
-    hints, known = get_type_hints(Config), config_fields()
+    """Values of a mapping, each converted to the type of its key; None means "not set" and becomes the default."""
+    hints = get_type_hints(Config)
     result = {}
     for key, value in values.items():
-        has_default = known[key].default is not MISSING
-        result[key] = (
-            known[key].default if value is None and has_default else coerce(key, value, hints[key], source=source)
-        )
+        is_unset = value is None and not SETTINGS[key].is_required
+        result[key] = SETTINGS[key].default if is_unset else coerce(key, value, hints[key], source=source)
     return result
 
 
 def coerce(key: str, value: Any, hint: Any, *, source: str) -> Any:
-    """`value` as the type `hint`; strings are read as a file or a shell gives them (YAML reads 2e-4 as a string)."""
+    """`value` as the type `hint`; strings are read as a file or a shell gives them (YAML reads 2e-4 as a string).
+
+    Raises `InputError` for a value that is not of that type.
+    """
     for member in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         try:
             return _coerce_one(value, member)
         except (TypeError, ValueError, OverflowError):
             continue
-    is_yaml_word = any(
-        isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
-    ) and str in _members(hint)
+    items = value if isinstance(value, list) else [value]
+    is_yaml_word = any(isinstance(item, bool) for item in items) and str in _members(hint)
     quotes = " (YAML reads yes, no, on, off so: write a name in quotes)" if is_yaml_word else ""
     raise InputError(f"{source}: {key}: expected {describe(hint)}, found {format_for_message(value)}{quotes}")
 
@@ -180,7 +182,7 @@ def _coerce_one(value: Any, hint: Any) -> Any:
         if word in TRUE_WORDS + FALSE_WORDS:
             return word in TRUE_WORDS
     elif isinstance(value, bool):
-        pass  # true is no number and no name
+        pass  # true is neither a number nor a name
     elif hint is int:
         number = int(value) if isinstance(value, str) else value
         if isinstance(number, int):
@@ -193,7 +195,7 @@ def _coerce_one(value: Any, hint: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """A type in words, for error lines and --help."""
+    """A type in words, for error lines."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe(member) for member in get_args(hint))
     if get_origin(hint) is Literal:

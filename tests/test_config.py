@@ -1,16 +1,16 @@
 """Config files and flags -> Config: names, types, ranges, contradictions, and the configs of the original module."""
 
 import json
-from dataclasses import MISSING, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mmbert_core import cli
-from mmbert_core.config import Config, config_fields
+from mmbert_core.config import FREE_BETWEEN_NODES, FREE_ON_RESUME, SETTINGS, Config
 from mmbert_core.config_reader import config_from_dict, read_config
 from mmbert_core.runtime.errors import InputError
-from tests.support import tiny
+from tests.support import config_table, tiny
 
 REQUIRED = {"text_name": ["text"], "label_name": "label", "model_path": "runs/x"}
 # what the original's training script writes, with the defaults of the original
@@ -74,11 +74,11 @@ def test_help_shows_every_key_with_meaning_and_default(capsys, monkeypatch):
         cli.main(["train", "--help"])
     assert left.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for name, item in config_fields().items():
-        place = next(number for number, line in enumerate(lines) if line.strip().startswith(f"--{name} "))
-        shown = " ".join(lines[place : place + 2])  # a long flag has its help in the next line
-        assert item.metadata["meaning"] in shown
-        assert ("(required)" if item.default is MISSING else "(default: ") in shown
+    for name, setting in SETTINGS.items():
+        first = next(number for number, line in enumerate(lines) if line.strip().startswith(f"--{name} "))
+        help_text = " ".join(lines[first : first + 2])  # a long flag has its help in the next line
+        assert setting.meaning in help_text
+        assert ("(required)" if setting.is_required else "(default: ") in help_text
     for words in (
         "--check",
         "--tokenizer",
@@ -89,6 +89,17 @@ def test_help_shows_every_key_with_meaning_and_default(capsys, monkeypatch):
         "(default: 2e-05)",
     ):
         assert any(words in line for line in lines)
+
+
+def test_the_documentation_has_every_key_as_it_is():
+    page = config_table.PAGE.read_text(encoding="utf-8")
+    assert config_table.with_table(page) == page, "write it again: python -m tests.support.config_table"
+    assert all(f"| `{name}` |" in page for name in SETTINGS)
+
+
+def test_keys_that_may_change_on_resume_follow_from_their_settings():
+    assert {name for name, setting in SETTINGS.items() if setting.may_change_on_resume} == FREE_ON_RESUME
+    assert FREE_BETWEEN_NODES == {"cache_path", "model_path", "num_threads"} < FREE_ON_RESUME
 
 
 # ---- configs of the original ----

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from mmbert_core import cli
-from mmbert_core.config import Config, config_fields
+from mmbert_core.config import SETTINGS, Config
 from mmbert_core.config_reader import read_config
 from mmbert_core.runtime.errors import InputError
 from tests.support import tiny
@@ -84,10 +84,10 @@ def value_of(rng: random.Random) -> Any:
 def test_every_number_has_a_range():
     assert len(NUMERIC) >= 27
     for name in NUMERIC:
-        low, high = config_fields()[name].metadata["range"]
+        low, high = SETTINGS[name].at_least, SETTINGS[name].at_most
         assert low < high < float("inf"), name
     others = set(HINTS) - set(NUMERIC)
-    assert all(config_fields()[name].metadata["range"] is None for name in others)
+    assert all(SETTINGS[name].at_most is None for name in others)
 
 
 def test_no_number_gives_anything_but_a_config_or_one_line():
@@ -104,7 +104,7 @@ def test_no_number_gives_anything_but_a_config_or_one_line():
             refused += 1
             assert "\n" not in str(error) and len(str(error)) <= 300 and name in str(error), str(error)
         else:
-            low, high = config_fields()[name].metadata["range"]
+            low, high = SETTINGS[name].at_least, SETTINGS[name].at_most
             found = getattr(config, name)
             for number in found if isinstance(found, tuple) else [found]:
                 assert not isinstance(number, (int, float)) or low <= number <= high
@@ -158,7 +158,7 @@ def check(folder, capsys, **changes: Any) -> tuple[int, str]:
 @pytest.mark.parametrize("end", ["low", "high"])
 def test_the_ends_of_every_range_pass_or_are_one_line(tables, capsys, end):
     for name in NUMERIC:
-        low, high = config_fields()[name].metadata["range"]
+        low, high = SETTINGS[name].at_least, SETTINGS[name].at_most
         value = low if end == "low" else high
         code, said = check(tables, capsys, **{name: [value, value] if name == "class_weights" else value})
         assert code in (0, 2) and "Traceback" not in said, (name, said)
@@ -167,7 +167,7 @@ def test_the_ends_of_every_range_pass_or_are_one_line(tables, capsys, end):
 
 def test_one_beyond_the_ends_is_refused(tables, capsys):
     for name in NUMERIC:
-        low, high = config_fields()[name].metadata["range"]
+        low, high = SETTINGS[name].at_least, SETTINGS[name].at_most
         for value in (low - 1, high + 1):
             code, said = check(tables, capsys, **{name: [value, value] if name == "class_weights" else value})
             [line] = said.splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmbert_core import cli
-from mmbert_core.config import config_fields
+from mmbert_core.config import SETTINGS
 from mmbert_core.config_file import MAX_BYTES, MAX_KEYS
 from mmbert_core.config_reader import ALIASES, config_from_dict, read_config
 from mmbert_core.config_synonyms import SYNONYMS
@@ -379,7 +379,7 @@ def test_a_table_in_place_of_the_config_is_called_one(tmp_path, capsys):
 
 
 def test_synonyms_lead_to_keys_and_are_no_keys():
-    known = [*config_fields(), *ALIASES]
+    known = [*SETTINGS, *ALIASES]
     assert set(SYNONYMS.values()) <= set(known) and not set(SYNONYMS) & set(known)
 
 

@@ -17,7 +17,7 @@ PAGE = "docs/architecture.md"
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("runtime",),),
     (("storage",),),
-    (("config_synonyms", "config_file", "config", "config_reader"), ("model",), ("evaluation",)),
+    (("config_synonyms", "config_file", "config_setting", "config", "config_reader"), ("model",), ("evaluation",)),
     (("tables",),),
     (("data",),),
     (("inference",),),

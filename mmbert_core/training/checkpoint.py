@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mmbert_core.config import config_fields
+from mmbert_core.config import SETTINGS
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.storage.files import (
     MEGABYTE,
@@ -365,7 +365,7 @@ def check_resumable(
 
 def _default_of(key: str) -> Any:
     """As `Config.to_dict` has it; None for a key that is required or unknown."""
-    default = config_fields()[key].default if key in config_fields() else MISSING
+    default = SETTINGS[key].default if key in SETTINGS else MISSING
     return None if default is MISSING else list(default) if isinstance(default, tuple) else default
 
 

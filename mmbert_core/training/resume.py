@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmbert_core.config import FREE_ON_RESUME, Config
+from mmbert_core.config import FREE_BETWEEN_NODES, FREE_ON_RESUME, Config
 from mmbert_core.data.prepare import Data
 from mmbert_core.inference.model_files import (
     WEIGHTS,
@@ -73,7 +73,7 @@ def check_agreement(config: Config, data: Data, pooling: str | None, context: Di
         **{path: value["sha256"] for path, value in data.fingerprints.items()},
     }
     for rank, there in enumerate(item for part in distributed.all_gather_objects([here]) for item in part):
-        for key in sorted({*here, *there} - {"num_threads", "model_path", "cache_path"}):  # which may be a node's own
+        for key in sorted({*here, *there} - FREE_BETWEEN_NODES):
             if here.get(key) != there.get(key):
                 raise InputError(
                     f"{key}: expected the same on all ranks, found {here.get(key)!r} on rank {context.rank} and {there.get(key)!r} on rank {rank}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmbert_core import hooks
-from mmbert_core.config import FREE_ON_RESUME, Config, config_fields
+from mmbert_core.config import FREE_ON_RESUME, SETTINGS, Config
 from mmbert_core.inference import model_folder
 from mmbert_core.runtime import signals
 from mmbert_core.runtime.errors import InputError, Stopped
@@ -113,7 +113,7 @@ def test_what_auto_pooling_meant_may_be_said():
     check(config={"pooling": "cls"})
 
 
-@pytest.mark.parametrize("key", config_fields())
+@pytest.mark.parametrize("key", SETTINGS)
 def test_every_key_is_frozen_unless_it_is_free(key):
     if key in FREE_ON_RESUME:
         check(config={key: "another"})
