@@ -12,82 +12,21 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mmbert_core import cli
-from mmbert_core.config import Config
-from mmbert_core.data.features import Features
-from mmbert_core.data.labels import Labels
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime import signals
 from mmbert_core.runtime.errors import InputError, RunError
-from mmbert_core.serve.connections import DEFAULT_LIMITS, Limits
-from mmbert_core.serve.page import render_page
+from mmbert_core.serve.connections import Limits
 from mmbert_core.serve.server import MAX_BYTES, Server, is_local, run_server
 from mmbert_core.tables.table import records_to_chunk
 from tests.support import tiny
-
-ROW = {"row_id": "7", "text": "please refund my money", "age": 30, "amount": 1.5, "kind": "a"}
-JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.train(Config(**tiny.settings(folder, max_epochs=1)))
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def server(model) -> Iterator[Server]:
-    with serving(Predictor.from_folder(model), str(model)) as made:
-        yield made
-
-
-@contextmanager
-def serving(
-    predictor: Predictor, model_path: str, host: str = "127.0.0.1", limits: Limits = DEFAULT_LIMITS
-) -> Iterator[Server]:
-    """A server in a thread, on a free port."""
-    with Server(predictor, model_path, host=host, port=0, limits=limits) as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.02,))
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
-
-
-def ask(
-    server: Server,
-    path: str,
-    value: Any = None,
-    *,
-    method: str | None = None,
-    headers: dict[str, str] = JSON,
-    body: bytes | None = None,
-) -> SimpleNamespace:
-    """Status, headers and body of an answer; a value is sent as JSON."""
-    data = body if body is not None or value is None else json.dumps(value).encode()
-    request = urllib.request.Request(
-        server.url.rstrip("/") + path, data, headers if data is not None else {}, method=method
-    )
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        text = answer.read()
-        return SimpleNamespace(
-            status=answer.status, headers=answer.headers, text=text, json=json.loads(text) if text[:1] == b"{" else None
-        )
-
+from tests.support.serving import JSON, ROW, ask, read_all, send_raw, serving
 
 # ---- answers ----
 
@@ -152,44 +91,6 @@ def test_many_at_once_get_their_own_answers(server):
     ]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert found == {number: {"predictions": [prediction]} for number, prediction in expected.items()}
-
-
-# ---- the page ----
-
-
-def test_the_page_has_every_column_and_only_code_with_the_nonce(server):
-    answer, again = ask(server, "/"), ask(server, "/")
-    page = answer.text.decode()
-    for name in ("text", "age", "amount", "kind", "row_id"):
-        assert re.search(rf'<label for="(field\d)">{name}</label>.*<(input|textarea) id="\1" name="{name}"', page)
-    assert [f'<option value="{value}">' in page for value in "abc"] == [True] * 3
-    policy = answer.headers["Content-Security-Policy"]
-    [nonce] = set(re.findall(r"'nonce-([^']+)'", policy))
-    assert (
-        "default-src 'none'" in policy
-        and "unsafe" not in policy
-        and nonce not in again.headers["Content-Security-Policy"]
-    )
-    assert all(
-        f'nonce="{nonce}"' in tag or "application/json" in tag for tag in re.findall(r"<(?:script|style)[^>]*>", page)
-    )
-    assert not re.search(r"(src|href)=|\son\w+=|style=|https?://", page)
-
-
-def test_what_a_model_folder_says_is_only_text():
-    nasty = "</script><script>alert(1)</script>\"'&@@NONCE@@"
-    config = Config(text_name=(nasty,), cat_field_list=("c",), label_name="label", model_path="m")
-    page = render_page(
-        f"runs/{nasty}",
-        config,
-        Features((), (), (), (), (), ("c",), ((nasty,),)),
-        Labels(("0", nasty)),
-        threshold=0.5,
-        nonce="n0nce",
-    )
-    assert "<script>alert" not in page and page.count("</script>") == 2 and page.count("n0nce") == 2
-    about = json.loads(re.search(r'id="about">(.*?)</script>', page)[1])
-    assert about["labels"] == ["0", nasty] and about["texts"] == [nasty]
 
 
 # ---- refusals ----
@@ -266,25 +167,19 @@ def test_only_this_machines_names_are_heard(server, host, status):
     connection.close()
 
 
-def raw(server: Server, request: bytes) -> bytes:
-    with socket.create_connection(server.server_address, timeout=60) as client:
-        client.sendall(request)
-        return b"".join(iter(lambda: client.recv(65536), b""))
-
-
 def test_broken_requests_are_answered_too(server):
-    assert raw(server, b"what\r\n\r\n") == b'{"error": "Bad Request: Bad request syntax (\'what\')"}'
+    assert send_raw(server, b"what\r\n\r\n") == b'{"error": "Bad Request: Bad request syntax (\'what\')"}'
     assert (
         b" 411 "
-        in raw(
+        in send_raw(
             server, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         ).splitlines()[0]
     )
     assert (
         b" 411 "
-        in raw(server, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n").splitlines()[0]
+        in send_raw(server, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n").splitlines()[0]
     )
-    assert b" 414 " in raw(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n").splitlines()[0]
+    assert b" 414 " in send_raw(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n").splitlines()[0]
     assert ask(server, "/health").status == 200
 
 
@@ -454,10 +349,6 @@ def send_slowly(server: Server, data: bytes, ended: list[float], *, limit: float
     ended.append(time.monotonic() - started)
 
 
-def read_all(client: socket.socket) -> bytes:
-    return b"".join(iter(lambda: client.recv(65536), b""))
-
-
 def start_threads(target: Any, arguments: list[tuple[Any, ...]]) -> list[threading.Thread]:
     threads = [threading.Thread(target=target, args=each) for each in arguments]
     for thread in threads:
@@ -481,7 +372,7 @@ def test_a_client_that_sends_a_byte_now_and_then_is_ended(server):
 
 def test_a_slow_body_is_answered_with_408(server):
     with serving(server.predictor, "m", limits=SHORT) as other:
-        assert b" 408 " in raw(other, POST % 500 + b"{").splitlines()[0]
+        assert b" 408 " in send_raw(other, POST % 500 + b"{").splitlines()[0]
         with socket.create_connection(other.server_address, timeout=60) as client:
             client.sendall(POST % 500 + b"{}")
             client.shutdown(socket.SHUT_WR)
