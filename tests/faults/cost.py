@@ -1,10 +1,11 @@
-"""What being safe costs: the share of a training's time that goes into checkpoints, agreed flags and checks.
+"""The cost of fault tolerance: the share of a training's time that goes into checkpoints and checks over all ranks.
 
     torchrun --standalone --nproc_per_node=2 -m tests.faults.cost examples/womens_reviews.yaml --model_path /tmp/cost
 
-Trains as `train.py` does, with a clock around what exists for safety alone: `save` (finite check, writing, syncing, hashing,
-rotation; the other ranks wait), `check_step_on_all_ranks` (rows, losses, wishes to stop: the step's small all-reduce), the polls of evaluations, and
-before step 1 the lock and the trial of the largest micro-batch. Rank 0 prints a JSON object at the end.
+Trains as `train.py` does and measures the time of: `save` (check for finite values, writing, syncing, hashing,
+rotation; the other ranks wait), `check_step_on_all_ranks` (the step's small all-reduce of rows, losses and stop
+requests), the asynchronous flags of evaluations, and before step 1 the trial of the largest micro-batch. Rank 0 prints
+a JSON object.
 """
 
 import json
@@ -22,13 +23,13 @@ seconds: dict[str, float] = defaultdict(float)
 calls: dict[str, int] = defaultdict(int)
 
 
-def clocked(owner: Any, name: str, label: str) -> None:
-    plain: Callable[..., Any] = getattr(owner, name)
+def measure_time(owner: Any, name: str, label: str) -> None:
+    original: Callable[..., Any] = getattr(owner, name)
 
     def timed(*arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
         try:
-            return plain(*arguments, **options)
+            return original(*arguments, **options)
         finally:
             seconds[label] += time.perf_counter() - started
             calls[label] += 1
@@ -37,13 +38,13 @@ def clocked(owner: Any, name: str, label: str) -> None:
 
 
 def main() -> None:
-    clocked(loop, "train_one_step", "steps")
-    clocked(loop, "validate", "validations")
-    clocked(loop, "save", "checkpoints")
-    clocked(loop, "check_step_on_all_ranks", "check_on_all_ranks")
-    clocked(distributed.AsyncFlag, "any_rank", "polls")
-    clocked(start, "resolve_by_trial", "trial before step 1")
-    clocked(start, "warm_up", "warm-up of DDP")
+    measure_time(loop, "train_one_step", "steps")
+    measure_time(loop, "validate", "validations")
+    measure_time(loop, "save", "checkpoints")
+    measure_time(loop, "check_step_on_all_ranks", "check_on_all_ranks")
+    measure_time(distributed.AsyncFlag, "any_rank", "polls")
+    measure_time(start, "resolve_by_trial", "trial before step 1")
+    measure_time(start, "warm_up", "warm-up of DDP")
     code = cli.main(["train", *sys.argv[1:]])
     if ranks.read_context().is_main:
         training = seconds["steps"] + seconds["validations"] + seconds["checkpoints"]

@@ -2,8 +2,8 @@
 
     `python -m tests.faults.file_operations FOLDER [--every K]`.
 
-Every way a process changes the disk from Python goes through an audit event, so a kill before each of them leaves
-every state of the disk that a kill can leave between two operations. The runs are forked from a process that has imported everything.
+Every change of the disk by Python code raises an audit event, so kills before each of them cover every state of the
+disk between two operations. The runs are forked from a process that has imported everything.
 """
 
 import argparse
@@ -21,42 +21,33 @@ import torch
 
 from mmbert_core import hooks
 from mmbert_core.config import Config
+from mmbert_core.report import results
 from mmbert_core.runtime.ranks import read_context
 from mmbert_core.storage.files import sha256_of
 from tests.support import tiny
 
 KILLED = 137
 CHANGES = frozenset(
-    {
-        "shutil.rmtree",
-        "os.rename",
-        "os.remove",
-        "os.mkdir",
-        "os.rmdir",
-        "os.truncate",
-        "os.link",
-        "os.symlink",
-        "os.chmod",
-    }
+    "shutil.rmtree os.rename os.remove os.mkdir os.rmdir os.truncate os.link os.symlink os.chmod".split()
 )
-# whose bytes depend on the time that things took
+# files whose bytes depend on the time that steps took
 TIMED = ("metrics.jsonl", "train_results.json", "state.json", "MANIFEST.json", "report.json", "report.html")
 
 
 @dataclass
 class Sweep:
-    """What the kills of a run left."""
+    """The results of all kills."""
 
-    operations: int = 0  # of an undisturbed run
-    kills: dict[int, list[str]] = field(default_factory=dict)  # before which operation -> how the folder then differs
+    operations: int = 0  # of a run without kills
+    kills: dict[int, list[str]] = field(default_factory=dict)  # number of the operation -> differences of the folder
 
 
 def is_change(event: str, arguments: Sequence[Any], folder: str) -> bool:
-    """Whether an audit event announces a change of what is in `folder`; calls relative to an open folder count, too."""
+    """Whether an audit event is a change inside `folder`; relative paths, of calls with `dir_fd`, count too."""
     if not isinstance(arguments[0], (str, os.PathLike)):
         return False
     path = os.fspath(arguments[0])
-    if "tensorboard" in path:  # whose thread writes when it likes
+    if "tensorboard" in path:  # a thread of its own writes these at any time
         return False
     if event == "open":
         return path.startswith(folder) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
@@ -64,7 +55,7 @@ def is_change(event: str, arguments: Sequence[Any], folder: str) -> bool:
 
 
 def watch(folder: Path, action: Callable[[int], None]) -> list[int]:
-    """Call `action(n)` before the n-th operation, from 1, that changes `folder`; returns a list that holds their number."""
+    """Call `action(n)` before the n-th operation, from 1, that changes `folder`; returns a list with their number."""
     number = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -76,7 +67,7 @@ def watch(folder: Path, action: Callable[[int], None]) -> list[int]:
     plain_fsync = os.fsync
 
     def fsync(descriptor: int) -> None:
-        hook("os.remove", (str(folder),))  # counts like one
+        hook("os.remove", (str(folder),))  # counted like a removal
         plain_fsync(descriptor)
 
     os.fsync = fsync
@@ -84,7 +75,7 @@ def watch(folder: Path, action: Callable[[int], None]) -> list[int]:
 
 
 def in_child(run: Callable[[], Any]) -> int:
-    """Exit code of a forked process that does it. What it prints goes to the file that FILE_OPERATIONS_LOG names."""
+    """Exit code of a forked process that calls `run`. Its output goes to the file that FILE_OPERATIONS_LOG names."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -98,13 +89,16 @@ def leave_after(run: Callable[[], Any]) -> NoReturn:
     try:
         run()
         os._exit(0)
-    except BaseException:  # noqa: BLE001 - whatever it was, the parent sees the code
+    except BaseException:  # the parent sees the exit code
         traceback.print_exc()
         os._exit(1)
 
 
 def listing(run: Path) -> dict[str, str]:
-    """Path -> digest of all that a run leaves but TensorBoard's files, which every start adds to; the test's time and the run's name are left out."""
+    """Path -> digest of a run's files without TensorBoard's, to which every start adds one.
+
+    Folders of the test stage are numbered instead of named after their times; the digest of files in TIMED is "".
+    """
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -131,9 +125,9 @@ def compare(expected: dict[str, str], found: dict[str, str]) -> list[str]:
 def sweep(
     folder: Path, *, every: int = 1, first: int = 1, progress: Callable[[str], None] = lambda line: None, **changes: Any
 ) -> Sweep:
-    """Kill a tiny run before each `every`-th operation and resume it, each in a folder of its own name; compares with an undisturbed one."""
+    """Kill a tiny run before each `every`-th operation and resume it; compare with a run without kills."""
     torch.set_num_threads(1)  # no thread before a fork
-    hooks.write_plots = lambda *_, **__: []  # pictures take longer than the run
+    results.write_plots = lambda *_, **__: []  # plots take longer than the run
     settings = {
         "num_rows": 24,
         "max_epochs": 2,
@@ -161,7 +155,7 @@ def sweep(
         shutil.rmtree(run, ignore_errors=True)
 
     start_anew()
-    assert in_child(train) == 0, "the undisturbed run failed"
+    assert in_child(train) == 0, "the run without kills failed"
     total, expected = json.loads(note.read_text()), listing(run)
     result = Sweep(operations=total)
     for number in range(first, total + 1, every):
@@ -191,7 +185,7 @@ def main() -> None:
     print(
         json.dumps(asdict(result))
         if arguments.json
-        else f"{result.operations} operations, {len(result.kills)} kills, {different} left a different folder"
+        else f"{result.operations} operations, {len(result.kills)} kills, {different} changed the resumed run's files"
     )
 
 

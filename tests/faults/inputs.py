@@ -1,4 +1,4 @@
-"""What the rows of bad inputs share: trained runs, commands run in this process, and one way to count what they did."""
+"""Helpers for the tests of bad inputs: trained runs, commands run in this process, counting of refusals."""
 
 import atexit
 import csv
@@ -24,7 +24,7 @@ from tests.support.fault_matrix import Figures
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left: exit code, stdout, stderr."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -32,14 +32,14 @@ class Done:
 
 
 def command(*words: Any) -> Done:
-    """A command line run in this process, to its exit code; an exception that reaches the top is code 1, as in a process."""
+    """Run a command line in this process; an exception that it raises counts as exit code 1, as in a process."""
     out, err = io.StringIO(), io.StringIO()
     logger = logging.getLogger("mmbert_core")
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
     with redirect_stdout(out), redirect_stderr(err):
         try:
             code = cli.main([str(word) for word in words])
-        except Exception:  # noqa: BLE001 - a traceback where one line was due is what the rows look for
+        except Exception:  # in a process it would be a traceback and exit code 1
             traceback.print_exc()
             code = 1
     logger.handlers[:], logger.propagate = handlers, propagate
@@ -52,7 +52,7 @@ def command(*words: Any) -> Done:
 
 @lru_cache
 def trained(num_classes: int = 2) -> Path:
-    """train.csv, val.csv, test.csv, encoder/, and the finished run `run`, made once in a process. No row may change it."""
+    """train.csv, val.csv, test.csv, encoder/, and the finished run `run`, trained once in a process. Read only."""
     folder = Path(tempfile.mkdtemp(prefix="mmbert-rows-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     done = command("train", write_config(folder, folder, num_classes=num_classes, is_binary=num_classes == 2))
@@ -61,7 +61,7 @@ def trained(num_classes: int = 2) -> Path:
 
 
 def write_config(folder: Path, tables: Path, **changes: Any) -> Path:
-    """A config file in `folder` for the tables of `tables` and its run; one epoch. A change to `...` leaves the key out."""
+    """A config file in `folder` for the tables and the run of `tables`; one epoch. A change to `...` omits the key."""
     values = tiny.settings(tables, max_epochs=1, num_classes=changes.get("num_classes", 2))
     values |= {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
     (folder / "run.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
@@ -104,7 +104,7 @@ def predictions_of(run: Path) -> Path:
 
 
 def count_refusal(figures: Figures, case: str, done: Done, *expected: str) -> None:
-    """A bad input is refused: exit code 2, one line with `error: ` and the expected words, the last on stderr; nothing on stdout."""
+    """A bad input is refused: exit code 2; the last line on stderr is the only error and has the expected words."""
     lines = done.err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     lacking = [words for words in expected if errors and words not in errors[0]]
@@ -121,7 +121,7 @@ def count_refusal(figures: Figures, case: str, done: Done, *expected: str) -> No
 def training_refuses(
     figures: Figures, case: str, folder: Path, expected: Sequence[str], *, tables: Path | None = None, **changes: Any
 ) -> None:
-    """`--check` and the training itself refuse a config, and the finished run that it would write to stays as it was."""
+    """`--check` and the training itself refuse a config, and the finished run in its folder is not changed."""
     tables = tables or trained()
     config = write_config(folder, tables, **changes)
     before = contents(tables)
@@ -134,7 +134,7 @@ def training_refuses(
 def prediction_refuses(
     figures: Figures, case: str, source: Path, expected: Sequence[str], *, model: Path | None = None
 ) -> None:
-    """`predict` refuses; an older file of the output's name and the model folder stay as they were."""
+    """`predict` refuses; an older file at the output's path and the model folder are not changed."""
     model = model or trained() / "run"
     output = source.parent / "refused.tsv"
     output.write_text("an older prediction\n")
@@ -169,7 +169,7 @@ def count_prediction(
 
 
 def train_run(figures: Figures, case: str, config: Path, *words: str) -> Done:
-    """A training (or its `--check`) that must go through."""
+    """A training (or its `--check`) that must succeed."""
     done = command("train", config, *words)
     figures.count(done.code == 0, f"{case}: exit code {done.code}: {done.err[-600:]}")
     return done

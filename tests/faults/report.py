@@ -1,7 +1,7 @@
 """Run the matrix of faults and bad inputs and put what was measured into docs/reliability.md.
 
     python -m tests.faults.report                      small counts, as pytest runs them; prints the table
-    python -m tests.faults.report --full --write       the full counts, into the document (an hour and a half on 2 cores)
+    python -m tests.faults.report --full --write       the full counts, into the document (1.5 hours on 2 cores)
     python -m tests.faults.report --only F2,D6         some rows
 
 The document keeps its words; only what stands between its `measured` marks is replaced.
@@ -49,7 +49,7 @@ def load_rows() -> list[Row]:
 
 
 def run_row(number: int, *, full: bool) -> tuple[int, Figures | None, float]:
-    """Its figures, None when this machine cannot try it, and the seconds it took; what it raises is a problem, not the end of the report."""
+    """Number, figures (None if this machine cannot try the row), seconds. An exception counts as a problem."""
     row, started = load_rows()[number], time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix=f"mmbert-{row.name}-"))
     figures: Figures | None = None
@@ -74,14 +74,14 @@ def holds(figures: Figures) -> bool:
     )
 
 
-def added(parts: list[Figures]) -> Figures:
-    """Several tests of one row as one."""
+def total_of(figures: list[Figures]) -> Figures:
+    """The sum over several tests of one row."""
     total = Figures()
-    for part in parts:
+    for each in figures:
         for name in ("tried", "held", "rows_lost", "rows_repeated", "wrongly_accepted"):
-            setattr(total, name, getattr(total, name) + getattr(part, name))
+            setattr(total, name, getattr(total, name) + getattr(each, name))
         for name in ("seconds", "problems", "notes"):
-            getattr(total, name).extend(getattr(part, name))
+            getattr(total, name).extend(getattr(each, name))
     return total
 
 
@@ -133,7 +133,7 @@ def details(measured: Measured) -> str:
 
 
 def summary(measured: Measured, *, full: bool, seconds: float) -> str:
-    total = added([figures for _, figures in measured.values() if figures is not None])
+    total = total_of([figures for _, figures in measured.values() if figures is not None])
     counts = "full" if full else "small"
     longest = max(total.seconds, default=0.0)
     text = (
@@ -147,14 +147,14 @@ def summary(measured: Measured, *, full: bool, seconds: float) -> str:
 
 
 def replace_between(text: str, name: str, content: str) -> str:
-    """The text with the part between `<!-- measured: name -->` and `<!-- end -->` replaced."""
+    """The text with the lines between `<!-- measured: name -->` and `<!-- end -->` replaced."""
     pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     assert pattern.search(text), f"{DOCUMENT.name} has no mark {name!r}"
     return pattern.sub(lambda match: match.group(1) + content + match.group(2), text)
 
 
 def measure(rows: list[int], *, full: bool) -> Iterator[tuple[int, Figures | None, float]]:
-    """Number, figures and seconds of each of these rows, as they come: two lanes side by side, each in a process of its own; the last rows first."""
+    """Number, figures and seconds of each row, as they finish: in two parallel processes, the last rows first."""
     with ExitStack() as stack:
         pending = []
         for is_first in (True, False):
@@ -166,6 +166,16 @@ def measure(rows: list[int], *, full: bool) -> Iterator[tuple[int, Figures | Non
             ]
         for done in as_completed(pending):
             yield done.result()
+
+
+def by_name(rows: list[Row], chosen: list[int], found: dict[int, Figures]) -> Measured:
+    """The rows of each name, and the sum of their figures."""
+    measured: Measured = {}
+    for name in dict.fromkeys(rows[number].name for number in chosen):
+        same = [number for number in chosen if rows[number].name == name]
+        figures = [found[number] for number in same if number in found]
+        measured[name] = ([rows[number] for number in same], total_of(figures) if figures else None)
+    return measured
 
 
 def main() -> int:
@@ -193,16 +203,9 @@ def main() -> int:
             flush=True,
         )
         if arguments.json:
-            arguments.json.write_text(
-                json.dumps(
-                    {f"{rows[n].name} {rows[n].measure.__name__}": asdict(found[n]) for n in sorted(found)}, indent=2
-                )
-            )
-    measured: Measured = {}
-    for name in dict.fromkeys(rows[number].name for number in chosen):
-        same = [number for number in chosen if rows[number].name == name]
-        parts = [found[number] for number in same if number in found]
-        measured[name] = ([rows[number] for number in same], added(parts) if parts else None)
+            by_test = {f"{rows[n].name} {rows[n].measure.__name__}": asdict(found[n]) for n in sorted(found)}
+            arguments.json.write_text(json.dumps(by_test, indent=2))
+    measured = by_name(rows, chosen, found)
     head = summary(measured, full=arguments.full, seconds=time.monotonic() - started)
     content = f"{head}{counts_table(measured)}\n{details(measured)}"
     if arguments.write:

@@ -1,4 +1,4 @@
-"""Disks that are full, or will not be written to. Small ones of their own: nothing here touches the machine's.
+"""Disks that are full or cannot be written to. They are small disks of their own, not the machine's.
 
 pytest tests/faults/test_disk.py -s
 """
@@ -17,13 +17,13 @@ from tests.support.fault_matrix import MAX_SECONDS, Figures, row
 from tests.support.jobs import Job, digest, error_lines, run_job, steps_saved, write_config
 
 pytestmark = pytest.mark.fault
-KILOBYTES = 8000  # room for several checkpoints of a third of a megabyte, and for the megabyte beside that is asked for
+KILOBYTES = 8000  # space for several checkpoints of a third of a megabyte and for the megabyte that must remain free
 
 
 def count_refusal(
     figures: Figures, case: str, job: Job, since: float | None, *expected: str, exit_code: int = 1
 ) -> None:
-    """The job ends in time with one line that has the expected words; no rank ends with 0."""
+    """The job ends in time with one error line that has the expected words; no rank exits with 0."""
     code = job.wait(seconds=MAX_SECONDS)
     if since is not None:
         figures.seconds.append(time.monotonic() - since)
@@ -34,49 +34,49 @@ def count_refusal(
         len(lines) == 1 and all(words in lines[0] for words in expected),
         f"{case}: expected one line with {expected}, found {lines}: {job.output()[-4000:]}",
     )
-    own = job.output().split("Exception in thread")[0]  # TensorBoard's thread has one of its own
+    own = job.output().split("Exception in thread")[0]  # TensorBoard's thread prints a traceback of its own
     figures.count("Traceback" not in own or job.num_processes > 0, f"{case}: {job.output()[-4000:]}")
 
 
-def count_whole(figures: Figures, case: str, run: Path, *, steps: list[int] | None = None) -> None:
-    """Every checkpoint there is whole, and nothing of the one that failed is left."""
+def count_complete(figures: Figures, case: str, run: Path, *, steps: list[int] | None = None) -> None:
+    """Every checkpoint is complete, and no file of the one that failed is left."""
     saved, left = steps_saved(run), [str(path) for path in run.rglob(".tmp-*")]
     invalid = {step: why_invalid(step_folder(run / "checkpoints", step)) for step in saved}
     figures.count(bool(saved) and not any(invalid.values()) and not left, f"{case}: checkpoints {invalid}, {left} left")
     figures.count(steps is None or saved == steps, f"{case}: expected checkpoints {steps}, found {saved}")
 
 
-def goes_on(
+def count_resume(
     figures: Figures, case: str, job: Job, words: list[str], run: Path, expected: Path, *, prefix: tuple[str, ...] = ()
 ) -> None:
-    """With place on the disk again the run goes on from the last whole checkpoint, to the bits of `expected`."""
+    """After the fault is removed the run resumes from the last complete checkpoint and ends bit-equal to `expected`."""
     step = steps_saved(run)[-1]
     code, output = run_job(job.num_processes, words, prefix=prefix)
     figures.count(code == 0 and f"step-{step:08d}" in output, f"{case}: resumed: exit code {code}: {output[-3000:]}")
-    figures.count(code == 0 and digest(run) == digest(expected), f"{case}: resumed: other bits than an undisturbed run")
+    figures.count(code == 0 and digest(run) == digest(expected), f"{case}: resumed: other bits than the reference run")
 
 
-def straight_runs(figures: Figures, folder: Path, counts: set[int], config: Path) -> dict[int, Path]:
-    """Undisturbed runs by number of processes."""
+def reference_runs(figures: Figures, folder: Path, counts: set[int], config: Path) -> dict[int, Path]:
+    """Runs without faults, by number of processes."""
     runs = {}
     for num_processes in sorted(counts):
-        runs[num_processes] = folder / f"straight{num_processes}"
+        runs[num_processes] = folder / f"reference{num_processes}"
         code, output = run_job(num_processes, ["train", str(config), "--model_path", str(runs[num_processes])])
-        figures.count(code == 0, f"straight: exit code {code}: {output[-3000:]}")
+        figures.count(code == 0, f"reference: exit code {code}: {output[-3000:]}")
     return runs
 
 
 # ---- F10: a full disk ----
 
 
-def fill_in_mid_run(disk: Disk, run: Path, job: Job) -> float:
-    """Another user takes the disk between two checkpoints."""
+def fill_between_checkpoints(disk: Disk, run: Path, job: Job) -> float:
+    """Fill the disk, as another user would, between two checkpoints; returns the time."""
     job.wait_until(lambda: len(steps_saved(run)) >= 2)
     disk.fill(left=2**19)
     return time.monotonic()
 
 
-# when the disk is full, the share of a checkpoint that still finds place
+# when the disk is full, and the share of a checkpoint for which there is space
 WAYS = (
     ("before", 0.0),
     *(("within", share) for share in (0.0, 0.1, 0.3, 0.4, 0.7, 0.95, 1.0)),
@@ -86,35 +86,35 @@ WAYS = (
 
 @row(
     "F10",
-    "the disk of the run is full: before a checkpoint is written, in the middle of each of its files (tmpfs, ENOSPC), or a file gets too long (RLIMIT_FSIZE, EFBIG)",
-    "exit other than 0; one line: need X MB, have Y MB at PATH; the checkpoints before it are whole, nothing of the failed one is left; with place again the run goes on to the same bits",
+    "the disk of the run is full: before a checkpoint is written, in the middle of each of its files (tmpfs, ENOSPC), "
+    "or a file gets too long (RLIMIT_FSIZE, EFBIG)",
+    "exit other than 0; one line: need X MB, have Y MB at PATH; the checkpoints before it are complete, no file of the "
+    "failed one is left; with space again the run resumes to the same bits",
     full={"cases": tuple((count, *way) for count in (0, 2) for way in WAYS)},
 )
-def test_F10_no_place_for_a_checkpoint(
+def test_F10_no_space_for_a_checkpoint(
     tmp_path: Path,
     cases: tuple[tuple[int, str, float], ...] = ((0, "before", 0.0), (0, "within", 0.1), (0, "too long", 0.5)),
 ) -> Figures:
     """`cases`: processes and one of WAYS. A third of a checkpoint is weights, the rest moments."""
     figures = Figures()
     config = write_config(tmp_path, save_every=1, timeout_seconds=120)
-    straight = straight_runs(figures, tmp_path, {case[0] for case in cases}, config)
+    reference = reference_runs(figures, tmp_path, {case[0] for case in cases}, config)
     for num_processes, way, share in cases:
-        case, folder = (
-            f"{way} a checkpoint, {share:.0%} of it fits, {num_processes} processes",
-            tmp_path / f"{num_processes}-{way.replace(' ', '-')}-{share}",
-        )
+        case = f"{way} a checkpoint, {share:.0%} of it fits, {num_processes} processes"
+        folder = tmp_path / f"{num_processes}-{way.replace(' ', '-')}-{share}"
         with small_disk(folder / "disk", KILOBYTES) as disk:
-            run, seen = disk.place / "run", disk.seen / "run"
+            run, seen = disk.path / "run", disk.host_path / "run"
             words = ["train", str(config), "--model_path", str(run)]
             faults = {
                 "before": {"slow_step": 0.2},
-                "within": {"fill": [str(disk.place), 4, share]},
+                "within": {"fill": [str(disk.path), 4, share]},
                 "too long": {"file_limit": [4, share]},
             }[way]
             job = Job(num_processes, words, faults=faults, exit_code_file=folder / "ends.txt", prefix=disk.prefix)
-            since = fill_in_mid_run(disk, seen, job) if way == "before" else None
+            since = fill_between_checkpoints(disk, seen, job) if way == "before" else None
             said = (
-                "no place for the checkpoint of step"
+                "no space for the checkpoint of step"
                 if way == "before"
                 else "the checkpoint of step 4 could not be written"
             )
@@ -134,37 +134,35 @@ def test_F10_no_place_for_a_checkpoint(
                 if error_lines(job.output())
                 else case
             )
-            count_whole(figures, case, seen, steps=None if way == "before" else [2, 3])
-            (disk.seen / "of-another-user").unlink(missing_ok=True)
-            goes_on(figures, case, job, words, seen, straight[num_processes], prefix=disk.prefix)
+            count_complete(figures, case, seen, steps=None if way == "before" else [2, 3])
+            (disk.host_path / "of-another-user").unlink(missing_ok=True)
+            count_resume(figures, case, job, words, seen, reference[num_processes], prefix=disk.prefix)
     return figures
 
 
 @row(
     "F10",
-    "the disk of the run or of the cache is full when another file is written: cache, log, model, test predictions, results",
-    "exit 1; one line with the path and what is left there; nothing torn is left; with place again the run goes on to the same bits",
+    "the disk of the run or of the cache is full when another file is written: cache, log, model, test predictions, "
+    "results",
+    "exit 1; one line with the path and the free space; no torn file is left; with space again the run resumes to the "
+    "same bits",
     full={
         "cases": tuple(
-            (count, place)
+            (count, file)
             for count in (0, 2)
-            for place in ("cache", "metrics", "model", "test", "results")
-            if (count, place) != (2, "cache")
+            for file in ("cache", "metrics", "model", "test", "results")
+            if (count, file) != (2, "cache")
         )
     },
 )
-def test_F10_no_place_for_another_file(
+def test_F10_no_space_for_another_file(
     tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((0, "cache"), (0, "metrics"), (0, "model"))
 ) -> Figures:
     """`cases`: processes, the file."""
     figures = Figures()
-    values = {
-        "timeout_seconds": 120,
-        "max_epochs": 4,
-        "val_check_interval": 32,
-    }  # no checkpoint before the last of 32 steps
-    config = write_config(tmp_path, **values)
-    straight = straight_runs(figures, tmp_path, {case[0] for case in cases}, config)
+    # no checkpoint before the last of 32 steps
+    config = write_config(tmp_path, timeout_seconds=120, max_epochs=4, val_check_interval=32)
+    reference = reference_runs(figures, tmp_path, {case[0] for case in cases}, config)
     expected = {
         "cache": "disk/cache",
         "metrics": "disk/run/metrics.jsonl",
@@ -172,33 +170,33 @@ def test_F10_no_place_for_another_file(
         "test": "test_result_0.tsv",
         "results": "train_results.json",
     }
-    for num_processes, place in cases:
-        case, folder = f"{place}, {num_processes} processes", tmp_path / f"{num_processes}-{place}"
+    for num_processes, file in cases:
+        case, folder = f"{file}, {num_processes} processes", tmp_path / f"{num_processes}-{file}"
         with small_disk(folder / "disk", KILOBYTES) as disk:
-            run, seen = disk.place / "run", disk.seen / "run"
-            words = ["train", str(config), "--model_path", str(run), "--cache_path", str(disk.place / "cache")]
+            run, seen = disk.path / "run", disk.host_path / "run"
+            words = ["train", str(config), "--model_path", str(run), "--cache_path", str(disk.path / "cache")]
             job = Job(
                 num_processes,
                 words,
-                faults={"full": [str(disk.place), place]},
+                faults={"full": [str(disk.path), file]},
                 exit_code_file=folder / "ends.txt",
                 prefix=disk.prefix,
             )
-            count_refusal(figures, case, job, None, "No space left on device", expected[place].format(run=run), " MB")
+            count_refusal(figures, case, job, None, "No space left on device", expected[file].format(run=run), " MB")
             figures.notes.append(
                 f"{case}: {error_lines(job.output())[0].replace(str(folder), '')}"
                 if error_lines(job.output())
                 else case
             )
-            left = [str(path) for path in disk.seen.rglob(".tmp-*")]
+            left = [str(path) for path in disk.host_path.rglob(".tmp-*")]
             figures.count(
                 not left and not (seen / "train_results.json").exists(),
                 f"{case}: {left} left, or results of an unfinished run",
             )
-            (disk.seen / "of-another-user").unlink()
+            (disk.host_path / "of-another-user").unlink()
             code, output = run_job(num_processes, words, prefix=disk.prefix)
             figures.count(
-                code == 0 and digest(seen) == digest(straight[num_processes]),
+                code == 0 and digest(seen) == digest(reference[num_processes]),
                 f"{case}: resumed: exit code {code}: {output[-3000:]}",
             )
     return figures
@@ -207,10 +205,10 @@ def test_F10_no_place_for_another_file(
 @row(
     "F10",
     "the disk of the prediction file is full, the target is /dev/full",
-    "exit other than 0; one line with the path; an older file of that name is as it was; nothing torn is left",
+    "exit other than 0; one line with the path; an older file of that name is unchanged; no torn file is left",
     full={"counts": (0, 2, 3)},
 )
-def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
+def test_F10_no_space_for_predictions(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
     figures = Figures()
     config = write_config(tmp_path, max_epochs=1)
     code, output = run_job(0, ["train", str(config)])
@@ -219,12 +217,12 @@ def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = 
     for num_processes in counts:
         case = f"{num_processes} processes"
         with small_disk(tmp_path / f"disk{num_processes}", 1000) as disk:
-            (disk.seen / "predictions.tsv").write_text("older\n")
+            (disk.host_path / "predictions.tsv").write_text("older\n")
             disk.fill(left=50_000)
             words = ["predict", str(tmp_path / "run"), str(table)]
             job = Job(
                 num_processes,
-                [*words, str(disk.place / "predictions.tsv")],
+                [*words, str(disk.path / "predictions.tsv")],
                 exit_code_file=tmp_path / "ends.txt",
                 prefix=disk.prefix,
             )
@@ -236,17 +234,17 @@ def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = 
                 None,
                 f"error: {rank}prediction: ",
                 "No space left on device",
-                str(disk.place / "predictions.tsv"),
+                str(disk.path / "predictions.tsv"),
             )
             figures.notes.append(
                 f"{case}: {error_lines(job.output())[0].replace(str(tmp_path), '')}"
                 if error_lines(job.output())
                 else case
             )
-            files = {path.name for path in disk.seen.iterdir()}
+            files = {path.name for path in disk.host_path.iterdir()}
             figures.count(
                 files == {"predictions.tsv", "of-another-user"}
-                and (disk.seen / "predictions.tsv").read_text() == "older\n",
+                and (disk.host_path / "predictions.tsv").read_text() == "older\n",
                 f"{case}: {files} left",
             )
         job = Job(num_processes, [*words, "/dev/full"], exit_code_file=tmp_path / "ends.txt")
@@ -256,15 +254,15 @@ def test_F10_no_place_for_predictions(tmp_path: Path, counts: tuple[int, ...] = 
     return figures
 
 
-# ---- F11: a folder that will not be written to, or is gone ----
+# ---- F11: a folder that cannot be written to, or is gone ----
 
-# no longer allowed to write where the file's mode forbids it, as root is
+# takes root's right to write against a file's mode
 AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner") if not os.geteuid() else ()
 
 
 @row(
     "F11",
-    "the run's folder lies on a read-only disk, or its mode forbids to write, before the start",
+    "the run's folder is on a read-only disk, or its mode forbids writing, before the start",
     "exit 2 and one line before step 1; nothing is written",
     full={"counts": (0, 2, 3)},
 )
@@ -273,18 +271,18 @@ def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] =
     config = write_config(tmp_path)
     for num_processes in counts:
         with small_disk(tmp_path / f"disk{num_processes}", KILOBYTES) as disk:
-            (disk.seen / "there").mkdir()
-            disk.run("mount", "-o", "remount,ro", str(disk.place))
+            (disk.host_path / "there").mkdir()
+            disk.run("mount", "-o", "remount,ro", str(disk.path))
             for name in ("there", "new"):
                 case = f"read-only disk, {name}, {num_processes} processes"
                 job = Job(
                     num_processes,
-                    ["train", str(config), "--model_path", str(disk.place / name)],
+                    ["train", str(config), "--model_path", str(disk.path / name)],
                     exit_code_file=tmp_path / "ends.txt",
                     prefix=disk.prefix,
                 )
                 count_refusal(
-                    figures, case, job, None, f"error: model_path: {disk.place}", "cannot be written to", exit_code=2
+                    figures, case, job, None, f"error: model_path: {disk.path}", "cannot be written to", exit_code=2
                 )
         closed = tmp_path / f"closed{num_processes}"
         closed.mkdir(mode=0o555)
@@ -306,17 +304,17 @@ def test_F11_unwritable_from_the_start(tmp_path: Path, counts: tuple[int, ...] =
 
 @row(
     "F11",
-    "the run's folder is removed in mid-run, or its mode forbids to write from then on",
-    "exit 1 and one line at the next checkpoint; the folder does not come back; what was there is whole",
+    "the run's folder is removed during the run, or its mode forbids writing from then on",
+    "exit 1 and one line at the next checkpoint; the folder is not created again; older checkpoints are complete",
     full={"cases": tuple((count, way) for count in (0, 2, 3) for way in ("removed", "moved", "closed"))},
 )
-def test_F11_gone_in_mid_run(
+def test_F11_gone_during_the_run(
     tmp_path: Path, cases: tuple[tuple[int, str], ...] = ((2, "removed"), (0, "closed"))
 ) -> Figures:
     """`cases`: processes, what happens to the folder."""
     figures = Figures()
     config = write_config(tmp_path, save_every=1, timeout_seconds=120)
-    straight = straight_runs(figures, tmp_path, {count for count, way in cases if way != "removed"}, config)
+    reference = reference_runs(figures, tmp_path, {count for count, way in cases if way != "removed"}, config)
     for num_processes, way in cases:
         case, run = f"{way}, {num_processes} processes", tmp_path / f"{num_processes}-{way}/run"
         run.parent.mkdir()
@@ -331,7 +329,7 @@ def test_F11_gone_in_mid_run(
             run.rename(run.with_name("moved"))
         else:
             shutil.rmtree(run, ignore_errors=True)
-            shutil.rmtree(run, ignore_errors=True)  # a checkpoint may have been under way
+            shutil.rmtree(run, ignore_errors=True)  # a checkpoint may have been written meanwhile
         rank = "rank 0, " if num_processes > 1 else ""
         expected = (
             ("Permission denied", str(run / "checkpoints")) if way == "closed" else (f"the run's folder {run} is gone",)
@@ -343,13 +341,13 @@ def test_F11_gone_in_mid_run(
             else case
         )
         if way == "removed":
-            figures.count(not run.exists(), f"{case}: {[*run.rglob('*')]} is there again")
+            figures.count(not run.exists(), f"{case}: {[*run.rglob('*')]} was created again")
             continue
-        figures.count(way == "closed" or not run.exists(), f"{case}: {[*run.rglob('*')]} is there again")
+        figures.count(way == "closed" or not run.exists(), f"{case}: {[*run.rglob('*')]} was created again")
         if way == "closed":
             (run / "checkpoints").chmod(0o755)
         else:
             run.with_name("moved").rename(run)
-        count_whole(figures, case, run)
-        goes_on(figures, case, job, words, run, straight[num_processes])
+        count_complete(figures, case, run)
+        count_resume(figures, case, job, words, run, reference[num_processes])
     return figures

@@ -1,4 +1,4 @@
-"""One rank fails, stalls or computes nonsense: all end soon, with one line that says which and where, or all leave the step out.
+"""One rank fails, stalls or computes non-finite values: all end soon with one line of rank and phase, or skip the step.
 
 pytest tests/faults/test_failing_ranks.py -s
 """
@@ -49,7 +49,7 @@ def count_failure(figures: Figures, case: str, job: Job, since: float, *expected
 
 
 def wait_for(job: Job, mark: Path) -> float:
-    """The time when the planted fault has struck, which leaves a mark; that of now when it strikes no more."""
+    """The time when the rank has failed, which leaves a mark, or when the job has ended."""
     while not mark.exists() and job.process.poll() is None:
         time.sleep(0.02)
     return time.monotonic()
@@ -116,7 +116,7 @@ def test_F14_one_rank_raises(
 @row(
     "F15",
     "rank 0 fails in save; one rank fails in load",
-    "every rank ends with the same error; the checkpoints that were there are whole, and the run goes on from them",
+    "every rank ends with the same error; older checkpoints are complete, and the run resumes from them",
     full={
         "cases": tuple(
             (count, rank, phase)
@@ -128,18 +128,18 @@ def test_F14_one_rank_raises(
 def test_F15_every_rank_ends_with_the_same_error(
     tmp_path: Path, cases: tuple[tuple[int, int, str], ...] = ((2, 1, "load"), (2, 0, "manifest"))
 ) -> Figures:
-    """`cases`: processes, the rank that fails, phase; `manifest`: the last file of a checkpoint, when all others are written."""
+    """`cases`: processes, the rank that fails, phase; `manifest` is the last file of a checkpoint."""
     figures = Figures()
     config = write_config(tmp_path, save_every=1, keep_checkpoints=100)
     for num_processes in sorted({case[0] for case in cases}):
-        straight = tmp_path / f"straight{num_processes}"
+        reference = tmp_path / f"reference{num_processes}"
         code, output = run_job(
-            num_processes, ["train", str(config), "--model_path", str(straight)], faults={"die_after_save": 5}
+            num_processes, ["train", str(config), "--model_path", str(reference)], faults={"die_after_save": 5}
         )
-        figures.count(steps_saved(straight) == [1, 2, 3, 4, 5], f"first life: exit code {code}: {output[-3000:]}")
-        shutil.copytree(straight, tmp_path / f"first{num_processes}")
-        code, output = run_job(num_processes, ["train", str(config), "--model_path", str(straight)])
-        figures.count(code == 0, f"straight: exit code {code}: {output[-3000:]}")
+        figures.count(steps_saved(reference) == [1, 2, 3, 4, 5], f"first attempt: exit code {code}: {output[-3000:]}")
+        shutil.copytree(reference, tmp_path / f"first{num_processes}")
+        code, output = run_job(num_processes, ["train", str(config), "--model_path", str(reference)])
+        figures.count(code == 0, f"reference: exit code {code}: {output[-3000:]}")
     for num_processes, rank, phase in cases:
         case, folder = f"rank {rank} of {num_processes} in {phase}", tmp_path / f"{num_processes}-{rank}-{phase}"
         folder.mkdir()
@@ -151,19 +151,18 @@ def test_F15_every_rank_ends_with_the_same_error(
             faults={"fail": [rank, phase, 6], "failure_mark": str(folder), "errors": str(folder)},
             exit_code_file=folder / "ends.txt",
         )
-        place = "load" if phase in ("load", "read") else "save"
+        named_phase = "load" if phase in ("load", "read") else "save"
         count_failure(
             figures,
             case,
             job,
             wait_for(job, folder / "failed"),
-            f"error: rank {rank}, {place}: InjectedError: injected in {phase}",
+            f"error: rank {rank}, {named_phase}: InjectedError: injected in {phase}",
         )
         errors = {path.name.removeprefix("error-"): path.read_text() for path in folder.glob("error-*")}
+        message = f"InjectedError: injected in {phase}"
         expected = {
-            str(
-                other
-            ): f"{'InjectedError: ' if other == rank else f'PeerError: rank {rank}: InjectedError: '}planted in {phase}"
+            str(other): message if other == rank else f"PeerError: rank {rank}: {message}"
             for other in range(num_processes)
         }
         figures.count(errors == expected, f"{case}: expected {expected}, found {errors}")
@@ -175,25 +174,25 @@ def test_F15_every_rank_ends_with_the_same_error(
         )
         code, output = run_job(num_processes, words)
         figures.count(
-            code == 0 and digest(run) == digest(tmp_path / f"straight{num_processes}"),
+            code == 0 and digest(run) == digest(tmp_path / f"reference{num_processes}"),
             f"{case}: resumed: exit code {code}: {output[-3000:]}",
         )
     return figures
 
 
-# ---- F16: a rank that stands still ----
+# ---- F16: a rank that stalls ----
 
 
 @row(
     "F16",
     "SIGSTOP of one rank, timeout_seconds 20",
-    "the others give up after that time, one line says so; all, the stopped one too, gone within 60 s",
+    "the others stop after that time with one line; all processes, also the stopped one, end within 60 s",
     full={"cases": ((2, 0), (3, 1)), "timeout_seconds": 20},
 )
 def test_F16_a_rank_stalls(
     tmp_path: Path, cases: tuple[tuple[int, int], ...] = ((2, 1),), timeout_seconds: int = 5
 ) -> Figures:
-    """`cases`: processes, the rank that is stopped. torchrun kills it 30 s after another one has failed; its `--shutdown-timeout` counts for signals alone."""
+    """`cases`: processes, the rank that is stopped. torchrun kills it 30 s after another one has failed."""
     figures = Figures()
     for num_processes, rank in cases:
         case, folder = f"rank {rank} of {num_processes} stopped", tmp_path / f"{num_processes}-{rank}"
@@ -214,7 +213,7 @@ def test_F16_a_rank_stalls(
     return figures
 
 
-# ---- F17: numbers that are none ----
+# ---- F17: values that are not finite ----
 
 
 def all_finite(run: Path) -> bool:
@@ -222,24 +221,66 @@ def all_finite(run: Path) -> bool:
     tensors = [
         load_file(path) for path in (*run.glob("checkpoints/step-*/*.safetensors"), *run.glob("model.safetensors"))
     ]
-    return all(abs(value).max() < float("inf") for part in tensors for value in part.values() if value.size)
+    return all(abs(value).max() < float("inf") for file in tensors for value in file.values() if value.size)
+
+
+def count_nonfinite_stop(figures: Figures, case: str, job: Job, run: Path, rank: int, kind: str) -> None:
+    """All ranks stop before the optimizer step of step 3, and one error line says why.
+
+    A loss is reported by the rank that computed it, a gradient, which is the same on all ranks, by rank 0.
+    """
+    reporting_rank = rank if kind == "loss" else 0
+    prefix = f"error: rank {reporting_rank}" if job.num_processes > 1 else "error: "
+    if kind == "loss":
+        expected = ("the loss of a micro-batch of step 3 is nan", "first ", "train.csv row ")
+    else:
+        expected = ("the gradient norm is ", "at step 3")
+    count_failure(figures, case, job, time.monotonic(), prefix, *expected)
+    figures.seconds.pop()  # counted from the start, not from the fault
+    figures.count(steps_saved(run) == [1, 2], f"{case}: checkpoints {steps_saved(run)}")
+
+
+def count_nonfinite_skip(figures: Figures, case: str, job: Job, folder: Path, rates: list[float]) -> None:
+    """Step 3 leaves weights and learning rate unchanged on all ranks; a line says so, and another one at the end."""
+    code, run = job.wait(), folder / "run"
+    found = [line["lr"] for line in tiny.metrics_lines(run) if "train_loss" in line]
+    results = json.loads((run / "train_results.json").read_text()) if code == 0 else {}
+    figures.count(
+        code == 0 and results["steps"] == STEPS and results["skipped_steps"] == 1,
+        f"{case}: exit code {code}, {results}: {job.output()[-3000:]}",
+    )
+    expected = rates[:3] + rates[2:-1]
+    figures.count(found == expected, f"{case}: rates {found}, expected {expected}")
+    weights = [(folder / f"weights-{rank}.txt").read_text().splitlines() for rank in range(max(1, job.num_processes))]
+    moved = [old.split()[1] != new.split()[1] for old, new in zip(weights[0], weights[0][1:])]
+    # the learning rate of the first step is 0, so the second step is the first to change weights
+    figures.count(
+        all(each == weights[0] for each in weights) and moved[1] is False and all(moved[2:]),
+        f"{case}: weights of the ranks after each step {weights}",
+    )
+    lines = re.findall(r"^error: .*|.*left out.*", job.output(), re.MULTILINE)
+    summary = f"warning: 1 of {STEPS} steps were left out because their loss or gradient was not finite"
+    figures.count(
+        len(lines) == 2 and "left out" in lines[0] and lines[1] == summary,
+        f"{case}: expected a line of the step and one of their number, found {lines}",
+    )
 
 
 @row(
     "F17",
     "a loss that is nan on one rank, or an infinite gradient, in step 3",
-    "on_nonfinite stop: exit other than 0 before the optimizer step; skip: all ranks leave the step out, the learning rate does not advance, "
-    "the run ends; no checkpoint holds a number that is none",
+    "on_nonfinite stop: exit other than 0 before the optimizer step; skip: all ranks leave the step out, the learning "
+    "rate does not advance, the run ends; all values in every checkpoint are finite",
     full={
         "cases": tuple(
-            (*place, kind, policy)
-            for place in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 2))
+            (*processes_and_rank, kind, policy)
+            for processes_and_rank in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 2))
             for kind in ("loss", "gradient")
             for policy in ("stop", "skip")
         )
     },
 )
-def test_F17_numbers_that_are_none(
+def test_F17_values_that_are_not_finite(
     tmp_path: Path,
     cases: tuple[tuple[int, int, str, str], ...] = (
         (0, 0, "loss", "skip"),
@@ -250,75 +291,31 @@ def test_F17_numbers_that_are_none(
 ) -> Figures:
     """`cases`: processes, rank, loss or gradient, on_nonfinite."""
     figures = Figures()
-    straight = tmp_path / "straight"
+    reference = tmp_path / "reference"
     config = write_config(tmp_path, save_every=1, keep_checkpoints=100)
-    code, output = run_job(0, ["train", str(config), "--model_path", str(straight)])
-    figures.count(code == 0, f"straight: {output[-3000:]}")
-    rates = [line["lr"] for line in tiny.metrics_lines(straight) if "lr" in line]
+    code, output = run_job(0, ["train", str(config), "--model_path", str(reference)])
+    figures.count(code == 0, f"reference: {output[-3000:]}")
+    rates = [line["lr"] for line in tiny.metrics_lines(reference) if "lr" in line]
     for num_processes, rank, kind, policy in cases:
-        case, folder = (
-            f"{kind} of rank {rank} of {num_processes}, {policy}",
-            tmp_path / f"{num_processes}-{rank}-{kind}-{policy}",
-        )
+        case = f"{kind} of rank {rank} of {num_processes}, {policy}"
+        folder = tmp_path / f"{num_processes}-{rank}-{kind}-{policy}"
         folder.mkdir()
-        run, words = (
-            folder / "run",
-            ["train", str(config), "--model_path", str(folder / "run"), "--on_nonfinite", policy],
-        )
-        job = Job(
-            num_processes,
-            words,
-            faults={"poison": [rank, 3, kind], "weights": str(folder)},
-            exit_code_file=folder / "ends.txt",
-        )
+        words = ["train", str(config), "--model_path", str(folder / "run"), "--on_nonfinite", policy]
+        faults = {"poison": [rank, 3, kind], "weights": str(folder)}
+        job = Job(num_processes, words, faults=faults, exit_code_file=folder / "ends.txt")
         if policy == "stop":
-            # the loss: told by the rank that has it; the gradient is the same on all ranks, and rank 0 tells
-            teller = rank if kind == "loss" else 0
-            place = f"error: rank {teller}" if num_processes > 1 else "error: "
-            expected = (
-                ("the loss of a micro-batch of step 3 is nan", "first ", "train.csv row ")
-                if kind == "loss"
-                else ("the gradient norm is ", "at step 3")
-            )
-            count_failure(figures, case, job, time.monotonic(), place, *expected)
-            figures.seconds.pop()  # counted from the start, not from the fault
-            figures.count(steps_saved(run) == [1, 2], f"{case}: checkpoints {steps_saved(run)}")
+            count_nonfinite_stop(figures, case, job, folder / "run", rank, kind)
         else:
-            code = job.wait()
-            lines = [line for line in tiny.metrics_lines(run) if "train_loss" in line]
-            results = json.loads((run / "train_results.json").read_text()) if code == 0 else {}
-            figures.count(
-                code == 0 and results["steps"] == STEPS and results["skipped_steps"] == 1,
-                f"{case}: exit code {code}, {results}: {job.output()[-3000:]}",
-            )
-            figures.count(
-                [line["lr"] for line in lines] == rates[:3] + rates[2:-1],
-                f"{case}: rates {[line['lr'] for line in lines]}, expected {rates[:3] + rates[2:-1]}",
-            )
-            weights = [
-                (folder / f"weights-{other}.txt").read_text().splitlines() for other in range(max(1, num_processes))
-            ]
-            moved = [old.split()[1] != new.split()[1] for old, new in zip(weights[0], weights[0][1:])]
-            # the first step's rate is 0, and the second's, of step 1, is the first to move anything
-            figures.count(
-                all(each == weights[0] for each in weights) and moved[1] is False and all(moved[2:]),
-                f"{case}: weights of the ranks after each step {weights}",
-            )
-            said = re.findall(r"^error: .*|.*left out.*", job.output(), re.MULTILINE)
-            counted = f"warning: 1 of {STEPS} steps were left out because their loss or gradient was not finite"
-            figures.count(
-                len(said) == 2 and "left out" in said[0] and said[1] == counted,
-                f"{case}: expected a line of the step and one of their number, found {said}",
-            )
-        figures.count(all_finite(run), f"{case}: a checkpoint has a number that is none")
+            count_nonfinite_skip(figures, case, job, folder, rates)
+        figures.count(all_finite(folder / "run"), f"{case}: a checkpoint has a value that is not finite")
     return figures
 
 
-# ---- F21: no process that could be killed unseen ----
+# ---- F21: no processes besides the ranks ----
 
 
 def children_of(pid: int) -> list[int]:
-    """Child processes that are there now."""
+    """Child processes that exist now."""
     return [
         int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
     ]
@@ -326,12 +323,12 @@ def children_of(pid: int) -> list[int]:
 
 @row(
     "F21",
-    "looked for in reading, training, validation and test: processes beside the ranks, such as loaders of data",
-    "there are none: torchrun has its ranks as children, the ranks have none",
+    "checked in reading, training, validation and test: processes other than the ranks, such as data loaders",
+    "there are none: the ranks are torchrun's only children, and the ranks have none",
     full={"counts": (0, 1, 2, 4)},
 )
 def test_F21_there_are_no_other_processes(tmp_path: Path, counts: tuple[int, ...] = (2,)) -> Figures:
-    """`counts`: processes. That a killed rank ends the job is F3's."""
+    """`counts`: processes. F3 tests that a killed rank ends the job."""
     figures = Figures()
     for num_processes in counts:
         folder = tmp_path / str(num_processes)
@@ -342,17 +339,18 @@ def test_F21_there_are_no_other_processes(tmp_path: Path, counts: tuple[int, ...
         job = Job(
             num_processes, ["train", str(config), "--num_threads", "2"], faults={**slow, "reached": [str(notes), 3]}
         )
-        for place in ("reading", "training", "validation", "test"):
-            job.wait_until(lambda: len(list(notes.glob(f"{place}-*"))) == max(1, num_processes))
+        for phase in ("reading", "training", "validation", "test"):
+            job.wait_until(lambda: len(list(notes.glob(f"{phase}-*"))) == max(1, num_processes))
             workers = job.workers()
             children = {pid: children_of(pid) for pid in workers.values()}
             launched = sorted(children_of(job.process.pid)) if num_processes else []
             figures.count(
                 not any(children.values()) and launched == (sorted(children) if num_processes else []),
-                f"{place}: children {children}, torchrun's {launched}",
+                f"{phase}: children {children}, torchrun's {launched}",
             )
+        others = len(launched) - len(workers) if num_processes else 0
         figures.notes.append(
-            f"{num_processes} processes: {len(workers)} ranks, {len(launched) - len(workers) if num_processes else 0} other children of torchrun, 0 of the ranks"
+            f"{num_processes} processes: {len(workers)} ranks, {others} other children of torchrun, 0 of the ranks"
         )
         figures.count(job.wait() == 0, f"exit code {job.process.returncode}: {job.output()[-3000:]}")
     return figures

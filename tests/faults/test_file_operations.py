@@ -1,4 +1,7 @@
-"""A run killed before one of its file operations leaves, once resumed, what an undisturbed run leaves. A sample; all of them: `file_operations`."""
+"""A run killed before one of its file operations and resumed has the files of a run without kills.
+
+This is a sample of the operations; `python -m tests.faults.file_operations` tries all of them.
+"""
 
 import json
 import subprocess
@@ -15,21 +18,15 @@ pytestmark = pytest.mark.fault
 
 @row(
     "F25",
-    "SIGKILL right before a file operation of a run: opening, renaming, removing, making, syncing",
-    "the resumed run's folder has the files of an undisturbed run, with the same bytes: one test folder, the same checkpoints",
+    "SIGKILL right before a file operation of a run: opening, renaming, removing, creating, syncing",
+    "the resumed run's folder has the files of a run without kills, with the same bytes: one test folder, the same "
+    "checkpoints",
     full={"every": 1},
 )
 def test_F25_kills_before_file_operations(tmp_path: Path, every: int = 23) -> Figures:
     """In a process of its own, because it forks."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.faults.file_operations",
-        str(tmp_path / "sweep"),
-        "--every",
-        str(every),
-        "--json",
-    ]
+    arguments = [str(tmp_path / "sweep"), "--every", str(every), "--json"]
+    command = [sys.executable, "-m", "tests.faults.file_operations", *arguments]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=7200)
     figures = Figures()
     assert done.returncode == 0, done.stderr[-3000:]

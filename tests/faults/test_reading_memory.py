@@ -1,4 +1,7 @@
-"""Memory of `mmbert predict` is bounded by bytes, whatever a file unpacks to. `pytest -m fault tests/faults/test_reading_memory.py -s`"""
+"""Memory of `mmbert predict` is bounded in bytes, also for compressed files that expand to gigabytes.
+
+pytest -m fault tests/faults/test_reading_memory.py -s
+"""
 
 import gzip
 import subprocess

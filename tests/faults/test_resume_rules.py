@@ -63,7 +63,7 @@ def edit(path: Path, data: bytes) -> None:
     full={"processes": (1, 2, 3)},
 )
 def test_D15_data_edited_between_start_and_restart(tmp_path: Path, processes: tuple[int, ...] = (2,)) -> Figures:
-    """In this process: every file and edit. Under torchrun: the file is edited in training, then all ranks are killed."""
+    """In this process: every file and edit. Under torchrun: an edit while the run trains, then all ranks are killed."""
     figures = Figures()
     started = StoppedRun(tmp_path / "started")
     run = started.copy()

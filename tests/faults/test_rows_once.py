@@ -1,4 +1,4 @@
-"""D1 to D3: every row scored once, in order, with the same figures, on any number of processes. Real gloo processes."""
+"""D1 to D3: every row predicted once, in order, with the same figures, on any number of processes. Real processes."""
 
 import atexit
 import shutil
@@ -23,7 +23,7 @@ WORKER = str(tiny.ROOT / "tests/faults/rows_worker.py")
 MODELS = {"two": 2, "three": 3}
 SIZES = (0, 1, 2, 3, 4, 5, 97)  # with W - 1, W and W + 1 for W of 1 to 4
 BATCHES = (1, 2, 5)
-MANY, BATCH = 1501, 256  # a table of several batches as they are by default
+MANY, BATCH = 1501, 256  # a table of several batches of the default size
 
 
 def launch(num_processes: int, arguments: list[str]) -> CompletedProcess[str]:
@@ -41,16 +41,12 @@ def launch(num_processes: int, arguments: list[str]) -> CompletedProcess[str]:
 
 @lru_cache
 def results_of(num_processes: int) -> tuple[Path, str]:
-    """FOLDER/by<processes> of one launch that scores all tables in all batch sizes, and what went wrong with it; made once."""
+    """FOLDER/by<processes> of one launch over all tables and batch sizes, and its problem or ""; launched once."""
     folder = tables()
-    pairs = [*((num_rows, most) for num_rows in SIZES for most in BATCHES), (MANY, BATCH)]
-    done = launch(num_processes, [WORKER, str(folder), *(f"{num_rows}x{most}" for num_rows, most in pairs)])
-    return (
-        folder / f"by{num_processes}",
-        ""
-        if done.returncode == 0
-        else f"{num_processes} processes: exit code {done.returncode}: {done.stderr[-1500:]}",
-    )
+    pairs = [*((num_rows, max_rows) for num_rows in SIZES for max_rows in BATCHES), (MANY, BATCH)]
+    done = launch(num_processes, [WORKER, str(folder), *(f"{num_rows}x{max_rows}" for num_rows, max_rows in pairs)])
+    problem = f"{num_processes} processes: exit code {done.returncode}: {done.stderr[-1500:]}"
+    return folder / f"by{num_processes}", problem if done.returncode else ""
 
 
 @lru_cache
@@ -65,7 +61,7 @@ def tables() -> Path:
 
 
 def count_rows(figures: Figures, case: str, file: Path, table: Path) -> list[dict[str, str]]:
-    """Every row of the table stands once in the file, in the table's order, with its label. Returns the file's rows."""
+    """Every row of the table is in the file once, in the table's order, with its label. Returns the file's rows."""
     expected = [(line[0], line[-1]) for line in read_rows(table)[1:]]
     rows = read_tsv(file)
     found = [(line["row_id"], line["label"]) for line in rows]
@@ -77,7 +73,8 @@ def count_rows(figures: Figures, case: str, file: Path, table: Path) -> list[dic
 
 @row(
     "D1",
-    "tables of 0, 1, 2, 3, W - 1, W, W + 1 and 97 rows, in batches of 1, 2 and 5, validated, tested and predicted on W processes",
+    "tables of 0, 1, 2, 3, W - 1, W, W + 1 and 97 rows, in batches of 1, 2 and 5, validated, tested and predicted on W "
+    "processes",
     "every row once, in input order; figures equal to those of one process and to the counts",
     full={"processes": (1, 2, 3, 4)},
 )
@@ -90,8 +87,8 @@ def test_D1_rows_that_the_processes_do_not_share_evenly(tmp_path: Path, processe
             continue
         for model in MODELS:
             for num_rows in SIZES:
-                for most in BATCHES:
-                    name = f"{model}-rows{num_rows}-batch{most}"
+                for max_rows in BATCHES:
+                    name = f"{model}-rows{num_rows}-batch{max_rows}"
                     case = f"{num_processes} processes, {name}"
                     rows = count_rows(figures, case, folder / name / "predicted.tsv", tables() / f"rows{num_rows}.csv")
                     if num_rows == 0:
@@ -117,6 +114,33 @@ def test_D1_rows_that_the_processes_do_not_share_evenly(tmp_path: Path, processe
     return figures
 
 
+def count_training_of_one_row(figures: Figures, case: str, run: Path, test_table: Path) -> None:
+    """Figures of validations and test over one row each."""
+    predictions = predictions_of(run)
+    [line] = count_rows(figures, f"{case}: test stage", predictions, test_table)
+    metrics = read_json(predictions.with_name("test_metrics.json"))
+    found = [metrics["test/accuracy"], metrics["test/num_rows"], metrics["test/auroc"]]
+    expected = [float(line["label"] == line["pred"]), 1, None]
+    figures.count(found == expected, f"{case}: test figures {found} for {line}")
+    validations = [values for values in tiny.metrics_lines(run) if "val_loss" in values]
+    are_right = all(values["val/accuracy"] in (0.0, 1.0) and values["val_loss"] > 0 for values in validations)
+    figures.count(bool(validations) and are_right, f"{case}: validations {validations}")
+
+
+def count_predictions(
+    figures: Figures, case: str, num_processes: int, folder: Path, source: Path, num_rows: int
+) -> None:
+    """`predict` on new rows; on those of the test stage its file is the same."""
+    output = folder / "out.tsv"
+    words = ["-m", "mmbert_core", "predict", str(folder / "run"), str(source), str(output), "--num_threads", "1"]
+    done = launch(num_processes, words)
+    figures.count(done.returncode == 0, f"{case}: exit code {done.returncode}: {done.stderr[-1500:]}")
+    count_rows(figures, case, output, source)
+    if num_rows:
+        same = output.read_bytes() == predictions_of(folder / "run").read_bytes()
+        figures.count(same, f"{case}: predict and test stage differ")
+
+
 @row(
     "D2",
     "fewer rows than processes: validation, test and new rows of 1 row (and none) on 4 processes",
@@ -130,60 +154,19 @@ def test_D2_processes_without_rows(
     one = {f"{name}_path": write_rows(tmp_path / f"{name}.csv", rows_of(name)[:2]) for name in ("val", "test")}
     new = {num_rows: write_rows(tmp_path / f"new{num_rows}.csv", rows_of("test")[: num_rows + 1]) for num_rows in sizes}
     for num_processes in processes:
-        folder = tmp_path / f"by{num_processes}"
+        case, folder = f"{num_processes} processes", tmp_path / f"by{num_processes}"
         folder.mkdir()
-        changes = {
-            "max_train_rows": 16,
-            "batch_size": 2,
-            "microbatches_per_step": 2,
-        }  # steps of fewer rows than processes, too
+        # steps of fewer rows than processes, too
+        changes = {"max_train_rows": 16, "batch_size": 2, "microbatches_per_step": 2}
         config = write_config(folder, trained(), model_path=folder / "run", **one, **changes)
         started = time.monotonic()
         done = launch(num_processes, ["train.py", str(config)])
-        figures.notes.append(
-            f"{num_processes} processes: {time.monotonic() - started:.0f} s from start to end of a training with 1 validation and 1 test row"
-        )
-        if not figures.count(
-            done.returncode == 0,
-            f"{num_processes} processes: training: exit code {done.returncode}: {done.stderr[-1500:]}",
-        ):
-            continue
-        [line] = count_rows(
-            figures, f"{num_processes} processes: test stage", predictions_of(folder / "run"), one["test_path"]
-        )
-        metrics = read_json(predictions_of(folder / "run").with_name("test_metrics.json"))
-        found = [metrics["test/accuracy"], metrics["test/num_rows"], metrics["test/auroc"]]
-        figures.count(
-            found == [float(line["label"] == line["pred"]), 1, None],
-            f"{num_processes} processes: test figures {found} for {line}",
-        )
-        validations = [values for values in tiny.metrics_lines(folder / "run") if "val_loss" in values]
-        holds = bool(validations) and all(
-            values["val/accuracy"] in (0.0, 1.0) and values["val_loss"] > 0 for values in validations
-        )
-        figures.count(holds, f"{num_processes} processes: validations {validations}")
-        for num_rows, source in new.items():
-            done = launch(
-                num_processes,
-                [
-                    "-m",
-                    "mmbert_core",
-                    "predict",
-                    str(folder / "run"),
-                    str(source),
-                    str(folder / "out.tsv"),
-                    "--num_threads",
-                    "1",
-                ],
-            )
-            figures.count(
-                done.returncode == 0,
-                f"{num_processes} processes: {num_rows} new rows: exit code {done.returncode}: {done.stderr[-1500:]}",
-            )
-            count_rows(figures, f"{num_processes} processes: {num_rows} new rows", folder / "out.tsv", source)
-            if num_rows:
-                same = (folder / "out.tsv").read_bytes() == predictions_of(folder / "run").read_bytes()
-                figures.count(same, f"{num_processes} processes: predict and test stage differ")
+        seconds = time.monotonic() - started
+        figures.notes.append(f"{case}: {seconds:.0f} s for a training with 1 validation and 1 test row")
+        if figures.count(done.returncode == 0, f"{case}: training: exit code {done.returncode}: {done.stderr[-1500:]}"):
+            count_training_of_one_row(figures, case, folder / "run", one["test_path"])
+            for num_rows, source in new.items():
+                count_predictions(figures, f"{case}: {num_rows} new rows", num_processes, folder, source, num_rows)
     return figures
 
 
@@ -197,9 +180,8 @@ def test_D3_the_same_file_on_any_number_of_processes(tmp_path: Path, processes: 
     figures = Figures()
     for model in MODELS:
         name, table = f"{model}-rows{MANY}-batch{BATCH}", tables() / f"rows{MANY}.csv"
-        done = command(
-            "predict", tables() / model, table, tmp_path / f"{model}.tsv", "--num_threads", 1
-        )  # the command itself, in this process
+        # the command itself, in this process
+        done = command("predict", tables() / model, table, tmp_path / f"{model}.tsv", "--num_threads", 1)
         figures.count(done.code == 0, f"{model}: exit code {done.code}: {done.err[-600:]}")
         for num_processes in processes:
             folder, problem = results_of(num_processes)

@@ -11,21 +11,11 @@ from tests.support import tiny
 
 pytestmark = pytest.mark.fault
 SCRIPT = tiny.ROOT / "torchrun.sh"
-VARIABLES = (
-    "NPROC",
-    "NNODES",
-    "NODE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "LOCAL_ADDR",
-    "RDZV_ID",
-    "MAX_RESTARTS",
-    "OMP_NUM_THREADS",
-    "DRY_RUN",
-    "PYTHON",
-    "PET_SIGNALS_TO_HANDLE",
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+VARIABLES = tuple(
+    """
+    NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT LOCAL_ADDR RDZV_ID MAX_RESTARTS OMP_NUM_THREADS DRY_RUN PYTHON
+    PET_SIGNALS_TO_HANDLE TORCH_ELASTIC_SHUTDOWN_TIMEOUT TORCH_DISABLE_SHARE_RDZV_TCP_STORE
+    """.split()
 )
 TWO_NODES = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0", "NPROC": "1"}
 
@@ -57,7 +47,8 @@ def fake_python(tmp_path) -> str:
     """An interpreter that says there are 3 GPUs, fails `--check` of bad.yaml, and prints how it was started."""
     path = tmp_path / "fake python"
     path.write_text(
-        '#!/bin/sh\ncase "$*" in *device_count*) echo 3; exit ;; *bad.yaml*--check) echo "error: bad" >&2; exit 2 ;; esac\n'
+        "#!/bin/sh\n"
+        'case "$*" in *device_count*) echo 3; exit ;; *bad.yaml*--check) echo "error: bad" >&2; exit 2 ;; esac\n'
         'echo "pid $$"; for word in "$@"; do echo "word $word"; done; env\n'
     )
     path.chmod(0o755)
@@ -70,9 +61,9 @@ def fake_python(tmp_path) -> str:
 def test_one_machine_checks_then_starts_without_any_address():
     check, command = dry_run(["run.yaml", "--lr", "3e-5"], NPROC="2")
     assert check == "train.py run.yaml --lr 3e-5 --check"
-    assert (
-        command
-        == "-m torch.distributed.run --rdzv-backend=c10d --rdzv-endpoint=FILE --rdzv-conf=store_type=file --nproc-per-node=2 --max-restarts=0 train.py run.yaml --lr 3e-5"
+    assert command == (
+        "-m torch.distributed.run --rdzv-backend=c10d --rdzv-endpoint=FILE --rdzv-conf=store_type=file "
+        "--nproc-per-node=2 --max-restarts=0 train.py run.yaml --lr 3e-5"
     )
 
 
@@ -91,7 +82,7 @@ def test_restarts_and_gpus(fake_python):
     assert "word --nproc-per-node=3\n" in done.stdout, done.stdout + done.stderr
 
 
-def test_words_reach_the_training_as_they_are(fake_python):
+def test_arguments_reach_the_training_unchanged(fake_python):
     words = ["my run.yaml", "--train_path", "data/*.csv", "", "it's"]
     out = start(words, NPROC="1", PYTHON=fake_python).stdout.split("pid ")[-1]
     started = [line.removeprefix("word ") for line in out.splitlines() if line.startswith("word ")]
@@ -116,7 +107,7 @@ def test_environment_of_the_workers(fake_python):
     assert environment(**TWO_NODES)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
-def test_torchrun_takes_the_place_of_the_script(fake_python):
+def test_torchrun_replaces_the_script_process(fake_python):
     """So that a signal to the script's process is one to torchrun."""
     process = subprocess.Popen(
         [str(SCRIPT)], env=os.environ | {"NPROC": "1", "PYTHON": fake_python}, stdout=subprocess.PIPE, text=True
@@ -124,7 +115,7 @@ def test_torchrun_takes_the_place_of_the_script(fake_python):
     assert f"pid {process.pid}\n" in process.communicate(timeout=60)[0]
 
 
-def test_torchrun_knows_what_is_set():
+def test_torchrun_knows_the_variables_that_are_set():
     """The installed one reads the two variables; an older one would pass them by."""
     code = (
         "import os; from torch.distributed.run import get_args_parser, config_from_args\n"
@@ -163,7 +154,7 @@ def test_other_machines_join_it():
 
 
 def test_names_sort_by_node_rank():
-    """torchrun ranks machines by the order of their names; the one with NODE_RANK=0 must get rank 0, whatever its address."""
+    """torchrun ranks machines by the order of their names; NODE_RANK=0 must get rank 0, with any address."""
     for first in ("zeus.example.org", "10.0.0.9", "UPPER"):
         names = [
             flags(
@@ -225,7 +216,7 @@ def slurm(tmp_path) -> dict[str, str]:
     }
 
 
-def test_slurm_step_says_all(slurm):
+def test_slurm_step_sets_everything(slurm):
     found = flags(dry_run(["run.yaml"], **slurm)[1])
     assert (found["--nnodes"], found["--rdzv-endpoint"], found["--rdzv-id"]) == ("3", "n7:29500", "4711")
     assert (found["--rdzv-conf"], found["--local-addr"]) == ("is_host=0,read_timeout=600", "~00001")
@@ -233,7 +224,7 @@ def test_slurm_step_says_all(slurm):
     assert (first["--rdzv-conf"], first["--local-addr"]) == ("is_host=1,read_timeout=600", "n7")
 
 
-def test_own_settings_go_over_slurms(slurm):
+def test_own_settings_override_slurm(slurm):
     found = flags(dry_run(["run.yaml"], **slurm, NNODES="2", NODE_RANK="0", MASTER_ADDR="head", RDZV_ID="mine")[1])
     assert (found["--nnodes"], found["--rdzv-endpoint"], found["--rdzv-id"], found["--rdzv-conf"]) == (
         "2",
