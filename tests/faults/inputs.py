@@ -21,6 +21,8 @@ from tests.support import tiny
 from tests.support.bad_tables import Rows, read_rows
 from tests.support.fault_matrix import Figures
 
+HEADER = ["row_id", "text", "age", "amount", "kind", "label"]
+
 
 @dataclass(frozen=True)
 class Done:
@@ -87,6 +89,18 @@ def write_rows(path: Path, rows: Rows) -> Path:
 def rows_of(name: str, num_classes: int = 2) -> Rows:
     """The cells of one of the tables, header first: train, val or test."""
     return read_rows(trained(num_classes) / f"{name}.csv")
+
+
+def table_of(**columns: list[str]) -> Rows:
+    """A table with the given columns; the others have the same plain cell in each row."""
+    plain = {"text": "refund now", "age": "30", "amount": "1.5", "kind": "a", "label": "1"}
+    length = len(next(iter(columns.values())))
+    cells = {
+        name: columns.get(name)
+        or ([plain[name]] * length if name in plain else [f"r{index}" for index in range(length)])
+        for name in HEADER
+    }
+    return [HEADER, *map(list, zip(*cells.values(), strict=True))]
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:

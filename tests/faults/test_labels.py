@@ -1,4 +1,4 @@
-"""D11 to D13: labels that are none of the classes, one class alone, ids on both sides of a split."""
+"""D11 to D13: labels outside the classes, one class alone, ids on both sides of a split."""
 
 import shutil
 from pathlib import Path
@@ -25,11 +25,11 @@ from tests.support.fault_matrix import Figures, row
 pytestmark = pytest.mark.fault
 
 
-def with_labels(part: str, labels: dict[int, str]) -> Rows:
+def with_labels(split: str, labels: dict[int, str]) -> Rows:
     """A table with other labels in some rows, counted from 1."""
-    rows = rows_of(part)
-    for place, label in labels.items():
-        rows[place][-1] = label
+    rows = rows_of(split)
+    for index, label in labels.items():
+        rows[index][-1] = label
     return rows
 
 
@@ -72,8 +72,8 @@ LABELS = {
         {12: "2", 20: "2", 21: "2", 22: "2"},
         [" row 12 (line 13), ", "for the first time (4 such rows; also ", " row 20 (line 21), ", " row 21 (line 22))"],
     ),
-    "a word beside numbers": ("train", {6: "True"}, [" row 6 (line 7), " + COUNT + "'0', '1', 'True'"]),
-    "1.0 beside 1": (
+    "a word among numbers": ("train", {6: "True"}, [" row 6 (line 7), " + COUNT + "'0', '1', 'True'"]),
+    "1.0 next to 1": (
         "train",
         {40: "1.0", 41: "1.0"},
         [
@@ -81,9 +81,9 @@ LABELS = {
             " row 41 (line 42))",
         ],
     ),
-    "01 beside 1": ("train", {40: "01"}, [" row 40 (line 41), " + SPELLING + "'01' and '1'"]),
-    "+1 beside 1": ("train", {40: "+1"}, [" row 40 (line 41), " + SPELLING]),
-    "a space beside 1": ("train", {40: " 1"}, [" row 40 (line 41), " + SPELLING]),
+    "01 next to 1": ("train", {40: "01"}, [" row 40 (line 41), " + SPELLING + "'01' and '1'"]),
+    "+1 next to 1": ("train", {40: "+1"}, [" row 40 (line 41), " + SPELLING]),
+    "a space next to 1": ("train", {40: " 1"}, [" row 40 (line 41), " + SPELLING]),
     "01 in validation": ("val", {3: "01"}, [" row 3 (line 4), " + KNOWN + "'01'"]),
 }
 
@@ -97,9 +97,9 @@ def test_D11_labels(tmp_path: Path) -> Figures:
     figures = Figures()
     encoder = shutil.copytree(trained() / "encoder", tmp_path / "encoder")
     (encoder / "model.safetensors").unlink()  # loading it would be another error
-    for case, (part, labels, expected) in LABELS.items():
-        path = write_rows(tmp_path / f"{part}.csv", with_labels(part, labels))
-        training_refuses(figures, case, tmp_path, [str(path), *expected], encoder=encoder, **{f"{part}_path": path})
+    for case, (split, labels, expected) in LABELS.items():
+        path = write_rows(tmp_path / f"{split}.csv", with_labels(split, labels))
+        training_refuses(figures, case, tmp_path, [str(path), *expected], encoder=encoder, **{f"{split}_path": path})
     for num_classes in (3, 5):
         expected = [
             f"column 'label': expected {num_classes} classes (num_classes) in the training rows, found 2: '0', '1'"
@@ -135,18 +135,14 @@ def test_D11_labels(tmp_path: Path) -> Figures:
 @row("D12", "one class only in the training rows", "exit code 2, one line; also where a sample leaves one class out")
 def test_D12_one_class_in_train(tmp_path: Path) -> Figures:
     figures = Figures()
-    part, edit, expected = TRAINING_TABLES["one class only"]
-    path = write_rows(tmp_path / "train.csv", edit(rows_of(part)))
+    split, edit, expected = TRAINING_TABLES["one class only"]
+    path = write_rows(tmp_path / "train.csv", edit(rows_of(split)))
     for changes in ({}, {"val_path": [], "val_fraction": 0.3}, {"is_binary": False, "num_classes": 3}):
-        words = (
-            expected
-            if not changes.get("num_classes")
-            else ["column 'label': all training rows have the label '1', expected 3 classes"]
-        )
+        three = ["column 'label': all training rows have the label '1', expected 3 classes"]
+        words = three if changes.get("num_classes") else expected
         training_refuses(figures, f"one class, {changes}", tmp_path, [str(path), *words], train_path=path, **changes)
-    path = write_rows(
-        tmp_path / "train.csv", cell(1, "label", "0")(edit(rows_of(part)))
-    )  # one row of class 0, which a sample may miss
+    # one row of class 0, which a sample may not contain
+    path = write_rows(tmp_path / "train.csv", cell(1, "label", "0")(edit(rows_of(split))))
     outcomes = set()
     for seed in range(4):
         changes = {"train_path": path, "max_train_rows": 8, "seed": seed}
@@ -156,7 +152,7 @@ def test_D12_one_class_in_train(tmp_path: Path) -> Figures:
                 "max_train_rows: expected rows of every class, found none of class '0' among 8 sampled training rows"
             ]
             training_refuses(figures, f"sample of seed {seed}", tmp_path, expected, **changes)
-    figures.count(False in outcomes, "no sample missed the class: other seeds are needed")
+    figures.count(False in outcomes, "every sample has the class: other seeds are needed")
     return figures
 
 
@@ -224,12 +220,12 @@ def test_D12_one_class_in_validation(tmp_path: Path) -> Figures:
 
 
 def tables_with_ids(folder: Path, **ids: dict[int, str]) -> dict[str, Path]:
-    """The three tables with ids of their own, but for the given ones (by row, counted from 1)."""
+    """The three tables with unique ids, except for the given ones (by row, counted from 1)."""
     paths = {}
     for name in ("train", "val", "test"):
         rows = rows_of(name)
-        for place, line in enumerate(rows[1:], start=1):
-            line[0] = ids.get(name, {}).get(place, f"{name}-{place}")
+        for index, line in enumerate(rows[1:], start=1):
+            line[0] = ids.get(name, {}).get(index, f"{name}-{index}")
         paths[f"{name}_path"] = write_rows(folder / f"{name}.csv", rows)
     return paths
 
@@ -262,8 +258,9 @@ def test_D13_shared_ids(tmp_path: Path) -> Figures:
         )
         found[case] = (warnings_of(done), folder)
 
-    def warning(folder: Path, part: str, count: int, other: str, first: int) -> str:
-        return f"warning: {part}: {count} rows have an id of a {other} row, first {folder / part}.csv row {first} (line {first + 1})"
+    def warning(folder: Path, split: str, count: int, other: str, first: int) -> str:
+        location = f"{folder / split}.csv row {first} (line {first + 1})"
+        return f"warning: {split}: {count} rows have an id of a {other} row, first {location}"
 
     for case, expected in {
         "none": [],
@@ -275,7 +272,7 @@ def test_D13_shared_ids(tmp_path: Path) -> Figures:
     }.items():
         lines, folder = found[case]
         figures.count(lines == [warning(folder, *words) for words in expected], f"{case}: {lines}")
-    paths = tables_with_ids(tmp_path, train={place: f"pair-{place // 2}" for place in range(1, 65)})
+    paths = tables_with_ids(tmp_path, train={index: f"pair-{index // 2}" for index in range(1, 65)})
     done = train_run(
         figures,
         "one file",
