@@ -50,9 +50,9 @@ def section(report: dict, name: str) -> Element:
 def row_of(table_text: Element, head: str) -> list[str]:
     """The cells of the first row that begins with `head`."""
     return next(
-        [cell.text for cell in row.parts]
+        [cell.text for cell in row.children]
         for row in table_text.all("tr")
-        if isinstance(row.parts[0], Element) and row.parts[0].text == head
+        if isinstance(row.children[0], Element) and row.children[0].text == head
     )
 
 
@@ -206,7 +206,7 @@ def test_confusion_has_each_class_and_the_pairs_taken_for_each_other():
     report = reports.report(["a", "b", "c"], [[80, 15, 5], [0, 50, 0], [30, 0, 70]])
     part = section(report, "confusion")
     pairs = next(table for table in part.all("table") if "Most often" in table.text)
-    assert [[cell.text for cell in row.parts] for row in pairs.all("tr")][1:] == [
+    assert [[cell.text for cell in row.children] for row in pairs.all("tr")][1:] == [
         ["c", "a", "30", "30.0%"],
         ["a", "b", "15", "15.0%"],
         ["a", "c", "5", "5.0%"],
@@ -222,7 +222,7 @@ def test_the_most_frequent_of_very_many_classes_are_drawn():
     part = section(report, "confusion")
     assert "Of 60 classes the 40 most frequent ones are drawn." in part.text
     [folded] = part.all("details")
-    assert [row.parts[0].text for row in folded.all("tr")][1:] == names[20:]
+    assert [row.children[0].text for row in folded.all("tr")][1:] == names[20:]
 
 
 def test_training_names_the_best_step():
@@ -237,7 +237,7 @@ def test_slices_say_what_is_left_out_and_why_a_figure_is_missing():
     report = reports.binary_report()
     part = section(report, "slices")
     assert "only one class in the labels" in part.text and "left" not in part.text
-    assert [row.parts[2].text[:6] for row in part.all("tr")][1:3] == ["0.8553", "0.8621"]
+    assert [row.children[2].text[:6] for row in part.all("tr")][1:3] == ["0.8553", "0.8621"]
     report["slices"]["rows"] = reports.slice_rows(["0", "1"], ["a", "b"], 150)
     part = section(report, "slices")
     assert (
@@ -324,10 +324,10 @@ def test_headings_ids_and_landmarks(html):
 def test_tables_have_captions_and_scopes_and_boxes_names_for_the_keyboard(html):
     root = tree_of(html)
     for table in root.all("table"):
-        assert table.parts[0].tag == "caption" and table.parts[0].text
+        assert table.children[0].tag == "caption" and table.children[0].text
         assert all(cell.attributes.get("scope") in ("col", "row") for cell in table.all("th"))
-        widths = {len(row.parts) for row in table.all("tr")}
-        assert len(widths) == 1, table.parts[0].text
+        widths = {len(row.children) for row in table.all("tr")}
+        assert len(widths) == 1, table.children[0].text
     boxes = [element for element in root.all() if element.classes & {"scroll", "long"}]
     assert all(
         box.attributes.get("tabindex") == "0"

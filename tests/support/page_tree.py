@@ -1,6 +1,4 @@
-"""A page as a tree of elements, read by a parser that takes no unclosed or misplaced tag."""
-
-from __future__ import annotations
+"""A page as a tree of elements, read by a parser that accepts no unclosed or misplaced tag."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,19 +10,19 @@ VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 
 @dataclass
 class Element:
-    """`parts`: texts and elements in order."""
+    """`children`: texts and elements in order."""
 
     tag: str
     attributes: dict[str, str | None]
-    parts: list[Element | str] = field(default_factory=list)
+    children: list["Element | str"] = field(default_factory=list)
 
-    def all(self, tag: str = "") -> Iterator[Element]:
+    def all(self, tag: str = "") -> Iterator["Element"]:
         """This element and those inside, in the order of the page."""
         if tag in ("", self.tag):
             yield self
-        for part in self.parts:
-            if isinstance(part, Element):
-                yield from part.all(tag)
+        for child in self.children:
+            if isinstance(child, Element):
+                yield from child.all(tag)
 
     @property
     def classes(self) -> set[str]:
@@ -32,7 +30,7 @@ class Element:
 
     @property
     def text(self) -> str:
-        return "".join(part if isinstance(part, str) else part.text for part in self.parts)
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
 
 class _Reader(HTMLParser):
@@ -44,19 +42,19 @@ class _Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         assert len({name for name, _ in attrs}) == len(attrs), f"<{tag}>: an attribute twice: {attrs}"
         element = Element(tag, dict(attrs))
-        self.open[-1].parts.append(element)
+        self.open[-1].children.append(element)
         if tag not in VOID:
             self.open.append(element)
 
     def handle_startendtag(self, tag, attrs):
-        self.open[-1].parts.append(Element(tag, dict(attrs)))
+        self.open[-1].children.append(Element(tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
         self.open.pop()
 
     def handle_data(self, data):
-        self.open[-1].parts.append(data)
+        self.open[-1].children.append(data)
 
     def handle_comment(self, data):
         raise AssertionError(f"a comment: {data!r}")
@@ -64,7 +62,7 @@ class _Reader(HTMLParser):
 
 @lru_cache(maxsize=2)
 def tree_of(html: str) -> Element:
-    """For reading only: the next call gives the same tree. Raises AssertionError where tags do not match."""
+    """Do not change the tree, it is cached. Raises AssertionError where tags do not match."""
     reader = _Reader()
     reader.feed(html)
     reader.close()
