@@ -1,6 +1,6 @@
-"""What a cell says: the text of a typed value, the one normal form of category and label cells, words for true and false.
+"""Typed values as text, and the normal form in which category and label cells are compared.
 
-Ids, groups and texts have no normal form: they are compared and kept byte for byte.
+Ids, groups and texts have no normal form: they are compared and stored byte for byte.
 """
 
 import math
@@ -14,58 +14,57 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# A boolean as JSON and Parquet, Python and pandas, or R and spreadsheets write it.
+# Booleans as JSON and Parquet, as Python and pandas, and as R and spreadsheets write them -> normal form.
 BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
 DIGITS = {"true": "1", "false": "0"}
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
-WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # 1.0: what pandas makes of 1 in a column with missing values
-# date, time, fraction of a second, zone: pandas writes as many digits of the fraction as the longest of a column needs
-POINT_IN_TIME = re.compile(
+WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # 1.0: pandas writes 1 so in a column with missing values
+# date, time, fraction of a second, time zone; pandas pads the fractions of a column to the same number of digits
+TIMESTAMP = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?"
 )
 DURATION = re.compile(r"(-?[0-9]+ days)(?: (\+?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?)?")  # as pandas writes it
 
 
 def normal_form(cell: str) -> str:
-    """The text by which a category or label cell is compared: equal for cells that mean the same in different formats.
+    """The text by which a category or label cell is compared: equal for one value written by different formats.
 
-    Composed letters (Unicode NFC); true and false in lower case; 1.0 and -3.00 as 1 and -3; a point in time at midnight as
-    its date, others and durations without what is 0 at their end. All other texts stay as they are, also 007, 1e5 and 1_0. The normal form of a normal form is itself.
+    Unicode NFC; true and false in lower case; 1.0 and -3.00 as 1 and -3; a timestamp at midnight as its date; other
+    timestamps and durations without trailing zeros of the fraction. All other texts are unchanged, also 007, 1e5 and
+    1_0. The function is idempotent.
     """
     if cell.isascii():
         if cell in BOOLEANS:
             return BOOLEANS[cell]
         if found := WHOLE_FLOAT.fullmatch(cell):
             return "0" if found[1] == "-0" else found[1]
-        if found := POINT_IN_TIME.fullmatch(cell):
+        if found := TIMESTAMP.fullmatch(cell):
             date, time, fraction, zone = found.groups(default="")
-            return (
-                _trimmed(date, time, fraction)
-                if not zone
-                else f"{date} {time}{_digits(fraction)}{'+00:00' if zone == 'Z' else zone}"
-            )
+            if not zone:
+                return _drop_zero_time(date, time, fraction)
+            return f"{date} {time}{_drop_zeros(fraction)}{'+00:00' if zone == 'Z' else zone}"
         if found := DURATION.fullmatch(cell):
-            return _trimmed(*found.groups(default=""))
+            return _drop_zero_time(*found.groups(default=""))
         return cell
     return unicodedata.normalize("NFC", cell)
 
 
-def _trimmed(days: str, time: str, fraction: str) -> str:
-    """A point in time or a duration, without a time of 0."""
-    time += _digits(fraction)
+def _drop_zero_time(days: str, time: str, fraction: str) -> str:
+    """A timestamp or a duration; only its date or days where the rest is 0."""
+    time += _drop_zeros(fraction)
     return days if time in ("", "00:00:00") else f"{days} {time}"
 
 
-def _digits(fraction: str) -> str:
-    """The fraction of a second without zeros at its end."""
+def _drop_zeros(fraction: str) -> str:
     return fraction.rstrip("0").rstrip(".")
 
 
 def index_by_form(index_of: Mapping[str, int]) -> dict[str, int]:
     """Normal form -> index of the first value of `index_of` that has it.
 
-    A column of true and false is often stored as 1 and 0, and the other way round: values that a table does not have
-    itself stand for those that it has. A column with other whole numbers counts something, and true is none of them.
+    A column of true and false is often stored as 1 and 0, or the other way round: where `index_of` has one of these
+    pairs, the other is added with the same indices. 1 and 0 next to other whole numbers are counts or codes, and are
+    not taken for true and false.
     """
     by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
     if not by_form.keys() & DIGITS.values():
@@ -78,18 +77,18 @@ def index_by_form(index_of: Mapping[str, int]) -> dict[str, int]:
 
 
 def text_of(value: Any) -> str:
-    """The text of a typed cell: "" for a missing value, true/false, whole numbers exactly, other numbers at their shortest.
+    """The text of a typed cell: true or false, integers exactly, other numbers as shortest decimals, "" where missing.
 
-    Missing are None, NaN of any type, NaT and pandas' NA.
-    Raises `ValueError` for what is no single value (a list, an object, bytes that are not UTF-8) and for text with a NUL character.
+    Missing values are None, NaN of any type, NaT and pandas' NA. Raises `ValueError` for a value that is not a scalar
+    (a list, an object), for bytes that are not UTF-8, and for text with a NUL character.
     """
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError("a NUL character")
-        return value if type(value) is str else str(value)  # without the class of a numpy string
+        return value if type(value) is str else str(value)  # a numpy string as a plain str
     if value is None:
         return ""
-    kind = type(value)  # the exact types first: nearly all cells, and many of them
+    kind = type(value)  # the exact types first: they are nearly all cells, and this runs once a cell
     if kind is int:
         return str(value)
     if kind is float:
@@ -102,18 +101,16 @@ def text_of(value: Any) -> str:
         return ""
     if isinstance(value, np.bool_):
         return "true" if value else "false"
-    if isinstance(value, (int, np.integer)) and not isinstance(
-        value, np.timedelta64
-    ):  # numpy counts a timedelta among the integers
+    if isinstance(value, (int, np.integer)) and not isinstance(value, np.timedelta64):  # a subclass of np.integer
         return str(int(value))
     if isinstance(value, (float, np.floating)):
-        return repr(float(value)) if isinstance(value, float) else str(value)  # float32: its own shortest text
+        return repr(float(value)) if isinstance(value, float) else str(value)  # of float32 its own shortest decimal
     if isinstance(value, bytes):
         return text_of(value.decode("utf-8"))
     if isinstance(value, (np.datetime64, datetime)):
-        return _text_or_own(pd.Timestamp, value)
+        return _text_by_pandas(pd.Timestamp, value)
     if isinstance(value, (np.timedelta64, timedelta)):
-        return _text_or_own(pd.Timedelta, value)
+        return _text_by_pandas(pd.Timedelta, value)
     return str(value)
 
 
@@ -127,8 +124,8 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, (np.datetime64, np.timedelta64)) and bool(np.isnat(value))
 
 
-def _text_or_own(kind: type, value: Any) -> str:
-    """A point in time or a duration as pandas writes it into a CSV; outside its range, as its own type writes it."""
+def _text_by_pandas(kind: type, value: Any) -> str:
+    """A timestamp or a duration as pandas writes it into a CSV; outside pandas' range as its own type writes it."""
     try:
         return str(kind(value))
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Records of a CSV or TSV file, what spreadsheets leave behind in it, and quotes that are none."""
+"""Records of a CSV or TSV file: checked row lengths, spreadsheet leftovers, quotes that do not quote."""
 
 import csv
 import logging
@@ -10,7 +10,7 @@ from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, BadLine, row_location,
 
 AUTO, STANDARD, NONE = "auto", "standard", "none"  # values of tsv_quoting
 TAB = "\t"
-SEPARATORS = {  # that are not the file's: name, advice
+SEPARATORS = {  # one that the file seems to have instead of its own -> name, advice
     ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
     "\t": ("tabs", "name the file .tsv"),
     "|": ("vertical bars", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
@@ -19,30 +19,36 @@ SEPARATORS = {  # that are not the file's: name, advice
 
 logger = logging.getLogger(__name__)
 
-Record = tuple[int, list[str]]  # line where it begins, cells
+Record = tuple[int, list[str]]  # line on which it begins, cells
 
 
 def csv_header(path: str, delimiter: str, tsv_quoting: str) -> list[str] | None:
-    """Column names, without empty ones at the end; None for an empty file. Raises `InputError`, also for a line `sep=;`."""
+    """Column names, without empty ones at the end; None for an empty file.
+
+    Raises `InputError` for an unreadable header, and for a line `sep=;` in its place, which Excel writes.
+    """
     first = next(_records(path, delimiter, tsv_quoting), None)
     if first is None:
         return None
     header = first[1]
     if header[0].lower().startswith("sep=") and not any(header[1:]):
+        found = f"expected column names, found {header[0]!r}, a line for spreadsheets"
         advice = f"remove it, and separate cells by {'tabs' if delimiter == TAB else 'commas'}"
-        raise InputError(
-            f"{row_location(path, 0, first[0])}: expected column names, found {header[0]!r}, a line for spreadsheets: {advice}"
-        )
-    return _named(header)
+        raise InputError(f"{row_location(path, 0, first[0])}: {found}: {advice}")
+    return _strip_unnamed(header)
 
 
 def csv_rows(
     path: str, delimiter: str, columns: Sequence[str], tsv_quoting: str
 ) -> Iterator[tuple[int, Sequence[str]]]:
-    """Rows of `columns`. Raises `InputError` for a ragged row, broken quoting, a blank line or separators alone between rows."""
+    """(line, cells of `columns`) of each row.
+
+    Raises `InputError` for a row of another length than the header, broken quoting, and a blank line or a line of
+    separators alone between rows.
+    """
     records = _records(path, delimiter, tsv_quoting)
     _, header = next(records)
-    num_named = len(_named(header))
+    num_named = len(_strip_unnamed(header))
     if num_named < len(header):
         logger.info("%s: %d columns without a name at the end are ignored", path, len(header) - num_named)
     indices = [header.index(column) for column in columns]
@@ -54,14 +60,14 @@ def csv_rows(
                 f"{row_location(path, row, line)}: expected {len(header)} cells as in the header, found {len(cells)}"
             )
         if num_named < len(header) - 1 and any(cells[num_named:]):
-            cell = next(filter(None, cells[num_named:]))
-            raise InputError(
-                f"{row_location(path, row, line)}: expected no cell under the empty names at the end of the header, found {format_for_message(cell)}"
-            )
+            found = format_for_message(next(filter(None, cells[num_named:])))
+            expected = "expected no cell under the empty names at the end of the header"
+            raise InputError(f"{row_location(path, row, line)}: {expected}, found {found}")
         yield line, pick(cells)
 
 
-def _named(header: list[str]) -> list[str]:
+def _strip_unnamed(header: list[str]) -> list[str]:
+    """The header without the empty names at its end."""
     count = len(header)
     while count > 1 and not header[count - 1]:
         count -= 1
@@ -69,12 +75,12 @@ def _named(header: list[str]) -> list[str]:
 
 
 def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
-    """The header, then the rows. Blank lines and, with several columns, separators alone are allowed at the end of a file only."""
+    """The header, then the rows. Blank lines and (with several columns) separators alone only at the end."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     is_auto = delimiter == TAB and tsv_quoting == AUTO
     quoting = csv.QUOTE_NONE if delimiter == TAB and tsv_quoting == NONE else csv.QUOTE_MINIMAL
-    line_cells: list[int] = []  # of each line of the record, if the line were a record of its own
-    lines = _counted(text_lines(path), line_cells) if is_auto else text_lines(path)
+    line_cells: list[int] = []  # for each line of the current record: its cells if it were a record of its own
+    lines = _count_cells(text_lines(path), line_cells) if is_auto else text_lines(path)
     reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     row, num_columns, num_blank, blank_line, blank_kind = 0, 0, 0, 0, ""
     while True:
@@ -86,7 +92,7 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
             break
         except csv.Error as error:
             other = _other_separator(path, delimiter) if row == 0 else None
-            raise InputError(f"{row_location(path, row, line)}: {other or _problem(str(error), is_auto)}") from None
+            raise InputError(f"{row_location(path, row, line)}: {other or _explain(str(error), is_auto)}") from None
         except BadLine as error:
             raise InputError(f"{row_location(path, row, reader.line_num + 1)}: {error}") from None
         if not cells or (num_columns > 1 and not any(cells)):
@@ -95,12 +101,11 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
             num_blank += bool(cells)
             continue
         if blank_line:
-            hint = {0: "remove it", 1: 'an empty cell alone is written ""'}.get(
-                num_columns, "remove it, or give the row an id"
-            )
+            hints = {0: "remove it", 1: 'an empty cell alone is written ""'}
+            hint = hints.get(num_columns, "remove it, or give the row an id")
             raise InputError(f"{row_location(path, row, blank_line)}: expected a row, found {blank_kind} ({hint})")
         if is_auto and len(line_cells) > 1 and num_columns:
-            _check_span(line_cells, num_columns, row_location(path, row, line))
+            _check_quoted_lines(line_cells, num_columns, row_location(path, row, line))
         yield line, cells
         num_columns = num_columns or len(cells)
         row += 1
@@ -108,47 +113,46 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
         logger.info("%s: %d rows of separators alone at the end are ignored", path, num_blank)
 
 
-def _counted(lines: Iterator[str], line_cells: list[int]) -> Iterator[str]:
-    """The same lines; appends the number of cells that each has without quoting, 0 for a blank line."""
+def _count_cells(lines: Iterator[str], line_cells: list[int]) -> Iterator[str]:
+    """The same lines; appends to `line_cells` the cells that each would have without quoting, 0 for a blank line."""
     for text in lines:
         line_cells.append(0 if text[0] in "\r\n" else text.count(TAB) + 1)
         yield text
 
 
-def _check_span(line_cells: Sequence[int], num_columns: int, prefix: str) -> None:
-    """Raise `InputError` for a quoted cell of several lines which may be rows of their own, swallowed by a quote that is only a quote."""
+def _check_quoted_lines(line_cells: Sequence[int], num_columns: int, prefix: str) -> None:
+    """Raise `InputError` for a quoted cell of several lines that may be rows: its quote may be only a character."""
     if num_columns == 1:
-        is_ambiguous = 0 not in line_cells  # a blank line is no row of a column
+        is_ambiguous = 0 not in line_cells  # a blank line cannot be a row
     else:
         is_ambiguous = line_cells[0] == num_columns and num_columns in line_cells[1:]
     if is_ambiguous:
         raise InputError(
-            f"{prefix}: a quote opens a cell that ends {len(line_cells) - 1} lines later, and lines in it have {num_columns} cells as rows do; "
-            f"if the file has no quoting: tsv_quoting none (--tsv_quoting none); if cells do have line breaks: standard"
+            f"{prefix}: a quote opens a cell that ends {len(line_cells) - 1} lines later, "
+            f"and lines in it have {num_columns} cells as rows do; "
+            "if the file has no quoting: tsv_quoting none (--tsv_quoting none); if cells do have line breaks: standard"
         )
 
 
 def _other_separator(path: str, delimiter: str) -> str | None:
-    """What is wrong with a header that cannot be read, where its quoted names have another separator between them."""
+    """The problem of a header that cannot be read, where its quoted names have another separator between them."""
     header = next(text_lines(path))
-    found = next(
-        (
-            other
-            for other in SEPARATORS
-            if other != delimiter and f'"{other}"' in header and f'"{delimiter}"' not in header
-        ),
-        None,
-    )
-    return None if found is None else f"cells seem to be separated by {SEPARATORS[found][0]}; {SEPARATORS[found][1]}"
+    if f'"{delimiter}"' in header:
+        return None
+    for other, (name, advice) in SEPARATORS.items():
+        if other != delimiter and f'"{other}"' in header:
+            return f"cells seem to be separated by {name}; {advice}"
+    return None
 
 
-def _problem(message: str, is_auto: bool) -> str:
-    """What the csv module means."""
+def _explain(message: str, is_auto: bool) -> str:
+    """An error of the csv module in the user's terms."""
     advice = "; if the file has no quoting: tsv_quoting none (--tsv_quoting none)" if is_auto else ""
     if "end of data" in message:
         return f"the quoted cell that begins here is never closed{advice}"
     if "field limit" in message:
-        return f"expected cells of at most {MAX_CELL_CHARACTERS:,} characters, found a longer one (a quote that is never closed?){advice}"
+        expected = f"expected cells of at most {MAX_CELL_CHARACTERS:,} characters"
+        return f"{expected}, found a longer one (a quote that is never closed?){advice}"
     if "new-line character" in message:
         return r"broken quoting (a carriage return outside quotes; lines end with \n or \r\n)"
     return f"broken quoting ({message}){advice}"

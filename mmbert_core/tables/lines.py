@@ -1,4 +1,4 @@
-"""The lines of a text file, decoded, none longer than memory allows; what a file is that is no text."""
+"""The lines of a text file, decoded and of bounded length; what kind of file it is where it is not text."""
 
 import gzip
 import zlib
@@ -10,14 +10,14 @@ from mmbert_core.runtime.errors import InputError
 from mmbert_core.tables.cells import text_of
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-LATIN = "Windows-1252"  # Latin-1 with curly quotes: what a file that is neither UTF-8 nor wider is most often
-MAX_LINE_BYTES = 2**27  # of one line: a file without line breaks would fill the memory before it is refused
-MAX_CELL_CHARACTERS = 2**26  # of one cell; a book has a few millions
+LATIN = "Windows-1252"  # Latin-1 with curly quotes: the usual encoding of text that is not Unicode
+MAX_LINE_BYTES = 2**27  # without a limit a file without line breaks would fill the memory before it is refused
+MAX_CELL_CHARACTERS = 2**26  # a book has a few millions
 
 EXCEL = "the file is an Excel workbook: save the sheet as CSV UTF-8"
 OPEN_DOCUMENT = "the file is an OpenDocument spreadsheet: save the sheet as CSV UTF-8"
 ZIP = "the file is a ZIP archive: unpack it"
-SIGNATURES = {  # first bytes of a file that is no text -> what it is and what to do; none of them can begin a header
+SIGNATURES = {  # first bytes of a file -> its kind and what to do; no header can begin with them
     b"\x1f\x8b": "the file is packed by gzip: its name should end in .gz",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": EXCEL,  # .xls
     b"PK\x05\x06": ZIP,
@@ -45,11 +45,11 @@ SIGNATURES = {  # first bytes of a file that is no text -> what it is and what t
 
 
 class BadLine(Exception):
-    """A line that is no text. Its number and row are added by the reader that asked for it."""
+    """A line that cannot be read as text. The reader that catches it adds the row and the line number."""
 
 
 def short_text_of(value: Any) -> str:
-    """`text_of` for a value from a file. Raises `ValueError` for more than MAX_CELL_CHARACTERS, too."""
+    """`text_of` for a value from a file. Raises `ValueError` also for more than MAX_CELL_CHARACTERS."""
     text = text_of(value)
     if len(text) > MAX_CELL_CHARACTERS:
         raise ValueError(f"{len(text):,} characters, more than {MAX_CELL_CHARACTERS:,}")
@@ -57,9 +57,12 @@ def short_text_of(value: Any) -> str:
 
 
 def row_location(path: str, row: int, line: int = 0) -> str:
-    """File and row at the beginning of a message, `reviews.csv row 17 (line 23)`; row 0 is the header, line 0 a format without lines."""
-    place = "header" if row == 0 else f"row {row}"
-    return f"{path} {place} (line {line})" if line else f"{path} {place}"
+    """File and row at the beginning of a message: `reviews.csv row 17 (line 23)`.
+
+    Row 0 is the header; line 0 means a format without lines.
+    """
+    name = "header" if row == 0 else f"row {row}"
+    return f"{path} {name} (line {line})" if line else f"{path} {name}"
 
 
 def is_gzip_name(path: str) -> bool:
@@ -67,7 +70,7 @@ def is_gzip_name(path: str) -> bool:
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """The bytes of a file, unpacked where its name ends in .gz. Raises `InputError` when it cannot be opened."""
+    """The bytes of a file, decompressed where its name ends in .gz. Raises `InputError` when it cannot be opened."""
     try:
         return gzip.open(path, "rb") if is_gzip_name(path) else open(path, "rb", buffering=1 << 20)
     except OSError as error:
@@ -75,20 +78,20 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 def text_lines(path: str) -> Iterator[str]:
-    """Lines with their line breaks, decoded one by one so that an undecodable byte has a position.
+    """Lines with their line breaks, decoded one by one so that a message can give the position of an invalid byte.
 
-    Raises `BadLine` for a file that is no text, bytes that are not UTF-8, a NUL byte, and a line of more than
+    Raises `BadLine` for a file that is not text, bytes that are not UTF-8, a NUL byte, and a line of more than
     MAX_LINE_BYTES, of which no more is read.
     """
-    offset = 0  # bytes of the (unpacked) file before this line
-    other_encoding = LATIN  # of bytes that are not UTF-8, unless the file begins as UTF-16 or UTF-32
+    offset = 0  # bytes of the decompressed file before this line
+    other_encoding = LATIN  # for the advice, where bytes are not UTF-8
     with open_bytes(path) as stream:
         try:
             for raw in iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""):
                 if offset == 0:
                     if kind := kind_of(raw):
                         raise BadLine(f"expected text; {kind}")
-                    other_encoding = _other_encoding(raw) or other_encoding
+                    other_encoding = _wide_encoding(raw) or other_encoding
                 if len(raw) > MAX_LINE_BYTES:
                     raise BadLine(
                         f"expected lines of at most {MAX_LINE_BYTES:,} bytes, found a longer one: is one record a line?"
@@ -97,8 +100,8 @@ def text_lines(path: str) -> Iterator[str]:
                     text = raw.decode("utf-8") if offset else ""
                 except UnicodeDecodeError:
                     text = ""
-                if not text or "\0" in text:  # the first line, or one that is refused
-                    text = _decoded(raw, offset, other_encoding)
+                if not text or "\0" in text:  # the first line (it may have a byte order mark), or an invalid one
+                    text = _decode(raw, offset, other_encoding)
                 if text:
                     yield text
                 offset += len(raw)
@@ -107,39 +110,37 @@ def text_lines(path: str) -> Iterator[str]:
 
 
 def kind_of(start: bytes) -> str:
-    """What a file is by its first bytes, and what to do; "" for text."""
+    """The kind of a file by its first bytes, and what to do with it; "" for text."""
     if start.startswith(b"PK\x03\x04"):
         name = start[30:]  # of the first file in the archive
         if name.startswith((b"[Content_Types].xml", b"xl/", b"docProps/", b"_rels/")):
             return EXCEL
         return OPEN_DOCUMENT if name.startswith(b"mimetypeapplication/vnd.oasis") else ZIP
-    lower = start[:64].lstrip(BYTE_ORDER_MARK + b" \t\r\n").lower()
-    found = next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), "")
-    return found or next(
-        (kind for signature, kind in SIGNATURES.items() if signature[:1] == b"<" and lower.startswith(signature)), ""
-    )
+    markup = start[:64].lstrip(BYTE_ORDER_MARK + b" \t\r\n").lower()
+    for signature, kind in SIGNATURES.items():
+        if start.startswith(signature) or (signature.startswith(b"<") and markup.startswith(signature)):
+            return kind
+    return ""
 
 
-def _decoded(raw: bytes, offset: int, other_encoding: str) -> str:
-    """The text of a line that begins `offset` bytes into the file."""
+def _decode(raw: bytes, offset: int, other_encoding: str) -> str:
+    """The text of a line that begins `offset` bytes into the file. Raises `BadLine`."""
     skipped = len(BYTE_ORDER_MARK) if offset == 0 and raw.startswith(BYTE_ORDER_MARK) else 0
     try:
         text = raw[skipped:].decode("utf-8") if skipped else raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        at = error.start + skipped
-        raise BadLine(
-            f"expected UTF-8, found byte 0x{raw[at]:02x} at byte {offset + at} of the file; {_advice(other_encoding)}"
-        ) from None
+        index = error.start + skipped
+        found = f"found byte 0x{raw[index]:02x} at byte {offset + index} of the file"
+        raise BadLine(f"expected UTF-8, {found}; {_advice(other_encoding)}") from None
     if "\0" in text:
         advice = f"; {_advice(other_encoding)}" if other_encoding != LATIN else ""
-        raise BadLine(
-            f"expected text, found a NUL byte at byte {offset + skipped + raw[skipped:].index(0)} of the file{advice}"
-        )
+        index = offset + skipped + raw[skipped:].index(0)
+        raise BadLine(f"expected text, found a NUL byte at byte {index} of the file{advice}")
     return text
 
 
-def _other_encoding(start: bytes) -> str:
-    """The encoding of a file of two or four bytes a character, by its mark or by the NUL bytes of its first letter; "" for others."""
+def _wide_encoding(start: bytes) -> str:
+    """UTF-16 or UTF-32, by the byte order mark or the NUL byte of the first letter; "" for any other encoding."""
     if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):

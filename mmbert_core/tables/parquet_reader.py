@@ -11,16 +11,16 @@ from mmbert_core.tables.cells import text_of
 from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, kind_of, row_location, short_text_of
 
 MAX_BATCH_ROWS = 4096
-MAX_BATCH_BYTES = 2**24  # of all columns of a batch, as the file's metadata has them
-MAX_DICTIONARY_BYTES = 2**16  # of a text, on average over the rows
+MAX_BATCH_BYTES = 2**24  # decompressed, of all columns of a batch
+MAX_DICTIONARY_BYTES = 2**16  # of a text, mean over the rows, up to which its column is read as a dictionary
 MAX_ERROR_CHARACTERS = 120  # of pyarrow's message in ours
-READ_BYTES = 2**20  # of a column at a time; without it a column of a row group is in memory as a whole
-# of pyarrow, all subclasses of these, and of text in a damaged file that is not UTF-8
+READ_BYTES = 2**20  # of a column at a time; without a limit pyarrow reads a whole column of a row group
+# bases of all errors of pyarrow; ValueError also for text that is not UTF-8
 READ_ERRORS = (OSError, ValueError, OverflowError, LookupError, NotImplementedError, TypeError)
 
 
 def open_parquet(path: str, **options: Any) -> Any:
-    """A `pyarrow.parquet.ParquetFile`. Raises `InputError`: pyarrow is not there, or the file is not Parquet."""
+    """A `pyarrow.parquet.ParquetFile`. Raises `InputError` without pyarrow, and for a file that is not Parquet."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -28,9 +28,7 @@ def open_parquet(path: str, **options: Any) -> Any:
     try:
         return parquet.ParquetFile(path, **options)
     except READ_ERRORS as error:
-        raise InputError(
-            f"{path}: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)}){_other_kind(path)}"
-        ) from None
+        raise InputError(f"{path}: {_cannot_read(error)}{_other_kind(path)}") from None
 
 
 def parquet_header(path: str) -> list[str]:
@@ -39,13 +37,13 @@ def parquet_header(path: str) -> list[str]:
     try:
         return list(file.schema_arrow.names)
     except READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)})") from None
+        raise InputError(f"{path}: {_cannot_read(error)}") from None
 
 
 def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
-    """Rows of `columns`, which the file has. Raises `InputError` with path, row and column for what cannot be read.
+    """Rows of `columns`, which the file must have. Raises `InputError` with path, row and column.
 
-    Memory: a batch, and what pyarrow itself takes to decode a page (1,024 values or more, at most 2 GiB by the format).
+    Memory: a batch, and what pyarrow takes to decode a page (1,024 values or more, at most 2 GiB by the format).
     """
     file = open_parquet(path)
     try:
@@ -53,8 +51,10 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
             _bytes_per_row(file.metadata.row_group(group), columns) for group in range(file.metadata.num_row_groups)
         ]
     except READ_ERRORS as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)})") from None
-    file = open_parquet(path, read_dictionary=_dictionary_columns(file, columns, sizes), buffer_size=READ_BYTES)
+        raise InputError(f"{path}: {_cannot_read(error)}") from None
+    # pyarrow takes these options only when it opens a file; the metadata is not read again
+    options = {"read_dictionary": _dictionary_columns(file, columns, sizes), "buffer_size": READ_BYTES}
+    file = open_parquet(path, metadata=file.metadata, **options)
     row = 0
     for group, size_of in enumerate(sizes):
         if (column := next((name for name, size in size_of.items() if size > MAX_CELL_CHARACTERS), None)) is not None:
@@ -68,9 +68,7 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
             except StopIteration:
                 break
             except READ_ERRORS as error:
-                raise InputError(
-                    f"{row_location(path, row + 1)} or after: cannot be read as Parquet ({shorten(str(error), MAX_ERROR_CHARACTERS)})"
-                ) from None
+                raise InputError(f"{row_location(path, row + 1)} or after: {_cannot_read(error)}") from None
             cells = [_cells(batch, column, first_row=row + 1, path=path) for column in columns]
             row += batch.num_rows
             yield from map(list, zip(*cells, strict=True))
@@ -78,7 +76,12 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
         raise InputError(f"{path}: expected {file.metadata.num_rows} rows, as the file's metadata says, found {row}")
 
 
+def _cannot_read(error: Exception, kind: object = "Parquet") -> str:
+    return f"cannot be read as {kind} ({shorten(str(error), MAX_ERROR_CHARACTERS)})"
+
+
 def _other_kind(path: str) -> str:
+    """What the file is instead of Parquet, for the end of a message; "" where that is not known."""
     try:
         with open(path, "rb") as stream:
             kind = kind_of(stream.read(512))
@@ -88,33 +91,29 @@ def _other_kind(path: str) -> str:
 
 
 def _bytes_per_row(group: Any, columns: Sequence[str]) -> dict[str, float]:
-    """Column -> bytes of a row on average, unpacked, as a row group's metadata has them; repeated values may count once."""
+    """Column -> decompressed bytes of a row, mean over the row group, from its metadata.
+
+    Values that a dictionary holds once count once.
+    """
     sizes = dict.fromkeys(columns, 0.0)
     for index in range(group.num_columns):
         chunk = group.column(index)
-        column = next(
-            (name for name in columns if chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")),
-            None,
-        )
+        path = chunk.path_in_schema  # of a nested column `name.field`
+        column = next((name for name in columns if path == name or path.startswith(f"{name}.")), None)
         if column is not None:
             sizes[column] += chunk.total_uncompressed_size / max(1, group.num_rows)
     return sizes
 
 
 def _dictionary_columns(file: Any, columns: Sequence[str], sizes: Sequence[Mapping[str, float]]) -> list[str]:
-    """Columns of texts to read as dictionaries, so that a text which a thousand rows share is in memory once.
+    """Text columns to read as dictionaries, so that a text which many rows share is in memory once.
 
-    Not those of long texts that differ: as a dictionary they would be in memory several times.
+    Not columns of long texts: where these differ, a dictionary keeps several copies in memory.
     """
     import pyarrow
 
-    kinds = (
-        pyarrow.types.is_string,
-        pyarrow.types.is_large_string,
-        pyarrow.types.is_binary,
-        pyarrow.types.is_large_binary,
-    )
-    texts = [name for name in columns if any(is_kind(file.schema_arrow.field(name).type) for is_kind in kinds)]
+    text_types = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+    texts = [name for name in columns if file.schema_arrow.field(name).type in text_types]
     return [name for name in texts if all(size_of[name] <= MAX_DICTIONARY_BYTES for size_of in sizes)]
 
 
@@ -122,17 +121,11 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
     values = batch.column(batch.schema.get_field_index(column))
     try:
         found = _python_values(values)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{row_location(path, first_row)} or after, column {column!r}: expected UTF-8 text ({error.reason})"
-        ) from None
-    except (
-        READ_ERRORS
-    ) as error:  # a damaged page, a date after the year 9999, a time zone that nobody knows; pyarrow's own are these
-        raise InputError(
-            f"{row_location(path, first_row)} or after, column {column!r}: cannot be read as {values.type} ({shorten(str(error), MAX_ERROR_CHARACTERS)})"
-        ) from None
-    with suppress(ValueError):  # nearly all batches: nothing to refuse
+    except READ_ERRORS as error:  # such as a damaged page, a date after the year 9999, an unknown time zone
+        is_encoding = isinstance(error, UnicodeDecodeError)
+        problem = f"expected UTF-8 text ({error.reason})" if is_encoding else _cannot_read(error, values.type)
+        raise InputError(f"{row_location(path, first_row)} or after, column {column!r}: {problem}") from None
+    with suppress(ValueError):  # fast path: a batch without invalid cells
         cells = list(map(text_of, found))
         if max(map(len, cells), default=0) <= MAX_CELL_CHARACTERS:
             return cells
@@ -141,24 +134,21 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
         try:
             cells.append(short_text_of(value))
         except ValueError as error:
-            raise InputError(
-                f"{row_location(path, first_row + len(cells))}, column {column!r}: expected a single value, found {error}"
-            ) from None
+            error_prefix = f"{row_location(path, first_row + len(cells))}, column {column!r}"
+            raise InputError(f"{error_prefix}: expected a single value, found {error}") from None
     return cells
 
 
 def _python_values(values: Any) -> Sequence[Any]:
-    """The values of an arrow array; of a dictionary's, equal values are one object."""
+    """The values of an arrow array; equal values of a dictionary array are the same object."""
     if hasattr(values, "dictionary"):
         import pyarrow
 
-        indices = values.indices.cast(
-            pyarrow.int64()
-        )  # they may be unsigned, as Polars writes categories, which have no -1
+        indices = values.indices.cast(pyarrow.int64())  # Polars writes unsigned ones, which have no -1
         used, index_of_row = np.unique(indices.fill_null(-1).to_numpy(zero_copy_only=False), return_inverse=True)
         known = _python_values(values.dictionary.take(pyarrow.array(used[used >= 0])))
         distinct = [*([None] if (used < 0).any() else []), *known]
         return [distinct[index] for index in index_of_row.tolist()]
-    # as float32, not as the float64 that Python would have: 0.1 stays 0.1
+    # float32 stays float32: its 0.1 as a Python float would be 0.10000000149011612
     is_narrow = str(values.type) in ("float", "halffloat")
     return values.to_numpy(zero_copy_only=False) if is_narrow else values.to_pylist()

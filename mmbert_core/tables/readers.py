@@ -1,7 +1,7 @@
 """The cells of one file as text, row by row: CSV, TSV, JSONL, Parquet.
 
-A row is one record of data, counted from 1; a line is a line of the file (a quoted cell may hold line breaks).
-Nothing is guessed and no row is skipped: what cannot be read is an `InputError` that says where.
+A row is one record, counted from 1; a line is a line of the file (a quoted cell may contain line breaks). No row is
+skipped: what cannot be read raises `InputError` with the row and the line.
 """
 
 import json
@@ -16,23 +16,19 @@ from mmbert_core.tables.csv_reader import AUTO, csv_header, csv_rows
 from mmbert_core.tables.lines import BadLine, is_gzip_name, row_location, short_text_of, text_lines
 from mmbert_core.tables.parquet_reader import open_parquet, parquet_header, parquet_rows
 
-TEXT_FORMATS = {
-    ".csv": ",",
-    ".tsv": "\t",
-    ".jsonl": None,
-    ".ndjson": None,
-}  # suffix -> delimiter; all may end in .gz too
+# suffix -> delimiter, None: one JSON object a line. All may end in .gz too.
+TEXT_FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
 FORMATS = [*TEXT_FORMATS, ".parquet"]
 WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods")
 JSON_LINES = "write one object a line, without an array around them, as .jsonl (pandas: orient='records', lines=True)"
 
-Row = tuple[int, Sequence[str]]  # line where the record begins (0: the format has no lines), cells
+Row = tuple[int, Sequence[str]]  # line on which the record begins (0: a format without lines), cells
 
 
 def header_of(path: str, tsv_quoting: str = AUTO) -> list[str]:
-    """Names of the columns; for JSONL the keys of the first object, which all others must have.
+    """Column names; for JSONL the keys of the first object, which all others must have.
 
-    Raises `InputError`: unknown suffix, unreadable file, nothing in it, a name twice.
+    Raises `InputError` for an unknown suffix, an unreadable or empty file, and a column name that occurs twice.
     """
     kind = format_of(path)
     if kind == ".parquet":
@@ -42,25 +38,25 @@ def header_of(path: str, tsv_quoting: str = AUTO) -> list[str]:
     else:
         names = csv_header(path, delimiter, tsv_quoting)
     if names is None:
-        raise InputError(
-            f"{path}: the file is empty, expected a {'JSON object' if TEXT_FORMATS[kind] is None else 'header'} in line 1"
-        )
-    check_once(path, names)
+        expected = "JSON object" if TEXT_FORMATS[kind] is None else "header"
+        raise InputError(f"{path}: the file is empty, expected a {expected} in line 1")
+    check_unique_columns(path, names)
     return names
 
 
-def check_once(path: str, names: Sequence[str]) -> None:
-    """Raise `InputError` when a column name stands twice: either column could be meant."""
+def check_unique_columns(path: str, names: Sequence[str]) -> None:
+    """Raise `InputError` for a column name that occurs twice: it would be ambiguous."""
     name, count = max(Counter(names).items(), key=itemgetter(1), default=("", 0))
     if count > 1:
         raise InputError(f"{path}: column {name!r} stands {count} times in the header, expected once")
 
 
 def rows_of(path: str, columns: Sequence[str], *, absent: Sequence[str] = (), tsv_quoting: str = AUTO) -> Iterator[Row]:
-    """Rows of `columns`, in that order; the caller has checked with `header_of` that the file has them, and not those of `absent`.
+    """Rows of `columns`, in that order. The file's header must have them, and none of the columns in `absent`.
 
-    Raises `InputError` with path, row and line for a ragged row, broken quoting, a NUL byte, bytes that are not UTF-8,
-    a line that is no JSON object or has a key of `absent`, a blank line between rows, broken compression.
+    Raises `InputError` with path, row and line for a row of another length than the header, broken quoting, a NUL
+    byte, bytes that are not UTF-8, a line that is not a JSON object or has a key of `absent`, a blank line between
+    rows, and broken compression.
     """
     kind = format_of(path)
     if kind == ".parquet":
@@ -71,14 +67,16 @@ def rows_of(path: str, columns: Sequence[str], *, absent: Sequence[str] = (), ts
         for row, (line, record) in enumerate(_json_records(path), start=1):
             for column in absent:
                 if column in record:
-                    raise InputError(
-                        f"{row_location(path, row, line)}: key {column!r} is there, but row 1 has none; a missing value is written null"
-                    )
+                    problem = f"key {column!r} is there, but row 1 has none; a missing value is written null"
+                    raise InputError(f"{row_location(path, row, line)}: {problem}")
             yield line, [_json_cell(record, column, row_location(path, row, line)) for column in columns]
 
 
 def lengths_of(paths: Sequence[str]) -> list[int] | None:
-    """Lines of each text file, header and line breaks in cells included, and rows of each Parquet file. None where it takes reading them."""
+    """Lines of each text file (header and line breaks in cells included), or rows of each Parquet file.
+
+    None where a file is compressed: its lines could not be counted without decompressing it.
+    """
     lengths = []
     for path in paths:
         if is_gzip_name(path):
@@ -92,19 +90,15 @@ def lengths_of(paths: Sequence[str]) -> list[int] | None:
 
 
 def format_of(path: str) -> str:
-    """The suffix that decides how a file is read, without .gz. Raises `InputError` for one that is not read."""
+    """The suffix, without .gz, that decides how a file is read. Raises `InputError` for an unknown one."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    is_packed = suffixes[-1:] == [".gz"]
-    [kind] = (suffixes[:-1] if is_packed else suffixes)[-1:] or [""]
-    if kind in TEXT_FORMATS or (kind == ".parquet" and not is_packed):
+    is_compressed = suffixes[-1:] == [".gz"]
+    [kind] = (suffixes[:-1] if is_compressed else suffixes)[-1:] or [""]
+    if kind in TEXT_FORMATS or (kind == ".parquet" and not is_compressed):
         return kind
-    advice = (
-        "; of a workbook save the sheet as CSV UTF-8"
-        if kind in WORKBOOKS
-        else f"; {JSON_LINES}"
-        if kind == ".json"
-        else ""
-    )
+    advice = f"; {JSON_LINES}" if kind == ".json" else ""
+    if kind in WORKBOOKS:
+        advice = "; of a workbook save the sheet as CSV UTF-8"
     raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)} (text formats also with .gz){advice}")
 
 
@@ -112,7 +106,7 @@ def format_of(path: str) -> str:
 
 
 def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """One object a line, with its line. Blank lines are allowed at the end of a file only."""
+    """(line, object) of each line. Blank lines are allowed only at the end of a file."""
     lines = text_lines(path)
     row, line, blank_line = 1, 0, 0
     while True:
@@ -129,26 +123,26 @@ def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if blank_line:
             raise InputError(f"{row_location(path, row, blank_line)}: expected a JSON object, found a blank line")
         try:
-            # whole numbers stay the text they are: no limit of digits, nothing rounded
+            # integers stay text: no limit on their digits, nothing is rounded
             record = json.loads(text, parse_int=str, object_pairs_hook=object_of)
             if "\\u" in text:
-                json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+                json.dumps(record, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
         except (ValueError, RecursionError) as error:
-            advice = f"; {JSON_LINES}" if text.strip() in ("[", "{") else ""
-            raise InputError(
-                f"{row_location(path, row, line)}: expected a JSON object, found {format_for_message(text.strip())} ({error}){advice}"
-            ) from None
+            advice = f" ({error})" + (f"; {JSON_LINES}" if text.strip() in ("[", "{") else "")
+            raise InputError(f"{_expected_object(path, row, line, text)}{advice}") from None
         if not isinstance(record, dict):
             advice = f"; {JSON_LINES}" if isinstance(record, list) else ""
-            raise InputError(
-                f"{row_location(path, row, line)}: expected a JSON object, found {format_for_message(text.strip())}{advice}"
-            )
+            raise InputError(f"{_expected_object(path, row, line, text)}{advice}")
         yield line, record
         row += 1
 
 
+def _expected_object(path: str, row: int, line: int, text: str) -> str:
+    return f"{row_location(path, row, line)}: expected a JSON object, found {format_for_message(text.strip())}"
+
+
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object (`object_pairs_hook` of `json.loads`). Raises `ValueError` for a key that stands in it twice."""
+    """A JSON object (`object_pairs_hook` of `json.loads`). Raises `ValueError` for a key that occurs twice."""
     record = dict(pairs)
     if len(record) != len(pairs):
         raise ValueError("a key stands in it twice")
@@ -161,6 +155,5 @@ def _json_cell(record: dict[str, Any], column: str, error_prefix: str) -> str:
     try:
         return short_text_of(record[column])
     except ValueError as error:
-        raise InputError(
-            f"{error_prefix}, column {column!r}: expected text, a number, true, false or null, found {error}"
-        ) from None
+        expected = "expected text, a number, true, false or null"
+        raise InputError(f"{error_prefix}, column {column!r}: {expected}, found {error}") from None

@@ -1,4 +1,4 @@
-"""Chunks of rows of one or several files, columns by role, every row with its place."""
+"""Rows of files or of memory in chunks: the columns of a config's roles, each row with its file and line."""
 
 import glob
 import os
@@ -16,19 +16,20 @@ from mmbert_core.runtime.errors import InputError, format_for_message, list_for_
 from mmbert_core.tables.cells import text_of
 from mmbert_core.tables.csv_reader import AUTO, SEPARATORS
 from mmbert_core.tables.lines import row_location
-from mmbert_core.tables.readers import check_once, header_of, rows_of
+from mmbert_core.tables.readers import check_unique_columns, header_of, rows_of
 
 CHUNK_ROWS = 8192
-MAX_NAMED = 10  # missing columns in a message
-MAX_CHUNK_CHARACTERS = 2**24  # of the cells kept: what a chunk takes in memory
-MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100  # of a header: difflib takes 6 s for 60,000 names
+MAX_MISSING_NAMED = 10  # missing columns in a message
+MAX_CHUNK_CHARACTERS = 2**24  # of the cells that are kept; bounds the memory of a chunk
+# of a header, compared with a missing column: difflib takes 6 s for 60,000 names
+MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100
 OTHER_SEPARATOR = ": cells seem to be separated by"
-MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # what stands for the path of rows that come from no file
+MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # in messages instead of a path, for rows in memory
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Which column is what. Types come from here, never from looking at the cells."""
+    """Which column is what. A column's type follows from its role, never from its cells."""
 
     text: tuple[str, ...]
     numbers: tuple[str, ...]
@@ -53,15 +54,15 @@ class Roles:
         return list(dict.fromkeys([*self.text, *self.numbers, *self.categories]))
 
     def inputs(self) -> list[str]:
-        """Columns that scoring a file needs: features and id. Each once."""
+        """Columns that prediction reads: features and id. Each once."""
         return list(dict.fromkeys([*self.features(), *([self.id] if self.id is not None else [])]))
 
 
 @dataclass
 class Chunk:
-    """Consecutive rows. N rows; `cells` holds N texts for every column, a missing cell is ""."""
+    """N consecutive rows."""
 
-    cells: dict[str, list[str]]
+    cells: dict[str, list[str]]  # column -> N texts, "" where missing
     paths: list[str]  # all files of the table, as the user gave them
     file_index: np.ndarray  # [N] int64 into paths
     row: np.ndarray  # [N] int64, counted from 1 in the row's file
@@ -71,36 +72,35 @@ class Chunk:
         return len(self.row)
 
     def row_location(self, index: int) -> str:
-        """Place of a row for messages: `reviews.csv row 17 (line 23)`."""
+        """A row for messages: `reviews.csv row 17 (line 23)`."""
         return row_location(self.paths[self.file_index[index]], int(self.row[index]), int(self.line[index]))
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
-    """Files in the given order; a glob stands for its files in sorted order, a folder of Parquet files for its in the order of their numbers.
+    """Files in the given order: a glob as its matches, sorted; a folder of Parquet files as these, by their numbers.
 
-    Raises `InputError` for a missing file, another folder, a pipe, a glob without a match, a file named twice, a name that is not UTF-8.
+    Raises `InputError` for a missing file, another folder, a pipe, a glob without a match, a file that is named twice
+    and a name that is not UTF-8.
     """
     files: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
         check_path(path)
         if os.path.isdir(path):
-            matches = _parquet_parts(path)
-        elif os.path.exists(path):  # first, because a real name may hold [ or ?
+            matches = _parquet_files(path)
+        elif os.path.exists(path):  # before globs: a file name may contain [ or ?
             matches = [path]
         else:
             matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
         if not matches:
-            raise InputError(
-                f"{path}: {'no file matches this pattern' if glob.has_magic(path) else 'there is no such file'}"
-            )
+            problem = "no file matches this pattern" if glob.has_magic(path) else "there is no such file"
+            raise InputError(f"{path}: {problem}")
         files += matches
     seen: dict[str, str] = {}
     for path in files:
         check_path(path)
-        if not os.path.isfile(path):  # files are read more than once
-            raise InputError(
-                f"{path}: expected a file, found a pipe or a device; `mmbert predict` reads standard input as -"
-            )
+        if not os.path.isfile(path):  # a pipe can be read only once
+            found = "found a pipe or a device; `mmbert predict` reads standard input as -"
+            raise InputError(f"{path}: expected a file, {found}")
         real = os.path.realpath(path)
         if real in seen:
             raise InputError(f"{path}: the same file is given twice (also as {seen[real]})")
@@ -109,45 +109,40 @@ def expand_paths(paths: Sequence[str]) -> list[str]:
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Raise `InputError` for a name that is not UTF-8, which no JSON file and no report could hold."""
+    """Raise `InputError` for a name that is not UTF-8: JSON files and reports could not contain it."""
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
         written = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise InputError(
-            f"{written}: expected a name in UTF-8, found other bytes in it (here as \\x..): rename it"
-        ) from None
+        expected = "expected a name in UTF-8, found other bytes in it (here as \\x..)"
+        raise InputError(f"{written}: {expected}: rename it") from None
 
 
-def _parquet_parts(folder: str) -> list[str]:
-    """The files of a folder as Spark, Dask and pandas write them: Parquet alone, besides marks such as _SUCCESS and hidden files."""
-    names = sorted((name for name in os.listdir(folder) if not name.startswith(("_", "."))), key=_by_numbers)
+def _parquet_files(folder: str) -> list[str]:
+    """The files of a folder as Spark, Dask and pandas write them: Parquet, hidden files, markers as _SUCCESS."""
+    names = sorted((name for name in os.listdir(folder) if not name.startswith(("_", "."))), key=_numeric_sort_key)
     others = [name for name in names if not name.endswith(".parquet")]
     if len(others) == len(names):
-        if (keyed := next((name for name in names if "=" in name), None)) is not None:
-            raise InputError(
-                f"{folder}: expected Parquet files, found folders such as {format_for_message(keyed)}, whose names hold a column: write files with all columns"
-            )
+        if (partition := next((name for name in names if "=" in name), None)) is not None:
+            found = f"found folders such as {format_for_message(partition)}, whose names hold a column"
+            raise InputError(f"{folder}: expected Parquet files, {found}: write files with all columns")
         raise InputError(f"{folder}: expected a file, found a folder (all its files: {os.path.join(folder, '*.csv')})")
     if others:
-        raise InputError(
-            f"{folder}: expected a folder of Parquet files alone, found {format_for_message(others[0])} in it"
-        )
+        found = f"found {format_for_message(others[0])} in it"
+        raise InputError(f"{folder}: expected a folder of Parquet files alone, {found}")
     return [os.path.join(folder, name) for name in names]
 
 
-def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """Sort key by which part.2 comes before part.10, as Dask writes its parts."""
-    return [
-        (int(piece), "") if piece.isdecimal() and piece.isascii() else (-1, piece)
-        for piece in re.split("([0-9]+)", name)
-    ]
+def _numeric_sort_key(name: str) -> list[tuple[int, str]]:
+    """Puts part.2 before part.10: Dask writes numbers without leading zeros."""
+    pieces = re.split("([0-9]+)", name)  # text and digits by turns
+    return [(int(piece), "") if index % 2 else (-1, piece) for index, piece in enumerate(pieces)]
 
 
 def resolve_columns(
     paths: Sequence[str], columns: Sequence[str], optional: Sequence[str] = (), *, tsv_quoting: str = AUTO
 ) -> list[str]:
-    """The `columns`, then those of `optional` that the files have. Reads headers only.
+    """The `columns`, then those of `optional` that the files have. Only headers are read.
 
     Raises `InputError` for a missing column (with the nearest name) and for an optional one that only some files have.
     """
@@ -160,9 +155,8 @@ def resolve_columns(
         if path != files[0] and found != kept:
             [name, *_] = set(found) ^ set(kept)
             with_it, without = (path, files[0]) if name in found else (files[0], path)
-            raise InputError(
-                f"{without}: column {name!r} not found, but {with_it} has it: expected the same columns in all files"
-            )
+            problem = f"column {name!r} not found, but {with_it} has it"
+            raise InputError(f"{without}: {problem}: expected the same columns in all files")
         kept = found
     return kept
 
@@ -177,11 +171,12 @@ def read_chunks(
     chunk_rows: int = CHUNK_ROWS,
     tsv_quoting: str = AUTO,
 ) -> Iterator[Chunk]:
-    """Rows of all files in order, in chunks that end after every `chunk_rows` rows of the table, and before it after MAX_CHUNK_CHARACTERS.
+    """Rows of all files in order, in chunks.
 
-    Only the asked columns are kept, and of the columns in `max_characters` only so many characters of a cell (with
-    `keep_end` its last ones): a chunk of thousand-page texts would fill the memory. The headers of all files are checked
-    before the first row is read.
+    A chunk ends after every `chunk_rows` rows of all files together, and earlier when its cells reach
+    MAX_CHUNK_CHARACTERS. Cells of a column in `max_characters` are truncated to that many characters (with `keep_end`
+    to the last ones), so that very long texts do not fill the memory. The headers of all files are checked before the
+    first row is read.
     Raises the `InputError`s of `expand_paths`, `resolve_columns` and `readers.rows_of`.
     """
     files = expand_paths(paths)
@@ -193,12 +188,12 @@ def read_chunks(
     ]
     rows: list[Sequence[str]] = []
     lines: list[int] = []
-    starts: list[tuple[int, int, int]] = []  # where rows of another file begin: index in `rows`, file, row
-    num_rows = num_characters = 0  # of the table so far, of the chunk
+    starts: list[tuple[int, int, int]] = []  # of each file in the chunk: its first index in `rows`, file, row
+    num_rows = num_characters = 0  # of all files so far; of the chunk
     for file_index, path in enumerate(files):
         starts.append((len(rows), file_index, 1))
         for row, (line, cells) in enumerate(rows_of(path, kept, absent=absent, tsv_quoting=tsv_quoting), start=1):
-            cells = _shortened(cells, limits) if limits else cells
+            cells = _truncate_cells(cells, limits) if limits else cells
             rows.append(cells)
             lines.append(line)
             num_rows += 1
@@ -211,27 +206,26 @@ def read_chunks(
 
 
 def frame_to_chunk(frame: pd.DataFrame, columns: Sequence[str], optional: Sequence[str] = ()) -> Chunk:
-    """The same from a frame in memory: cells become the text that `cells.text_of` gives them.
+    """A frame as one chunk; cells become text by `cells.text_of`.
 
-    pandas turns whole numbers beside a missing one into floats: an id 7 then reads "7.0". Read files with `dtype=str` to keep them.
-    Raises `InputError` for a missing or repeated column and for a cell that is no single value.
+    pandas turns a column of integers with a missing value into floats: an id 7 becomes "7.0". Reading files with
+    `dtype=str` avoids it. Raises `InputError` for a missing or repeated column and a cell that is not a single value.
     """
     names = [str(name) for name in frame.columns]
-    check_once(MEMORY_PATH, names)
+    check_unique_columns(MEMORY_PATH, names)
     kept = _columns_of(MEMORY_PATH, names, columns, optional)
-    return _chunk_in_memory(
-        MEMORY_PATH, {name: _values_of(frame.iloc[:, names.index(name)]) for name in kept}, len(frame)
-    )
+    values = {name: _values_of(frame.iloc[:, names.index(name)]) for name in kept}
+    return _chunk_in_memory(MEMORY_PATH, values, len(frame))
 
 
 def _values_of(column: pd.Series) -> list[object]:
-    """The values of a frame's column. Those of float32 and float16 stay so: as float64, 0.1 would be 0.10000000149011612."""
+    """The values of a frame's column. float32 and float16 stay: as float64, their 0.1 would be 0.10000000149011612."""
     dtype = column.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         dtype = dtype.categories.dtype
     if isinstance(dtype, pd.SparseDtype):
         dtype = dtype.subtype
-    kind = getattr(dtype, "numpy_dtype", dtype)  # of pandas' own and of pyarrow's types
+    kind = getattr(dtype, "numpy_dtype", dtype)  # also of pandas' nullable and pyarrow's types
     if isinstance(kind, np.dtype) and kind.kind == "f" and kind.itemsize < 8:
         return list(column.to_numpy(dtype=kind, na_value=np.nan))
     return column.astype(object).tolist()
@@ -240,9 +234,9 @@ def _values_of(column: pd.Series) -> list[object]:
 def records_to_chunk(
     records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Chunk:
-    """The same from rows as dicts; an optional column that one row has must be in all.
+    """Rows as dicts as one chunk; an optional column that one row has must be in all.
 
-    Raises `InputError` for a row without a column, and for a cell that is no single value.
+    Raises `InputError` for a row without a column and a cell that is not a single value.
     """
     rows = [{str(name): value for name, value in record.items()} for record in records]
     kept = _columns_of(RECORDS_PATH, list(rows[0]), columns, ()) if rows else list(columns)
@@ -273,7 +267,7 @@ def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], option
 
 
 def missing_in_files(paths: Sequence[str], columns: Sequence[str], *, tsv_quoting: str = AUTO) -> dict[str, list[str]]:
-    """What is missing from the headers of `paths`, all columns at once -> the files that lack them."""
+    """One line about all columns that a file's header lacks -> the files with this line."""
     problems: dict[str, list[str]] = {}
     for path in paths:
         if problem := _missing_columns(header_of(path, tsv_quoting), columns):
@@ -282,32 +276,32 @@ def missing_in_files(paths: Sequence[str], columns: Sequence[str], *, tsv_quotin
 
 
 def join_problems(problems: Mapping[str, Sequence[str]]) -> str:
-    """The findings of `missing_in_files` on one line."""
+    """What `missing_in_files` found, as one line."""
     return "; ".join(f"{', '.join(paths)}: {problem}" for problem, paths in problems.items())
 
 
 def _missing_columns(header: Sequence[str], columns: Sequence[str]) -> str | None:
-    """All `columns` that the header lacks, each with what it was probably meant to be; None where it has them."""
+    """A line about the `columns` that the header lacks, each with a guess of what was meant; None where it has all."""
     known = set(header)
     missing = [column for column in columns if column not in known]
     if not missing:
         return None
     names = list_for_message(header, 40)
-    hints = [_missing_hint(column, header) for column in missing[:MAX_NAMED]]
+    hints = [_missing_hint(column, header) for column in missing[:MAX_MISSING_NAMED]]
     if hints[0].startswith(OTHER_SEPARATOR):
-        hints[1:] = [""] * (len(hints) - 1)  # all columns are missing for this one reason
+        hints[1:] = [""] * (len(hints) - 1)  # one reason for all missing columns
     lines = [f"column {column!r} not found{hint}" for column, hint in zip(missing, hints, strict=False)]
-    more = f"; {len(missing) - MAX_NAMED} more columns not found" if len(missing) > MAX_NAMED else ""
+    more = f"; {len(missing) - MAX_MISSING_NAMED} more columns not found" if len(missing) > MAX_MISSING_NAMED else ""
     return f"{'; '.join(lines)}{more}; columns are {names}"
 
 
 def _missing_hint(column: str, header: Sequence[str]) -> str:
-    """What the user probably meant, or what is wrong with the file: composed letters, another separator, the nearest name."""
+    """A guess why a column was not found: composed or decomposed letters, another separator, else the nearest name."""
     same = next((name for name in header if normalize("NFC", name) == normalize("NFC", column)), None)
     if same is not None:
-        kinds = ("composed", "decomposed") if is_normalized("NFC", column) else ("decomposed", "composed")
-        written = f"is written here in {kinds[0]} letters and in the header in {kinds[1]} ones ({ascii(column)} and {ascii(same)})"
-        return f": it {written}; write both in composed letters (Unicode NFC)"
+        here, there = ("composed", "decomposed") if is_normalized("NFC", column) else ("decomposed", "composed")
+        written = f"it is written here in {here} letters and in the header in {there} ones"
+        return f": {written} ({ascii(column)} and {ascii(same)}); write both in composed letters (Unicode NFC)"
     for separator, (kind, advice) in SEPARATORS.items():
         split = [cell.strip(' "') for cell in ",".join(header).split(separator)]
         if column in split and any(separator in name for name in header) and (separator != "," or len(header) == 1):
@@ -319,12 +313,12 @@ def _missing_hint(column: str, header: Sequence[str]) -> str:
     return f"; nearest is {by_lower[near[0]]!r}" if near else ""
 
 
-def _shortened(cells: Sequence[str], limits: Sequence[tuple[int, slice]]) -> Sequence[str]:
-    """The cells, at each index of `limits` these characters alone; the same object where no cell is longer."""
+def _truncate_cells(cells: Sequence[str], limits: Sequence[tuple[int, slice]]) -> Sequence[str]:
+    """The cells; of those at an index of `limits` only these characters. The same object where no cell is longer."""
     for index, kept in limits:
-        shorter = cells[index][kept]
-        if len(shorter) < len(cells[index]):
-            cells = [*cells[:index], shorter, *cells[index + 1 :]]
+        truncated = cells[index][kept]
+        if len(truncated) < len(cells[index]):
+            cells = [*cells[:index], truncated, *cells[index + 1 :]]
     return cells
 
 
@@ -347,9 +341,8 @@ def _chunk_of(
 def _memory_cell(value: object, path: str, column: str, row: int) -> str:
     try:
         text = text_of(value)
-        text.encode("utf-8")  # half a surrogate pair is no text
+        text.encode("utf-8")  # fails for half a surrogate pair
         return text
     except ValueError as error:
-        raise InputError(
-            f"{row_location(path, row)}, column {column!r}: expected a single value, found {error}"
-        ) from None
+        error_prefix = f"{row_location(path, row)}, column {column!r}"
+        raise InputError(f"{error_prefix}: expected a single value, found {error}") from None
