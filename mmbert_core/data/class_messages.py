@@ -1,6 +1,7 @@
-"""Which class is class 1, and which classes have few rows, in words.
+"""Messages about the classes: which one is class 1, and which have few training rows.
 
-Class 1 is what `prob`, F1, precision, recall, the threshold and the alerts are about: the second label in order, or `positive_label`.
+`prob`, F1, precision, recall, the threshold and the alerts refer to class 1: the second label in order, or
+`positive_label`.
 """
 
 import json
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 
 from mmbert_core.runtime.errors import format_for_message
 
-FEW_ROWS = 50  # of a class in training, below which figures and the best step are chance
-# Label pairs whose order says which one is looked for, in lower case and in the order of their code points.
+FEW_ROWS = 50  # training rows of a class, below which metrics and the best step depend much on chance
+# Pairs of labels (negative, positive) in lower case; sorted by code point, as labels are, the positive one is second.
 ORDERED_PAIRS = {
     ("false", "true"),
     ("f", "t"),
@@ -22,9 +23,7 @@ ORDERED_PAIRS = {
     ("absent", "present"),
 }
 PLAIN_IN_YAML = re.compile(r"[A-Za-z_][\w -]*\w|[A-Za-z_]", re.ASCII)
-YAML_WORDS = frozenset(
-    "yes no on off true false y n null none".split()
-)  # that YAML reads as something else than a text
+YAML_WORDS = frozenset("yes no on off true false y n null none".split())  # which YAML does not read as text
 
 
 def positive_class_line(class_names: Sequence[str], share: float | None) -> str:
@@ -38,23 +37,19 @@ def format_share(share: float) -> str:
 
 
 def positive_class_warning(class_names: Sequence[str], counts: Sequence[int], positive_label: str | None) -> list[str]:
-    """A line where the order of two text labels made the more frequent one class 1: as a rule the rare one is looked for."""
+    """A line if the more frequent of two text labels is class 1 by its order: the class of interest is usually rare."""
     if positive_label is not None or len(class_names) != 2 or counts[1] <= counts[0] or is_ordered(class_names):
         return []
-    other = class_names[0]
-    value = (
-        other
-        if PLAIN_IN_YAML.fullmatch(other) and other.lower() not in YAML_WORDS
-        else json.dumps(other, ensure_ascii=False)
-    )
+    first, second = class_names
+    is_plain = PLAIN_IN_YAML.fullmatch(first) and first.lower() not in YAML_WORDS
+    value = first if is_plain else json.dumps(first, ensure_ascii=False)
     share = format_share(counts[1] / sum(counts))
-    return [
-        f"class 1 is {format_for_message(class_names[1])} ({share} of the training rows), as the second in order; if {format_for_message(other)} is looked for, add: positive_label: {value}"
-    ]
+    choice = f"class 1 is {format_for_message(second)} ({share} of the training rows), as the second in order"
+    return [f"{choice}; if {format_for_message(first)} is looked for, add: positive_label: {value}"]
 
 
 def is_ordered(class_names: Sequence[str]) -> bool:
-    """Whether the order of two labels is their meaning: numbers, a number at the end (class_0, class_1), yes and no."""
+    """Whether the order of two labels has a meaning: numbers, a number at the end (class_0, class_1), no and yes."""
     first, second = class_names
     if (first.strip().lower(), second.strip().lower()) in ORDERED_PAIRS:
         return True
@@ -74,9 +69,7 @@ def few_rows_warning(class_names: Sequence[str], counts: Sequence[int]) -> list[
     fewest = min(few, key=lambda index: counts[index])
     name = format_for_message(class_names[fewest])
     if len(few) == 1:
-        return [
-            f"class {name} has {counts[fewest]} training rows; with fewer than {FEW_ROWS}, the best step and the figures depend much on chance"
-        ]
-    return [
-        f"{len(few)} of {len(class_names)} classes have fewer than {FEW_ROWS} training rows, the fewest {name} with {counts[fewest]}: figures depend much on chance"
-    ]
+        few_rows = f"class {name} has {counts[fewest]} training rows"
+        return [f"{few_rows}; with fewer than {FEW_ROWS}, the best step and the figures depend much on chance"]
+    few_rows = f"{len(few)} of {len(class_names)} classes have fewer than {FEW_ROWS} training rows"
+    return [f"{few_rows}, the fewest {name} with {counts[fewest]}: figures depend much on chance"]

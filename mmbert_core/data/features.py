@@ -1,4 +1,4 @@
-"""Statistics and vocabularies of the tabular columns, fitted on training rows alone.
+"""Statistics and vocabularies of the tabular columns, fitted on the training rows only.
 
 N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K categorical columns.
 """
@@ -17,12 +17,12 @@ from mmbert_core.tables.cells import index_by_form, normal_form
 from mmbert_core.tables.table import Roles
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
-MAX_UNSEEN_SHARE = 0.2  # of a column's cells, above which they are probably written in another way than in training
-LIMIT_MARGIN = 0.1  # of the training range, by which a number may lie outside it and is still used as it is
+MAX_UNSEEN_SHARE = 0.2  # of a column's cells; more are probably written in another way than in training
+LIMIT_MARGIN = 0.1  # of the training range: numbers further outside it are limited
 OPTIONAL = ("minimums", "maximums")  # fields that folders of version 0.2 and older may lack
-FAR_STDS = 20  # standard deviations from the mean: what is said of numbers whose training range is not known
+FAR_STDS = 20  # standard deviations from the mean, from which numbers are reported if the range is unknown
 LARGEST = float(np.finfo(np.float32).max)
-MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # values in a message; unseen cells that are looked through for them
+MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # unseen values in a message; unseen cells searched for them
 FEATURES_JSON = record(
     {
         "number_names": array(text(), distinct=True),
@@ -39,17 +39,17 @@ FEATURES_JSON = record(
 
 @dataclass(frozen=True)
 class Features:
-    """What was learned from the training rows about the tabular columns. Everything is a tuple, so that it is JSON."""
+    """Statistics and vocabularies of the training rows. All fields are (nested) tuples: lists in features.json."""
 
     number_names: tuple[str, ...]  # F
-    medians: tuple[float, ...]  # F, stands in for a missing number
-    has_indicator: tuple[bool, ...]  # F, the column had a missing cell in the training rows
+    medians: tuple[float, ...]  # F, replaces a missing number
+    has_indicator: tuple[bool, ...]  # F, whether the column had a missing cell in the training rows
     means: tuple[float, ...]  # F + I, of the output columns
-    stds: tuple[float, ...]  # F + I, population standard deviation; 1 where there is none
+    stds: tuple[float, ...]  # F + I, population standard deviation; 1 for a constant column
     category_names: tuple[str, ...]  # K
-    # K, sorted normal forms of the values seen in training; the j-th has index FIRST_CATEGORY + j
+    # K, sorted normal forms of the values in the training rows; the j-th has index FIRST_CATEGORY + j
     categories: tuple[tuple[str, ...], ...]
-    # F, of the numbers in the training rows; None: not known, as in older folders
+    # F, of the numbers in the training rows; None: unknown, as in older folders
     minimums: tuple[float, ...] | None = None
     maximums: tuple[float, ...] | None = None
 
@@ -64,22 +64,21 @@ class Features:
         rows: np.ndarray | None = None,
         source: str = "training rows",
     ) -> "Features":
-        """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`; `rows` (sorted) picks the training rows.
+        """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`.
 
-        Works column by column, so that a memory-mapped table is never whole in memory.
-        Raises `InputError` for a numeric column without any value.
+        `rows` (sorted) are the training rows, None: all. `source` begins messages. One column at a time is in memory,
+        also of a memory-mapped table. Raises `InputError` for a numeric column without any value.
         """
         rows = np.arange(len(numbers)) if rows is None else rows
         medians, has_indicator, means, stds = [], [], [], []
         minimums, maximums = [], []
         indicator_stats = []
-        for place, name in enumerate(roles.numbers):
-            column = select_rows(numbers[:, place], rows)  # [N]
+        for index, name in enumerate(roles.numbers):
+            column = select_rows(numbers[:, index], rows)  # [N]
             missing = np.isnan(column)
             if missing.all():
-                raise InputError(
-                    f"{source}, column {name!r}: expected numbers, found no value in any of {len(column)} rows"
-                )
+                found = f"found no value in any of {len(column)} rows"
+                raise InputError(f"{source}, column {name!r}: expected numbers, {found}")
             medians.append(float(np.median(column[~missing])))
             has_indicator.append(bool(missing.any()))
             minimums.append(float(np.nanmin(column)))
@@ -90,11 +89,10 @@ class Features:
             if has_indicator[-1]:
                 indicator_stats.append(_mean_and_std(missing.astype(np.float64)))
         categories = []
-        for place, vocabulary in enumerate(vocabularies):
-            counts = np.bincount(select_rows(codes[:, place], rows), minlength=len(vocabulary))
-            categories.append(
-                tuple(sorted({normal_form(vocabulary[code]) for code in np.flatnonzero(counts) if vocabulary[code]}))
-            )
+        for index, vocabulary in enumerate(vocabularies):
+            counts = np.bincount(select_rows(codes[:, index], rows), minlength=len(vocabulary))
+            seen = {normal_form(vocabulary[code]) for code in np.flatnonzero(counts) if vocabulary[code]}
+            categories.append(tuple(sorted(seen)))
         return cls(
             number_names=roles.numbers,
             medians=tuple(medians),
@@ -109,24 +107,25 @@ class Features:
 
     @property
     def num_numbers(self) -> int:
-        """Numeric columns of the model's input: F + I."""
+        """Width of the model's numeric input: F + I."""
         return len(self.means)
 
     @property
     def cardinalities(self) -> tuple[int, ...]:
-        """Indices of each categorical column, MISSING and UNSEEN included."""
+        """Number of indices of each categorical column, MISSING and UNSEEN included."""
         return tuple(len(values) + FIRST_CATEGORY for values in self.categories)
 
     @cached_property
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    def _medians_and_indicators(self) -> tuple[np.ndarray, np.ndarray]:
+        """Medians [F], and the columns [I] that have an indicator."""
         return np.array(self.medians, dtype=np.float64), np.flatnonzero(np.array(self.has_indicator, dtype=bool))
 
     @cached_property
     def limits(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Lowest and highest number [F] each, float64, that the model is given: a little beyond the training range; None: not known.
+        """Lowest and highest number of the model's input, float64 [F] each: the training range and a margin.
 
-        What it learned says nothing of numbers far outside, and one of them would decide alone. A column that was
-        constant in training has that constant as both limits: its weights were never learned.
+        Beyond it the model extrapolates: a single number far outside would dominate the prediction. A column that was
+        constant in training has that constant as both limits, because its weights were not trained. None: unknown.
         """
         if self.minimums is None or self.maximums is None:
             return None
@@ -135,11 +134,11 @@ class Features:
         return np.maximum(low - margin, -LARGEST), np.minimum(high + margin, LARGEST)
 
     def transform_numbers(self, raw: np.ndarray) -> np.ndarray:
-        """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: limited, medians put in, then the indicators.
+        """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: limited, imputed with medians, then the indicators.
 
-        Not standardised. NaN stays missing, and numbers of the training rows keep every bit.
+        Not standardised: that is the model's first layer.
         """
-        medians, with_indicator = self._arrays
+        medians, with_indicator = self._medians_and_indicators
         missing = np.isnan(raw)
         if self.limits is not None:
             low, high = self.limits
@@ -150,14 +149,14 @@ class Features:
         return output
 
     def category_lookup(self, vocabularies: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """For each categorical column an int64 array: code of a table's vocabulary -> index of the model.
+        """For each categorical column an int64 array: code of a table's vocabulary -> index in the model's embedding.
 
-        Folders of version 0.2 and older hold categories as they stood in the training file: those match as they stand
-        first, so that predictions stay, and in the normal form then.
+        Folders of version 0.2 and older hold categories as written in the training file, not in normal form: an exact
+        match comes first, so that their predictions do not change.
         """
         lookups = []
         for values, vocabulary in zip(self.categories, vocabularies, strict=True):
-            index_of = {value: FIRST_CATEGORY + position for position, value in enumerate(values)}
+            index_of = {value: index for index, value in enumerate(values, start=FIRST_CATEGORY)}
             index_of_form = index_by_form(index_of)
             indices = [
                 index_of.get(cell) or index_of_form.get(normal_form(cell), UNSEEN) if cell else MISSING
@@ -171,10 +170,11 @@ class Features:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Features":
-        """The statistics of a value that FEATURES_JSON declares. Raises `InputError` when their numbers do not agree."""
-        num_numbers, num_inputs = len(value["number_names"]), len(value["number_names"]) + sum(value["has_indicator"])
-        wanted = {"medians": num_numbers, "has_indicator": num_numbers, "means": num_inputs, "stds": num_inputs}
-        for key, length in {**wanted, "categories": len(value["category_names"])}.items():
+        """From a value that FEATURES_JSON has checked. Raises `InputError` for lengths or ranges that do not fit."""
+        num_numbers = len(value["number_names"])
+        num_inputs = num_numbers + sum(value["has_indicator"])
+        lengths = {"medians": num_numbers, "has_indicator": num_numbers, "means": num_inputs, "stds": num_inputs}
+        for key, length in {**lengths, "categories": len(value["category_names"])}.items():
             if len(value[key]) != length:
                 raise InputError(f"{key}: expected {length} entries, as the columns have, found {len(value[key])}")
         known = {
@@ -195,9 +195,9 @@ def _tuples(value: Any) -> Any:
 
 
 def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
-    """Mean and population deviation of what the model will see: float32 numbers, summed in float64.
+    """Mean and population standard deviation of the numbers as float32, which the model reads, computed in float64.
 
-    Statistics of the unrounded numbers would standardise 1e9 and 1e9 + 1, equal as float32, to something far from 0.
+    Before rounding they may have others: 1e9 and 1e9 + 1 are equal as float32, but their standard deviation is 0.5.
     """
     rounded = values.astype(np.float32).astype(np.float64)
     if rounded.min() == rounded.max():
@@ -208,51 +208,52 @@ def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class UnseenCells:
-    """Cells of one categorical column whose value no training row has."""
+    """Cells of one categorical column with a value that no training row has."""
 
     count: int
-    num_cells: int  # of the column, missing ones included
+    num_cells: int  # of the column, with missing ones
     examples: tuple[str, ...]  # at most MAX_EXAMPLES different values, in order of appearance
 
     def __add__(self, other: "UnseenCells") -> "UnseenCells":
-        """Of both sets of rows together, those of `other` after these."""
+        """The counts of both sets of rows; the examples of `other` come after these."""
         examples = tuple(dict.fromkeys([*self.examples, *other.examples]))[:MAX_EXAMPLES]
         return UnseenCells(self.count + other.count, self.num_cells + other.num_cells, examples)
 
 
 @dataclass(frozen=True)
 class OutOfRangeCells:
-    """Cells of one numeric column beyond the limits, or far from the mean where these are not known."""
+    """Cells of one numeric column beyond its limits; if these are unknown, more than FAR_STDS from the mean."""
 
     count: int
-    num_numbers: int  # of the column, missing cells not included
+    num_numbers: int  # of the column, without missing ones
 
     def __add__(self, other: "OutOfRangeCells") -> "OutOfRangeCells":
         return OutOfRangeCells(self.count + other.count, self.num_numbers + other.num_numbers)
 
 
-# By column, in the order of the config.
+# By column, in the order of the config:
 Unseen = dict[str, UnseenCells]
 OutOfRange = dict[str, OutOfRangeCells]
 Cells = TypeVar("Cells", UnseenCells, OutOfRangeCells)
 
 
 def unseen_cells(lookup: np.ndarray, codes: np.ndarray, vocabulary: Sequence[str]) -> UnseenCells:
-    """Of one categorical column: `codes` [N] into `vocabulary`, `lookup` from code to the model's index."""
+    """Unseen cells of one column: `codes` [N] into `vocabulary`; `lookup` maps a code to the model's index."""
     unseen = codes[lookup[codes] == UNSEEN]
     distinct = dict.fromkeys(unseen[:MAX_EXAMINED].tolist())
     return UnseenCells(len(unseen), len(codes), tuple(vocabulary[code] for code in list(distinct)[:MAX_EXAMPLES]))
 
 
 def add_by_column(first: dict[str, Cells], second: dict[str, Cells]) -> dict[str, Cells]:
-    """Column by column."""
+    """The sum for each column; `first` may be empty."""
     return {name: cells + second[name] for name, cells in first.items()} if first else dict(second)
 
 
 def unseen_lines(name: str, unseen: Unseen, features: Features, *, examples: bool = True) -> list[str]:
-    """A line for each column with values that no training row has; `name` says of which rows.
+    """A line for each column with values that no training row has; it begins with `name`, the rows' source.
 
-    Where they are more than MAX_UNSEEN_SHARE of the cells, probably written in another way: with `examples` of both.
+    Above MAX_UNSEEN_SHARE of the cells the values are probably written in another way: with `examples`, some of these
+    values and of the training rows' are added.
     """
     lines = []
     for column, values in zip(features.category_names, features.categories, strict=True):
@@ -270,7 +271,7 @@ def unseen_lines(name: str, unseen: Unseen, features: Features, *, examples: boo
 
 
 def out_of_range_cells(features: Features, index: int, numbers: np.ndarray) -> OutOfRangeCells:
-    """Of the numeric column `index` of `features`: raw `numbers` [N], NaN = missing."""
+    """Cells out of range among the raw `numbers` [N] (NaN = missing) of the numeric column `index`."""
     if features.limits is None:
         outside = np.abs(numbers - features.means[index]) > FAR_STDS * features.stds[index]
     else:
@@ -280,7 +281,7 @@ def out_of_range_cells(features: Features, index: int, numbers: np.ndarray) -> O
 
 
 def out_of_range_lines(name: str, outside: OutOfRange, features: Features) -> list[str]:
-    """A line for each column with numbers outside what the training rows have; `name` says of which rows."""
+    """A line for each column with numbers outside the training range; it begins with `name`, the rows' source."""
     lines = []
     for index, column in enumerate(features.number_names):
         cells = outside.get(column)

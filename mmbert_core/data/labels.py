@@ -1,4 +1,4 @@
-"""Class names in their order, and label cells as class indices."""
+"""The classes in their order, and label cells as class indices."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,16 +12,16 @@ from mmbert_core.runtime.errors import InputError, format_for_message, list_for_
 from mmbert_core.storage.schema import array, record, text
 from mmbert_core.tables.cells import index_by_form, normal_form
 
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
+INTEGER = re.compile(r"[+-]?[0-9]+")
 LABELS_JSON = record({"names": array(text(non_empty=True), min_length=2, distinct=True)})
-UNKNOWN = -1  # index of a label that is missing or none of the classes
+UNKNOWN = -1  # class index of a label that is missing or not a class
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a task. `names[k]` is the label text of class k, exactly as it stands in the training file (first spelling).
+    """The classes of a task. `names[k]` is the label text of class k, in its first spelling in the training file.
 
-    Label cells belong to the class whose name has the same normal form, such as True to a class true.
+    A label cell belongs to the class whose name has the same normal form, such as True to a class true.
     """
 
     names: tuple[str, ...]
@@ -37,54 +37,39 @@ class Labels:
         row_location: Callable[[int], str] = "row {}".format,
         others: Callable[[int], str] = lambda index: "",
     ) -> "Labels":
-        """Classes of the label texts `values` (repeats allowed): sorted as numbers if all are whole numbers, else by code point.
+        """Classes of the label texts `values` (repeats allowed): sorted as integers if all are, else by code point.
 
-        Texts with one normal form are one class, but for numbers, whose spellings must not differ. `positive_label`
-        becomes class 1 of two classes. `row_location(i)` is the place of `values[i]`, `others(i)` what `other_rows` says of its rows.
-        Raises `InputError`: a missing label, one class only, another number of classes than `num_classes`,
-        two spellings of one number, a positive_label that is no class.
+        Texts with the same normal form are one class; only numbers must have one spelling. `positive_label` becomes
+        class 1 of two classes. For messages, `row_location(i)` is the row of `values[i]` and `others(i)` the result of
+        `other_rows` for all rows with this value.
+        Raises `InputError` for a missing label, a single class, another number of classes than `num_classes`, two
+        spellings of one number, and a positive_label that is not a class.
         """
-        first: dict[str, int] = {}
+        first: dict[str, int] = {}  # label text -> its first index in `values`
         for index, value in enumerate(values):
             first.setdefault(value, index)
         if "" in first:
-            raise InputError(
-                f"{row_location(first[''])}, column {column!r}: expected a label, found an empty cell{others(first[''])}"
-            )
+            found = f"found an empty cell{others(first[''])}"
+            raise InputError(f"{row_location(first[''])}, column {column!r}: expected a label, {found}")
         _check_spellings(sorted(first), first, column=column, row_location=row_location, others=others)
         by_form = spellings_by_form(first)
-        merged = "".join(f"; {line}" for line in _merged(by_form))
+        merged = "".join(f"; {line}" for line in _merged_spellings(by_form))
         first = {spellings[0]: first[spellings[0]] for spellings in by_form.values()}
-        are_numbers = all(WHOLE_NUMBER.fullmatch(name) for name in first)
-        names = sorted(first, key=lambda name: (int(name), name)) if are_numbers else sorted(first)
+        are_integers = all(INTEGER.fullmatch(name) for name in first)
+        names = sorted(first, key=lambda name: (int(name), name)) if are_integers else sorted(first)
         if len(names) == 1:
-            raise InputError(
-                f"{row_location(0)}, column {column!r}: all training rows have the label {format_for_message(names[0])}, expected {num_classes} classes{merged}"
-            )
+            found = f"all training rows have the label {format_for_message(names[0])}"
+            raise InputError(f"{row_location(0)}, column {column!r}: {found}, expected {num_classes} classes{merged}")
         if len(names) != num_classes:
-            place, found = row_location(0), f"{len(names)}: {list_for_message(names)}"
-            if len(names) > num_classes:  # a label too many is one that comes late
+            index, found = 0, f"{len(names)}: {list_for_message(names)}"
+            if len(names) > num_classes:  # the row with the first label too many
                 newest = list(first)[num_classes]
-                place, found = (
-                    row_location(first[newest]),
-                    f"{found}; {format_for_message(newest)} is in this row for the first time{others(first[newest])}",
-                )
-            raise InputError(
-                f"{place}, column {column!r}: expected {num_classes} classes (num_classes) in the training rows, found {found}{merged}"
-            )
+                index = first[newest]
+                found += f"; {format_for_message(newest)} is in this row for the first time{others(index)}"
+            expected = f"expected {num_classes} classes (num_classes) in the training rows"
+            raise InputError(f"{row_location(index)}, column {column!r}: {expected}, found {found}{merged}")
         if positive_label is not None:
-            if positive_label not in names:
-                same = next((name for name in names if normal_form(name) == normal_form(positive_label)), None)
-                hint = (
-                    ""
-                    if same is None
-                    else f"; write it as in the training file: {ascii(same)}, not {ascii(positive_label)}"
-                )
-                raise InputError(
-                    f"positive_label: expected one of the labels {list_for_message(names)}, found {positive_label!r}{hint}"
-                )
-            if num_classes != 2:
-                raise InputError(f"positive_label: expected 2 classes to choose from, found {num_classes}")
+            _check_positive_label(positive_label, names)
             names = [name for name in names if name != positive_label] + [positive_label]
         return cls(tuple(names))
 
@@ -94,27 +79,26 @@ class Labels:
 
     @cached_property
     def index_of_form(self) -> dict[str, int]:
-        """By normal form; of names with equal ones, which older folders may have, the first; 1 and 0 also as true and false."""
+        """Normal form -> class index: the first of names with the same form, which only older model folders have."""
         return index_by_form(self.index_of)
 
     def lookup(self, values: Sequence[str]) -> np.ndarray:
-        """Distinct label texts -> class indices [len(values)] int64, `UNKNOWN` where it is no class."""
+        """Label texts -> class indices [len(values)] int64, `UNKNOWN` for a text that is not a class."""
         indices = [self.index_of.get(value, self.index_of_form.get(normal_form(value), UNKNOWN)) for value in values]
         return np.array(indices, dtype=np.int64)
 
     def check_known(
         self, indices: np.ndarray, label_of: Callable[[int], str], *, column: str, row_location: Callable[[int], str]
     ) -> None:
-        """Raise `InputError` with the first three places when any of `indices` [N] is `UNKNOWN`."""
+        """Raise `InputError` with the first three rows when any of `indices` [N] is `UNKNOWN`."""
         unknown = np.flatnonzero(indices == UNKNOWN)
         if len(unknown) == 0:
             return
         first = label_of(int(unknown[0]))
         found = f"found {format_for_message(first)}" if first else "found an empty cell"
         expected = f"expected one of the labels {list_for_message(self.names)}"
-        raise InputError(
-            f"{row_location(int(unknown[0]))}, column {column!r}: {expected}, {found}{other_rows(unknown, row_location)}"
-        )
+        others = other_rows(unknown, row_location)
+        raise InputError(f"{row_location(int(unknown[0]))}, column {column!r}: {expected}, {found}{others}")
 
     def to_json(self) -> dict[str, Any]:
         return {"names": list(self.names)}
@@ -125,7 +109,7 @@ class Labels:
 
 
 def other_rows(rows: np.ndarray, row_location: Callable[[int], str]) -> str:
-    """What a message that names the first of `rows` says of the rest: how many, and where two more are."""
+    """The addition to a message about the first of `rows`: how many there are, and two more of them."""
     if len(rows) == 1:
         return ""
     return f" ({len(rows)} such rows; also {', '.join(row_location(int(row)) for row in rows[1:3])})"
@@ -140,27 +124,37 @@ def spellings_by_form(values: Iterable[str]) -> dict[str, list[str]]:
 
 
 def spelling_warnings(values: Iterable[str], column: str) -> list[str]:
-    """Lines about label texts that are one class in two spellings, or two classes that may be meant as one."""
+    """Lines about one class with several spellings, and about several classes that may be meant as one."""
     by_form = spellings_by_form(value for value in values if value)
-    lines = [f"column {column!r}: {line}" for line in _merged(by_form)]
+    lines = [f"column {column!r}: {line}" for line in _merged_spellings(by_form)]
     similar: dict[str, list[str]] = {}
     for form, spellings in by_form.items():
         similar.setdefault(" ".join(form.split()).casefold(), []).append(spellings[0])
     for names in similar.values():
         if len(names) > 1:
-            lines.append(
-                f"column {column!r}: the labels {list_for_message(names)} differ by spaces or case only and are {len(names)} classes: are they meant as one?"
-            )
+            differ = f"the labels {list_for_message(names)} differ by spaces or case only"
+            lines.append(f"column {column!r}: {differ} and are {len(names)} classes: are they meant as one?")
     return lines
 
 
-def _merged(by_form: Mapping[str, Sequence[str]]) -> list[str]:
-    """What is said of spellings that are one class; in ASCII, for composed and decomposed letters look the same."""
-    several = [spellings for spellings in by_form.values() if len(spellings) > 1]
+def _merged_spellings(by_form: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each class with several spellings; in ASCII, because composed and decomposed letters look the same."""
     return [
         f"the labels {' and '.join(map(ascii, spellings[:3]))} are one class, written in different ways"
-        for spellings in several
+        for spellings in by_form.values()
+        if len(spellings) > 1
     ]
+
+
+def _check_positive_label(positive_label: str, names: Sequence[str]) -> None:
+    """Raise `InputError` when it is not one of two classes."""
+    if positive_label not in names:
+        same = next((name for name in names if normal_form(name) == normal_form(positive_label)), None)
+        hint = f"; write it as in the training file: {ascii(same)}, not {ascii(positive_label)}" if same else ""
+        expected = f"expected one of the labels {list_for_message(names)}"
+        raise InputError(f"positive_label: {expected}, found {positive_label!r}{hint}")
+    if len(names) != 2:
+        raise InputError(f"positive_label: expected 2 classes to choose from, found {len(names)}")
 
 
 def _check_spellings(
@@ -171,19 +165,18 @@ def _check_spellings(
     row_location: Callable[[int], str],
     others: Callable[[int], str],
 ) -> None:
-    """One number written in two ways ("1" beside "1.0" or "01") is a mistake in the file, never two classes."""
-    spelling: dict[float, str] = {}
+    """Raise `InputError` for one number written in two ways, such as "1" and "1.0" or "01": a mistake in the file."""
+    spelling: dict[float, str] = {}  # number -> its label
     for name in names:
         try:
             number = float(name)
         except ValueError:
             continue
-        if "_" in name:  # Python's own digit grouping: 1_0 is a name here
+        if "_" in name:  # float() accepts 1_0, which is a text here
             continue
         if number in spelling:
             both = f"{format_for_message(spelling[number])} and {format_for_message(name)}"
-            newest = max(first[spelling[number]], first[name])
-            raise InputError(
-                f"{row_location(newest)}, column {column!r}: expected one spelling of a label, found {both} for the same number{others(newest)}"
-            )
+            index = max(first[spelling[number]], first[name])
+            found = f"expected one spelling of a label, found {both} for the same number"
+            raise InputError(f"{row_location(index)}, column {column!r}: {found}{others(index)}")
         spelling[number] = name

@@ -1,9 +1,8 @@
-"""The training range of the numbers for model folders that lack it, from the run's own cache.
+"""The training range of numeric columns for model folders that lack it, from the run's own cache.
 
-Older folders hold medians, means and deviations, but not the range. The cache that the
-run left next to them still has the training rows. It is believed when its rows, chosen as the run chose them, have the
-statistics of the folder.
-N rows of a table, F numeric columns.
+Older folders (see `features.OPTIONAL`) hold medians, means and standard deviations, but no minimums and maximums. The
+cache that the run left next to them still has the training rows. It is used if its rows, split as the run did, have
+the statistics of the folder.
 """
 
 import logging
@@ -24,35 +23,35 @@ from mmbert_core.tables.table import Roles
 
 logger = logging.getLogger(__name__)
 
-MAX_STORES = 20  # that are looked at: a run leaves three
-MAX_CELLS = 50_000_000  # of a table that is looked at: some seconds
-OF_TEXTS = ("token_ids", "chunk_offsets", "row_chunks")
+MAX_CACHES = 20  # that are examined; a run leaves three
+MAX_CELLS = 50_000_000  # of a table that is examined: takes a few seconds
+TEXT_ARRAYS = ("token_ids", "chunk_offsets", "row_chunks")
 
 
 def recover_number_ranges(features: Features, labels: Labels, config: Config, folder: Path) -> Features:
-    """`features` with minimums and maximums, where the cache in `folder`, or the configured one, has the training rows."""
+    """`features` with minimums and maximums if the cache in `folder`, or the configured one, has the training rows."""
     if features.minimums is not None or not features.number_names:
         return features
-    caches = [folder / "cache", *([Path(config.cache_path)] if config.cache_path else [])]
-    for store in _stores(caches):
+    parents = [folder / "cache", *([Path(config.cache_path)] if config.cache_path else [])]
+    for cache in _cache_folders(parents):
         try:
-            fitted = _fitted(store, features, labels, config)
-        except Exception as error:  # noqa: BLE001 - whatever a stranger's cache holds, the model is loaded without it
-            logger.debug("%s: not the training rows: %s: %s", store, type(error).__name__, error)
+            fitted = _fit(cache, features, labels, config)
+        except Exception as error:  # noqa: BLE001 - a damaged or foreign cache must not stop the loading of a model
+            logger.debug("%s: not the training rows: %s: %s", cache, type(error).__name__, error)
             continue
         if _is_equal(fitted, features):
-            logger.info("the training range of the numbers, which this older folder lacks, was found in %s", store)
+            logger.info("the training range of the numbers, which this older folder lacks, was found in %s", cache)
             return replace(features, minimums=fitted.minimums, maximums=fitted.maximums)
     return features
 
 
-def _stores(caches: list[Path]) -> Iterator[Path]:
-    paths = dict.fromkeys(path.parent for cache in caches for path in sorted(cache.glob(f"*/{META}")))
-    yield from list(paths)[:MAX_STORES]
+def _cache_folders(parents: list[Path]) -> Iterator[Path]:
+    paths = dict.fromkeys(path.parent for parent in parents for path in sorted(parent.glob(f"*/{META}")))
+    yield from list(paths)[:MAX_CACHES]
 
 
 def _is_equal(fitted: Features, features: Features) -> bool:
-    """Whether all that an older folder holds of the numbers is the same; other machines round sums otherwise."""
+    """Whether the statistics that an older folder has are the same, but for the rounding of sums on another machine."""
 
     def is_close(name: str) -> bool:
         return np.allclose(getattr(fitted, name), getattr(features, name), rtol=1e-6, atol=0)
@@ -65,12 +64,12 @@ def _is_equal(fitted: Features, features: Features) -> bool:
     )
 
 
-def _fitted(store: Path, features: Features, labels: Labels, config: Config) -> Features:
-    """The statistics of the numeric columns over the rows of a store that a run of `config` would train on.
+def _fit(cache: Path, features: Features, labels: Labels, config: Config) -> Features:
+    """The statistics of the numeric columns over the rows of a cache that a run of `config` would train on.
 
-    Raises `ValueError`, and what damaged files raise, for a store that is none of a training table.
+    Raises `ValueError`, and any error of damaged files, for a cache that is not that of a training table.
     """
-    rows = _read(store)
+    rows = _read(cache)
     if rows.numbers.shape != (rows.num_rows, len(features.number_names)) or rows.numbers.size > MAX_CELLS:
         expected = f"at most {MAX_CELLS} numbers of {len(features.number_names)} columns"
         raise ValueError(f"expected {expected}, found shape {rows.numbers.shape}")
@@ -79,15 +78,15 @@ def _fitted(store: Path, features: Features, labels: Labels, config: Config) -> 
     return Features.fit(rows.numbers, np.zeros((rows.num_rows, 0), dtype=np.int32), [], roles, rows=train_rows)
 
 
-def _read(store: Path) -> EncodedRows:
-    """The rows of a store without their texts, memory-mapped."""
-    if not is_whole(store):
+def _read(cache: Path) -> EncodedRows:
+    """The rows of a cache without their texts, memory-mapped."""
+    if not is_whole(cache):
         raise ValueError("a file is missing or of another size")
-    meta = read_meta(store)
-    files = {name: array for name, array in meta["arrays"].items() if name not in OF_TEXTS}
-    arrays = {name: _mapped(store / f"{name}.bin", array) for name, array in files.items()}
+    meta = read_meta(cache)
+    files = {name: array for name, array in meta["arrays"].items() if name not in TEXT_ARRAYS}
+    arrays = {name: _mapped(cache / f"{name}.bin", array) for name, array in files.items()}
     texts = {"vocabularies": meta["vocabularies"], "label_values": meta["label_values"]}
-    return assemble(arrays, **texts, paths=[str(store)], max_chunks=1, num_truncated=0)
+    return assemble(arrays, **texts, paths=[str(cache)], max_chunks=1, num_truncated=0)
 
 
 def _mapped(path: Path, array: dict[str, Any]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The next item of an iterator, made by a thread while the one before is used."""
+"""Compute the next item of an iterator in a thread while the current one is used."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +9,12 @@ END = object()
 
 
 def prefetch_one(items: Iterator[T]) -> Iterator[T]:
-    """The same items in the same order, at most one more than were asked for. What making one raises is raised here, in its turn.
+    """The same items in the same order, computed at most one ahead of use. An exception is raised at its item's turn.
 
-    Pays where making or using an item leaves the interpreter to others: tokenising, reading, waiting for a disk.
+    It saves time where computing or using an item releases the GIL: tokenising, reading, waiting for a disk.
     """
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, END)
-        while (item := coming.result()) is not END:
-            coming = thread.submit(next, items, END)
+        upcoming = thread.submit(next, items, END)
+        while (item := upcoming.result()) is not END:
+            upcoming = thread.submit(next, items, END)
             yield item

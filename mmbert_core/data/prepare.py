@@ -18,7 +18,7 @@ from mmbert_core.data.dataset import Dataset, pad_token_id_of
 from mmbert_core.data.encoding import EncodedRows
 from mmbert_core.data.features import Features, out_of_range_lines, unseen_lines
 from mmbert_core.data.labels import Labels, other_rows, spelling_warnings
-from mmbert_core.data.leaks import KINDS, find_leaks, shared_places
+from mmbert_core.data.leaks import SPLIT_NAMES, find_leaks, shared_positions
 from mmbert_core.data.splits import sample_rows, select_rows, split_rows
 from mmbert_core.data.tokens import keeps_end, load_tokenizer, tokenizer_fingerprint
 from mmbert_core.runtime.errors import InputError, format_for_message
@@ -316,6 +316,6 @@ def _shared_ids(part: Dataset, earlier: Dataset) -> Iterator[str]:
     """Rows that are scored by a model that learned from them, or was chosen by them."""
     if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
         return
-    shared = shared_places(*(select_rows(each.encoded.id_codes, each.rows) for each in (part, earlier)))
+    shared = shared_positions(*(select_rows(each.encoded.id_codes, each.rows) for each in (part, earlier)))
     if len(shared):
-        yield f"{part.name}: {len(shared)} rows have an id of a {KINDS[earlier.name]} row, first {part.row_location(int(shared[0]))}"
+        yield f"{part.name}: {len(shared)} rows have an id of a {SPLIT_NAMES[earlier.name]} row, first {part.row_location(int(shared[0]))}"

@@ -1,11 +1,11 @@
 """Which rows train and which validate: seeded samples and stratified splits.
 
-N rows, C classes. Results depend on the arguments alone: every process computes the same.
+N rows, C classes. Results depend only on the arguments: every process computes the same.
 """
 
 import numpy as np
 
-SAMPLE_STREAM, SPLIT_STREAM = 1, 2  # so that one seed does not draw the same numbers for both
+SAMPLE_STREAM, SPLIT_STREAM = 1, 2  # second word of the seed: sampling and splitting draw different numbers
 
 
 def sample_rows(num_rows: int, max_rows: int | None, seed: int) -> np.ndarray:
@@ -17,17 +17,17 @@ def sample_rows(num_rows: int, max_rows: int | None, seed: int) -> np.ndarray:
 
 
 def select_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`array[rows]` of a sorted choice of rows without repeats; all of them are not copied."""
+    """`array[rows]` for sorted, distinct `rows`; the array itself, not a copy, when these are all rows."""
     return array if len(rows) == len(array) else array[rows]
 
 
 def split_rows(
     labels: np.ndarray, groups: np.ndarray | None, *, val_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (train, val) into `labels` [N], each sorted int64; class shares are kept as far as whole rows allow.
+    """Positions (train, val) into `labels` [N], each sorted int64, stratified by class.
 
-    Rows with equal `groups` [N] stay on one side. Every class keeps a training row; with a `val_fraction` above 0 and
-    more than one row, validation gets at least one row unless that would take the last row of a class.
+    Rows with equal `groups` [N] stay on one side. Every class keeps a training row. With a `val_fraction` above 0 and
+    more than one row, validation gets at least one row unless that would take the last training row of a class.
     """
     num_rows = len(labels)
     is_val = np.zeros(num_rows, dtype=bool)
@@ -46,7 +46,7 @@ def _stratified_rows(classes: np.ndarray, fraction: float, generator: np.random.
     total = max(1, round(len(classes) * fraction))
     exact = counts * fraction
     takes = np.minimum(np.floor(exact).astype(np.int64), counts - 1)
-    # whole rows by largest remainder, never the last row of a class
+    # round by the largest remainder, but never take the last row of a class
     order = np.lexsort((np.arange(len(counts)), -(exact - np.floor(exact))))
     while takes.sum() < total and (takes < counts - 1).any():
         for index in order:
@@ -61,29 +61,29 @@ def _stratified_rows(classes: np.ndarray, fraction: float, generator: np.random.
 def _grouped_rows(
     classes: np.ndarray, groups: np.ndarray, fraction: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Greedy: groups in random order, each taken that brings validation nearer to its share of every class."""
+    """Greedy: groups in random order, each taken if it brings validation closer to its share of every class."""
     group_of = np.unique(groups, return_inverse=True)[1].reshape(-1)
-    rank = generator.permutation(group_of.max() + 1)[group_of]  # [N] random place of a row's group
+    rank = generator.permutation(group_of.max() + 1)[group_of]  # [N] random rank of a row's group
     rows = np.argsort(rank, kind="stable")
     bounds = np.append(np.flatnonzero(np.diff(rank[rows], prepend=-1)), len(rows))
     num_classes = int(classes.max()) + 1
     left = np.bincount(classes, minlength=num_classes)  # [C] rows still in training
-    wanted = left * fraction  # [C] rows validation still wants
-    taken: list[np.ndarray] = []
-    smallest: np.ndarray | None = None  # in case no group fits
+    wanted = left * fraction  # [C] rows that validation still needs
+    chosen: list[np.ndarray] = []
+    smallest: np.ndarray | None = None  # taken when no group fits
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        if taken and (wanted <= 0.5).all():  # no group can bring it nearer
+        if chosen and (wanted <= 0.5).all():  # no group can bring it closer
             break
         members = rows[start:end]
         counts = np.bincount(classes[members], minlength=num_classes)
         if (left[counts > 0] <= counts[counts > 0]).any():  # would take the last training rows of a class
             continue
         if np.abs(wanted - counts).sum() < np.abs(wanted).sum():
-            taken.append(members)
+            chosen.append(members)
             left = left - counts
             wanted = wanted - counts
         elif smallest is None or len(members) < len(smallest):
             smallest = members
-    if not taken and smallest is not None:
-        taken = [smallest]
-    return np.concatenate(taken) if taken else np.zeros(0, dtype=np.int64)
+    if not chosen and smallest is not None:
+        chosen = [smallest]
+    return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
