@@ -51,7 +51,7 @@ test metrics. Takes what `mmbert train` takes. After a stop, the same command co
   mmbert ablate run.yaml --seeds 0 1 2
 """
 SERVE_DESCRIPTION = """\
-Score rows over HTTP, from programs or by hand on a page that shows the probabilities and how much each word
+Score rows over HTTP, from programs or on a page with a form, which shows the probabilities and how much each word
 contributed. There is no authentication: by default only this machine can connect. SIGTERM or Ctrl-C ends it.
 
   mmbert serve runs/reviews
@@ -137,7 +137,7 @@ def add_scoring_commands(commands: Any) -> None:
     predict_parser.add_argument(
         "--sheet_safe",
         action="store_true",
-        help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids are copied byte for byte",
+        help="put a ' before texts that a spreadsheet would take for a formula (=1+1); else ids are copied unchanged",
     )
     predict_parser.add_argument(
         "--input_format", choices=["csv", "tsv", "jsonl"], default="csv", help="of standard input (default: csv)"

@@ -17,7 +17,7 @@ CHARACTERS_PER_VALUE = 40  # of a long text, which counts as several values
 MAX_DEPTH = 20  # of mappings and lists in each other; a config needs 2
 MAX_DIGITS = 100  # of a number
 MAX_MESSAGE = 300  # characters of a parser's message
-# What other programs' files begin with: given as a config by mistake, most often the table in place of the config.
+# First bytes of files that are given as a config by mistake, most often the table in place of the config.
 SIGNATURES = {
     b"PAR1": "a Parquet file",
     b"PK\x03\x04": "a zip archive, such as an Excel workbook",
@@ -73,17 +73,17 @@ def _not_valid(path: str, text: str) -> str:
 
 
 def _is_table(path: str, text: str) -> bool:
-    """By its name, or by two first lines with the same number of separators and none of the marks of a config."""
+    """By its name, or by its first two lines: the same separators in both, and nothing that looks like a config."""
     if path.lower().endswith(TABLE_SUFFIXES):
         return True
     lines = text[:100_000].splitlines()[:2]
     if path.endswith(".json") or len(lines) < 2 or lines[0].lstrip().startswith(("{", "[", "#", "-", "%")):
         return False
-    return (
-        any(lines[0].count(mark) and lines[0].count(mark) <= lines[1].count(mark) for mark in ",;\t")
-        and ": " not in lines[0]
-        and not lines[0].endswith(":")
+    first, second = lines
+    has_columns = any(
+        first.count(separator) and first.count(separator) <= second.count(separator) for separator in ",;\t"
     )
+    return has_columns and ": " not in first and not first.endswith(":")
 
 
 def _as_key(key: Any) -> str:
@@ -94,7 +94,7 @@ def _as_key(key: Any) -> str:
 
 
 def check_repeats(keys: list[Any]) -> None:
-    """Raise `ValueError` for a key that stands in a mapping twice: a mistake, not a choice of the last."""
+    """Raise `ValueError` for a key that a mapping has twice: a mistake, where the parsers would take the last value."""
     seen: set[Any] = set()
     for key in keys:
         if key in seen:
@@ -124,12 +124,12 @@ def _whole_number(digits: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, without silent repeats, and within the bounds above. Raises `yaml.YAMLError` alone."""
+    """YAML without code, without repeated keys, and within the bounds above. Raises only `yaml.YAMLError`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._num_values = self._depth = 0
-        self._sizes: dict[str, int] = {}  # of what an anchor stands for, once it is complete
+        self._sizes: dict[str, int] = {}  # anchor -> number of values it stands for, once it is complete
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -155,41 +155,30 @@ class _Loader(yaml.SafeLoader):
     def _count(self, event: yaml.Event, size: int) -> None:
         self._num_values += size
         if self._num_values > MAX_VALUES:
-            raise _error(
-                event, f"expected at most {MAX_VALUES:,} values (an alias counts as what it stands for), found more"
-            )
+            expected = f"expected at most {MAX_VALUES:,} values (an alias counts as what it stands for)"
+            raise _error(event, f"{expected}, found more")
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         if isinstance(node, yaml.MappingNode):
+            scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             try:
-                check_repeats(
-                    [
-                        key.value
-                        for key, _ in node.value
-                        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
-                    ]
-                )
+                check_repeats([key.value for key in scalars if key.tag != "tag:yaml.org,2002:merge"])
             except ValueError as error:
                 raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A node's value. One that its explicit tag (`!!int ""`) or its form (2026-02-31) forbids: an error with its line."""
+        """A node's value. Raises an error with its line for one that cannot be converted (`!!int ""`, 2026-02-31)."""
         kind = node.tag.rpartition(":")[2]
         if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"expected a number of at most {MAX_DIGITS} digits, found one of {len(node.value):,}",
-                node.start_mark,
-            )
+            problem = f"expected a number of at most {MAX_DIGITS} digits, found one of {len(node.value):,}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             what = format_for_message(node.value) if isinstance(node, yaml.ScalarNode) else "this"
-            reason = (
-                f" ({error})" if type(error) is ValueError else ""
-            )  # such as a day that no month has; others are of Python's own making
+            # a ValueError names the cause, such as a day that the month lacks; others are internals of the parser
+            reason = f" ({error})" if type(error) is ValueError else ""
             problem = f"{what} cannot be read as {kind}{reason}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 

@@ -1,4 +1,4 @@
-"""Numbers beyond a setting's range, as a file and a shell give them: one line and exit code 2, never a traceback or a hang."""
+"""Numbers beyond a setting's range, from a file and from a shell: one line and exit code 2, no traceback, no hang."""
 
 import json
 import random
@@ -20,53 +20,11 @@ NUMERIC = [
     for name, hint in HINTS.items()
     if {int, float} & {hint, *get_args(hint), *(inner for each in get_args(hint) for inner in get_args(each))}
 ]
-HUGE = [
-    2**31,
-    2**31 - 1,
-    2**32,
-    2**53 + 1,
-    2**63 - 1,
-    2**63,
-    2**64,
-    10**9,
-    10**30,
-    10**99,
-    10**400,
-    1e30,
-    1e300,
-    1.7e308,
-    float("inf"),
-    float("-inf"),
-    float("nan"),
-    -1,
-    -0.5,
-    -(2**31),
-    -(2**63),
-    -(10**400),
-    5e-324,
-    -1e-300,
-    0,
-    -0.0,
-]
-WORDS = [
-    "inf",
-    "-inf",
-    "nan",
-    "1e999",
-    "-1e999",
-    "9" * 400,
-    "9" * 5000,
-    "-" + "9" * 5000,
-    "0x7fffffff",
-    "1e30",
-    "1_000_000_000_000",
-    "٣",
-    "½",
-    "²",
-    "--1",
-    "1e",
-    "",
-]
+HUGE = [2**31, 2**31 - 1, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**9, 10**30, 10**99, 10**400]
+HUGE += [1e30, 1e300, 1.7e308, float("inf"), float("-inf"), float("nan")]
+HUGE += [-1, -0.5, -(2**31), -(2**63), -(10**400), 5e-324, -1e-300, 0, -0.0]
+WORDS = "inf -inf nan 1e999 -1e999 0x7fffffff 1e30 1_000_000_000_000 ٣ ½ ² --1 1e".split()
+WORDS += ["9" * 400, "9" * 5000, "-" + "9" * 5000, ""]
 
 
 def value_of(rng: random.Random) -> Any:
@@ -90,7 +48,7 @@ def test_every_number_has_a_range():
     assert all(SETTINGS[name].at_most is None for name in others)
 
 
-def test_no_number_gives_anything_but_a_config_or_one_line():
+def test_every_value_gives_a_config_or_one_line():
     rng, started, refused = random.Random(13), time.process_time(), 0
     for _ in range(3000):
         name = rng.choice(NUMERIC)

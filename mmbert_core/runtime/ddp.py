@@ -43,7 +43,7 @@ def wrap_ddp(model: nn.Module, context: DistContext, used: UsedRows | None = Non
 
 
 def _average_used_rows(used: UsedRows, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: the mean of a bucket of gradients over the ranks, of `used.weight` only the used rows."""
+    """DDP's communication hook: mean over the ranks of a bucket of gradients, of `used.weight` only the used rows."""
     buffer, gradients = bucket.buffer(), bucket.gradients()
     embedding = next((index for index, parameter in enumerate(bucket.parameters()) if parameter is used.weight), None)
     if embedding is None or used.rows is None:

@@ -37,7 +37,7 @@ def has_groups() -> bool:
 
 @contextmanager
 def as_peer_error() -> Iterator[None]:
-    """Turn what a backend raises when a rank is gone or stalls into a `PeerError`: the failed rank reports the cause."""
+    """A backend's error because a rank is gone or stalls becomes a `PeerError`: the failed rank reports the cause."""
     try:
         yield
     except RuntimeError as error:  # torch's DistError is one
@@ -129,7 +129,7 @@ class AsyncFlag:
         self._pending: list[tuple[torch.Tensor, Any]] = []
 
     def any_rank(self, flag: bool) -> bool:
-        """Collective. True on all ranks at the same call, DELAY calls after a rank's first True; at once in one process."""
+        """Collective. True on all ranks at the same call, DELAY calls after a rank's first; at once in one process."""
         if not is_distributed():
             return flag
         tensor = torch.tensor([float(flag)])

@@ -1,34 +1,34 @@
-"""The errors that a user or another rank can do something with, and the phase in which an error happened."""
+"""Errors with a meaning for the user or for other ranks, the phase in which an error happened, values in messages."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-MAX_SHOWN = 80  # characters of a value in a message
+MAX_CHARACTERS = 80  # characters of a value in a message
 
 
 class InputError(ValueError):
-    """A mistake in the config or the data that the user can mend.
+    """A mistake in the config or the data that the user can correct.
 
     The message is one line: which file, row and column (or which key), what was expected, what was found.
-    The command line prints it as it is and exits with code 2; nothing has been trained or overwritten by then.
+    The command line prints it as it is and exits with code 2, before anything is trained or overwritten.
     """
 
 
 class RunError(RuntimeError):
-    """A failure of a run that one line explains: a full disk, a loss that is no number. Exit code 1, no traceback."""
+    """A failure of a run that one line explains: a full disk, a loss that is not finite. Exit code 1, no traceback."""
 
 
 class PeerError(RuntimeError):
-    """Another rank has failed, which tells the reason itself, or is gone. This rank only leaves."""
+    """Another rank has failed and reports the cause, or is gone. This rank only ends."""
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop, and nothing is lost. Exit code 75. Like KeyboardInterrupt it passes `except Exception`."""
+    """A signal asked the run to stop, and nothing is lost. Exit code 75. `except Exception` does not catch it."""
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """An error from inside says where it happened, as its attribute `phase`; the innermost phase counts."""
+    """Set the attribute `phase` of an error from inside to `name`, unless an inner phase has set it."""
     try:
         yield
     except Exception as error:
@@ -37,11 +37,11 @@ def phase(name: str) -> Iterator[None]:
         raise
 
 
-def format_for_message(value: object, limit: int = MAX_SHOWN) -> str:
-    """A value as a message shows it: its `repr`, on one line, at most `limit` characters."""
+def format_for_message(value: object, limit: int = MAX_CHARACTERS) -> str:
+    """The `repr` of a value on one line of at most `limit` characters."""
     try:
         text = repr(value[: limit + 1] if isinstance(value, str) else value)  # a cell may have millions of characters
-    except ValueError:  # Python turns no whole number of more than 4,300 digits into text
+    except ValueError:  # Python refuses to write whole numbers of more than 4,300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

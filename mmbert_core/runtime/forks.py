@@ -4,7 +4,7 @@ A fork copies the memory and only the calling thread. The threads of OpenMP (PyT
 are missing in the child, and its first parallel loop would wait for them forever; a tokenizer or a model that another
 thread was using would stay in the state of that moment. So:
 
-1. before the fork: wait for the threads that hold a lock of `lock_of`, and for those that held one and are just ending
+1. before the fork: wait for the threads that hold a lock of `lock_of`, and for those that held one and are ending
 2. in the child: one thread for PyTorch and none for tokenizers, before anything can start a parallel loop
 """
 
@@ -21,7 +21,8 @@ TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"  # read by the tokenizers library a
 # Set, so that the library does not warn at a fork: `_after_in_child` does what it asks for.
 os.environ.setdefault(TOKENIZER_THREADS, "true")
 
-SECONDS_UNCHANGED, MAX_SECONDS_ENDING = 0.05, 2.0  # of the process's threads, until the ended ones are taken to be gone
+# How long the process's set of threads must stay the same before the ended ones count as gone, and the longest wait.
+SECONDS_UNCHANGED, MAX_SECONDS_ENDING = 0.05, 2.0
 
 _locks: WeakKeyDictionary[object, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -62,8 +63,8 @@ def _before() -> None:
 def _wait_for_ending_threads() -> None:
     """Wait until threads that computed and have ended are gone, and so are the OpenMP threads that ended with them.
 
-    After Python is done with a thread, its end frees the buffers of the matrix library (MKL) under a lock of that library. A
-    fork at that moment copies the lock as held: 13 of 100 children would wait for it forever.
+    After Python is done with a thread, its end frees the buffers of the matrix library (MKL) under a lock of that
+    library. A fork at that moment copies the lock as held: 13 of 100 children would wait for it forever.
     """
     ended = {number for number, thread in list(_users.items()) if not thread.is_alive()}
     deadline = time.monotonic() + MAX_SECONDS_ENDING

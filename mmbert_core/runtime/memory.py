@@ -17,7 +17,7 @@ def reset_peak() -> None:
 
 
 def peak_mb(device: torch.device | None = None) -> float:
-    """The most MiB that this process has held: of `device` when that is a GPU, else resident memory since `reset_peak`."""
+    """The most MiB that this process has held: on `device` when that is a GPU, else resident, since `reset_peak`."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

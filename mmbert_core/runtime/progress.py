@@ -55,16 +55,16 @@ class Progress:
     """Log rows done and rows per second every few seconds, and the time left where the length of the files is known."""
 
     def __init__(self, rows: str, lengths: Sequence[int] | None = None) -> None:
-        """`rows`: what is counted, such as "rows scored". `lengths`: lines, or rows, of each file, to estimate the time.
+        """`rows`: what is counted, such as "rows scored". `lengths`: lines of each file, of files without lines rows.
 
-        A row may have several lines, so that the time left follows from lines where files have them.
+        A row may have several lines, so the share of the lines that are read gives the time left.
         """
         self.lengths, self.num_done = lengths, 0
         self._rows, self._started = rows, time.monotonic()
         self._throttle = Throttle(SECONDS_BETWEEN_LINES, wait_first=True)
 
     def advance(self, num_rows: int, file: int = 0, position: int = 0) -> None:
-        """`num_rows` more are done; the last of them is at `position`, a line or a row, of the file with index `file`."""
+        """`num_rows` more are done; the last of them is at `position`, a line or row, of the file with index `file`."""
         self.num_done += num_rows
         if self._throttle.is_due():
             seconds, left = time.monotonic() - self._started, ""

@@ -1,9 +1,13 @@
-"""Signals that ask a run to stop: a flag for the loop, an exception where nothing is at stake, an end for the impatient.
+"""Signals that ask a run to stop.
+
+1. a flag that the training loop reads, where there is work to save
+2. an exception, where nothing can be lost
+3. at a second signal, or when the main thread does not react: the end of the process
 
 SIGTERM (torchrun, SLURM), SIGINT (Ctrl-C), SIGHUP (a lost terminal), SIGQUIT and SIGUSR1 (SLURM's --signal, where the
 launcher forwards it) mean the same; torchrun forwards the first four by itself.
-The handler itself does nothing that could break what it interrupts: Python runs it between two instructions of the main
-thread, and not at all while that waits in a collective. So a thread hears every signal through a pipe.
+Python runs a handler between two instructions of the main thread, and not at all while that waits in a collective. So
+the handler does nothing that could break what it interrupts, and a thread receives every signal through a pipe.
 """
 
 import logging
@@ -22,22 +26,21 @@ logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-LAUNCHER = (
-    os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-)  # noted before the long imports: it may be gone after them
-SAME_REQUEST_SECONDS = 1.0  # one request may come twice: from SLURM to all processes, and once more through torchrun
-GRACE_SECONDS = 5.0  # for the main thread to leave by itself where nothing is at stake
+# Read before the imports that take seconds: the launcher may have ended after them.
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+SAME_REQUEST_SECONDS = 1.0  # one request may come twice: from SLURM to all processes, and again through torchrun
+GRACE_SECONDS = 5.0  # for the main thread to leave by itself where there is nothing to save
 PARENT_CHECK_SECONDS = 1.0
 
 
 class _State:
-    """What this process has heard; signals belong to a process, so there is one."""
+    """What is known of the signals of this process; there is one."""
 
     def __init__(self) -> None:
         self.first: int | None = None  # signal number of the first request
         self.deferred = False
         self.leaving = False
-        self.is_caught = False  # this process is a command
+        self.is_caught = False  # inside `caught`: this process is a command of ours
 
 
 _state = _State()
@@ -50,16 +53,18 @@ def requested() -> str | None:
 
 @contextmanager
 def caught() -> Iterator[None]:
-    """Hear the stop signals, of a process that torchrun started also its launcher's death. For the main thread of a command."""
+    """Inside, stop signals are handled, and so is the death of torchrun, where it has started this process.
+
+    For the main thread of a command.
+    """
     global _state
     _state = _State()
     _state.is_caught = True
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    heard = [
-        number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    ]  # nohup
-    before = {number: signal.signal(number, _handle) for number in heard}
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    handled = [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and under_nohup)]
+    before = {number: signal.signal(number, _handle) for number in handled}
     before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     listener = threading.Thread(target=_listen, args=(reader, _state), name="signals", daemon=True)
     listener.start()
@@ -75,7 +80,10 @@ def caught() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a first signal is only a flag for `requested`: there is work to save. Outside it raises `Stopped` at once."""
+    """Inside, a first signal only sets the flag that `requested` reads: there is work to save.
+
+    Outside it raises `Stopped` at once.
+    """
     before, _state.deferred = _state.deferred, True
     try:
         yield
@@ -85,7 +93,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """For work inside somebody else's process: a first stop signal while `deferred` is a request to stop.
+    """For a library call in another program's process: a first stop signal while `deferred` is a request to stop.
 
     A second one, and one outside `deferred`, does what it did before. Signals that the process handles or ignores by
     itself are left to it. No thread is started and nothing ends the process; afterwards the handlers are the old ones.
@@ -124,12 +132,12 @@ def noted() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """The work is saved and this process leaves: a launcher that hurries it must not change its exit code."""
+    """Ignore further signals: the work is saved, this process ends, and no signal must change its exit code."""
     _state.leaving = True
 
 
 def restore_defaults() -> None:
-    """This process only waits to be ended: let a signal do that. Main thread only."""
+    """Let a signal end this process, which has nothing more to do than wait for that. Main thread only."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -139,14 +147,15 @@ def _handle(number: int, frame: FrameType | None) -> None:
     """In the main thread."""
     _state.first = _state.first or number
     if not _state.deferred and not _state.leaving:
-        raise Stopped(f"stopped by {signal.Signals(number).name}; nothing was at stake")
+        raise Stopped(f"stopped by {signal.Signals(number).name}; there was nothing to save")
 
 
 def _listen(reader: int, state: _State) -> None:
     """In a thread: what the main thread cannot do while it waits in native code."""
     launcher = LAUNCHER
-    first_seconds = None  # when this thread, not the handler, heard the first request: a busy main thread may be long between the two
-    last_seconds = None  # when the patience with a main thread that should have left ends
+    # When this thread received the first request: the handler may run much later, when the main thread is busy.
+    first_seconds = None
+    deadline = None  # for the main thread to leave where there is nothing to save
     while True:
         ready, _, _ = select.select([reader], [], [], PARENT_CHECK_SECONDS)
         now = time.monotonic()
@@ -162,16 +171,14 @@ def _listen(reader: int, state: _State) -> None:
                 if now - first_seconds > SAME_REQUEST_SECONDS:
                     os._exit(128 + number)
                 if state.deferred:
-                    logger.info(
-                        "%s: stopping after what is under way; a second signal leaves at once",
-                        signal.Signals(number).name,
-                    )
+                    name = signal.Signals(number).name
+                    logger.info("%s: stopping when the current work is done; a second signal ends at once", name)
                 else:
-                    last_seconds = last_seconds or now + GRACE_SECONDS
-        if last_seconds is not None and now > last_seconds:
+                    deadline = deadline or now + GRACE_SECONDS
+        if deadline is not None and now > deadline:
             os._exit(EXIT_STOPPED)
         if launcher is not None and os.getppid() != launcher:
             launcher = None
             logger.warning("torchrun is gone")
-            if state.first is None:  # else the request is known, and this would be a second one
+            if state.first is None:  # else a signal has asked for the same, and this would be a second one
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""Standard streams that lose their reader or lack a character: neither ends a command.
+"""Standard streams whose reader is gone, or whose encoding lacks a character, do not end a command.
 
-A command is done when its files are written. `| head` that has read enough, a terminal that is gone and a closed
-descriptor only mean that nobody reads what is printed; a full disk behind standard output is still an error.
+A command is done when its files are written. After `| head`, a closed terminal or a closed descriptor nobody reads what
+is printed; a full disk behind standard output is still an error.
 """
 
 import errno
@@ -18,15 +18,15 @@ READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET})  # a pipe's,
 
 
 class _StandardFile(io.FileIO):
-    """The descriptor of a standard stream. Once its reader is gone, what is written to it is dropped."""
+    """The descriptor of a standard stream. Once its reader is gone, further writes are dropped."""
 
     def __init__(self, descriptor: int, *, is_required: bool) -> None:
-        """`is_required`: a write that fails for another reason than a reader that is gone raises its `OSError`."""
+        """`is_required`: a write that fails raises its `OSError`, unless the reader is gone."""
         super().__init__(descriptor, "w", closefd=False)
         self._is_required = is_required
 
     def write(self, data: Any) -> int:
-        """Number of bytes written; waits where a descriptor that does not block by itself is full."""
+        """Number of bytes written. Waits while a non-blocking descriptor is full."""
         size = memoryview(data).nbytes
         try:
             while (written := super().write(data)) is None:
@@ -41,7 +41,7 @@ class _StandardFile(io.FileIO):
 
 
 def protect_streams() -> None:
-    """For a process that is a command: replace its standard streams by ones that outlive their readers.
+    """Replace the standard streams of a command's process by ones that may lose their readers.
 
     Characters that a stream's encoding lacks are written as escapes (`\\xe9`). A crash in native code, such as a bus
     error, prints where it happened to standard error.
@@ -49,7 +49,7 @@ def protect_streams() -> None:
     open_closed_streams()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        with suppress(OSError, ValueError):  # without a descriptor: a stream of whoever embeds this
+        with suppress(OSError, ValueError):  # without a descriptor: a stream of the program that embeds this one
             file = _StandardFile(stream.fileno(), is_required=name == "stdout")
             stream.flush()
             buffered = io.BufferedWriter(file)
@@ -62,7 +62,7 @@ def protect_streams() -> None:
 
 
 def open_closed_streams() -> None:
-    """Replace streams that the caller has closed (`>&-`): nothing is read from those, what is written there is lost."""
+    """Replace streams that the caller has closed (`>&-`): reading yields nothing, what is written is lost."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -72,7 +72,7 @@ def open_closed_streams() -> None:
 
 @contextmanager
 def until_reader_closes() -> Iterator[None]:
-    """Work whose only result is standard output ends without a failure when the reader (`| head`) has seen enough."""
+    """For work whose only result is standard output: it ends without an error when the reader (`| head`) is gone."""
     try:
         yield
         sys.stdout.flush()

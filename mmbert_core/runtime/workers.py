@@ -155,9 +155,9 @@ def _wait_for(is_done: Callable[[], bool], who: Callable[[], str], seconds: floa
 def _loopback_store(context: DistContext, timeout: timedelta) -> dist.Store | None:
     """Collective. A store on loopback for a run on one node: nobody outside needs to reach a rank.
 
-    gloo and NCCL are told to listen there too. None where another store is in use: that of several nodes, or torchrun's
-    own, which listens at all addresses (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` in torchrun's environment, as torchrun.sh
-    sets it, avoids that).
+    gloo and NCCL listen there too. None where another store is in use: that of several nodes, or torchrun's own, which
+    listens at all addresses (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` in torchrun's environment, as torchrun.sh sets it,
+    avoids that).
     """
     if context.world_size != context.local_world_size:
         return None

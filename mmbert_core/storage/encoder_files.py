@@ -1,6 +1,4 @@
-"""The files of an encoder's folder, looked at before anything of them is built: placeholders, sizes, the config's counts."""
-
-from __future__ import annotations
+"""Checks of an encoder's folder before anything is built from it: placeholders, sizes, the config's counts."""
 
 import os
 import re
@@ -17,30 +15,20 @@ Shapes = dict[str, tuple[int, ...]]  # tensor -> its shape
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-# Files that are read where they exist; those of the second line only where there is no tokenizer.json.
+# Files that are read where they exist; those of the vocabulary only where there is no tokenizer.json.
 READ_FILES = (
     CONFIG,
     TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "modules.json",
+    *"tokenizer_config.json special_tokens_map.json added_tokens.json modules.json".split(),
 )
-VOCABULARY_FILES = (
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-)
+VOCABULARY_FILES = "vocab.txt vocab.json merges.txt spiece.model sentencepiece.bpe.model tokenizer.model".split()
 LFS_POINTER = b"version https://git-lfs"
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own reader has it
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the limit of its own reader
 MAX_LAYERS = 1024
 MAX_LABELS = 100_000  # transformers writes a name for each when it reads the config
 MAX_POSITIONS = 2**25
 INDEX = record({"weight_map": mapping(text(non_empty=True))}, {"metadata": anything}, others=True)
-# Settings that decide how many modules are built, one after the other.
+# Keys of an encoder's config that decide how many modules are built, one after the other.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 MODULE_COUNT = re.compile(r"layers?$|^n_layer|expert|hidden_groups$|inner_group_num|num_blocks|depths?$|block_sizes$")
 POSITIONS = ("max_position_embeddings", "n_positions")
@@ -48,11 +36,10 @@ SHARED_LAYERS = ("albert",)  # families with more layers than tensors
 
 
 def check_encoder_files(folder: str | Path) -> None:
-    """Raise `InputError` for a file of the folder that may not be read, is a Git LFS pointer, empty, or not as long as it says itself,
+    """Raise `InputError` for a file that cannot be used, and for counts in config.json that no encoder has.
 
-    and for counts in its config.json that no encoder has.
-
-    Only files that are read are looked at: a pointer next to whole weights, as of pytorch_model.bin, harms nobody.
+    Such a file may not be read, is a Git LFS pointer, is empty, or is not as long as its own header says. Only files
+    that are read are checked: a pointer next to complete weights, such as pytorch_model.bin, does no harm.
     """
     folder = Path(folder)
     check_readable(folder)
@@ -65,16 +52,19 @@ def check_encoder_files(folder: str | Path) -> None:
         check_content(folder / WEIGHTS)
     elif (folder / WEIGHTS_INDEX).is_file():
         check_content(folder / WEIGHTS_INDEX)
-    if (folder / CONFIG).is_file():  # the tokenizer's loading builds the config, too
+    if (folder / CONFIG).is_file():  # loading the tokenizer builds the config, too
         config: Any = None
-        with suppress(ValueError):  # of a text that is not JSON: the loading itself says what it is
+        with suppress(ValueError):  # not JSON: the loading itself reports it
             config = read_json(folder / CONFIG)
         if isinstance(config, dict):
             check_config_against_weights(config, {}, error_prefix=f"encoder {str(folder)!r}: its config.json")
 
 
 def check_content(path: Path, *, may_be_empty: bool = False) -> None:
-    """Raise `InputError` for a Git LFS pointer, which stands where a clone without Git LFS should have the file, for an empty file, and for one that cannot be read."""
+    """Raise `InputError` for a Git LFS pointer, an empty file, and one that cannot be read.
+
+    A clone without Git LFS has pointers in place of the files.
+    """
     try:
         with open(path, "rb") as stream:
             head = stream.read(len(LFS_POINTER))
@@ -88,7 +78,10 @@ def check_content(path: Path, *, may_be_empty: bool = False) -> None:
 
 
 def read_shapes(path: Path) -> Shapes:
-    """Tensor -> shape, from the header of a safetensors file alone. Raises `InputError` when the file is not as long as the header says."""
+    """Tensor -> shape, from the header of a safetensors file alone.
+
+    Raises `InputError` when the file is not as long as the header says.
+    """
     check_content(path)
     shapes, num_bytes = _read_header(path)
     found = os.path.getsize(path)
@@ -149,10 +142,11 @@ def _num_data_bytes(path: Path) -> int:
 
 
 def _check_total(path: Path, total: Any, found: int) -> None:
-    """A tensor that several names share is counted more than once by some writers: only files that are too short are refused."""
+    """Raises `InputError` only for files that are too short: some writers count a tensor with several names twice."""
     if isinstance(total, (int, float)) and total > found:
         raise InputError(
-            f"{path}: expected weight files with {total:.0f} bytes of tensors (total_size), found {found}: fetch them again"
+            f"{path}: expected weight files with {total:.0f} bytes of tensors (total_size), found {found}: "
+            f"fetch them again"
         )
 
 
@@ -170,9 +164,10 @@ def settings_in(value: Any) -> Iterator[tuple[str, Any]]:
 def check_config_against_weights(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str
 ) -> None:
-    """Raise `InputError` for counts in an encoder's config.json that its weights (`shapes`; {}: not known) cannot have.
+    """Raise `InputError` for counts in an encoder's config.json that its weights (`shapes`; {}: unknown) cannot have.
 
-    Looks at what makes building an encoder long or large even without memory for its tensors: layers, labels, positions.
+    Checks the counts that make building an encoder slow or large even without memory for its tensors: layers, labels,
+    positions.
     """
     of_weights = f" (its weights are {len(shapes)} tensors)"
     position_rows = [
@@ -200,7 +195,7 @@ def check_config_against_weights(
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str
 ) -> None:
-    """Raise `InputError` where the tensors that a config asks for are not those of the weight files, before any is allocated.
+    """Raise `InputError` where a config asks for other tensors than the weight files have, before any is allocated.
 
     A weight file may have the encoder under a prefix ("bert.") and tensors of heads; names that only one side has are
     left to the loading itself, unless the config asks for more than twice the numbers that the files hold.
@@ -218,7 +213,7 @@ def check_shapes(
 
 
 def _prefix_of(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What stands before the encoder's own names in a weight file: "" or, as of a model with a head, "bert."."""
+    """The prefix of the encoder's own names in a weight file: "" or, of a model with a head, such as "bert."."""
     candidates = {""} | {name[: -len(own)] for own in list(expected)[:1] for name in shapes if name.endswith(f".{own}")}
     return max(sorted(candidates), key=lambda prefix: sum(prefix + name in shapes for name in expected))
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+"""Files that are either complete or absent: written under a temporary name, synced, renamed."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def sync_path(path: Path) -> None:
 
 @contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """An `OSError` from inside that names no file, as of a write to a full disk, gets `path` and the space that is left."""
+    """Add `path` and the free space to an `OSError` from inside that names no file, as of a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -53,7 +53,7 @@ def path_in_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never a part."""
+    """Write UTF-8 text so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     try:
@@ -73,13 +73,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file, whose structure is as `check` declares. The one place where files of JSON are read.
+    """The value in a JSON file, whose structure is as `check` declares. Every JSON file is read by this function.
 
-    Raises `InputError`, one line that names the file (and the key), for what is not JSON, what `schema.parse_json` refuses,
-    a file of more than `max_bytes`, no plain file, and another structure. Raises `OSError` for a file that cannot be read.
+    Raises `InputError`, one line that names the file (and the key), for what is not JSON, what `schema.parse_json`
+    refuses, more than `max_bytes`, a device or pipe, and another structure; `OSError` for a file that cannot be read.
     """
     path = Path(path)
-    if stat.S_ISREG(path.stat().st_mode) or path.is_dir():  # opening a pipe would wait for its writer
+    if stat.S_ISREG(path.stat().st_mode) or path.is_dir():  # opening a pipe would wait for a writer
         with open(path, "rb") as stream:
             content = stream.read(max_bytes + 1)
     else:
@@ -97,7 +97,7 @@ def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JS
 
 @contextmanager
 def mode_of_new_files(path: Path) -> Iterator[None]:
-    """The file that the block writes gets the mode of any new file (the umask's): safetensors makes it its owner's alone."""
+    """The file that the block writes gets the mode of any new file (the umask's): safetensors would make it private."""
     path = Path(path)
     path.unlink(missing_ok=True)
     path.touch()
@@ -108,7 +108,7 @@ def mode_of_new_files(path: Path) -> Iterator[None]:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """Why a file or folder that may be there cannot be read, in words; None for one that can, and for one that is missing."""
+    """Why a file or folder cannot be read, in words; None for one that can be read, and for one that is missing."""
     try:
         status = os.stat(path)
     except PermissionError:
@@ -122,22 +122,24 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def check_readable(*paths: Path) -> None:
-    """Raise `InputError` for the first of the files and folders that is there and may not be read."""
+    """Raise `InputError` for the first of the files and folders that exists and may not be read."""
     for path in paths:
         if reason := why_unreadable(path):
             raise InputError(f"{path}: cannot be read: {reason}")
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file, not atomic, whose bytes depend on the tensors alone: more metadata keys would come in random order."""
+    """Write a safetensors file, not atomically. Raises `OSError`.
+
+    Its bytes depend on the tensors alone: with more than one metadata key their order would be random.
+    """
     try:
         with mode_of_new_files(path):
             save_file(dict(tensors), str(path), metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # such as for a full disk
         found = re.search(r"os error (\d+)", str(error))
-        raise OSError(
-            *([int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"])
-        ) from None
+        details = [int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"]
+        raise OSError(*details) from None
 
 
 def sha256_of(path: Path) -> str:
@@ -151,10 +153,10 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`; rename it to `final` when the block ends without an error.
+    """Yield a temporary folder next to `final`; rename it to `final` when the block ends without an error.
 
-    Every file in it and both folders are synced before the rename. On an error the temporary folder is removed, and a
-    `final` that was there is as it was.
+    Every file in it and both folders are synced before the rename. On an error the temporary folder is removed, and an
+    existing `final` stays unchanged.
     """
     final = Path(final)
     if not final.parent.is_dir():
@@ -181,12 +183,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         sync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # what is left of it goes at the next start
+        with suppress(OSError):  # the next start removes what is left of it
             remove_path(old)
 
 
 def names_by_time(parent: Path, prefix: str) -> Iterator[Path]:
-    """`<prefix>-<local time to the second>` in `parent`, then the names of the seconds after it: what is there already is left out."""
+    """`<prefix>-<local time to the second>` in `parent`, then the names of the next seconds; without existing ones."""
     now = time.time()
     for seconds in count():
         path = Path(parent) / f"{prefix}-{time.strftime(TIME_FORMAT, time.localtime(now + seconds))}"
@@ -195,7 +197,7 @@ def names_by_time(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def make_folder_by_time(parent: Path, prefix: str) -> Path:
-    """Make and return a new folder of `names_by_time`, also where other processes make theirs in the same second."""
+    """Create and return a new folder of `names_by_time`, also when other processes create theirs in the same second."""
     for path in names_by_time(parent, prefix):
         with suppress(FileExistsError):
             path.mkdir(parents=True)
@@ -204,7 +206,7 @@ def make_folder_by_time(parent: Path, prefix: str) -> Path:
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a whole folder; nothing there is fine."""
+    """Remove a file, a link (not what it points to) or a folder with its content; a missing path is fine."""
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -213,14 +215,14 @@ def remove_path(path: Path) -> None:
 
 
 def remove_stale_temporaries(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Remove what an interrupted write left in `folder`, and say so; with `names`, only what was to become one of these."""
+    """Remove what an interrupted write left in `folder`, and log it; with `names`, only what was to become these."""
     ours = ".*" if names is None else f"(old-)?({'|'.join(map(re.escape, names))})(-[0-9]+)?"
     for path in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
         if re.fullmatch(re.escape(TEMPORARY_PREFIX) + ours, path.name, re.DOTALL):
             try:
                 remove_path(path)
                 logger.info("removed %s, left by an interrupted write", path)
-            except OSError as error:  # it harms nobody, and the next start tries again
+            except OSError as error:  # it does no harm, and the next start tries again
                 logger.warning("%s, left by an interrupted write, could not be removed: %s", path, error.strerror)
 
 
@@ -228,11 +230,12 @@ def remove_stale_temporaries(folder: Path, names: Iterable[str] | None = None) -
 
 
 def missing_space(folder: Path, num_bytes: int) -> str:
-    """The words of an error for `num_bytes` that find no place."""
+    """For an error: how many bytes were needed, and how many are free."""
     return f"need {num_bytes / MEGABYTE:.1f} MB, have {free_bytes(folder) / MEGABYTE:.1f} MB at {folder}"
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written in `folder`, or where it will be made."""
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    """Bytes that may still be written in `folder`, or where it will be created."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free

@@ -1,8 +1,8 @@
-"""One run per folder: a lock or, on a file system without, a file with signs of life.
+"""One run per folder: a file lock or, on a file system without locks, a claim file with a heartbeat.
 
 Without locks (some network and user-space file systems) the claim is the file `run.claim`: its first line names
-process, machine and a random token, and a counter behind it grows every few seconds. Clocks of machines are never
-compared: whoever finds a claim watches whether its counter grows.
+process, machine and a random token, and its second line is a counter that grows every few seconds. Clocks of machines
+are never compared: a process that finds a claim watches whether its counter grows.
 """
 
 import logging
@@ -23,13 +23,13 @@ from mmbert_core.storage.files import LOCK, TEMPORARY_PREFIX
 logger = logging.getLogger(__name__)
 
 CLAIM = "run.claim"
-SECONDS_BETWEEN_SIGNS = 2.0
-SECONDS_WITHOUT_A_SIGN = 12.0  # after which the process of a claim counts as dead
+SECONDS_BETWEEN_BEATS = 2.0
+SECONDS_WITHOUT_A_BEAT = 12.0  # after which the process of a claim counts as dead
 HOLDER = re.compile(r"process ([0-9]{1,9}) on ([^\s]{1,255}) ([0-9a-f]{32})\n")
 
 
 class Claim:
-    """A folder that belongs to this process until `release`. Made by `claim_folder`."""
+    """A folder that this process alone writes to until `release`. `claim_folder` creates it."""
 
     def __init__(self, folder: Path, lock: TextIO | None) -> None:
         self._folder, self._lock = Path(folder), lock
@@ -39,28 +39,29 @@ class Claim:
         self._thread: threading.Thread | None = None
 
     def take_without_locks(self) -> None:
-        """Make the claim file and begin to give signs of life. Raises `InputError` when another process does so."""
+        """Create the claim file and start its heartbeat. Raises `InputError` when another process has done so."""
         while not self._create():
             found = _read(self._path)
             if not found and not self._path.exists():
-                continue  # released in this moment
+                continue  # just released
             if not _is_dead(self._path, found):
                 raise in_use(self._folder, _holder(_read(self._path) or found))
             self._remove_stale(found)
-        self._thread = threading.Thread(target=self._give_signs, name="claim", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="claim", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `RunError` when another process has taken the folder, as after a while without a sign of life."""
+        """Raise `RunError` when another process has taken the folder, as after a long pause of the heartbeat."""
         if self._lock is not None or not self._folder.is_dir():
             return
         found = _read(self._path)
         if not found:
-            self._create()  # somebody has removed the claim alone
+            self._create()  # only the claim file was removed
         elif not found.startswith(self._line):
             holder = _holder(found)
             raise RunError(
-                f"{self._folder}: another run writes to this folder now ({holder}): choose another model_path for one of them"
+                f"{self._folder}: another run writes to this folder now ({holder}): "
+                f"choose another model_path for one of them"
             )
 
     def release(self) -> None:
@@ -75,7 +76,7 @@ class Claim:
                 self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Whether the claim file was not there and is this process's now."""
+        """Create the claim file; False when there is one."""
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -85,7 +86,7 @@ class Claim:
         return True
 
     def _remove_stale(self, found: str) -> None:
-        """Of several processes that take over a dead one's claim, one moves it away; a fresh claim is put back."""
+        """Of several processes that take over a dead one's claim, one removes it; a new claim is put back."""
         aside = self._path.with_name(f"{TEMPORARY_PREFIX}{CLAIM}-{os.getpid()}")
         with suppress(FileNotFoundError):  # another process was faster
             os.rename(self._path, aside)
@@ -94,12 +95,12 @@ class Claim:
                     os.link(aside, self._path)
             aside.unlink(missing_ok=True)
 
-    def _give_signs(self) -> None:
-        """In a thread. Count on in the claim file, for as long as it is this process's."""
+    def _beat(self) -> None:
+        """In a thread. Increase the counter in the claim file, as long as the file is this process's."""
         number = 0
-        while not self._released.wait(SECONDS_BETWEEN_SIGNS):
+        while not self._released.wait(SECONDS_BETWEEN_BEATS):
             number += 1
-            with suppress(OSError):  # a disk that is full or away for a moment; the folder itself may be gone
+            with suppress(OSError):  # a disk that is full or unreachable for a moment; the folder itself may be gone
                 if not _read(self._path).startswith(self._line):
                     continue
                 with open(self._path, "r+", encoding="utf-8") as stream:
@@ -109,7 +110,7 @@ class Claim:
 
 
 def claim_folder(folder: Path) -> Claim:
-    """Claim `folder`, which is made if need be, for this process until `Claim.release` or the end of the process.
+    """Claim `folder`, which is created if necessary, for this process until `Claim.release` or the end of the process.
 
     Raises `InputError` that names the holder when another process has it.
     """
@@ -140,7 +141,7 @@ def in_use(folder: Path, holder: str) -> InputError:
 
 
 def _read(path: Path) -> str:
-    """The claim file opened anew, as a network file system shows other machines' writes; "" where there is none."""
+    """The claim file, opened again so that a network file system shows other machines' writes; "" without one."""
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:
             return stream.read(1000)
@@ -154,7 +155,7 @@ def _holder(found: str) -> str:
 
 
 def _is_dead(path: Path, found: str) -> bool:
-    """Whether the process of a claim has ended: on this machine by its number, else by its counter, which is watched."""
+    """Whether the process of a claim has ended: by its number on this machine, else by watching its counter."""
     match = HOLDER.match(found)
     if match and match[2] == socket.gethostname():
         if int(match[1]) == os.getpid():  # its number is this process's now
@@ -164,9 +165,9 @@ def _is_dead(path: Path, found: str) -> bool:
         except ProcessLookupError:
             return True
         except OSError:
-            pass  # another user's: it is there
-    logger.info("%s: waiting whether %s, which claims this folder, is alive", path, _holder(found))
-    deadline = time.monotonic() + SECONDS_WITHOUT_A_SIGN
+            pass  # another user's process: it exists
+    logger.info("%s: waiting to see whether %s, which claims this folder, is alive", path, _holder(found))
+    deadline = time.monotonic() + SECONDS_WITHOUT_A_BEAT
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if _read(path) != found:

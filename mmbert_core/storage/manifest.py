@@ -17,17 +17,19 @@ Entries = Mapping[str, Mapping[str, Any]]  # path below the folder, with "/" -> 
 def manifest_of(
     folder: Path, names: Iterable[str], *, version: int, paths: Mapping[str, Path] | None = None
 ) -> dict[str, Any]:
-    """What MANIFEST.json holds of the files `names` of a folder; `paths`: where those lie that have not got their name yet."""
+    """The content of MANIFEST.json for the files `names` of a folder; `paths`: files that have a temporary name."""
     sources = {name: (paths or {}).get(name, Path(folder) / name) for name in names}
     files = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in sources.items()}
     return {"format_version": version, "files": files}
 
 
 def read_manifest(folder: Path, *, version: int) -> Entries:
-    """The entries of a folder's manifest. Raises `InputError` for another structure or version, `OSError` where it cannot be read."""
-    return read_json(Path(folder) / MANIFEST, record({"format_version": constant(version), "files": mapping(ENTRY)}))[
-        "files"
-    ]
+    """The entries of a folder's manifest.
+
+    Raises `InputError` for another structure or version, `OSError` where it cannot be read.
+    """
+    check = record({"format_version": constant(version), "files": mapping(ENTRY)})
+    return read_json(Path(folder) / MANIFEST, check)["files"]
 
 
 def why_different(path: Path, entry: Mapping[str, Any]) -> str | None:
@@ -38,9 +40,9 @@ def why_different(path: Path, entry: Mapping[str, Any]) -> str | None:
         if (size := path.stat().st_size) != entry["bytes"]:
             if not _differs_in_line_ends_alone(path, entry):
                 return f"expected {entry['bytes']} bytes, found {size}"
-            return (
-                None if path.suffix == ".json" else "its line ends were changed to CRLF, as git does with core.autocrlf"
-            )
+            if path.suffix == ".json":
+                return None
+            return "its line ends were changed to CRLF, as git does with core.autocrlf"
         return None if sha256_of(path) == entry["sha256"] else "content differs from the manifest"
     except OSError as error:
         return f"cannot be read: {error.strerror}"

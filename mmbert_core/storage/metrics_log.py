@@ -8,7 +8,11 @@ LINE = record({"step": whole(0)}, {"undefined": mapping(text())}, others=nullabl
 
 
 def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bool = False) -> list[str]:
-    """Whole lines of an earlier life of the run up to `last_step`, of what is done; a torn last line is dropped."""
+    """The lines that a resumed run keeps: up to `last_step`, without those of work that is done again.
+
+    Lines that cannot be read, such as a half-written last one, are dropped. `validated`, `tested`: the validation of
+    `last_step` and the test are done.
+    """
     if last_step == 0 or not path.exists():
         return []
     kept = []

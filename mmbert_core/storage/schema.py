@@ -6,8 +6,6 @@ A check is a function of one value that raises `Mismatch`. Checks are put togeth
     check_structure(value, LABELS, "labels.json")  # InputError: labels.json: names[1]: expected a text, found null
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -18,8 +16,8 @@ from mmbert_core.runtime.errors import InputError
 
 MAX_DEPTH = 50  # lists and objects within each other
 MAX_INTEGER = 2**63 - 1
-MAX_SHOWN = 60  # characters of a value in a message
-MAX_KEYS_SHOWN = 12  # in a message
+MAX_CHARACTERS = 60  # of a value in a message
+MAX_NAMED_KEYS = 12  # in a message
 
 Check = Callable[[Any], None]
 
@@ -54,10 +52,11 @@ def check_structure(value: Any, check: Check, source: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text (bytes: UTF-8). Raises `ValueError`, one line, for what is none, and for what no writer of ours makes:
+    """The value of a JSON text (bytes: UTF-8).
 
-    a key twice in an object, NaN and Infinity, numbers beyond float64 or 64-bit integers, half a surrogate pair, and
-    lists or objects nested deeper than `MAX_DEPTH`.
+    Raises `ValueError`, one line, for a text that is not JSON, and for what this package never writes: a key twice in
+    an object, NaN and Infinity, numbers beyond float64 or 64-bit integers, half a surrogate pair, and lists or objects
+    nested deeper than `MAX_DEPTH`.
     """
     too_deep = f"expected lists and objects at most {MAX_DEPTH} deep, found deeper ones"
     text = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -101,7 +100,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects are nested deeper than `depth`. Level by level: a recursion would meet its own limit."""
+    """Whether lists and objects are nested deeper than `depth`. Level by level: recursion has a limit of its own."""
     level = [value] if isinstance(value, (list, dict)) else []
     for _ in range(depth):
         inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
@@ -115,9 +114,9 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def shortened(value: Any) -> str:
-    """A text or number in quotes as Python writes it, on one line and not longer than a message can hold."""
-    words = repr(value[: MAX_SHOWN + 1] if isinstance(value, str) else value)
-    return words if len(words) <= MAX_SHOWN else f"{words[:MAX_SHOWN]}..."
+    """The `repr` of a text or number, on one line and at most MAX_CHARACTERS long."""
+    words = repr(value[: MAX_CHARACTERS + 1] if isinstance(value, str) else value)
+    return words if len(words) <= MAX_CHARACTERS else f"{words[:MAX_CHARACTERS]}..."
 
 
 def describe(value: Any) -> str:
@@ -139,7 +138,7 @@ def describe(value: Any) -> str:
 
 
 def anything(value: Any) -> None:
-    """No check: for what is passed on without being used."""
+    """No check: for values that are kept without being used."""
 
 
 def text(*, non_empty: bool = False, choices: Collection[str] | None = None, pattern: str | None = None) -> Check:
@@ -279,7 +278,7 @@ def mapping(item: Check, *, keys: Check = anything) -> Check:
 def record(
     required: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, others: bool | Check = False
 ) -> Check:
-    """An object with these keys. `others`: further keys are passed over, for files that other versions write with more, or checked."""
+    """An object with these keys. `others`: whether there may be more, as other versions may write, or their check."""
     known = {**required, **(optional or {})}
     other = others if callable(others) else anything
 
@@ -291,7 +290,7 @@ def record(
                 raise Mismatch(f"the key {key!r}", "none")
         for key in value:
             if not others and key not in known:
-                names = ", ".join(list(known)[:MAX_KEYS_SHOWN]) + (", ..." if len(known) > MAX_KEYS_SHOWN else "")
+                names = ", ".join(list(known)[:MAX_NAMED_KEYS]) + (", ..." if len(known) > MAX_NAMED_KEYS else "")
                 raise Mismatch(f"only the keys {names}", f"{shortened(key)} too")
         for key, inner_value in value.items():
             _check_items(known.get(key, other), [(key, inner_value)])
@@ -300,7 +299,7 @@ def record(
 
 
 def _check_items(check: Check, items: Any) -> None:
-    """Each value of (key, value) pairs; a mismatch learns the key that leads to it."""
+    """Check each value of (key, value) pairs; a mismatch gets the key that leads to it."""
     for key, value in items:
         try:
             check(value)

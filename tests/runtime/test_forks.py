@@ -67,7 +67,7 @@ def test_twenty_forks_none_hangs(model, threads):
 
 
 def test_children_forked_right_after_threads_have_ended(model):
-    """The end of a thread holds a lock of the matrix library for a moment: without a wait about one in eight of them hangs."""
+    """The end of a thread holds a lock of the matrix library for a moment: without a wait one child in eight hangs."""
     script = [str(tiny.ROOT / "tests" / "support" / "fork_after_threads.py"), str(model), "30"]
     done = tiny.run_command(script, timeout=500, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="2")
     assert done.returncode == 0 and done.stdout == "0 of 30 hang\n", (done.stdout, done.stderr[-2000:])

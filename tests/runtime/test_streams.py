@@ -1,4 +1,4 @@
-"""Standard streams without a reader, on a full disk, in ASCII: in small processes, and in real commands whose exit code must not change."""
+"""Standard streams without a reader, on a full disk, in ASCII: in small processes, and in commands with exit codes."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ streams.protect_streams()
 
 
 def shell(program: str, redirections: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that runs START and `program` behind the shell's `redirections`, such as `| true`; its own exit code."""
+    """A process that runs START and `program` with `redirections` of the shell, such as `| true`; its own exit code."""
     variables = os.environ | {"PYTHONPATH": str(tiny.ROOT), "PROGRAM": START + program, **environment}
     line = f'set -o pipefail; {sys.executable} -c "$PROGRAM" {redirections}'
     return subprocess.run(
@@ -61,7 +61,8 @@ def test_closed_streams_are_replaced():
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_an_error_of_standard_output_only():
     done = shell(
-        "print('text')\ntry:\n    sys.stdout.flush()\nexcept OSError as error:\n    print(error, file=sys.stderr)\n    os._exit(1)\n",
+        "print('text')\ntry:\n    sys.stdout.flush()\n"
+        "except OSError as error:\n    print(error, file=sys.stderr)\n    os._exit(1)\n",
         ">/dev/full",
     )
     assert done.returncode == 1 and done.stderr == "[Errno 28] No space left on device: 'standard output'\n"
@@ -140,7 +141,7 @@ def test_commands_on_an_ascii_output_that_nobody_reads(german):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_command_whose_output_finds_no_place_says_so_in_one_line(german):
+def test_a_command_whose_output_does_not_fit_on_the_disk_says_so_in_one_line(german):
     done = command(f"inspect {german[1]}", ">/dev/full")
     assert (
         done.returncode == 1

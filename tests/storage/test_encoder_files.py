@@ -1,4 +1,4 @@
-"""Encoder folders that are placeholders, cut off or contradict themselves: one line, before anything of their size is built."""
+"""Encoder folders that are placeholders, truncated or contradictory: one line, before anything is allocated."""
 
 import json
 import time
@@ -102,7 +102,8 @@ def test_without_tokenizer_json_the_vocabulary_counts(folder):
 def test_weights_of_another_length_than_their_header_says(folder, change):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100] if change == "shorter" else content + b"x")
-    expected = f"expected {len(content)} bytes, as its header says, found {len(content) - 100 if change == 'shorter' else len(content) + 1}"
+    found = len(content) - 100 if change == "shorter" else len(content) + 1
+    expected = f"expected {len(content)} bytes, as its header says, found {found}"
     assert expected in refusal(load_pretrained_encoder, folder)
 
 

@@ -1,4 +1,4 @@
-"""One run per folder: with locks of the file system, and without. Real processes; the pauses between signs of life are short here."""
+"""One run per folder, on a file system with locks and on one without: real processes, with a fast heartbeat."""
 
 import errno
 import fcntl
@@ -23,7 +23,7 @@ if "locks" not in sys.argv:
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     fcntl.flock = refuse
-folder_lock.SECONDS_BETWEEN_SIGNS = 0.1
+folder_lock.SECONDS_BETWEEN_BEATS = 0.1
 if "elsewhere" in sys.argv:
     folder_lock.socket.gethostname = lambda: "elsewhere"
 claim = folder_lock.claim_folder(sys.argv[1])
@@ -35,8 +35,8 @@ claim.release()
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(folder_lock, "SECONDS_BETWEEN_SIGNS", 0.1)
-    monkeypatch.setattr(folder_lock, "SECONDS_WITHOUT_A_SIGN", 1.0)
+    monkeypatch.setattr(folder_lock, "SECONDS_BETWEEN_BEATS", 0.1)
+    monkeypatch.setattr(folder_lock, "SECONDS_WITHOUT_A_BEAT", 1.0)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_without_locks_the_claim_of_a_killed_process_is_taken_over(tmp_path, no_
     process.wait()
     started = time.monotonic()
     claim = claim_folder(tmp_path)
-    assert (time.monotonic() - started >= folder_lock.SECONDS_WITHOUT_A_SIGN) == bool(
+    assert (time.monotonic() - started >= folder_lock.SECONDS_WITHOUT_A_BEAT) == bool(
         words
     )  # on the same machine its number says so
     claim.release()
@@ -146,7 +146,7 @@ def test_of_many_that_begin_at_once_one_has_the_folder(tmp_path):
 
 
 def test_two_runs_at_once_without_locks(tmp_path):
-    """The second command ends with one line and exit code 2; the first is as alone. Both build the same cache at the same time."""
+    """The second command ends with one line and exit code 2, the first as if alone. Both build one cache."""
     config = tmp_path / "run.json"
     values = tiny.settings(tmp_path, max_epochs=1, test_path=())
     config.write_text(

@@ -89,7 +89,7 @@ def test_declared_values_pass(check: Check, value: Any):
 
 
 @pytest.mark.parametrize(
-    ("content", "part"),
+    ("content", "words"),
     [
         ("[" * 100_000 + "]" * 100_000, "at most 50 deep"),
         ("[" * 51 + "]" * 51, "at most 50 deep"),
@@ -106,13 +106,13 @@ def test_declared_values_pass(check: Check, value: Any):
         (b"\xff", "invalid start byte"),
     ],
 )
-def test_json_beyond_the_bounds_is_one_line(tmp_path: Path, content: str | bytes, part: str):
+def test_json_beyond_the_bounds_is_one_line(tmp_path: Path, content: str | bytes, words: str):
     path = tmp_path / "f.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as caught:
         read_json(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: not a JSON file (") and part in message
+    assert message.startswith(f"{path}: not a JSON file (") and words in message
     assert "\n" not in message and len(message) < len(str(path)) + 260
 
 
