@@ -57,7 +57,7 @@ def run_row(number: int, *, full: bool) -> tuple[int, Figures | None, float]:
         figures = row.measure(folder, **(row.full if full else {}))
     except pytest.skip.Exception as skipped:
         print(f"{row.name}: not tried: {skipped}", flush=True)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         traceback.print_exc()
         figures = Figures()
         figures.count(False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

@@ -1,4 +1,4 @@
-"""The promises: the same run on any number of processes, every row exactly once, bit-equal resume. Real gloo processes."""
+"""Promises: the same run on any number of processes, every row exactly once, bit-equal resume. Real gloo processes."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ TABLE_SIZES = (1, 2, 3, 5, 97)
 
 
 def launch(num_processes: int, *arguments: str) -> None:
-    """One process is started plainly, without torchrun: the same code must run."""
+    """One process runs without torchrun, with the same code."""
     start = (
         tiny.run_command
         if num_processes == 1
@@ -83,5 +83,5 @@ def test_resume_after_any_step_is_bit_equal(tmp_path, num_processes):
     launch(num_processes, str(tmp_path), "resume")
     digests = json.loads((tmp_path / f"resume{num_processes}.json").read_text())
     assert set(digests) == {str(step) for step in range(KILLED_STEPS + 1)}
-    for dies_after, digest in digests.items():
-        assert digest == digests["0"], f"killed after step {dies_after}"
+    for killed_after, digest in digests.items():
+        assert digest == digests["0"], f"killed after step {killed_after}"

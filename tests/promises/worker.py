@@ -1,4 +1,7 @@
-"""What the promise tests run on every rank: `worker.py FOLDER TASK...`, alone or under torchrun. Results go to FOLDER as JSON."""
+"""What the promise tests run on every rank, alone or under torchrun: `worker.py FOLDER TASK...`.
+
+Results go to FOLDER as JSON.
+"""
 
 import json
 import shutil
@@ -19,7 +22,7 @@ KILLED_STEPS = 7  # of the resume task: 2 epochs of 4 steps, short last ones
 
 
 def steps(folder: Path, context: DistContext) -> None:
-    """Train with dropout and class weights; note the rows of every step and how they were dealt."""
+    """Train with dropout and class weights; note the rows of every step."""
     seen: list[tuple[int, list[int]]] = []
     plain_step, step = hooks.training_step, [0]
 
@@ -52,10 +55,10 @@ def steps(folder: Path, context: DistContext) -> None:
         tiny.train(config, context)
     finally:
         hooks.training_step, loop.train_one_step = plain_step, plain_train
-    gathered = [item for part in distributed.all_gather_objects(seen) for item in part]
+    gathered = [item for of_rank in distributed.all_gather_objects(seen) for item in of_rank]
     rows: dict[int, list[int]] = {}
-    for number, part in gathered:
-        rows.setdefault(number, []).extend(part)
+    for number, batch_rows in gathered:
+        rows.setdefault(number, []).extend(batch_rows)
     if context.is_main:
         result = {
             "rows": [sorted(rows[number]) for number in sorted(rows)],
@@ -65,7 +68,7 @@ def steps(folder: Path, context: DistContext) -> None:
 
 
 def score(folder: Path, context: DistContext) -> None:
-    """With the one trained model of `run1`: the test stage of a resumed run, and predictions of tables of awkward sizes."""
+    """With the model of `run1`: the test stage of a resumed run, and predictions of tables of 1 to 97 rows."""
     copy = folder / f"again{context.world_size}"
 
     def copy_finished_run() -> None:
@@ -85,21 +88,21 @@ def score(folder: Path, context: DistContext) -> None:
 
 
 class Interrupted(Exception):
-    """Stands for the death of every rank right after a checkpoint."""
+    """Simulates a kill of every rank right after a checkpoint."""
 
 
 def resume(folder: Path, context: DistContext) -> None:
-    """A straight run, then for every step k a run that dies after step k's checkpoint and is started again."""
+    """A run without interruption, then for every step k one interrupted after step k's checkpoint and resumed."""
     plain_save = loop.save
     digests = {}
-    for dies_after in range(KILLED_STEPS + 1):
+    for killed_after in range(KILLED_STEPS + 1):
 
-        def dying_save(run):
+        def interrupted_save(run):
             plain_save(run)
-            if run.state.step == dies_after:
+            if run.state.step == killed_after:
                 raise Interrupted
 
-        model_path = folder / f"resume{context.world_size}-{dies_after}"
+        model_path = folder / f"resume{context.world_size}-{killed_after}"
         config = Config(
             **tiny.settings(
                 folder,
@@ -115,10 +118,10 @@ def resume(folder: Path, context: DistContext) -> None:
                 model_path=str(model_path),
             )
         )
-        loop.save = dying_save if dies_after else plain_save
+        loop.save = interrupted_save if killed_after else plain_save
         try:
             tiny.train(config, context)
-            assert dies_after == 0, "the run should have died"
+            assert killed_after == 0, "the run should have been interrupted"
         except Interrupted:
             loop.save = plain_save
             tiny.train(config, context)
@@ -126,7 +129,7 @@ def resume(folder: Path, context: DistContext) -> None:
         if context.is_main:
             last = model_path / "checkpoints/step-00000008"
             state = json.loads((last / "state.json").read_text())
-            digests[dies_after] = {
+            digests[killed_after] = {
                 "weights": sha256_of(last / "model.safetensors"),
                 "moments": sha256_of(last / "optimizer.safetensors"),
                 "step": state["step"],

@@ -151,7 +151,7 @@ def test_a_model_below_its_baseline_is_told_so():
 
 def test_baselines_stand_beside_the_model_in_every_metric():
     part = section(reports.binary_report(), "baselines")
-    assert "The model is above all baselines in auroc: 0.958 beside 0.942 (text only)." in part.text
+    assert "The model is above all baselines in auroc: 0.958 against 0.942 (text only)." in part.text
     assert row_of(part, "auroc") == [
         "auroc",
         "0.9575[0.9465, 0.9665]",

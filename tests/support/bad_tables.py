@@ -1,4 +1,4 @@
-"""Tables that cannot be trained on or scored: what is wrong with each, and words that the one line must have."""
+"""Tables that cannot be trained on or predicted: the error of each, and words that the error line must have."""
 
 import csv
 import io
@@ -36,16 +36,16 @@ def column_of(column: str, contents: str | Callable[[str], str]) -> Callable[[Ro
     """An edit of all cells of a column."""
 
     def edit(rows: Rows) -> Rows:
-        place = rows[0].index(column)
+        index = rows[0].index(column)
         for row in rows[1:]:
-            row[place] = contents if isinstance(contents, str) else contents(row[place])
+            row[index] = contents if isinstance(contents, str) else contents(row[index])
         return rows
 
     return edit
 
 
 def without(column: str) -> Callable[[Rows], Rows]:
-    return lambda rows: [[content for place, content in enumerate(row) if rows[0][place] != column] for row in rows]
+    return lambda rows: [[content for index, content in enumerate(row) if rows[0][index] != column] for row in rows]
 
 
 def header(old: str, new: str) -> Callable[[Rows], Rows]:
@@ -107,7 +107,7 @@ TRAINING_TABLES = {
     "infinity": ("train", cell(1, "age", "inf"), [" row 1 (line 2), column 'age'", "found 'inf'"]),
     "minus infinity": ("test", cell(37, "age", "-inf"), [" row 37 (line 38), column 'age'", "found '-inf'"]),
     "number too large for float32": ("train", cell(1, "age", "1e39"), ["column 'age'", "found '1e39'"]),
-    "no number at all": (
+    "no value in a numeric column": (
         "train",
         column_of("age", ""),
         ["column 'age': expected numbers, found no value in any of 64 rows"],

@@ -1,4 +1,7 @@
-"""What `test_distributed` runs on every rank under torchrun: `distributed_worker.py FOLDER`. Each rank writes FOLDER/rank<r>.json."""
+"""What `test_distributed` runs on every rank under torchrun: `distributed_worker.py FOLDER`.
+
+Each rank writes FOLDER/rank<r>.json.
+"""
 
 import json
 import math
@@ -20,17 +23,7 @@ from mmbert_core.runtime.errors import InputError, PeerError
 from mmbert_core.runtime.ranks import DistContext
 from tests.support import tiny
 
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
+DTYPES = [getattr(torch, name) for name in "float32 float64 float16 bfloat16 int64 int32 int8 uint8 bool".split()]
 
 
 def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
@@ -47,19 +40,19 @@ def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
 def collectives(context: DistContext) -> dict[str, Any]:
     rank = context.rank
     sizes = []
-    plain = distributed.dist.all_gather_object
+    original = distributed.dist.all_gather_object
 
-    def noting(gathered, value, **options):
+    def recording(gathered, value, **options):
         sizes.append(len(value) if isinstance(value, list) else 0)
-        plain(gathered, value, **options)
+        original(gathered, value, **options)
 
-    distributed.dist.all_gather_object = noting
+    distributed.dist.all_gather_object = recording
     own = [(rank, index, np.full(index, rank)) for index in range(8 if rank == 0 else 2)]
     gathered = distributed.all_gather_objects(own, per_round=3)
-    distributed.dist.all_gather_object = plain
+    distributed.dist.all_gather_object = original
     tensors = distributed.broadcast_tensors(tensors_of_all_kinds() if rank == 0 else None)
     return {
-        "gathered": [[(place, index, array.tolist()) for place, index, array in part] for part in gathered],
+        "gathered": [[(rank, index, array.tolist()) for rank, index, array in of_rank] for of_rank in gathered],
         "sizes": sizes,
         "nothing": distributed.all_gather_objects([]),
         "from 0": distributed.broadcast_object({"rank": rank}),
@@ -74,7 +67,7 @@ def collectives(context: DistContext) -> dict[str, Any]:
 
 
 def errors(context: DistContext) -> dict[str, list[str]]:
-    """What each rank sees when rank 0's action fails; the group goes on working afterwards."""
+    """The error on each rank when rank 0's action fails; the group works afterwards."""
     ran: list[int] = []
 
     def failing(error: Exception):
@@ -92,11 +85,11 @@ def errors(context: DistContext) -> dict[str, list[str]]:
     ):
         try:
             distributed.on_main(failing(error))
-        except Exception as caught:  # noqa: BLE001 - its kind is what is asked
+        except Exception as caught:
             seen[name] = [type(caught).__name__, str(caught)]
     try:
         distributed.on_all(failing(ValueError("only here")) if context.rank == 1 else lambda: None)
-    except Exception as caught:  # noqa: BLE001
+    except Exception as caught:
         seen["all"] = [type(caught).__name__, str(caught)]
     ran.pop() if context.rank == 1 else None
     seen["all after"] = distributed.on_all(lambda: f"rank {context.rank}")
@@ -117,39 +110,39 @@ def async_flag(context: DistContext) -> list[bool]:
 
 
 def embedding_gradients(context: DistContext) -> dict[str, Any]:
-    """The mean gradients of an embedding and a layer behind it, with all of its rows summed and with its used rows alone."""
+    """Mean gradients of an embedding and a layer after it, all-reduced over all rows and over the used rows alone."""
     ids, found = torch.tensor([[1, 7, 7], [2, 7, 90]])[context.rank], {}
-    plain, sent = distributed.dist.all_reduce, []
+    original, sent = distributed.dist.all_reduce, []
 
-    def noting(tensor, *arguments, **options):
+    def recording(tensor, *arguments, **options):
         sent.append(tensor.numel())
-        return plain(tensor, *arguments, **options)
+        return original(tensor, *arguments, **options)
 
-    distributed.dist.all_reduce = noting
+    distributed.dist.all_reduce = recording
     for name, rows in (("all", None), ("used", torch.tensor([1, 2, 7, 90]))):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Embedding(100, 4), torch.nn.Linear(4, 3))
         used = ddp.UsedRows(model[0].weight, rows)
         ddp_model = ddp.wrap_ddp(model, context, used)
-        for step in range(2):  # DDP lays out its buckets anew after the first
+        for step in range(2):  # DDP rebuilds its buckets after the first
             ddp_model.zero_grad(set_to_none=True)
             with ddp.no_sync(ddp_model, enabled=True):
                 ddp_model(ids[:1]).square().sum().backward()
             sent.clear()
             ddp_model(ids[1:]).square().sum().backward()
         found[name] = {"gradients": [parameter.grad.tolist() for parameter in model.parameters()], "sent": sum(sent)}
-    distributed.dist.all_reduce = plain
+    distributed.dist.all_reduce = original
     return found
 
 
 def stops_together(config: Config, context: DistContext) -> list[str]:
     """A loss that is not a number on rank 1 alone, at its third micro-batch."""
-    plain, calls = hooks.training_step, [0]
+    original, calls = hooks.training_step, [0]
 
     def training_step(*arguments, **options):
         calls[0] += 1
         factor = math.nan if context.rank == 1 and calls[0] == 3 else 1.0
-        return {"loss": plain(*arguments, **options)["loss"] * factor}
+        return {"loss": original(*arguments, **options)["loss"] * factor}
 
     hooks.training_step = training_step
     try:
@@ -158,7 +151,7 @@ def stops_together(config: Config, context: DistContext) -> list[str]:
     except RuntimeError as error:
         return [type(error).__name__, str(error)]
     finally:
-        hooks.training_step = plain
+        hooks.training_step = original
 
 
 def waits_for_rank_0() -> list[str]:

@@ -1,6 +1,6 @@
-"""What tests/runtime/test_forks.py runs in a process of its own: `MODEL_FOLDER FORKS`. Forks as soon as four threads that predicted have ended.
+"""What tests/runtime/test_forks.py runs in a process of its own: `fork_after_threads.py MODEL_FOLDER FORKS`.
 
-Prints how many children do not predict within 20 seconds.
+Forks as soon as four threads that predicted have ended. Prints how many children do not predict within 20 seconds.
 """
 
 import logging

@@ -7,26 +7,18 @@ from typing import Any
 
 METRICS = ["auroc", "average_precision", "f1_score", "accuracy", "log_loss", "ece", "mcc", "precision", "recall"]
 TYPICAL = dict(zip(METRICS, (0.9575, 0.9904, 0.9503, 0.9178, 0.2042, 0.02, 0.7142, 0.9466, 0.954)))
-SECTIONS = [
-    "metrics",
-    "warnings",
-    "baselines",
-    "threshold",
-    "calibration",
-    "roc",
-    "precision_recall",
-    "confusion",
-    "scores",
-    "training",
-    "slices",
-    "importance",
-    "errors",
-    "config",
-    "data",
-    "versions",
-]
-HOSTILE = """<script>document.title='hit'</script>"'&</style></title></svg>--><img src=x onerror=alert(1)>\x00\x1b\ud800\u202e http://example.org/x.js"""
-COMMENT = "I love, love, love this dress. the dress runs small but the fabric feels great and never wrinkles sadly the zipper broke again after one week so back it went"
+SECTIONS = """
+    metrics warnings baselines threshold calibration roc precision_recall confusion scores training slices importance
+    errors config data versions
+""".split()
+HOSTILE = (
+    """<script>document.title='hit'</script>"'&</style></title></svg>--><img src=x onerror=alert(1)>"""
+    "\x00\x1b\ud800\u202e http://example.org/x.js"
+)
+COMMENT = (
+    "I love, love, love this dress. the dress runs small but the fabric feels great and never wrinkles "
+    "sadly the zipper broke again after one week so back it went"
+)
 
 
 def metric_values(*, shift: float = 0.0, interval: bool = True) -> dict[str, dict[str, Any]]:
@@ -56,11 +48,11 @@ def recall_curve(power: float, share: float, points: int = 60) -> dict[str, Any]
 
 def bins(bend: float, count: int = 15) -> list[dict[str, Any]]:
     """Calibration bins, one of them without rows."""
-    made: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for index in range(count):
         mean = (index + 0.5) / count
         rows = 0 if index == 4 else 20 + 9 * abs(index - count // 2) ** 2
-        made.append(
+        found.append(
             {
                 "low": index / count,
                 "high": (index + 1) / count,
@@ -69,7 +61,7 @@ def bins(bend: float, count: int = 15) -> list[dict[str, Any]]:
                 "share": mean**bend if rows else None,
             }
         )
-    return made
+    return found
 
 
 def slice_rows(names: list[str], columns: list[str], values: int) -> list[dict[str, Any]]:
@@ -107,16 +99,16 @@ def slice_rows(names: list[str], columns: list[str], values: int) -> list[dict[s
 
 def training(steps: int = 300) -> dict[str, Any]:
     draw = random.Random(1)
-    at = list(range(1, steps + 1))
-    loss = [0.65 * math.exp(-step / 90) + 0.16 + 0.07 * draw.random() for step in at]
+    all_steps = list(range(1, steps + 1))
+    loss = [0.65 * math.exp(-step / 90) + 0.16 + 0.07 * draw.random() for step in all_steps]
     far = {step: abs(step - 240) / steps for step in range(60, steps + 1, 60)}
     validations = [
         {"step": step, "val_loss": 0.21 + away / 3, "val/auroc": 0.955 - away / 10, "val/f1_score": 0.95}
         for step, away in far.items()
     ]
-    rates = [2e-4 * min(step / 30, (steps - step + 1) / (steps - 29)) for step in at]
+    rates = [2e-4 * min(step / 30, (steps - step + 1) / (steps - 29)) for step in all_steps]
     return {
-        "steps": at,
+        "steps": all_steps,
         "train_loss": loss,
         "lr": rates,
         "validations": validations,
@@ -125,46 +117,30 @@ def training(steps: int = 300) -> dict[str, Any]:
     }
 
 
-def error_row(place: int, label: str, pred: str, *, repeats: int = 1) -> dict[str, Any]:
+def error_row(index: int, label: str, pred: str, *, repeats: int = 1) -> dict[str, Any]:
     words = (COMMENT.split(" ") * repeats)[: 30 * repeats]
     tokens = [
-        [word if index == 0 else f" {word}", round(math.sin(1.7 * index + place) ** 3, 3)]
-        for index, word in enumerate(words)
+        [word if position == 0 else f" {word}", round(math.sin(1.7 * position + index) ** 3, 3)]
+        for position, word in enumerate(words)
     ]
     return {
-        "place": f"test.csv, row {18 + place}",
-        "id": str(15900 + place),
+        "place": f"test.csv, row {18 + index}",
+        "id": str(15900 + index),
         "label": label,
         "pred": pred,
-        "prob": 0.998 - place / 100,
+        "prob": 0.998 - index / 100,
         "columns": {"Age": "39", "Division Name": "General Petite", "Department Name": "Dresses"},
         "tokens": tokens,
         "method": "gradient x input",
     }
 
 
-def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
-    """The parts that binary reports and those of several classes share."""
+def quality_sections(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
+    """Metrics, baselines and curves. `counts`: the confusion matrix."""
     total = sum(map(sum, counts))
     shares = [sum(row) / total for row in counts]
     drawn = names[:10] if len(names) > 2 else names[-1:]
-    columns = ["Age", "Division Name", "Department Name", "Class Name"]
-    split = {"rows": total, "classes": dict(zip(names, map(sum, counts))), "mean_tokens": 81.24}
     return {
-        "format_version": 1,
-        "title": f"womens_reviews: {total:,} rows of test.csv",
-        "created": "2026-11-23 07:10",
-        "model_path": "runs/womens_reviews",
-        "input": ["data/womens_reviews/test.csv"],
-        "num_rows": total,
-        "has_labels": True,
-        "task": "multiclass",
-        "class_names": names,
-        "label_name": "Recommended IND",
-        "warnings": [
-            "column 'Clothing ID' alone reaches auroc 0.97 on the training rows: does it know the label?",
-            "31 of 2,349 texts were cut at 162 tokens",
-        ],
         "metrics": {"names": METRICS, "model": metric_values()},
         "baselines": {
             "rows": [
@@ -176,7 +152,7 @@ def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
                 {"name": "columns only", "how": "logistic regression", "metrics": metric_values(shift=0.19)},
                 {"name": "text only", "how": "bag of words", "metrics": metric_values(shift=0.0151)},
             ],
-            "verdict": "The model is above all baselines in auroc: 0.958 beside 0.942 (text only).",
+            "verdict": "The model is above all baselines in auroc: 0.958 against 0.942 (text only).",
         },
         "threshold": {"reason": "several classes: the class with the highest probability is chosen"},
         "calibration": {
@@ -202,6 +178,13 @@ def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
                 "wrong": [3 + index % 5 for index in range(20)],
             },
         },
+    }
+
+
+def model_sections(names: list[str]) -> dict[str, Any]:
+    """Training, slices, importance and errors."""
+    columns = ["Age", "Division Name", "Department Name", "Class Name"]
+    return {
         "training": training(),
         "slices": {"metric": "auroc", "rows": slice_rows(names, columns, 5)},
         "importance": {
@@ -214,7 +197,14 @@ def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
                 {"name": "Department Name", "kind": "categorical", "drop": -0.0004, "spread": 0.0008},
             ],
         },
-        "errors": {"rows": [error_row(place, names[0], names[-1]) for place in range(4)]},
+        "errors": {"rows": [error_row(index, names[0], names[-1]) for index in range(4)]},
+    }
+
+
+def run_sections(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
+    """Config, data and versions."""
+    split = {"rows": sum(map(sum, counts)), "classes": dict(zip(names, map(sum, counts))), "mean_tokens": 81.24}
+    return {
         "config": {
             "train_path": ["data/womens_reviews/train.csv"],
             "text_name": ["Title", "Review Text"],
@@ -235,8 +225,30 @@ def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
     }
 
 
+def report(names: list[str], counts: list[list[int]]) -> dict[str, Any]:
+    """What reports of two and of several classes have in common. `counts`: the confusion matrix."""
+    total = sum(map(sum, counts))
+    head = {
+        "format_version": 1,
+        "title": f"womens_reviews: {total:,} rows of test.csv",
+        "created": "2026-11-23 07:10",
+        "model_path": "runs/womens_reviews",
+        "input": ["data/womens_reviews/test.csv"],
+        "num_rows": total,
+        "has_labels": True,
+        "task": "multiclass",
+        "class_names": names,
+        "label_name": "Recommended IND",
+        "warnings": [
+            "column 'Clothing ID' alone reaches auroc 0.97 on the training rows: does it leak the label?",
+            "31 of 2,349 texts were truncated to 162 tokens",
+        ],
+    }
+    return head | quality_sections(names, counts) | model_sections(names) | run_sections(names, counts)
+
+
 def binary_report() -> dict[str, Any]:
-    made = report(["0", "1"], [[315, 101], [92, 1841]])
+    example = report(["0", "1"], [[315, 101], [92, 1841]])
     table = [
         {
             "threshold": at / 20,
@@ -248,7 +260,7 @@ def binary_report() -> dict[str, Any]:
         }
         for at in range(19, 0, -1)
     ]
-    made |= {
+    example |= {
         "task": "binary",
         "threshold": {
             "value": 0.62,
@@ -266,7 +278,7 @@ def binary_report() -> dict[str, Any]:
             "counts": {"0": [90 - 4 * index for index in range(20)], "1": [int(1.45**index) for index in range(20)]},
         },
     }
-    return made
+    return example
 
 
 def multiclass_report(num_classes: int = 5) -> dict[str, Any]:
@@ -282,68 +294,68 @@ def multiclass_report(num_classes: int = 5) -> dict[str, Any]:
 
 
 def empty_report() -> dict[str, Any]:
-    """Nothing to show but reasons: rows without labels, of a model without a log."""
-    made = binary_report() | {name: {"reason": f"no {name} without labels"} for name in SECTIONS}
-    return made | {"has_labels": False, "label_name": None, "input": [], "class_names": []}
+    """Every section has only a reason: rows without labels, a model without a log."""
+    example = binary_report() | {name: {"reason": f"no {name} without labels"} for name in SECTIONS}
+    return example | {"has_labels": False, "label_name": None, "input": [], "class_names": []}
 
 
 def big_report() -> dict[str, Any]:
     """30 classes, 100 columns with 20 values each, long texts, many steps."""
-    made = multiclass_report(30)
-    names, columns = made["class_names"], [f"column_with_a_long_name_{index}" for index in range(100)]
-    made["roc"]["curves"] = {name: curve(0.1, 300) for name in names[:10]}
-    made["slices"]["rows"] = slice_rows(names, columns, 20)
-    made["importance"]["items"] = [
+    example = multiclass_report(30)
+    names, columns = example["class_names"], [f"column_with_a_long_name_{index}" for index in range(100)]
+    example["roc"]["curves"] = {name: curve(0.1, 300) for name in names[:10]}
+    example["slices"]["rows"] = slice_rows(names, columns, 20)
+    example["importance"]["items"] = [
         {"name": name, "kind": "numeric", "drop": 0.1 / (1 + index), "spread": 0.001}
         for index, name in enumerate(columns)
     ]
-    made["errors"]["rows"] = [
-        error_row(place, names[0], names[1], repeats=60) | {"columns": dict.fromkeys(columns, "a cell")}
-        for place in range(100)
+    example["errors"]["rows"] = [
+        error_row(index, names[0], names[1], repeats=60) | {"columns": dict.fromkeys(columns, "a cell")}
+        for index in range(100)
     ]
-    made["training"] = training(20_000)
-    made["config"] = {f"key_{index}": "value " * 20 for index in range(100)}
-    return made
+    example["training"] = training(20_000)
+    example["config"] = {f"key_{index}": "value " * 20 for index in range(100)}
+    return example
 
 
-def changed(part: Any, change: Callable[[str], str]) -> Any:
-    """The same report with every text changed, but for the keys."""
-    if isinstance(part, str):
-        return change(part)
-    if isinstance(part, list):
-        return [changed(item, change) for item in part]
-    return {key: changed(item, change) for key, item in part.items()} if isinstance(part, dict) else part
+def changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy with every string changed, except the keys."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [changed(item, change) for item in value]
+    return {key: changed(item, change) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def hostile_report(hostile: str = HOSTILE) -> dict[str, Any]:
     """A binary report with a text added to every string, and to every key that the data or the config name."""
-    told = binary_report()
-    told["metrics"]["model"]["ece"] = {"value": None, "interval": None, "reason": "too few rows"}
+    plain = binary_report()
+    plain["metrics"]["model"]["ece"] = {"value": None, "interval": None, "reason": "too few rows"}
     for name in ("threshold", "calibration"):
-        told[name]["reason"] = "too few rows"
-    made = changed(told, lambda value: value + hostile) | {"task": "binary"}
-    metrics = made["metrics"]
+        plain[name]["reason"] = "too few rows"
+    example = changed(plain, lambda value: value + hostile) | {"task": "binary"}
+    metrics = example["metrics"]
     metrics["model"] = {name + hostile: value for name, value in metrics["model"].items()}
-    for row in made["baselines"]["rows"]:
+    for row in example["baselines"]["rows"]:
         row["metrics"] = {name + hostile: value for name, value in row["metrics"].items()}
     for name in ("roc", "precision_recall"):
-        made[name]["curves"] = {key + hostile: value for key, value in made[name]["curves"].items()}
-    made["scores"]["counts"] = {key + hostile: value for key, value in made["scores"]["counts"].items()}
-    for row in made["slices"]["rows"]:
+        example[name]["curves"] = {key + hostile: value for key, value in example[name]["curves"].items()}
+    example["scores"]["counts"] = {key + hostile: value for key, value in example["scores"]["counts"].items()}
+    for row in example["slices"]["rows"]:
         for name in ("metrics", "intervals", "undefined"):
             row[name] = {key + hostile: value for key, value in row[name].items()}
-    for row in made["training"]["validations"]:
+    for row in example["training"]["validations"]:
         row[f"val/{hostile}"] = 0.5
-    for row in made["errors"]["rows"]:
+    for row in example["errors"]["rows"]:
         row["columns"] = {key + hostile: value for key, value in row["columns"].items()}
     for name in ("config", "resolved", "versions"):
-        made[name] = {key + hostile: value for key, value in made[name].items()}
-    made["data"]["files"] = {key + hostile: value for key, value in made["data"]["files"].items()}
+        example[name] = {key + hostile: value for key, value in example[name].items()}
+    example["data"]["files"] = {key + hostile: value for key, value in example["data"]["files"].items()}
     for name in ("train", "val", "test"):
-        made["data"][name] = made["data"][name] | {
-            "classes": {key + hostile: value for key, value in made["data"][name]["classes"].items()}
+        example["data"][name] = example["data"][name] | {
+            "classes": {key + hostile: value for key, value in example["data"][name]["classes"].items()}
         }
-    return made
+    return example
 
 
 EXAMPLES = {

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-WORDS = "the a item seller buyer pay money back thanks late never arrived good bad price refund please hello order box".split()
+WORDS = """
+    the a item seller buyer pay money back thanks late never arrived good bad price refund please hello order box
+""".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "b", "##b", "##s", "##ed", "!", ".", ","]
 
 WriteTable = Callable[..., str]

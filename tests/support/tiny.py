@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -20,23 +21,18 @@ from mmbert_core.training.loop import fit
 from mmbert_core.training.start import prepare_model
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "refund pay outside shop thanks ship item broken money bank now please hello where is my order wrong size colour late great never again".split()
+WORDS = """
+    refund pay outside shop thanks ship item broken money bank now please hello where is my order wrong size colour late
+    great never again
+""".split()
 
 
 def write_encoder(folder: Path, *, hidden: int = 32, layers: int = 2, dropout: float = 0.1, seed: int = 0) -> Path:
     """A tiny random BERT with its tokenizer, as a pretrained folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *WORDS,
-        *"abcdefghijklmnopqrstuvwxyz",
-        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
-    ]
+    special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = [*special_tokens, *WORDS, *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(seed)
@@ -57,7 +53,7 @@ def write_encoder(folder: Path, *, hidden: int = 32, layers: int = 2, dropout: f
 def write_table(
     path: Path, num_rows: int, *, seed: int = 0, num_classes: int = 2, labels: bool = True, missing: float = 0.1
 ) -> Path:
-    """Messages of 0 to 30 words, two numbers, a category; the label leans on words and on a number."""
+    """Texts of 0 to 30 words, two numbers, a category; the label depends on words and on a number."""
     rng = np.random.default_rng(seed)
     names = ["row_id", "text", "age", "amount", "kind", *(["label"] if labels else [])]
     with open(path, "w", newline="", encoding="utf-8") as stream:
@@ -74,7 +70,7 @@ def write_table(
 
 
 def settings(folder: Path, *, num_rows: int = 64, num_classes: int = 2, **changes: Any) -> dict[str, Any]:
-    """Keyword arguments of a Config over fresh tiny files in `folder` (made once); `changes` win."""
+    """Keyword arguments of a Config for tiny files in `folder` (written once), overridden by `changes`."""
     folder = Path(folder)
     if not (folder / "encoder").exists():
         write_encoder(folder / "encoder")
@@ -108,7 +104,7 @@ def settings(folder: Path, *, num_rows: int = 64, num_classes: int = 2, **change
 
 
 def train(config: Config, context: DistContext | None = None) -> tuple[dict[str, Any], Data]:
-    """Prepare and fit in this process (or, inside a process group, on every rank), with the config's threads, as the command does."""
+    """Prepare and fit as the command does: in this process or, inside a process group, on every rank."""
     context, threads = context or read_context(), torch.get_num_threads()
     set_threads(config.num_threads, context)
     try:
@@ -143,13 +139,13 @@ def run_command(
 
 
 def without_manifest(folder: Path) -> Path:
-    """The model folder, made one of a version that wrote no manifest: edited files are then looked at for what they say."""
+    """Remove the folder's manifest, as of older versions, so that edited files are refused only for their content."""
     (Path(folder) / MANIFEST).unlink()
     return Path(folder)
 
 
 def torchrun(num_processes: int, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """The documented launcher on one node."""
+    """Run a Python command line under torchrun on one machine."""
     return run_command(
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *arguments], **options
     )
