@@ -32,7 +32,7 @@ from mmbert_core.inference import scoring
 from mmbert_core.inference.attributions import explain_rows
 from mmbert_core.inference.model_files import SUMMARY, SUMMARY_JSON
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
-from mmbert_core.inference.output_file import Columns, header, output_delimiter, table_line, table_rows, written_whole
+from mmbert_core.inference.output_file import Columns, header, output_delimiter, table_line, table_rows, open_output
 from mmbert_core.inference.precision import resolve_precision
 from mmbert_core.inference.scoring import BatchResult, EpochResult, Task
 from mmbert_core.model.int8 import quantise_linears
@@ -202,7 +202,7 @@ class Predictor:
         unseen: Unseen = {}
         out_of_range: OutOfRange = {}
         num_truncated, progress = 0, Progress("rows scored", lengths_of(inputs))
-        with written_whole(output, inputs, self.context) as stream:
+        with open_output(output, inputs, self.context) as stream:
             stream.write(table_line(names, delimiter=delimiter, sheet_safe=sheet_safe))
             for dataset in self._windows(inputs, roles, tsv_quoting):
                 result = self.score(dataset)

@@ -1,4 +1,4 @@
-"""The JSON of a model folder, read and checked file against file before anything is built from it."""
+"""The JSON files of a model folder: read, and checked against each other before anything is built from them."""
 
 import hashlib
 import re
@@ -27,19 +27,12 @@ from mmbert_core.storage.schema import Check, anything, array, constant, mapping
 FORMAT_VERSION = 1
 CONFIG, FEATURES, LABELS, ENCODER = "config.json", "features.json", "labels.json", "encoder"
 THRESHOLDS, BASELINES, BASELINE_WEIGHTS = "thresholds.json", "baselines.json", "baselines.safetensors"
-SUMMARY, CARD = "summary.json", "README.md"  # for people, written after the test
-WEIGHTS = "model.safetensors"  # takes its name last: a folder that has it is whole
-PREDICTION_FILES = (
-    CONFIG,
-    FEATURES,
-    LABELS,
-    THRESHOLDS,
-    BASELINES,
-    BASELINE_WEIGHTS,
-    WEIGHTS,
-)  # and those of the encoder
-ENCODER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # that transformers reads; others do not matter
-# Names under which a tokenizer of transformers looks for its files, whether they were there in training or not.
+SUMMARY, CARD = "summary.json", "README.md"  # data, best step and test figures of the run; written after the test
+WEIGHTS = "model.safetensors"  # written last: a folder that has it is complete
+# Files that decide a prediction, together with those of the encoder.
+PREDICTION_FILES = (CONFIG, FEATURES, LABELS, THRESHOLDS, BASELINES, BASELINE_WEIGHTS, WEIGHTS)
+ENCODER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # of the files that transformers reads
+# Files that a tokenizer of transformers reads wherever they exist, also if they did not in training.
 TOKENIZER_NAMES = re.compile(
     r"config\.json|([a-z]+_)?vocab\.(json|txt)|merges\.txt|(special_tokens_map|added_tokens|tokenizer|tokenizer_config)\.json"
     r"|(spiece|spm|spm_char|sentencepiece|sentencepiece\.bpe|tokenizer)\.model|(tokenizer|vocab|.*)\.tiktoken"
@@ -63,7 +56,7 @@ CONFIG_JSON = record(
     {"mmbert_core": text()},
 )
 THRESHOLDS_JSON = record({"threshold": THRESHOLD_JSON, "calibration": CALIBRATION_JSON})
-# Figures of evaluated rows: metrics by name, and what is said of them.
+# Figures of evaluated rows: metrics by name, and these keys.
 FIGURES_JSON = record(
     {},
     {
@@ -75,7 +68,7 @@ FIGURES_JSON = record(
     },
     others=nullable(number()),
 )
-# Of the rows of a split; versions differ in what they say of them.
+# Of the rows of a split; versions differ in their keys.
 SPLIT_JSON = record(
     {"rows": whole(0)}, {"classes": nullable(mapping(whole(0))), "mean_tokens": nullable(number(0))}, others=True
 )
@@ -93,10 +86,10 @@ SUMMARY_JSON = record(
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What the JSON files of a model folder say, each fitting the others."""
+    """The contents of a model folder's JSON files, checked against each other."""
 
     config: Config
-    resolved: dict[str, Any]  # settings that were `auto`, as used
+    resolved: dict[str, Any]  # settings that were "auto", as used
     features: Features
     labels: Labels
 
@@ -105,7 +98,7 @@ class ModelSettings:
 
 
 def prediction_files(folder: Path) -> list[str]:
-    """Files in the folder, without the manifest, that decide a prediction, as paths below it."""
+    """The folder's files that decide a prediction, without the manifest, as paths below the folder."""
     present = [name for name in PREDICTION_FILES if (folder / name).is_file()]
     encoder = sorted(
         path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file()
@@ -115,19 +108,19 @@ def prediction_files(folder: Path) -> list[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether file managers, editors, notebooks and version control made it: no one reads `.DS_Store` or `.ipynb_checkpoints/` as a model's."""
-    return any(word.startswith(".") or word == "__MACOSX" for word in name.split("/"))
+    """Whether file managers, editors, notebooks or version control wrote it, such as `.ipynb_checkpoints/`."""
+    return any(folder_or_file.startswith(".") or folder_or_file == "__MACOSX" for folder_or_file in name.split("/"))
 
 
 def manifest_record(folder: Path, weights: Path) -> dict[str, Any]:
-    """What MANIFEST.json holds of a folder whose `weights` have not got their name yet."""
+    """The content of MANIFEST.json; `weights`: the weight file under its temporary name."""
     return manifest_of(folder, [*prediction_files(folder), WEIGHTS], version=FORMAT_VERSION, paths={WEIGHTS: weights})
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise `InputError` for a file that is missing, changed or new since the folder was written, and that a prediction may depend on.
+    """Raise `InputError` for a missing, changed or added file on which a prediction may depend.
 
-    Folders of version 0.2 and older have no manifest: theirs are taken as they are.
+    Folders of version 0.2 and older have no manifest and are not checked.
     """
     try:
         entries = read_manifest(folder, version=FORMAT_VERSION)
@@ -136,13 +129,13 @@ def check_manifest(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from None
     present = set(prediction_files(folder))
-    if unknown := sorted(
-        set(entries) - {*present, *PREDICTION_FILES} - {name for name in entries if _is_encoder_file(name)}
-    ):
+    known = {*present, *PREDICTION_FILES, *(name for name in entries if _is_encoder_file(name))}
+    if unknown := sorted(set(entries) - known):
         raise InputError(f"{folder / MANIFEST}: expected files of a model folder, found {unknown[0]!r:.100}")
     if not {CONFIG, FEATURES, LABELS, WEIGHTS} <= set(entries):
         raise InputError(
-            f"{folder / MANIFEST}: expected {CONFIG}, {FEATURES}, {LABELS} and {WEIGHTS} in it, found {len(entries)} files"
+            f"{folder / MANIFEST}: expected {CONFIG}, {FEATURES}, {LABELS} and {WEIGHTS} in it, "
+            f"found {len(entries)} files"
         )
     advice = "copy the whole folder again, or train once more"
     if added := sorted(name for name in present - set(entries) if name in PREDICTION_FILES or _is_tokenizer_file(name)):
@@ -158,12 +151,12 @@ def check_manifest(folder: Path) -> None:
 
 
 def _is_encoder_file(name: str) -> bool:
-    """Whether a manifest's name can be one of the encoder's files, and of nothing outside the folder."""
+    """Whether a name in a manifest can be that of an encoder's file, inside the folder."""
     return name.startswith(f"{ENCODER}/") and name.endswith(ENCODER_SUFFIXES) and ".." not in name.split("/")
 
 
 def _is_tokenizer_file(name: str) -> bool:
-    """Whether a tokenizer would read this file of the folder if it were added; a user's notes are not."""
+    """Whether a tokenizer would read this file if it were added to the folder; it would not read a user's notes."""
     return name.startswith(f"{ENCODER}/") and TOKENIZER_NAMES.fullmatch(name.removeprefix(f"{ENCODER}/")) is not None
 
 
@@ -171,12 +164,12 @@ def _is_tokenizer_file(name: str) -> bool:
 
 
 def with_card_mark(text: str) -> str:
-    """The card with a last line by which a later run knows that nobody has written into it."""
+    """The card with a last line, its hash, by which a later run knows that the card was not edited."""
     return text + CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a README.md is a card as a run wrote it: the user's own, or an edited one, is never replaced or removed."""
+    """Whether a README.md is an unedited card of a run: a user's own or an edited one is never replaced or removed."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
             return False
@@ -191,7 +184,7 @@ def is_own_card(path: Path) -> bool:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise `InputError` when a file that every model folder has is missing, or may not be read."""
+    """Raise `InputError` when a file that every model folder has is missing, or a file cannot be read."""
     check_readable(folder)
     for name in (CONFIG, FEATURES, LABELS, WEIGHTS):
         check_readable(folder / name)
@@ -204,18 +197,16 @@ def check_complete(folder: Path) -> None:
 
 
 def read_settings(folder: Path) -> ModelSettings:
-    """Config, features and labels. Raises `InputError`, one line, for what does not fit: nothing has been built by then."""
+    """Config, features and labels. Raises `InputError`, one line, where they do not fit each other or the format."""
     values = read_folder_json(folder / CONFIG, CONFIG_JSON)
     config, resolved = config_from_dict(values["config"], source=f"{folder / CONFIG}: config"), values["resolved"]
     if config.text_name and resolved["pooling"] is None:
         raise InputError(f"{folder / CONFIG}: resolved.pooling: expected {', '.join(POOLINGS[1:])}, found null")
     features_json = read_folder_json(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)
-    if (features_json["number_names"], features_json["category_names"]) != (
-        list(config.tab_field_list),
-        list(config.cat_field_list),
-    ):
+    columns = (list(config.tab_field_list), list(config.cat_field_list))
+    if (features_json["number_names"], features_json["category_names"]) != columns:
         raise InputError(f"{folder / FEATURES}: its columns are not those of {CONFIG}")
-    features = _built(folder / FEATURES, lambda: Features.from_json(features_json))
+    features = _build_from(folder / FEATURES, lambda: Features.from_json(features_json))
     labels = Labels.from_json(read_folder_json(folder / LABELS, LABELS_JSON))
     if len(labels.names) != config.num_classes:
         raise InputError(
@@ -227,34 +218,45 @@ def read_settings(folder: Path) -> ModelSettings:
 
 
 def read_decision(folder: Path, settings: ModelSettings) -> Decision:
-    """Threshold, calibration and baselines; a folder of version 0.2 or older has none, and counts rows above one half."""
+    """Threshold, calibration and baselines. A folder of version 0.2 or older has none: its threshold is one half."""
     if not (folder / THRESHOLDS).is_file():
         return Decision()
     values = read_folder_json(folder / THRESHOLDS, THRESHOLDS_JSON)
-    threshold = _built(folder / THRESHOLDS, lambda: Threshold.from_json(values["threshold"]))
-    calibration = _built(folder / THRESHOLDS, lambda: Calibration.from_json(values["calibration"]))
+    threshold = _build_from(folder / THRESHOLDS, lambda: Threshold.from_json(values["threshold"]))
+    calibration = _build_from(folder / THRESHOLDS, lambda: Calibration.from_json(values["calibration"]))
     if not (folder / BASELINES).is_file():
         return Decision(threshold, calibration)
     baselines_json = read_folder_json(folder / BASELINES, BASELINES_JSON)
-    tensors = _built(folder / BASELINE_WEIGHTS, lambda: load_file(folder / BASELINE_WEIGHTS))
+    tensors = _build_from(folder / BASELINE_WEIGHTS, lambda: load_file(folder / BASELINE_WEIGHTS))
     sizes = {
         "num_classes": settings.config.num_classes,
         "num_columns": settings.features.num_numbers + sum(settings.features.cardinalities),
     }
-    baselines = _built(folder / BASELINES, lambda: Baselines.from_json(baselines_json, tensors, **sizes))
+    baselines = _build_from(folder / BASELINES, lambda: Baselines.from_json(baselines_json, tensors, **sizes))
     return Decision(threshold, calibration, baselines)
 
 
+def read_summary(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`data` and `best` of summary.json: the run's rows and files, and its best step; both {} where there is none."""
+    if folder is None:
+        return {}, {}
+    try:
+        summary = read_json(folder / SUMMARY, SUMMARY_JSON)
+    except (OSError, ValueError):
+        return {}, {}
+    return summary["data"], summary["best"]
+
+
 def read_folder_json(path: Path, check: Check, **bounds: int) -> Any:
-    """The value of a JSON file of the folder. Raises `InputError` where it cannot be read, too."""
+    """The value of a JSON file of the folder. Raises `InputError` also where it cannot be read."""
     try:
         return read_json(path, check, **bounds)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _built(path: Path, build: Callable[[], Any]) -> Any:
-    """What is built from a file; what does not fit is one line that names it."""
+def _build_from(path: Path, build: Callable[[], Any]) -> Any:
+    """The result of `build`, whose errors become an `InputError` of one line that names the file."""
     try:
         return build()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A whole model in a folder: it scores new files without training data, network or pickle.
+"""A model folder: what is needed to predict new rows without training data, network or pickle.
 
     config.json  model.safetensors  encoder/ (config and tokenizer)  features.json  labels.json
     thresholds.json  baselines.json  baselines.safetensors  MANIFEST.json (older folders have none of the last four)
@@ -54,20 +54,20 @@ from mmbert_core.storage.files import TEMPORARY_PREFIX, missing_space, save_tens
 from mmbert_core.storage.manifest import MANIFEST
 
 ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
-PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tried on: no chunk size but 1 and 11 divides it
-LAST_LAYER = "final_merge_network.linear_layer_final.weight"  # [classes, width of both halves]
+PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tested with: no chunk size but 1 and 11 divides it
+LAST_LAYER = "final_merge_network.linear_layer_final.weight"  # [num_classes, width of the text and the tabular vector]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model folder holds, ready to score: the model is in eval mode, on the CPU, in float32."""
+    """The contents of a model folder. The model is in eval mode, on the CPU, in float32."""
 
     model: MultimodalBert
     config: Config
     features: Features
     labels: Labels
     tokenizer: Any  # None for a columns-only model
-    resolved: dict[str, Any]  # settings that were `auto`, as used
+    resolved: dict[str, Any]  # settings that were "auto", as used
     decision: Decision = Decision()
 
 
@@ -114,34 +114,25 @@ def _build_tabular_encoder(config: Config, features: Features) -> TabAE | None:
 # ---- save and load ----
 
 
-def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: LoadedModel) -> None:
-    """Rank 0 only. Write all parts, the weights last. The same weights always give the same file, byte for byte.
+def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], loaded: LoadedModel) -> None:
+    """Rank 0 only. Write the files of `loaded`, then `weights`. Equal weights give equal files, byte for byte.
 
-    Raises `RunError` when the disk does not take it.
+    Raises `RunError` when the disk is full or refuses a file.
     """
     folder = Path(folder)
-    for name in (
-        WEIGHTS,
-        MANIFEST,
-        SUMMARY,
-        *((CARD,) if is_own_card(folder / CARD) else ()),
-    ):  # a README.md may be the user's
-        (folder / name).unlink(missing_ok=True)  # never an old model, or its figures, next to new files
-    baselines = made.decision.baselines
-    for name in (BASELINES, BASELINE_WEIGHTS) if baselines is None else ():
-        (folder / name).unlink(missing_ok=True)
+    _remove_old_model(folder, keeps_baselines=loaded.decision.baselines is not None)
     temporaries = {name: folder / f"{TEMPORARY_PREFIX}{name}" for name in (BASELINE_WEIGHTS, WEIGHTS)}
     try:
-        if made.model.text_subnetwork is not None:
-            made.model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
-            made.tokenizer.save_pretrained(folder / ENCODER)
+        if loaded.model.text_subnetwork is not None:
+            loaded.model.text_subnetwork.encoder.config.save_pretrained(folder / ENCODER)
+            loaded.tokenizer.save_pretrained(folder / ENCODER)
             for path in (*(folder / ENCODER).iterdir(), folder / ENCODER):
                 sync_path(path)
-        write_json(folder / FEATURES, made.features.to_json())
-        write_json(folder / LABELS, made.labels.to_json())
-        write_json(folder / CONFIG, config_record(made.config, made.resolved))
-        write_json(folder / THRESHOLDS, made.decision.to_json())
-        if baselines is not None:
+        write_json(folder / FEATURES, loaded.features.to_json())
+        write_json(folder / LABELS, loaded.labels.to_json())
+        write_json(folder / CONFIG, config_record(loaded.config, loaded.resolved))
+        write_json(folder / THRESHOLDS, loaded.decision.to_json())
+        if (baselines := loaded.decision.baselines) is not None:
             write_json(folder / BASELINES, baselines.to_json())
             _replace_tensors(baselines.tensors(), temporaries[BASELINE_WEIGHTS], folder / BASELINE_WEIGHTS)
         _replace_tensors(weights, temporaries[WEIGHTS], folder / WEIGHTS, manifest_of=folder)
@@ -153,10 +144,19 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], made: Load
             temporary.unlink(missing_ok=True)
 
 
+def _remove_old_model(folder: Path, *, keeps_baselines: bool) -> None:
+    """Remove the files that must not stay next to those of a new model, the weights first; a user's README.md stays."""
+    names = [WEIGHTS, MANIFEST, SUMMARY]
+    names += [CARD] if is_own_card(folder / CARD) else []
+    names += [] if keeps_baselines else [BASELINES, BASELINE_WEIGHTS]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
 def _replace_tensors(
     tensors: dict[str, torch.Tensor], temporary: Path, final: Path, *, manifest_of: Path | None = None
 ) -> None:
-    """The tensors in a file that takes its name whole; `manifest_of`: after the manifest of that folder, which names it, is written."""
+    """Write the tensors to `temporary` and rename it to `final`; before that, write the manifest of `manifest_of`."""
     save_tensors(tensors, temporary)
     sync_path(temporary)
     if manifest_of is not None:
@@ -166,7 +166,7 @@ def _replace_tensors(
 
 
 def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What config.json holds: every setting as asked, and those that were settled by the run."""
+    """The content of config.json: every setting as given, and `resolved`, the values used for those that were "auto"."""
     return {
         "format_version": FORMAT_VERSION,
         "mmbert_core": mmbert_core.__version__,
@@ -176,7 +176,9 @@ def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model_folder(folder: str | Path) -> LoadedModel:
-    """Read a model folder. Raises `InputError`, one line, when a file is missing, not as it was written, or does not fit the others."""
+    """Read a model folder. Raises `InputError`, one line, for a file that is missing, changed or does not fit the
+    others.
+    """
     folder = Path(folder)
     check_complete(folder)
     for name in (*prediction_files(folder), *((MANIFEST,) if (folder / MANIFEST).is_file() else ())):
@@ -191,26 +193,19 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     text, tokenizer = None, None
     if config.text_name:
         tokenizer = load_tokenizer(str(folder / ENCODER))
-        tokenizer.truncation_side = settings.resolved.get(
-            "truncation_side", "right"
-        )  # as in training; before it was kept, always right
+        # as in training; older versions did not record it and always truncated on the right
+        tokenizer.truncation_side = settings.resolved.get("truncation_side", "right")
         encoder = build_encoder(str(folder / ENCODER), _encoder_shapes(shapes))
         check_length(config, encoder)
         check_token_ids(encoder, max(always_used_ids(tokenizer), default=0), name=str(folder / ENCODER))
     try:
         if config.text_name:
-            text = TextBertBase(
-                encoder, pooling=settings.resolved["pooling"], hidden_common_dim=config.hidden_common_dim
-            )
+            pooling, width = settings.resolved["pooling"], config.hidden_common_dim
+            text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=width)
         model = MultimodalBert(text, _build_tabular_encoder(config, features), config.num_classes)
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        SafetensorError,
-        OSError,
-    ) as error:  # RuntimeError: names or shapes differ
+    except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:
+        # RuntimeError: names or shapes differ
         raise InputError(
             f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -228,11 +223,12 @@ def _encoder_shapes(shapes: Shapes) -> Shapes:
 
 
 def _check_head(path: Path, config: Config, shapes: Shapes) -> None:
-    """Refuse widths that the weights do not have, before memory for them is taken."""
-    num_halves = bool(config.text_name) + bool(config.tab_field_list or config.cat_field_list)
-    expected = (config.num_classes, config.hidden_common_dim * num_halves)
-    if (found := shapes.get(LAST_LAYER)) != expected:
-        found_words = "none" if found is None else f"shape {list(found)}"
+    """Raise `InputError` for widths in the config that the weights do not have, before memory is allocated for them."""
+    num_vectors = bool(config.text_name) + bool(config.tab_field_list or config.cat_field_list)
+    expected = (config.num_classes, config.hidden_common_dim * num_vectors)
+    if (shape := shapes.get(LAST_LAYER)) != expected:
+        found = "none" if shape is None else f"shape {list(shape)}"
         raise InputError(
-            f"{path}: does not fit the other files of the folder: expected {LAST_LAYER} of shape {list(expected)}, found {found_words}"
+            f"{path}: does not fit the other files of the folder: expected {LAST_LAYER} of shape {list(expected)}, "
+            f"found {found}"
         )

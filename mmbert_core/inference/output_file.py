@@ -1,7 +1,7 @@
-"""The prediction file: columns, format, decimals, quoting, cells that a spreadsheet would compute; it appears whole or not at all.
+"""The prediction file: its columns, format, quoting and number format; it is written atomically.
 
-`<id_name>` (if set), `prob` (several classes: `prob_<class>` each), `label` (if the input has it), `pred`, `prob_calibrated`
-(of class 1; several classes: of the predicted one).
+Columns: `<id_name>` (if set), `prob` (several classes: `prob_<class>` each), `label` (if the input has it), `pred`,
+`prob_calibrated` (of class 1; several classes: of the predicted one).
 """
 
 import os
@@ -19,50 +19,16 @@ from mmbert_core.runtime import distributed
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import TEMPORARY_PREFIX, path_in_errors, sync_path
-from mmbert_core.tables.table import (
-    check_path,
-)
+from mmbert_core.tables.table import check_path
 
-NEEDS_QUOTES = frozenset('\t\n\r"')  # in any format
-
-
+STANDARD = "-"  # the name of standard input and output
+NEEDS_QUOTES = frozenset('\t\n\r"')  # in TSV and CSV alike
 OTHER_FORMATS = frozenset(
-    {
-        ".parquet",
-        ".jsonl",
-        ".ndjson",
-        ".json",
-        ".xlsx",
-        ".xls",
-        ".ods",
-        ".feather",
-        ".arrow",
-        ".gz",
-        ".zip",
-        ".bz2",
-        ".xz",
-        ".zst",
-    }
+    ".parquet .jsonl .ndjson .json .xlsx .xls .ods .feather .arrow .gz .zip .bz2 .xz .zst".split()
 )
-
-
-FORMULA_STARTS = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-    "＝",
-    "＋",
-    "－",
-    "＠",
-)  # a spreadsheet computes a cell that begins so
-
-
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # and is right to
-
+# Spreadsheets compute a cell that begins with one of these, unless it is a number.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 Columns = dict[str, Sequence[str] | np.ndarray]
 
@@ -90,43 +56,41 @@ def prediction_columns(
     calibrated: np.ndarray,
     threshold: float = BINARY_THRESHOLD,
 ) -> Columns:
-    """The columns of a prediction file by name: ids and labels as they are, probabilities float32 [N], predicted class names.
+    """The columns of a prediction file by name: ids and labels unchanged, probabilities float32 [N], predicted classes.
 
-    `calibrated` are the probabilities `preds` [N] or [N, K] after calibration; which class is predicted is told by `preds`.
+    `calibrated`: the probabilities `preds` [N] or [N, K] after calibration. `preds` and the threshold decide the class.
     """
     shape = (len(preds), 1 if is_binary else len(class_names))
     preds, calibrated = (np.asarray(values, dtype=np.float32).reshape(shape) for values in (preds, calibrated))
     chosen = predicted_classes(preds[:, 0] if is_binary else preds, threshold=threshold)
     predicted = [class_names[index] for index in chosen]
     of_chosen = calibrated[np.arange(len(chosen)), 0 if is_binary else chosen]
+    names = header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None)
     cells = [*([ids] if id_name else []), *preds.T, *([] if labels is None else [labels]), predicted, of_chosen]
-    return dict(
-        zip(
-            header(class_names, is_binary=is_binary, id_name=id_name, has_labels=labels is not None), cells, strict=True
-        )
-    )
+    return dict(zip(names, cells, strict=True))
 
 
 def output_delimiter(name: str) -> str:
-    """Comma for a prediction file named .csv, else a tab. Raises `InputError` for the suffix of another format of data."""
+    """A comma for a prediction file named .csv, else a tab. Raises `InputError` for the suffix of another format."""
     suffix = Path(name).suffix.lower()
     if suffix in OTHER_FORMATS:
         raise InputError(
-            f"{name}: expected an output that ends in .tsv or .csv, found {suffix}: predictions are written as TSV or CSV"
+            f"{name}: expected an output that ends in .tsv or .csv, found {suffix}: "
+            "predictions are written as TSV or CSV"
         )
     return "," if suffix == ".csv" else "\t"
 
 
 def table_rows(columns: Columns, *, delimiter: str = "\t", sheet_safe: bool = False) -> Iterator[str]:
-    """The lines of a prediction file below its header."""
+    """The lines of a prediction file after its header."""
     return (table_line(row, delimiter=delimiter, sheet_safe=sheet_safe) for row in zip(*columns.values(), strict=True))
 
 
 def table_line(cells: Iterable[str | np.float32], *, delimiter: str = "\t", sheet_safe: bool = False) -> str:
-    """One line. A probability is the shortest decimal that reads back to the same float32.
+    """One line. A probability is written as the shortest decimal that reads back to the same float32.
 
-    Texts with the delimiter, line breaks or quotes are quoted as the csv module and pandas read them (doubled quotes). With
-    `sheet_safe` a text that spreadsheets would take for a formula gets a ' before it; numbers never do.
+    Texts with the delimiter, line breaks or quotes are quoted as the csv module and pandas read them (doubled quotes).
+    With `sheet_safe` a text that spreadsheets would compute as a formula gets a ' before it; numbers never do.
     """
     texts, needs_quotes = [], NEEDS_QUOTES | {delimiter}
     for cell in cells:
@@ -137,12 +101,14 @@ def table_line(cells: Iterable[str | np.float32], *, delimiter: str = "\t", shee
     return delimiter.join(texts) + "\n"
 
 
-STANDARD = "-"  # standard input or output
-
-
 @contextmanager
-def written_whole(output: str | Path, inputs: Sequence[str], context: DistContext) -> Iterator[TextIO]:
-    """Collective. A stream, on rank 0, to a file that takes its name when the block ends without an error; "-" is standard output."""
+def open_output(output: str | Path, inputs: Sequence[str], context: DistContext) -> Iterator[TextIO]:
+    """Collective. A text stream to a prediction file, which appears under its name when the block ends without an
+    error.
+
+    "-" is standard output. Ranks other than 0 write to nothing. Raises `InputError` for an output that cannot be
+    written.
+    """
     if str(output) == STANDARD:
         with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as stream:
             yield stream
@@ -151,7 +117,7 @@ def written_whole(output: str | Path, inputs: Sequence[str], context: DistContex
     check_output(inputs, output)
     temporary = output.with_name(f"{TEMPORARY_PREFIX}{output.name}-{os.getpid()}")
     try:
-        distributed.on_main(lambda: create(temporary, output))
+        distributed.on_main(lambda: _create_temporary(temporary, output))
         with (
             path_in_errors(output),
             open(temporary if context.is_main else os.devnull, "w", encoding="utf-8", newline="") as stream,
@@ -159,14 +125,16 @@ def written_whole(output: str | Path, inputs: Sequence[str], context: DistContex
             yield stream
             stream.flush()
             os.fsync(stream.fileno()) if context.is_main else None
-        distributed.on_main(lambda: publish(temporary, output))
+        distributed.on_main(lambda: _publish(temporary, output))
     finally:
         if context.is_main:
             temporary.unlink(missing_ok=True)
 
 
 def check_output(inputs: Sequence[str], output: Path) -> None:
-    """Refuse an output whose name is not UTF-8, that is an input, no file (a folder, a device), or in a folder that is not there."""
+    """Raise `InputError` for an output that is an input, a folder or a device, is not UTF-8, or whose folder is
+    missing.
+    """
     check_path(output)
     if not output.parent.is_dir():
         raise InputError(f"{output}: the folder {output.parent} does not exist")
@@ -176,15 +144,15 @@ def check_output(inputs: Sequence[str], output: Path) -> None:
         raise InputError(f"{output}: is the input file; choose another output")
 
 
-def create(temporary: Path, output: Path) -> None:
-    """Rank 0 only. The empty file that will become `output`, so that no row is scored in vain."""
+def _create_temporary(temporary: Path, output: Path) -> None:
+    """Rank 0 only. Create the empty file, so that an output that cannot be written is refused before the prediction."""
     try:
         temporary.touch()
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from None
 
 
-def publish(temporary: Path, output: Path) -> None:
-    """Rank 0 only. The finished file takes its name."""
+def _publish(temporary: Path, output: Path) -> None:
+    """Rank 0 only. Rename the finished file."""
     os.replace(temporary, output)
     sync_path(output.parent)

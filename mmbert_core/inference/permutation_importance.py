@@ -1,9 +1,9 @@
-"""How much worse the model gets when a column, or the text, is that of another row (Breiman 2001).
+"""Permutation importance: how much the metric drops when a column, or the text, is shuffled over rows (Breiman 2001).
 
-N rows, D width of a text vector.
+N rows, F numeric inputs, K categorical columns, D width of a text vector.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,11 @@ def permutation_importance(
     text_name: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Drops of the metric on a sample of the labelled rows, the largest first, or the reason why there are none.
+    """Drops of the metric on a sample of the labelled rows, the largest first, or the `reason` why there are none.
 
-    The text is encoded once: only its vectors change places, so that every drop costs one pass through the head.
+    The text is encoded once and its vectors are shuffled, so that every drop costs one pass through the head.
     """
-    num_rows = min(MAX_ROWS, max(MIN_ROWS, len(dataset) // 4))  # encoding them is a quarter of the scoring, at most
+    num_rows = min(MAX_ROWS, max(MIN_ROWS, len(dataset) // 4))  # so encoding costs at most a quarter of the evaluation
     positions = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num_rows])
     labels = dataset.label_index[positions]
     vectors, numbers, categories = encode(model, dataset, positions, task)
@@ -49,13 +49,13 @@ def permutation_importance(
         ).values[f"x/{metric}"]
 
     with torch.no_grad():
-        whole = score(vectors, numbers, categories)
-        if whole is None:
+        baseline = score(vectors, numbers, categories)
+        if baseline is None:
             return {"reason": f"{metric} is undefined on {len(positions)} rows"}
         generator = np.random.default_rng(seed)
         items = []
-        for name, kind, swap in inputs_of(dataset.features, vectors, numbers, categories, text_name):
-            drops = [whole - score(*swap(generator.permutation(len(positions)))) for _ in range(REPEATS)]
+        for name, kind, permute in inputs_to_permute(dataset.features, vectors, numbers, categories, text_name):
+            drops = [baseline - score(*permute(generator.permutation(len(positions)))) for _ in range(REPEATS)]
             items.append({"name": name, "kind": kind, "drop": float(np.mean(drops)), "spread": float(np.std(drops))})
     return {
         "metric": metric,
@@ -68,41 +68,47 @@ def permutation_importance(
 def encode(
     model: MultimodalBert, dataset: Dataset, positions: np.ndarray, task: Task
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Text vectors [N, D] (None: a columns-only model), numbers [N, F], categories [N, K], on the device."""
+    """Text vectors [N, D] (None for a columns-only model), numbers [N, F], categories [N, K], on the device."""
     vectors = None
     if model.text_subnetwork is not None:
-        parts = evaluation_batches(dataset.lengths[positions], token_budget=TOKEN_BUDGETS[task.device.type])
-        made = []
+        plan = evaluation_batches(dataset.lengths[positions], token_budget=TOKEN_BUDGETS[task.device.type])
+        by_batch = []
         with torch.no_grad(), autocast(task.precision, task.device):
-            for rows in parts:
+            for rows in plan:
                 batch = dataset.batch(positions[rows])
-                made.append(model.text_subnetwork(batch.input_ids, batch.attention_mask).float())
-        order = torch.from_numpy(np.argsort(np.concatenate(parts))).to(task.device)
-        vectors = torch.cat(made)[order]
+                by_batch.append(model.text_subnetwork(batch.input_ids, batch.attention_mask).float())
+        order = torch.from_numpy(np.argsort(np.concatenate(plan))).to(task.device)
+        vectors = torch.cat(by_batch)[order]
     numbers, categories = (torch.from_numpy(values).to(task.device) for values in dataset.columns(positions))
     return vectors, numbers, categories
 
 
-def inputs_of(
-    features: Features, vectors: torch.Tensor | None, numbers: torch.Tensor, categories: torch.Tensor, text_name: str
-) -> Iterator[tuple[str, str, Any]]:
-    """Name, kind, and a function from an order of rows to the model's inputs with this one in that order."""
+Inputs = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # vectors [N, D], numbers [N, F], categories [N, K]
 
-    def moved(values: torch.Tensor, places: list[int], order: np.ndarray) -> torch.Tensor:
-        made = values.clone()
-        made[:, places] = values[torch.from_numpy(order).to(values.device)][:, places]
-        return made
+
+def inputs_to_permute(
+    features: Features, vectors: torch.Tensor | None, numbers: torch.Tensor, categories: torch.Tensor, text_name: str
+) -> Iterator[tuple[str, str, Callable[[np.ndarray], Inputs]]]:
+    """For the text and each column its name, its kind, and a function: order of rows -> all inputs, this one reordered."""
+
+    def reorder(values: torch.Tensor, order: np.ndarray, columns: list[int] | None = None) -> torch.Tensor:
+        reordered = values[torch.from_numpy(order).to(values.device)]
+        if columns is None:
+            return reordered
+        copy = values.clone()
+        copy[:, columns] = reordered[:, columns]
+        return copy
 
     if vectors is not None:
+        yield text_name, "text", lambda order: (reorder(vectors, order), numbers, categories)
+    indicator = len(features.number_names)  # index of the next missing indicator, behind the numbers
+    for column, name in enumerate(features.number_names):
+        columns = [column, indicator] if features.has_indicator[column] else [column]
+        indicator += features.has_indicator[column]
+        yield name, "numeric", lambda order, columns=columns: (vectors, reorder(numbers, order, columns), categories)
+    for column, name in enumerate(features.category_names):
         yield (
-            text_name,
-            "text",
-            lambda order: (vectors[torch.from_numpy(order).to(vectors.device)], numbers, categories),
+            name,
+            "categorical",
+            lambda order, column=column: (vectors, numbers, reorder(categories, order, [column])),
         )
-    indicator = len(features.number_names)
-    for place, name in enumerate(features.number_names):
-        places = [place, indicator] if features.has_indicator[place] else [place]
-        indicator += features.has_indicator[place]
-        yield name, "numeric", lambda order, places=places: (vectors, moved(numbers, places, order), categories)
-    for place, name in enumerate(features.category_names):
-        yield name, "categorical", lambda order, place=place: (vectors, numbers, moved(categories, [place], order))

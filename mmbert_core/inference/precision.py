@@ -6,12 +6,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-
 AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """'fp32', 'bf16' or 'fp16': what is used for what was asked, with a warning where they differ."""
+    """The precision to use, "fp32", "bf16" or "fp16" for the config's setting `asked`; a warning where the device lacks
+    what was asked for.
+    """
     if device.type != "cuda":
         if asked in ("bf16", "fp16"):
             logger.warning("precision %s asked for, but there is no GPU: fp32 is used", asked)
@@ -26,7 +27,7 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Mixed precision of one forward; does nothing for fp32."""
+    """Context of a forward pass in mixed precision; does nothing for fp32."""
     return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[precision], enabled=precision != "fp32")
 
 

@@ -1,4 +1,4 @@
-"""Rows of a table in batches over the ranks, and their results gathered in the table's order.
+"""Evaluation batches divided over the ranks, and their results gathered in the order of the table.
 
 B rows of a batch, N rows of the table, K classes.
 """
@@ -16,12 +16,12 @@ from mmbert_core.model.losses import LossOp
 from mmbert_core.runtime import distributed
 from mmbert_core.runtime.ranks import DistContext
 
-TOKEN_BUDGETS = {"cpu": 1024, "cuda": 16384}  # of an evaluation batch: what a CPU keeps in its caches, what fills a GPU
+TOKEN_BUDGETS = {"cpu": 1024, "cuda": 16384}  # per evaluation batch: fits into a CPU's caches, fills a GPU
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every step needs beside the model and the batch."""
+    """What every training, evaluation and prediction step needs in addition to the model and the batch."""
 
     is_binary: bool
     loss_op: LossOp  # logits [B, K], labels [B] -> weighted losses [B]
@@ -49,37 +49,37 @@ class EpochResult:
     preds: np.ndarray  # [N] or [N, K]
     labels: np.ndarray | None  # [N]
     ids: list[str] | None
-    loss: float | None  # weighted losses over their weight sum, over all rows; None where that is no finite number
+    loss: float | None  # sum of the weighted losses over the weight sum, of all rows; None if not finite
 
 
 def non_finite_rows(preds: np.ndarray) -> np.ndarray:
-    """Positions of the rows, of [N] or [N, K] probabilities, with one that is no finite number."""
+    """Indices of the rows of probabilities [N] or [N, K] with a value that is not finite."""
     return np.unique(np.argwhere(~np.isfinite(preds))[:, 0])
 
 
 def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch] | None]:
-    """This rank's share of the evaluation batches, with their numbers: whole batches, so that no shape depends on the ranks.
+    """This rank's evaluation batches with their indices; whole batches, so that no shape depends on the number of
+    ranks.
 
-    As many items on every rank, so that the ranks can ask each other something at each; None: nothing more to do here.
+    Yields equally often on every rank, None after a rank's own batches, so that the caller can synchronise at each.
     """
     plan = evaluation_batches(dataset.lengths, token_budget=TOKEN_BUDGETS[context.device.type])
-    hands = assign_to_ranks([dataset.cost(rows) for rows in plan], context.world_size)
-    hand = hands[context.rank]
-    for index in hand:
+    batches_by_rank = assign_to_ranks([dataset.cost(rows) for rows in plan], context.world_size)
+    own = batches_by_rank[context.rank]
+    for index in own:
         yield index, dataset.batch(plan[index])
-    for _ in range(max(map(len, hands)) - len(hand)):
+    for _ in range(max(map(len, batches_by_rank)) - len(own)):
         yield None
 
 
 def gather_results(outputs: list[BatchResult], num_rows: int) -> EpochResult:
-    """Collective. The results of all ranks through `all_gather_object`, put in the table's order.
+    """Collective. The results of all ranks in the order of the table.
 
-    Raises `RuntimeError` unless every row is there exactly once. Sums run in batch order, so that the figures do not
-    depend on the number of ranks.
+    Sums run in batch order, so that the figures do not depend on the number of ranks. Raises `RuntimeError` unless
+    every row has exactly one result.
     """
-    results = sorted(
-        (item for part in distributed.all_gather_objects(outputs) for item in part), key=lambda item: item.batch_idx
-    )
+    gathered = distributed.all_gather_objects(outputs)
+    results = sorted((item for of_rank in gathered for item in of_rank), key=lambda item: item.batch_idx)
     rows = np.concatenate([item.row_index for item in results]) if results else np.zeros(0, np.int64)
     if len(rows) != num_rows or not np.array_equal(np.bincount(rows, minlength=num_rows), np.ones(num_rows)):
         raise RuntimeError(
