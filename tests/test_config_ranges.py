@@ -12,8 +12,8 @@ from mmbert_core.config import SETTINGS, Config
 from mmbert_core.config_reader import read_config
 from mmbert_core.runtime.errors import InputError
 from tests.support import tiny
+from tests.support.configs import REQUIRED
 
-REQUIRED = {"text_name": ["text"], "label_name": "label", "model_path": "runs/x"}
 HINTS = get_type_hints(Config)
 NUMERIC = [
     name

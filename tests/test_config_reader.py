@@ -15,95 +15,24 @@ from mmbert_core.config_reader import ALIASES, config_from_dict, read_config
 from mmbert_core.config_synonyms import SYNONYMS
 from mmbert_core.runtime.errors import InputError
 from tests.support import tiny
+from tests.support.configs import REQUIRED, write
 
-REQUIRED = {"text_name": ["text"], "label_name": "label", "model_path": "runs/x"}
 SEEDS = [path.read_text(encoding="utf-8") for path in sorted((tiny.ROOT / "examples").glob("*.yaml"))] + [
     "text_name: [text]\nlabel_name: label\nmodel_path: runs/x\nlr: 2e-4\nclass_weights: [1, 2.5]\n",
     "common: &cols [age, 'amount']\ntext_name: &t text\ntab_field_list: *cols\nlabel_name: !!str 1\n<<: {seed: 1}\n",
     "{text_name: text, ? label_name : 'it''s', model_path: \"a\\u0041\\x42\", seed: 0x1F, lr: 1:30, "
     "id_name: 2026-01-31, fp16: !!bool yes}\n",
 ]
-PIECES = [
-    "!!int ",
-    '!!int ""',
-    '!!bool "maybe"',
-    "!!float x",
-    "!!timestamp x",
-    "!!null 1",
-    "!!binary '*'",
-    "!!set {a}",
-    "!!omap [a]",
-    "!!pairs [1]",
-    "!!merge x",
-    "!!seq x",
-    "!!map [1]",
-    "!!str [1]",
-    "!!python/object/apply:os.system [true]",
-    "!!python/name:os.system",
-    "!x ",
-    "!<tag:yaml.org,2002:int> ",
-    "! ",
-    "&a ",
-    "*a",
-    "*common",
-    "&cols ",
-    "*cols",
-    "<<: *cols",
-    "<<: ",
-    "? ",
-    ": ",
-    "- ",
-    "[",
-    "]",
-    "{",
-    "}",
-    ",",
-    "'",
-    '"',
-    "|\n",
-    ">\n",
-    "|9\n",
-    "#",
-    "---\n",
-    "...\n",
-    "%YAML 1.1\n",
-    "%YAML 9.9\n",
-    "%TAG ! x\n",
-    "\t",
-    "\0",
-    "\x07",
-    "\u2028",
-    "\ufeff",
-    "\ud83d\ude00",
-    "\\ud800",
-    '"\\ud800"',
-    "\r",
-    "\r\n",
-    "0x",
-    "0b",
-    "0o",
-    "1:59:59",
-    "1_0",
-    ".inf",
-    "-.nan",
-    "=",
-    "~",
-    "1e999",
-    "2026-02-31",
-    "2026-01-01T99:99:99",
-    "null",
-    "yes",
-    "9" * 120,
-    "x" * 2000,
-    "[" * 30,
-    "{a: " * 30,
-    "- " * 40,
-]
-
-
-def write(folder: Path, text: str | bytes, name: str = "run.yaml") -> str:
-    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    return str(folder / name)
+PIECES = r"""
+    !!python/name:os.system *a *common *cols [ ] { } , ' " # 0x 0b 0o 1:59:59 1_0 .inf -.nan = ~ 1e999 2026-02-31
+    2026-01-01T99:99:99 null yes [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[
+""".split()
+PIECES += ["!!int ", '!!int ""', '!!bool "maybe"', "!!float x", "!!timestamp x", "!!null 1", "!!binary '*'"]
+PIECES += ["!!set {a}", "!!omap [a]", "!!pairs [1]", "!!merge x", "!!seq x", "!!map [1]", "!!str [1]"]
+PIECES += ["!!python/object/apply:os.system [true]", "!x ", "!<tag:yaml.org,2002:int> ", "! ", "&a ", "&cols "]
+PIECES += ["<<: *cols", "<<: ", "? ", ": ", "- ", "|\n", ">\n", "|9\n", "---\n", "...\n", "%YAML 1.1\n"]
+PIECES += ["%YAML 9.9\n", "%TAG ! x\n", "\t", "\x00", "\x07", "\u2028", "\ufeff", "\ud83d\ude00", "\\ud800"]
+PIECES += ['"\\ud800"', "\r", "\r\n", "9" * 120, "x" * 2000, "{a: " * 30, "- " * 40]
 
 
 def message_of(path: str) -> str:

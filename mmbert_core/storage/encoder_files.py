@@ -1,5 +1,6 @@
 """Checks of an encoder's folder before anything is built from it: placeholders, sizes, the config's counts."""
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,7 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 # Files that are read where they exist; those of the vocabulary only where there is no tokenizer.json.
 READ_FILES = (
-    CONFIG,
-    TOKENIZER,
-    *"tokenizer_config.json special_tokens_map.json added_tokens.json modules.json".split(),
+    f"{CONFIG} {TOKENIZER} tokenizer_config.json special_tokens_map.json added_tokens.json modules.json".split()
 )
 VOCABULARY_FILES = "vocab.txt vocab.json merges.txt spiece.model sentencepiece.bpe.model tokenizer.model".split()
 LFS_POINTER = b"version https://git-lfs"
@@ -169,27 +168,29 @@ def check_config_against_weights(
     Checks the counts that make building an encoder slow or large even without memory for its tensors: layers, labels,
     positions.
     """
-    of_weights = f" (its weights are {len(shapes)} tensors)"
-    position_rows = [
-        shape[0]
-        for name, shape in shapes.items()
-        if len(shape) == 2 and name.split(".")[-2:-1] in (["position_embeddings"], ["wpe"])
-    ]
     for key, value in settings_in(dict(config)):
-        limit, reason = None, ""
-        if key in LAYER_COUNTS and shapes and config.get("model_type") not in SHARED_LAYERS:
-            limit, reason = min(len(shapes), MAX_LAYERS), of_weights
-        elif MODULE_COUNT.search(str(key)):
-            limit = MAX_LAYERS
-        elif key == "num_labels":
-            limit = MAX_LABELS
-        elif key in POSITIONS:
-            limit, reason = (
-                (max(position_rows), " (the rows of its position embeddings)") if position_rows else (MAX_POSITIONS, "")
-            )
-        for number in (value if isinstance(value, list) else [value]) if limit is not None else ():
+        limit, reason = _limit_of(key, shapes, has_own_layers=config.get("model_type") not in SHARED_LAYERS)
+        for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool) and number > limit:
                 raise InputError(f"{error_prefix}: {key}: expected at most {limit}{reason}, found {number!r:.40}")
+
+
+def _limit_of(key: str, shapes: Mapping[str, tuple[int, ...]], *, has_own_layers: bool) -> tuple[float, str]:
+    """The largest number that a key of an encoder's config may have, and why; infinite for most keys."""
+    if key in LAYER_COUNTS and shapes and has_own_layers:
+        return min(len(shapes), MAX_LAYERS), f" (its weights are {len(shapes)} tensors)"
+    if MODULE_COUNT.search(str(key)):
+        return MAX_LAYERS, ""
+    if key == "num_labels":
+        return MAX_LABELS, ""
+    if key in POSITIONS:
+        tables = [
+            shape[0]
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name.split(".")[-2:-1] in (["position_embeddings"], ["wpe"])
+        ]
+        return (max(tables), " (the rows of its position embeddings)") if tables else (MAX_POSITIONS, "")
+    return math.inf, ""
 
 
 def check_shapes(
@@ -207,7 +208,7 @@ def check_shapes(
             raise InputError(
                 f"{error_prefix} asks for {name} of shape {list(shape)}, the weight file has {list(found)}"
             )
-    asked, held = (sum(_num_elements(shape) for shape in each.values()) for each in (expected, shapes))
+    asked, held = (sum(math.prod(shape) for shape in each.values()) for each in (expected, shapes))
     if asked > 2 * held:
         raise InputError(f"{error_prefix} asks for {asked} weights, the weight file holds {held}")
 
@@ -216,10 +217,3 @@ def _prefix_of(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tup
     """The prefix of the encoder's own names in a weight file: "" or, of a model with a head, such as "bert."."""
     candidates = {""} | {name[: -len(own)] for own in list(expected)[:1] for name in shapes if name.endswith(f".{own}")}
     return max(sorted(candidates), key=lambda prefix: sum(prefix + name in shapes for name in expected))
-
-
-def _num_elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
