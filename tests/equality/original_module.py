@@ -1,10 +1,10 @@
-"""The original Lightning module, written anew over this project's network: the yardstick of the equality tests.
+"""The original Lightning module, rewritten over this project's network: the reference of the equality tests.
 
-What each hook computes, logs and keeps is the original's: cross entropy as torch's mean, weight decay by parameter name,
-lists filled batch by batch, a TSV. It departs from the original where that cannot run or does not show its code:
+What each hook computes, logs and stores is the original's: cross entropy as torch's mean, weight decay by parameter
+name, lists filled batch by batch, a TSV. It differs where the original cannot run or its code is not known:
 
-* the network is handed in, so that both sides start from the same weights;
-* `torch.optim.AdamW` stands for `transformers.AdamW`, which no longer exists;
+* the network is an argument, so that both sides start from the same weights;
+* `torch.optim.AdamW` replaces `transformers.AdamW`, which no longer exists;
 * validation gathers Python objects as the test does: the original's tensor all-gather fails in a single process;
 * scikit-learn computes the metrics, which the original leaves to a file of its own;
 * the stage of a test batch comes from `in`, not from catching KeyError, and a loss that is None is not logged.
@@ -62,7 +62,7 @@ class OriginalMultimodalBert(pl.LightningModule):
     def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
         decayed, undecayed = [], []
         for name, parameter in self.named_parameters():
-            (undecayed if any(part in name for part in NO_DECAY) else decayed).append(parameter)
+            (undecayed if any(pattern in name for pattern in NO_DECAY) else decayed).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": self.config["weight_decay"]},
             {"params": undecayed, "weight_decay": 0.0},
@@ -79,7 +79,7 @@ class OriginalMultimodalBert(pl.LightningModule):
     def run_epoch(
         self, batch: dict[str, Any], stage: str
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """In spite of its name one batch: loss, probabilities [B] or [B, K], labels [B]."""
+        """One batch (the original's name): loss, probabilities [B] or [B, K], labels [B]."""
         tab_data = torch.stack([batch[name] for name in self.config["tab_field_list"]], dim=1)  # [B, F]
         logits = self(batch[self.text_name], batch[self.text_attention_mask], tab_data)
         labels = None if stage == "pred" else batch[self.label_name]
@@ -155,6 +155,6 @@ def gathered(values: list[Any]) -> list[Any]:
     """Collective. The lists of all processes, one after the other."""
     if not torch.distributed.is_initialized():
         return list(values)
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+    by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_rank, values)
+    return [value for of_rank in by_rank for value in of_rank]

@@ -65,7 +65,7 @@ def quiet_lightning(caplog):
 
 @dataclass
 class Record:
-    """What one side did. The lists have one item per optimizer step, or per validation."""
+    """The values of one side's run. The lists have one item per optimizer step, or per validation."""
 
     losses: list[float] = field(default_factory=list)
     learning_rates: list[list[float]] = field(default_factory=list)  # of each parameter group
@@ -77,7 +77,7 @@ class Record:
     predicted: dict[str, np.ndarray] = field(default_factory=dict)  # id -> probabilities
 
     def follow(self, optimizer: torch.optim.Optimizer, network: nn.Module, fixed: Batch) -> None:
-        """Record every step of `optimizer` from within: the same place whichever loop calls it."""
+        """Record every step of `optimizer` with its own hooks, which are the same in both training loops."""
 
         def before(*_: Any) -> None:
             self.learning_rates.append([group["lr"] for group in optimizer.param_groups])
@@ -106,7 +106,7 @@ def without_dropout(network: nn.Module) -> nn.Module:
 
 
 def run_ours(config: Config, data: Data, network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Record, int]:
-    """Fit, test and predict with this project; also the step whose weights it kept as the best."""
+    """Fit, test and predict with this project; the second value is the best step, whose weights it tests."""
     record = Record()
     configure = start.configure_optimizers
 
@@ -126,13 +126,13 @@ def run_ours(config: Config, data: Data, network: nn.Module, monkeypatch: pytest
         dtype={"row_id": str},
         float_precision="round_trip",
     )
-    scored = predictor.Predictor.from_folder(config.model_path, CONTEXT).score(data.test)
-    record.predicted = dict(zip(scored.ids, scored.preds, strict=True))
+    evaluated = predictor.Predictor.from_folder(config.model_path, CONTEXT).score(data.test)
+    record.predicted = dict(zip(evaluated.ids, evaluated.preds, strict=True))
     return record, results["best_step"]
 
 
 class Follower(pl.Callback):
-    """Fills a Record from within Lightning's training loop."""
+    """Fills a Record in Lightning's training loop."""
 
     def __init__(self, record: Record, fixed: Batch) -> None:
         self.record, self.fixed = record, fixed
@@ -167,7 +167,9 @@ class PlannedBatches(pl.LightningDataModule):
             step_rows(order, index, config.batch_size)
             for index in range(steps_per_epoch(len(dataset), config.batch_size))
         ]
-        return self.loader(dataset, [part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], 1)])
+        return self.loader(
+            dataset, [batch for rows in steps for batch in micro_batches(rows, dataset.lengths[rows], 1)]
+        )
 
     def val_dataloader(self) -> DataLoader:
         return self.loader(self.data.val, scoring.evaluation_batches(self.data.val.lengths))
@@ -203,8 +205,8 @@ def run_original(config: Config, data: Data, network: nn.Module, folder: Path, b
     """Fit, test and predict with Lightning."""
     record = Record()
     module = OriginalMultimodalBert(network, original_config(config, data, folder))
-    # Encoders are loaded in eval mode and newer Lightning leaves it so, where older Lightning switched to train mode.
-    # Without dropout nothing here depends on it; said anyway, as the original means to train in train mode.
+    # Encoders are loaded in eval mode, which newer Lightning keeps, while older Lightning switched to train mode.
+    # Without dropout both give the same values.
     module.train()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -223,9 +225,7 @@ def run_original(config: Config, data: Data, network: nn.Module, folder: Path, b
     )
     batches = PlannedBatches(config, data)
     trainer.fit(module, datamodule=batches)
-    network.load_state_dict(
-        record.weights[best_step - 1]
-    )  # the part of Lightning's ModelCheckpoint: its own weights, put back
+    network.load_state_dict(record.weights[best_step - 1])  # what Lightning's ModelCheckpoint does
     trainer.test(module, datamodule=batches, verbose=False)
     record.test_rows = pd.read_csv(
         module.test_output_folder / "test_result_0.tsv", sep="\t", dtype={"row_id": str}, float_precision="round_trip"
@@ -250,9 +250,8 @@ def run_both(
         "weight_decay": 0.05,
         "early_stop_metric": "val_loss",
     }
-    config = Config(
-        **settings(folder, num_rows=77, **shared, **changes)
-    )  # 77: each epoch of ten steps ends with a short one
+    # 77 rows: each epoch of ten steps ends with a short one
+    config = Config(**settings(folder, num_rows=77, **shared, **changes))
     data = prepare(config)
     network = start.prepare_model(config, data)
     assert network.pooling == "pooler"
@@ -286,7 +285,7 @@ def probabilities_by_id(rows: pd.DataFrame, num_classes: int) -> dict[str, np.nd
 
 
 def check_that_it_trained(record: Record, config: Config) -> None:
-    """What the comparison rests on: nothing is equal because nothing happened."""
+    """The run must have changed weights and losses, else equality would mean nothing."""
     rates = [rate for rate, _ in record.learning_rates]  # two groups: with and without weight decay
     assert rates[0] == 0 and rates.index(max(rates)) == config.warmup_steps
     assert (0 < rates[-1] < rates[-2]) if config.run_scheduler else (rates[-1] == config.lr)

@@ -59,7 +59,7 @@ def state_of(config: Config, step: int) -> dict[str, Any]:
 
 
 def as_if_killed_after(step: int, config: Config, model_path: Path) -> Config:
-    """A copy of a run as it lay on the disk right after the checkpoint of `step`; every step must have one."""
+    """A copy of a run in its state right after the checkpoint of `step`; every step must have one."""
     shutil.copytree(config.model_path, model_path)
     for newer in list_steps(model_path / "checkpoints"):
         if newer > step:
@@ -86,12 +86,11 @@ def test_a_precision_trains_tests_and_predicts(gpu, config_of, asked):
     assert 0.1 < results["peak_memory_mb"] <= torch.cuda.max_memory_allocated() / 2**20
 
     tested = pd.read_csv(Path(results["test_folder"]) / "test_result_0.tsv", sep="\t", dtype={"row_id": str})
-    scored = Predictor.from_folder(config.model_path, gpu, precision=asked).score(data.test)
-    assert scored.ids == tested["row_id"].tolist() and np.isfinite(scored.preds).all()
-    print(
-        f"{asked}: largest difference, in the run and from the model folder: {np.abs(scored.preds - tested['prob']).max():.1e}"
-    )
-    assert np.abs(scored.preds - tested["prob"]).max() < 1e-5
+    evaluated = Predictor.from_folder(config.model_path, gpu, precision=asked).score(data.test)
+    assert evaluated.ids == tested["row_id"].tolist() and np.isfinite(evaluated.preds).all()
+    difference = np.abs(evaluated.preds - tested["prob"]).max()
+    print(f"{asked}: largest difference, in the run and from the model folder: {difference:.1e}")
+    assert difference < 1e-5
 
 
 def test_fp32_learns_what_the_cpu_learns(gpu, config_of, tmp_path):
@@ -130,7 +129,7 @@ def test_mixed_precision_predicts_nearly_what_fp32_does(gpu, config_of):
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16", "fp16"))
 def test_a_deterministic_run_resumes_to_the_same_bits(gpu, config_of, tmp_path, precision):
-    """Through the command line, in processes of their own: cuBLAS reads its switch before the first product."""
+    """On the command line, in processes of their own: cuBLAS reads its environment variable once, at its first call."""
     config = config_of(
         precision=precision, deterministic=True, save_every=1, keep_checkpoints=100, val_check_interval=3
     )
@@ -163,7 +162,7 @@ def run(config: Config, folder: Path, *, num_processes: int = 1) -> None:
 
 
 def test_every_gpu_of_the_machine_trains(gpu, config_of, tmp_path):
-    """NCCL where there are two; else the same command with one process."""
+    """With NCCL if there are two GPUs, else the same command with one process."""
     count = min(2, torch.cuda.device_count())
     config = config_of(precision="fp32", test_path=())
     run(config, tmp_path, num_processes=count)
@@ -186,22 +185,22 @@ def test_overflow_skips_optimizer_and_schedule_and_the_scale_survives_a_resume(g
     assert 1 <= results["skipped_steps"] <= 4 and results["steps"] == STEPS
     skipped = results["skipped_steps"]
     lines = [line for line in tiny.metrics_lines(config.model_path) if "train_loss" in line]
-    moved = [line["grad_norm"] is not None for line in lines]
+    updated = [line["grad_norm"] is not None for line in lines]
     print(
-        "steps that moved:",
-        moved,
+        "steps with an update:",
+        updated,
         "scales:",
         [state_of(config, step)["scaler"]["scale"] for step in range(1, STEPS + 1)],
     )
-    assert moved == [False] * skipped + [True] * (STEPS - skipped)
+    assert updated == [False] * skipped + [True] * (STEPS - skipped)
     assert [line["lr"] for line in lines] == pytest.approx(
-        [1e-3 * (1 - sum(moved[: index + 1]) / STEPS) for index in range(STEPS)]
+        [1e-3 * (1 - sum(updated[: index + 1]) / STEPS) for index in range(STEPS)]
     )
     weights = [
         (step_folder(Path(config.model_path) / "checkpoints", step) / "model.safetensors").read_bytes()
         for step in range(1, STEPS + 1)
     ]
-    assert [old != new for old, new in zip(weights, weights[1:])] == moved[1:]
+    assert [old != new for old, new in zip(weights, weights[1:])] == updated[1:]
 
     resumed = as_if_killed_after(skipped, config, tmp_path / "resumed")
     again, _, _ = train(resumed, context=gpu)

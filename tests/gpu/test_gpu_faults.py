@@ -1,4 +1,4 @@
-"""Faults on a CUDA device: overflows of fp16, memory that runs out, a killed rank under NCCL. `pytest -m gpu tests/gpu -s`"""
+"""Faults on a GPU: overflows of fp16, too little memory, a killed rank under NCCL. `pytest -m gpu tests/gpu -s`"""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mmbert_core.training.checkpoint import step_folder, why_invalid
-from tests.support.jobs import Job, digest, error_lines, run_job, steps_saved, write_config
-from tests.support.fault_matrix import MAX_SECONDS, Figures, row
 from tests.support import tiny
+from tests.support.fault_matrix import MAX_SECONDS, Figures, row
+from tests.support.jobs import Job, digest, error_lines, run_job, steps_saved, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.fault]
 STEPS = 16  # 2 epochs
@@ -32,30 +32,32 @@ def state_of(run: Path, step: int) -> dict[str, Any]:
 
 @row(
     "F18",
-    "the loss scale of fp16 begins at 2**52: overflows in steps 1 to 3; dead after each of them",
+    "the loss scale of fp16 begins at 2**52: overflows in steps 1 to 3; killed after each of them",
     marker="gpu",
-    required="neither optimizer nor schedule moves in an overflowed step; a resume goes on with the scale and the count of such steps, to the same bits",
+    required="neither optimizer nor schedule advances in an overflowed step; a resume restores the scale and the count "
+    "of such steps, and ends with the same bits",
     full={"deaths": (1, 2, 3, 4)},
 )
 def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figures:
-    """`deaths`: the steps after which a run dies, one run for each."""
+    """`deaths`: the steps after which a run is killed, one run for each."""
     figures = Figures()
     num_gpus()
     config = write_config(tmp_path, precision="fp16", warmup_steps=0, test_path=(), **EVERY_STEP)
     faults = {"loss_scale": [2.0**52, 2.0**-12]}
-    straight = tmp_path / "straight"
-    code, output = run_job(0, ["train", str(config), "--model_path", str(straight)], faults=faults)
-    if not figures.count(code == 0, f"straight: exit code {code}: {output[-3000:]}"):
+    reference = tmp_path / "reference"
+    code, output = run_job(0, ["train", str(config), "--model_path", str(reference)], faults=faults)
+    if not figures.count(code == 0, f"reference: exit code {code}: {output[-3000:]}"):
         return figures
-    lines = [line for line in tiny.metrics_lines(straight) if "train_loss" in line]
-    moved = [line["grad_norm"] is not None for line in lines]
-    skipped = moved.index(True)
+    lines = [line for line in tiny.metrics_lines(reference) if "train_loss" in line]
+    updated = [line["grad_norm"] is not None for line in lines]
+    skipped = updated.index(True)
     figures.count(
-        3 <= skipped <= 4 and moved == [False] * skipped + [True] * (STEPS - skipped), f"steps that moved: {moved}"
+        3 <= skipped <= 4 and updated == [False] * skipped + [True] * (STEPS - skipped),
+        f"steps with an update: {updated}",
     )
-    steps_of_schedule = [state_of(straight, step)["scheduler"]["last_epoch"] for step in range(1, STEPS + 1)]
+    steps_of_schedule = [state_of(reference, step)["scheduler"]["last_epoch"] for step in range(1, STEPS + 1)]
     figures.count(
-        steps_of_schedule == [sum(moved[:step]) for step in range(1, STEPS + 1)],
+        steps_of_schedule == [sum(updated[:step]) for step in range(1, STEPS + 1)],
         f"steps of the schedule: {steps_of_schedule}",
     )
     # `lr` of a line is the rate that its step used, or would have used
@@ -63,20 +65,19 @@ def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figure
         len({line["lr"] for line in lines[: skipped + 1]}) == 1 and lines[skipped + 1]["lr"] < lines[skipped]["lr"],
         f"rates {[line['lr'] for line in lines]}",
     )
-    figures.notes.append(
-        f"overflows in the first {skipped} steps; scales {[state_of(straight, step)['scaler']['scale'] for step in range(1, 6)]}"
-    )
+    scales = [state_of(reference, step)["scaler"]["scale"] for step in range(1, 6)]
+    figures.notes.append(f"overflows in the first {skipped} steps; scales {scales}")
     for death in deaths:
-        case, run = f"dead after step {death}", tmp_path / f"dead{death}"
+        case, run = f"killed after step {death}", tmp_path / f"killed{death}"
         words = ["train", str(config), "--model_path", str(run)]
         run_job(0, words, faults={**faults, "die_after_save": death})
         figures.count(steps_saved(run) == list(range(1, death + 1)), f"{case}: checkpoints {steps_saved(run)}")
         code, output = run_job(0, words, faults=faults)
         if figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
-            figures.count(digest(run) == digest(straight), f"{case}: other bits than an undisturbed run")
+            figures.count(digest(run) == digest(reference), f"{case}: other bits than the reference run")
             kept = ("scaler", "skipped_steps")
             figures.count(
-                [state_of(run, STEPS)[key] for key in kept] == [state_of(straight, STEPS)[key] for key in kept],
+                [state_of(run, STEPS)[key] for key in kept] == [state_of(reference, STEPS)[key] for key in kept],
                 f"{case}: scale or count of skipped steps lost",
             )
     return figures
@@ -86,42 +87,27 @@ def test_F18_overflows(tmp_path: Path, deaths: tuple[int, ...] = (2,)) -> Figure
     "F19",
     "the GPU's memory runs out on one rank: in the trial before step 1; in the middle of training",
     marker="gpu",
-    required="before step 1 all ranks double their micro-batches and the run ends; later: exit other than 0 on all ranks within 60 s, one line with advice",
+    required="before step 1 all ranks double their micro-batches and the run ends; later: exit other than 0 on all "
+    "ranks within 60 s, one line with advice",
     full={"steps": (0, 1, 2)},
 )
 def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)) -> Figures:
     """`steps`: when it runs out; 0: in the trial."""
     figures = Figures()
     num_processes = num_gpus()
-    values = {
-        "num_rows": 512,
-        "batch_size": 256,
-        "max_epochs": 1,
-        "save_every": 1,
-        "precision": "fp32",
-        "timeout_seconds": 30,
-    }
-    config = write_config(tmp_path, **values)
+    values = {"num_rows": 512, "batch_size": 256, "max_epochs": 1, "save_every": 1, "precision": "fp32"}
+    config = write_config(tmp_path, **values, timeout_seconds=30)
     tiny.write_encoder(tmp_path / "encoder", hidden=256, layers=4)  # hundreds of MB for 256 rows of 32 tokens
     rank = num_processes - 1
     for step in steps:
-        case, folder = (
-            f"rank {rank} of {num_processes} in {f'step {step}' if step else 'the trial'}",
-            tmp_path / str(step),
-        )
+        case = f"rank {rank} of {num_processes} in {f'step {step}' if step else 'the trial'}"
+        folder = tmp_path / str(step)
         folder.mkdir()
         micro_batches = num_processes if step else 1  # in training one for each rank
-        words = [
-            "train",
-            str(config),
-            "--model_path",
-            str(folder / "run"),
-            "--microbatches_per_step",
-            str(micro_batches),
-        ]
-        job = Job(
-            num_processes, words, faults={"gpu_memory": [rank, step, 20 if step else 200]}, exit_code_file=folder / "ends.txt"
-        )
+        words = ["train", str(config), "--model_path", str(folder / "run")]
+        words += ["--microbatches_per_step", str(micro_batches)]
+        faults = {"gpu_memory": [rank, step, 20 if step else 200]}
+        job = Job(num_processes, words, faults=faults, exit_code_file=folder / "ends.txt")
         code, lines = job.wait(seconds=MAX_SECONDS + 120), error_lines(job.output())
         if step == 0:
             resolved = json.loads((folder / "run/config.json").read_text())["resolved"] if code == 0 else {}
@@ -154,7 +140,8 @@ def test_F19_gpu_memory_runs_out(tmp_path: Path, steps: tuple[int, ...] = (0, 2)
     "F20",
     "SIGKILL of a rank while the others wait for it in NCCL's all-reduce; with one GPU: of the only rank",
     marker="gpu",
-    required="all gone within timeout_seconds + 30 s; the newest checkpoint is whole; a resume ends with the bits of an undisturbed run",
+    required="all end within timeout_seconds + 30 s; the newest checkpoint is complete; a resume ends with the bits of "
+    "a run without kill",
     full={"kills": 3},
 )
 def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figures:
@@ -162,9 +149,9 @@ def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figu
     figures = Figures()
     num_processes, timeout_seconds = num_gpus(), 20
     config = write_config(tmp_path, precision="fp32", timeout_seconds=timeout_seconds, **EVERY_STEP)
-    straight = tmp_path / "straight"
-    code, output = run_job(num_processes, ["train", str(config), "--model_path", str(straight)])
-    if not figures.count(code == 0, f"straight: exit code {code}: {output[-3000:]}"):
+    reference = tmp_path / "reference"
+    code, output = run_job(num_processes, ["train", str(config), "--model_path", str(reference)])
+    if not figures.count(code == 0, f"reference: exit code {code}: {output[-3000:]}"):
         return figures
     for index in range(kills):
         step, rank = 2 + 4 * index, num_processes - 1
@@ -174,7 +161,7 @@ def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figu
         job = Job(num_processes, words, faults={"slow_step": 0.3}, exit_code_file=folder / "ends.txt")
         job.wait_until(lambda: len(steps_saved(run)) >= step)
         job.send(signal.SIGSTOP, rank)
-        time.sleep(1.0)  # the others get to the all-reduce
+        time.sleep(1.0)  # the others reach the all-reduce
         since = job.send(signal.SIGKILL, rank)
         code = job.wait(seconds=MAX_SECONDS)
         figures.seconds.append(time.monotonic() - since)
@@ -194,7 +181,7 @@ def test_F20_a_rank_is_killed_under_nccl(tmp_path: Path, kills: int = 1) -> Figu
         )
         code, output = run_job(num_processes, words)
         if figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
-            figures.count(digest(run) == digest(straight), f"{case}: other bits than an undisturbed run")
+            figures.count(digest(run) == digest(reference), f"{case}: other bits than the reference run")
         figures.notes.append(f"{case}: {figures.seconds[-1]:.1f} s; exit codes {codes}")
         shutil.rmtree(folder)
     return figures

@@ -1,16 +1,16 @@
-"""Packed texts on a GPU: flash attention over different lengths in half precision, padded attention where it drops out."""
+"""Packed texts on a GPU: flash attention over different lengths in half precision, padded attention with dropout."""
 
 import pytest
 import torch
 
 from mmbert_core.model import packed_attention, packing
-from tests.model.test_packing import CONFIGS, padded_batch, build_text_encoder
+from tests.model.test_packing import CONFIGS, build_text_encoder, padded_batch
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_in_fp32_packed_is_padded(family: str) -> None:
+def test_in_fp32_packed_and_padded_are_equal(family: str) -> None:
     ids, mask = padded_batch(family)
     packed, padded = (build_text_encoder(family, "mean", packed=packed).cuda()(ids, mask) for packed in (True, False))
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
@@ -31,7 +31,7 @@ def test_in_half_precision_packing_is_as_near_to_fp32_as_padding(family: str, dt
 @pytest.mark.parametrize("size", [12, 16])
 @pytest.mark.parametrize("window", [None, 4])
 def test_every_attention_gives_the_same(size: int, window: int | None) -> None:
-    """Flash attention knows no heads of 12."""
+    """Flash attention does not support heads of 12."""
     query, key, value = (torch.randn(26, 3, size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     layout = packing.Packing((5, 5, 7, 9), query.device)
     assert packed_attention.takes_varlen(query) == (size == 16)
@@ -55,21 +55,22 @@ def test_gradients_in_fp32_are_the_padded_ones(family: str) -> None:
 def test_several_chunks_of_a_row() -> None:
     ids, mask = padded_batch("bert")
     ids, mask = (torch.cat([tensor, tensor[:1] * 0]).view(4, 2, -1) for tensor in (ids, mask))
-    made = build_text_encoder("bert", "cls", packed=True).cuda()(ids, mask)
-    torch.testing.assert_close(
-        made.cpu(), build_text_encoder("bert", "cls", packed=True)(ids, mask), atol=1e-5, rtol=1e-5
-    )
+    on_gpu = build_text_encoder("bert", "cls", packed=True).cuda()(ids, mask)
+    on_cpu = build_text_encoder("bert", "cls", packed=True)(ids, mask)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_training_with_dropout(family: str) -> None:
-    part = build_text_encoder(family, "mean", packed=True).cuda().train()
+    text_encoder = build_text_encoder(family, "mean", packed=True).cuda().train()
     ids, mask = padded_batch(family)
-    made = []
+    outputs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         with torch.autocast("cuda", torch.bfloat16):
-            made.append(part(ids, mask))
-    made[0].float().square().sum().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in part.parameters() if parameter.grad is not None)
-    assert torch.equal(made[0], made[1]) and (family == "modernbert" or not torch.equal(made[0], made[2]))
+            outputs.append(text_encoder(ids, mask))
+    outputs[0].float().square().sum().backward()
+    assert all(
+        torch.isfinite(parameter.grad).all() for parameter in text_encoder.parameters() if parameter.grad is not None
+    )
+    assert torch.equal(outputs[0], outputs[1]) and (family == "modernbert" or not torch.equal(outputs[0], outputs[2]))
