@@ -1,6 +1,7 @@
 """A model of 'fraud' and 'legit': every command, file and page says which one is class 1, and how many rows have it."""
 
 import csv
+import html
 import json
 import random
 import threading
@@ -144,7 +145,7 @@ def test_predictor_and_server_say_it(models):
         and health["positive_share"] == pytest.approx(0.09)
         and health["labels"] == ["legit", "fraud"]
     )
-    assert "class 1 (prob, F1, threshold): &#x27;fraud&#x27;, 9.0 % of the training rows" in page
+    assert "class 1 (prob, F1, threshold): 'fraud', 9.0 % of the training rows" in html.unescape(page)
 
 
 def test_an_older_folder_without_a_summary_says_the_name_alone(models, rows, tmp_path, capsys):

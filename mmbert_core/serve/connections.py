@@ -1,8 +1,9 @@
-"""An HTTP server with deadlines for its clients, a bound on connections, and a bounded end.
+"""An HTTP server with deadlines for its clients, a bound on connections, and an end in bounded time.
 
-A connection has a thread. While we wait for its client (the request is not whole, or the answer not taken) it has a
-deadline; while we compute it has none. At the bound on connections a new one takes the place of the one that has been
-waited for longest; where all are being computed it waits, and the kernel keeps those that follow.
+One thread per connection. While the server waits for a client (the request is not complete, or the answer not taken),
+the connection has a deadline; while the request is computed it has none. At the bound on connections a new one replaces
+the one that the server has waited for longest; if all are being computed, the new one waits, and the kernel queues
+those that follow.
 """
 
 import ctypes
@@ -19,12 +20,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Condition
 
 SO_ATTACH_FILTER, BPF_RETURN = 26, 0x06  # of Linux; Python has no names for them
-POLL_SECONDS = 0.2  # between two looks at what no event tells: a signal, a deadline
+POLL_SECONDS = 0.2  # between two checks of what sends no event: a signal, a deadline
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client is granted; all times in seconds."""
+    """The time a client has, in seconds, and the number of connections."""
 
     client_seconds: float = 30.0  # to send the whole request, and to take the answer
     stop_seconds: float = 5.0  # the same, counted from the signal to stop
@@ -38,14 +39,15 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(eq=False)
 class Connection:
-    """`waiting_since`: when we began to wait for the client; None while it waits for us. Seconds of `time.monotonic`."""
+    """One client."""
 
     socket: socket.socket
+    # `time.monotonic` when the server began to wait for the client; None while its request is computed
     waiting_since: float | None = field(default_factory=time.monotonic)
     has_begun: bool = False  # a byte of the request was read
 
     def has_data(self) -> bool:
-        """Whether bytes have arrived that were not read yet."""
+        """Whether unread bytes have arrived."""
         poller = select.poll()
         try:
             poller.register(self.socket, select.POLLIN)
@@ -54,16 +56,19 @@ class Connection:
             return False
 
     def end(self) -> None:
-        """The thread that waits for this client finds the connection closed."""
+        """Shut the connection down; the thread that waits for this client then reads its end."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class BoundedServer(ThreadingHTTPServer):
-    """Listens from the start. Raises `OSError` when it cannot."""
+    """Listens as soon as it is constructed; the constructor raises `OSError` when it cannot.
+
+    See `Limits` for what its clients are allowed.
+    """
 
     daemon_threads = True  # `finish` waits for the connections itself
-    request_queue_size = 1024  # connections that the kernel keeps for us, bounded by net.core.somaxconn
+    request_queue_size = 1024  # connections that the kernel queues, bounded by net.core.somaxconn
 
     def __init__(
         self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], *, limits: Limits = DEFAULT_LIMITS
@@ -79,7 +84,7 @@ class BoundedServer(ThreadingHTTPServer):
         return self._connections[request]
 
     def seconds_left(self, connection: Connection) -> float:
-        """Until the client must have sent its request, or taken its answer; infinite while it waits for us."""
+        """Until the client must have sent its request or taken its answer; infinite while the request is computed."""
         since, stopped_at = connection.waiting_since, self._stopped_at
         if since is None:
             return float("inf")
@@ -92,27 +97,29 @@ class BoundedServer(ThreadingHTTPServer):
     # ---- accepting ----
 
     def serve_until(self, is_stopped: Callable[[], bool]) -> None:
-        """Accept connections until then, and those that the kernel keeps; answer all. For one thread."""
+        """Accept connections until `is_stopped`, then those in the kernel's queue, and answer all. For one thread."""
         self.timeout = POLL_SECONDS
         while not is_stopped():
             self.handle_request()
-        self._accept_no_more()
+        self._drop_new_connections()
         self.timeout, self._queue_is_empty = 0, False
-        for _ in range(self.request_queue_size):  # bounded, though new ones may come without end
+        for _ in range(self.request_queue_size):  # bounded: without a socket filter new ones may keep arriving
             self.handle_request()
             if self._queue_is_empty:
                 break
         self.socket.close()
         self.finish()
 
-    def _accept_no_more(self) -> None:
-        """On Linux the kernel drops what arrives for the listening socket from now on, until it is closed.
+    def _drop_new_connections(self) -> None:
+        """From now until the listening socket is closed, Linux drops packets that arrive for it.
 
-        A connection that came after the last look at the queue would be reset, its request lost; without an answer
-        from the kernel its client tries again, and is then refused.
+        Without this, a connection that arrives between the last check of the queue and the close would be reset and
+        its request lost. Dropped, the client gets no answer from the kernel, tries again, and is then refused.
         """
         if sys.platform == "linux":
-            program = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))  # returns 0 bytes: drop
+            program = ctypes.create_string_buffer(
+                struct.pack("HBBI", BPF_RETURN, 0, 0, 0)
+            )  # keeps 0 bytes of a packet: drops it
             with suppress(OSError):
                 address = struct.pack("HP", 1, ctypes.addressof(program))
                 self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, address)
@@ -121,7 +128,7 @@ class BoundedServer(ThreadingHTTPServer):
         self._queue_is_empty = True
 
     def process_request(self, request: socket.socket, client_address: object) -> None:
-        """In the accepting thread."""
+        """Runs in the accepting thread."""
         with self._changed:
             while len(self._connections) >= self.limits.max_connections:
                 self._end_slowest()
@@ -144,22 +151,17 @@ class BoundedServer(ThreadingHTTPServer):
                 self._connections.pop(request, None)
                 self._changed.notify_all()
 
-    def wait_until_idle(self) -> None:
-        """Until no connection is open."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._connections)
-
     # ---- ending ----
 
     def finish(self) -> None:
-        """Wait until every request is answered; clients that do not send or take theirs are ended by `Limits`."""
+        """Wait until every request is answered; connections of clients that exceed `Limits` are shut down."""
         self._stopped_at = time.monotonic()
         with self._changed:
             while self._connections:
                 for connection in self._connections.values():
                     if self.seconds_left(connection) > 0:
                         continue
-                    if not connection.has_begun and connection.has_data():  # its thread only had no time to read
+                    if not connection.has_begun and connection.has_data():  # sent, but its thread has not read it yet
                         connection.has_begun = True
                     else:
                         connection.end()
@@ -167,7 +169,7 @@ class BoundedServer(ThreadingHTTPServer):
 
 
 class RequestStream(io.RawIOBase):
-    """What a client sends while it is waited for. Reading raises `TimeoutError` at its deadline."""
+    """The bytes that a client sends. Reading raises `TimeoutError` at the deadline of its connection."""
 
     def __init__(self, server: BoundedServer, connection: Connection) -> None:
         self.server, self.connection = server, connection
@@ -181,7 +183,7 @@ class RequestStream(io.RawIOBase):
             seconds = self.server.seconds_left(self.connection)
             if seconds <= 0:
                 raise TimeoutError
-            self.connection.socket.settimeout(seconds)  # not longer for one that sends a byte now and then
+            self.connection.socket.settimeout(seconds)  # of the whole request, not of one byte
             count = self.connection.socket.recv_into(buffer)
         except TimeoutError:
             self.is_late = True

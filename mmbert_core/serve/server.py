@@ -2,8 +2,9 @@
 
     GET /   GET /health   POST /predict (a row or a list of rows)   POST /explain (a row)
 
-One connection, one request (HTTP/1.0), a thread each; one of them computes at a time. There is no authentication: the page and its
-address are for this machine, and while no other machine can reach it, other web pages open in the same browser are kept out.
+One request per connection (HTTP/1.0), one thread per connection; the model computes one request at a time.
+There is no authentication. While the address is one that only this machine reaches, requests of web pages from
+elsewhere that are open in the same browser are refused (`Handler._check_host`).
 """
 
 import copy
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, NoReturn
@@ -34,32 +36,29 @@ from mmbert_core.tables.table import Roles
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1_000_000  # of a request's body
-MAX_DISCARDED = 16_000_000  # of a body that is refused: one who still sends would not read the answer
+MAX_DISCARDED = 16_000_000  # bytes read of a refused body: a client that is still sending would not read the answer
 MAX_ROWS = 10_000  # of a request
-MAX_OTHER_KEYS = 1_000  # of a row, that are not columns of the model
+MAX_OTHER_KEYS = 1_000  # of a row: keys that are not columns of the model
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+FIXED_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 METHODS = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/predict": ("POST",), "/explain": ("POST",)}
 
 
 def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -> None:
-    """Serve until a signal asks to stop; requests that were sent are answered. For the main thread. Port 0: any free one.
+    """Serve until a stop signal; requests sent before it are answered. Main thread only. Port 0: any free one.
 
     After the signal a client has `Limits.stop_seconds` (5) to send the rest of its request, and to take its answer.
-
     Raises `InputError` when host and port cannot be listened on.
     """
     with signals.deferred(), Server(predictor, model_path, host=host, port=port) as server:
         if server.local_names is None:
             logger.warning(
-                "listening beyond this machine: there is no authentication, whoever reaches %s can use the model, and so can web pages open in their browsers",
+                "listening beyond this machine without authentication: everybody who reaches %s can use the model, "
+                "and so can web pages open in their browsers",
                 server.url,
             )
-        logger.info(
-            "serving %s on %s%s",
-            model_path,
-            server.url,
-            f"; {predictor.positive_class_line}" if predictor.positive_class_line else "",
-        )
+        class_words = f"; {predictor.positive_class_line}" if predictor.positive_class_line else ""
+        logger.info("serving %s on %s%s", model_path, server.url, class_words)
         server.serve_until(lambda: signals.requested() is not None)
         logger.info("%s: every request under way is answered", signals.requested())
 
@@ -87,29 +86,43 @@ class Server(BoundedServer):
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
     def server_bind(self) -> None:
-        """Without the base class's question to the network after the host's full name, which can take a minute."""
+        """Without the base class's DNS look-up of the host's full name, which can take a minute."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that left is no error of ours; the base class would print a traceback."""
+        """A client that disconnects is not logged as an error; the base class would print a traceback."""
         is_client = isinstance(sys.exc_info()[1], OSError)
         logger.log(logging.DEBUG if is_client else logging.ERROR, "a connection broke", exc_info=True)
 
 
 class Refusal(Exception):
-    """A request that is not answered, and why."""
+    """A request that is answered with an error status; the message is the reason."""
 
     def __init__(self, status: HTTPStatus, reason: str) -> None:
         super().__init__(reason)
         self.status = status
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer."""
+
+    status: HTTPStatus
+    body: bytes
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def error(cls, status: HTTPStatus, reason: str, **headers: str) -> "Answer":
+        return cls(status, as_json({"error": reason}), headers=headers)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     server: Server
-    unread: int | None
+    unread: int | None  # bytes of the body that are still to be read; None: the length is not known
     server_version, sys_version = "mmbert", ""
 
     def setup(self) -> None:
@@ -127,78 +140,70 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         started = time.monotonic()
         path = self.path.partition("?")[0]
-        headers: dict[str, str] = {}
         length = self.headers.get("Content-Length", "")[:20]
-        self.unread = int(length) if length.isascii() and length.isdecimal() else None  # bytes of the body
+        self.unread = int(length) if length.isascii() and length.isdecimal() else None
+        answer = self._answer_or_error(path)
+        self._send(answer)
+        milliseconds = 1000 * (time.monotonic() - started)
+        known_path = path if path in METHODS else format_for_message(path)
+        logger.info("%s %s %d %.0f ms", self.command, known_path, answer.status, milliseconds)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
+
+    def _answer_or_error(self, path: str) -> Answer:
+        """Raises only when the client has disconnected or is too slow."""
         try:
-            status, kind, body, headers = self._made(path)
+            return self._answer_to(path)
         except Refusal as refusal:
-            self._discard()
-            status, kind, body = refusal.status, "application/json", as_json({"error": str(refusal)})
+            self._discard_body()
+            is_method = refusal.status == HTTPStatus.METHOD_NOT_ALLOWED
+            return Answer.error(
+                refusal.status, str(refusal), **({"Allow": ", ".join(METHODS[path])} if is_method else {})
+            )
         except InputError as error:
-            status, kind, body = HTTPStatus.BAD_REQUEST, "application/json", as_json({"error": one_line(error)})
-        except (ConnectionError, TimeoutError):  # the client is gone or too slow
+            return Answer.error(HTTPStatus.BAD_REQUEST, one_line(error))
+        except (ConnectionError, TimeoutError):
             raise
         except Exception as error:
             logger.exception("%s %s failed", self.command, path)
             reason = one_line(error) if isinstance(error, RunError) else "internal error; the server's log has it"
-            status, kind, body = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json", as_json({"error": reason})
-        if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            headers = {"Allow": ", ".join(METHODS[path])}
-        self._send(status, kind, body, headers)
-        milliseconds = 1000 * (time.monotonic() - started)
-        logger.info(
-            "%s %s %d %.0f ms",
-            self.command,
-            path if path in METHODS else format_for_message(path),
-            status,
-            milliseconds,
-        )
+            return Answer.error(HTTPStatus.INTERNAL_SERVER_ERROR, reason)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
-
-    def _made(self, path: str) -> tuple[HTTPStatus, str, bytes, dict[str, str]]:
-        """Status, type, body and further headers of what was asked for. Raises `Refusal` and what the predictor raises."""
+    def _answer_to(self, path: str) -> Answer:
+        """Raises `Refusal` and what the predictor raises."""
         self._check_host()
         if path not in METHODS:
-            raise Refusal(
-                HTTPStatus.NOT_FOUND, f"there is no {format_for_message(path)}; there are {', '.join(METHODS)}"
-            )
+            known = ", ".join(METHODS)
+            raise Refusal(HTTPStatus.NOT_FOUND, f"there is no {format_for_message(path)}; there are {known}")
         if self.command not in METHODS[path]:
             raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, f"{path}: expected {METHODS[path][0]}, found {self.command}")
-        server, loaded = self.server, self.server.predictor.loaded
+        predictor = self.server.predictor
         if path == "/":
-            nonce = secrets.token_urlsafe(16)
-            page = render_page(
-                server.model_path,
-                loaded.config,
-                loaded.features,
-                loaded.labels,
-                threshold=loaded.decision.threshold.value,
-                nonce=nonce,
-                class_words=server.predictor.positive_class_line,
-            )
-            return (
-                HTTPStatus.OK,
-                "text/html; charset=utf-8",
-                page.encode("utf-8"),
-                {"Content-Security-Policy": content_security_policy(nonce)},
-            )
+            return self._page()
         if path == "/health":
-            value: dict[str, Any] = {
-                "status": "ok",
-                "model_path": server.model_path,
-                "columns": server.columns,
-                **classes_of(server.predictor),
-            }
-        else:
-            rows = self._read_json()
-            with server.model_lock:
-                value = explained(server.predictor, rows) if path == "/explain" else predicted(server.predictor, rows)
-        return HTTPStatus.OK, "application/json", as_json(value), {}
+            health = {"status": "ok", "model_path": self.server.model_path, "columns": self.server.columns}
+            return Answer(HTTPStatus.OK, as_json(health | classes_of(predictor)))
+        rows = self._read_json()
+        with self.server.model_lock:
+            result = explanation_of(predictor, rows) if path == "/explain" else predictions_of(predictor, rows)
+        return Answer(HTTPStatus.OK, as_json(result))
+
+    def _page(self) -> Answer:
+        nonce, loaded = secrets.token_urlsafe(16), self.server.predictor.loaded
+        page = render_page(
+            self.server.model_path,
+            loaded.config,
+            loaded.features,
+            loaded.labels,
+            threshold=loaded.decision.threshold.value,
+            nonce=nonce,
+            class_words=self.server.predictor.positive_class_line,
+        )
+        headers = {"Content-Security-Policy": content_security_policy(nonce)}
+        return Answer(HTTPStatus.OK, page.encode("utf-8"), "text/html; charset=utf-8", headers)
 
     def _check_host(self) -> None:
-        """Refuse a page of a stranger whose name now resolves to this machine: its browser still says that name."""
+        """Against DNS rebinding: a page whose host name now resolves to this machine still sends that name as Host."""
         if self.server.local_names is None:
             return
         try:
@@ -206,20 +211,20 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError:
             name = None
         if name not in self.server.local_names:
-            raise Refusal(
-                HTTPStatus.FORBIDDEN,
-                f"expected a Host header of this machine ({', '.join(sorted(self.server.local_names))})",
-            )
+            names = ", ".join(sorted(self.server.local_names))
+            raise Refusal(HTTPStatus.FORBIDDEN, f"expected a Host header of this machine ({names})")
 
     def _read_json(self) -> Any:
-        """The body's value. A form of another page cannot send this type, and its script may not without being asked about first."""
+        """The body's value.
+
+        Requires Content-Type application/json: a form of another web page cannot send it, and a script of one only
+        after a CORS preflight request, which is refused.
+        """
         if self.unread is None:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length")
         if self.unread > MAX_BYTES:
-            raise Refusal(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"expected a body of at most {MAX_BYTES} bytes, found {self.unread}",
-            )
+            reason = f"expected a body of at most {MAX_BYTES} bytes, found {self.unread}"
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
         expected, self.unread = self.unread, 0
         try:
             body = self.rfile.read(expected)
@@ -230,10 +235,9 @@ class Handler(BaseHTTPRequestHandler):
             raise InputError(f"expected a body of {expected} bytes as Content-Length says, found {len(body)}")
         self.stream.connection.waiting_since = None
         if self.headers.get_content_type() != "application/json":
-            raise Refusal(
-                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                f"expected Content-Type application/json, found {format_for_message(self.headers.get('Content-Type', ''))}",
-            )
+            found = format_for_message(self.headers.get("Content-Type", ""))
+            reason = f"expected Content-Type application/json, found {found}"
+            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, reason)
         try:
             return json.loads(body, parse_constant=refuse_constant, object_pairs_hook=object_of)
         except RecursionError:
@@ -241,37 +245,40 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise InputError(f"expected JSON, found something else: {error}") from None
 
-    def _discard(self) -> None:
-        """Read what is left of a refused body."""
+    def _discard_body(self) -> None:
+        """Read the rest of a refused body, so that the client gets to reading the answer."""
         unread = min(self.unread or 0, MAX_DISCARDED)
         with suppress(TimeoutError):
-            while unread > 0 and (part := self.rfile.read(min(unread, 65536))):
-                unread -= len(part)
+            while unread > 0 and (block := self.rfile.read(min(unread, 65536))):
+                unread -= len(block)
 
-    def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str]) -> None:
+    def _send(self, answer: Answer) -> None:
         connection = self.stream.connection
         connection.waiting_since = time.monotonic()
         connection.socket.settimeout(self.server.seconds_left(connection))
-        self.send_response(status)
-        standing = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **standing, **headers}.items():
+        self.send_response(answer.status)
+        headers = {"Content-Type": answer.content_type, "Content-Length": str(len(answer.body))}
+        for name, value in {**headers, **FIXED_HEADERS, **answer.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(answer.body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses by itself: a broken request line, a method that nobody knows."""
+        """What the base class refuses by itself: an invalid request line, an unknown method."""
         status = HTTPStatus(code)
-        self._send(status, "application/json", as_json({"error": f"{status.phrase}: {message or ''}"}), {})
-        logger.info("a request that is no HTTP of ours: %d", status)
+        self._send(Answer.error(status, f"{status.phrase}: {message or ''}"))
+        logger.info("an invalid HTTP request: %d", status)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """The base class's lines would hold whatever the client wrote."""
+        """Nothing: the base class's lines contain text of the client."""
 
 
 def classes_of(predictor: Predictor) -> dict[str, Any]:
-    """What /health says of the classes: all labels in order, the one that `prob` is about, and its share of the training rows (null: not known)."""
+    """The classes in /health: all labels in order, the one that `prob` is about, and its share of the training rows.
+
+    The share is None where the model folder does not have it.
+    """
     return {
         "labels": list(predictor.loaded.labels.names),
         "positive_label": predictor.positive_label,
@@ -279,7 +286,7 @@ def classes_of(predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def predicted(predictor: Predictor, rows: Any) -> dict[str, Any]:
+def predictions_of(predictor: Predictor, rows: Any) -> dict[str, Any]:
     """`{"predictions": [...]}` of a row or of a list of rows, in their order."""
     rows = rows if isinstance(rows, list) else [rows]
     if len(rows) > MAX_ROWS:
@@ -290,19 +297,19 @@ def predicted(predictor: Predictor, rows: Any) -> dict[str, Any]:
     return {"predictions": predictor.predict(rows)}
 
 
-def explained(predictor: Predictor, row: Any) -> dict[str, Any]:
+def explanation_of(predictor: Predictor, row: Any) -> dict[str, Any]:
     """`{"prediction": {...}, "tokens": [[piece, weight], ...]}` of one row."""
     check_row(row, max_keys_of(predictor), "", "one object")
     return predictor.explain(row)
 
 
 def max_keys_of(predictor: Predictor) -> int:
-    """Keys that a row may have: the model's columns, and others that it does not read."""
+    """How many keys a row may have: the model's columns and MAX_OTHER_KEYS that it does not read."""
     return MAX_OTHER_KEYS + len(Roles.from_config(predictor.loaded.config).inputs())
 
 
 def check_row(row: Any, max_keys: int, prefix: str, expected: str = "an object") -> None:
-    """Raise `InputError` for a row that is no object, or has thousands of keys that the model does not read."""
+    """Raise `InputError` for a row that is not an object or has more than `max_keys` keys."""
     if not isinstance(row, dict):
         raise InputError(f"{prefix}expected {expected} of columns and cells, found {json_type(row)}")
     if len(row) > max_keys:
@@ -310,9 +317,8 @@ def check_row(row: Any, max_keys: int, prefix: str, expected: str = "an object")
 
 
 def json_type(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(
-        type(value), "a number"
-    )
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def refuse_constant(word: str) -> NoReturn:
@@ -328,7 +334,7 @@ def one_line(error: Exception) -> str:
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Whether only this machine can connect to the address."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""The page of `mmbert serve`: every column has an input, only the page's own code runs, names of a model are escaped."""
+"""The page of `mmbert serve`: every column has an input, only its own code runs, names of a model are escaped."""
 
 import json
 import re
