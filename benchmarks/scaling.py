@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from mmbert_core.data.cache import open_or_build_cache
 from mmbert_core.data.prepare import prepare
 from mmbert_core.data.tokens import load_tokenizer
 from mmbert_core.predictor import Predictor
+from mmbert_core.runtime.memory import peak_mb
 from mmbert_core.runtime.ranks import read_context, set_threads
 from mmbert_core.tables.table import Roles
 from mmbert_core.training import loop
@@ -106,10 +106,6 @@ def config_for(folder: Path, name: str) -> Config:
 
 
 # ---- what runs in a process of its own ----
-
-
-def peak_mb() -> float:
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10  # type: ignore[index]
 
 
 def stage_cache(folder: Path, num_rows: int) -> dict[str, float]:
