@@ -59,7 +59,7 @@ def test_training_reads_the_end_and_the_folder_keeps_the_setting(trained, caplog
     with caplog.at_level("WARNING"):
         rows = [{"text": FILLER + word, "age": 1, "kind": "a"} for word in ("refund", "thanks")]
         high, low = (row["prob"] for row in predictor.predict(rows))
-    assert high > low and "were cut at the beginning: the end is kept" in caplog.text
+    assert high > low and "were truncated at the beginning: the end is kept" in caplog.text
 
 
 def test_a_file_whose_cells_are_shortened_while_reading_gives_the_same_rows(trained, tmp_path):

@@ -1,7 +1,7 @@
-"""A table's arrays on disk, built once per node and memory-mapped by every process.
+"""Encoded rows on disk: built once per node, memory-mapped by every process.
 
-A store is a folder named by a hash of all that decides its content, so it is never out of date: another file, column,
-tokenizer or length is another folder. It is raw arrays and a meta.json; it appears by a rename, whole or not at all.
+The cache of a table is a folder of raw arrays and a meta.json. Its name is a hash of everything that its content
+depends on (files, columns, tokenizer, lengths), so that it is never out of date. It appears complete, by a rename.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.encoding import (
@@ -43,7 +43,7 @@ from mmbert_core.tables.csv_reader import AUTO
 from mmbert_core.tables.readers import format_of
 from mmbert_core.tables.table import CHUNK_ROWS, Chunk, Roles, expand_paths, read_chunks, resolve_columns
 
-STORE_FORMAT = 2  # counts up when the arrays or what decides their content change
+CACHE_FORMAT = 2  # increased when the arrays change, or what their content depends on
 META = "meta.json"
 MAX_META_BYTES = 2**30  # the distinct values of all categories and labels
 ARRAY_JSON = schema.record(
@@ -56,18 +56,18 @@ META_JSON = schema.record(
         "vocabularies": schema.array(VALUES_JSON),
         "label_values": VALUES_JSON,
         "max_chunks": schema.whole(1),
-        "num_cut": schema.whole(0),
+        "num_cut": schema.whole(0),  # texts that were truncated
     }
 )
-SHARE_OF_MEMORY = 0.5  # of what is free, that a table may take to be read ahead of its use
-READ_AT_ONCE = 1 << 20  # bytes; the system does not hear a wish for much more
-SECONDS_BEFORE_SAYING = 10.0  # that this process waits for another one's build; most take less
+READAHEAD_SHARE = 0.5  # of the available memory; larger tables are not read before they are used
+READAHEAD_BYTES = 1 << 20  # a call; Linux ignores much larger requests
+SECONDS_UNTIL_LINE = 10.0  # of waiting for another process's build, before a line is logged
 
 logger = logging.getLogger(__name__)
 
 
 def fingerprint_files(paths: Sequence[str]) -> dict[str, dict[str, int | str]]:
-    """path -> its size in bytes and SHA-256. Raises `InputError` for a file that cannot be read."""
+    """Path -> its size in bytes and its SHA-256. Raises `InputError` for a file that cannot be read."""
     fingerprints = {}
     for path in paths:
         try:
@@ -80,7 +80,7 @@ def fingerprint_files(paths: Sequence[str]) -> dict[str, dict[str, int | str]]:
 def check_columns(
     paths: Sequence[str], roles: Roles, *, label_optional: bool = False, tsv_quoting: str = AUTO
 ) -> list[str]:
-    """The columns that a store of `paths` holds. Reads headers only; raises the `InputError`s of `resolve_columns`."""
+    """The columns of the cache of `paths`. Reads only headers; raises the `InputError`s of `resolve_columns`."""
     label = [roles.label] if roles.label is not None else []
     return resolve_columns(
         paths, required_columns(roles, label_optional=label_optional), label, tsv_quoting=tsv_quoting
@@ -88,7 +88,7 @@ def check_columns(
 
 
 def required_columns(roles: Roles, *, label_optional: bool = False) -> list[str]:
-    """The columns that a store's files must have."""
+    """The columns that the files must have."""
     label = [roles.label] if roles.label is not None and not label_optional else []
     return [*roles.inputs(), *([roles.group] if roles.group is not None else []), *label]
 
@@ -106,18 +106,19 @@ def open_or_build_cache(
     chunk_rows: int = CHUNK_ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> EncodedRows:
-    """The rows of `paths`, memory-mapped from `cache_path`; built there first if no process has done so.
+    """The rows of `paths`, memory-mapped from a folder in `cache_path` that is built first where it does not exist.
 
-    Needs no process group: the first process to take the lock of the store builds, the others of the node wait for it.
-    Memory stays bounded by `chunk_rows`. `progress` is called with the number of rows done after every chunk of a build.
-    Raises the `InputError`s of `read_chunks` and `encode_arrays`; nothing is left behind by a build that failed.
+    Needs no process group: the first process to take the lock builds, the others of the node wait. `chunk_rows` bounds
+    the memory of a build, which calls `progress` with the number of rows done after every chunk.
+    Raises the `InputError`s of `read_chunks` and `encode_arrays`; a build that fails leaves no files.
     """
     files = expand_paths(paths)
     columns = check_columns(files, roles, label_optional=label_optional, tsv_quoting=tsv_quoting)
     stats = [_stat_of(path) for path in files]
     fingerprints = fingerprint_files(files)
+    lengths = {"max_length": max_length, "max_chunks": max_chunks}
     identity = {
-        "format": STORE_FORMAT,
+        "format": CACHE_FORMAT,
         "files": [[fingerprints[path]["sha256"], "".join(Path(path).suffixes[-2:]).lower()] for path in files],
         "columns": columns,
         "roles": asdict(roles),
@@ -127,54 +128,51 @@ def open_or_build_cache(
     }
     folder = Path(cache_path) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     if not is_whole(folder):
-        with _locked(folder) as has_lock:
-            if not is_whole(folder):  # another process may have built it while this one waited
-                if has_lock:
-                    _clear(folder)
-                max_characters = max_cell_characters(roles, max_length=max_length, max_chunks=max_chunks)
-                chunks = read_chunks(
-                    files,
-                    columns,
-                    optional=[roles.label] if roles.label is not None else [],
-                    max_characters=max_characters,
-                    keep_end=keeps_end(tokenizer),
-                    chunk_rows=chunk_rows,
-                    tsv_quoting=tsv_quoting,
-                )
-                with suppress(_AlreadyThere), _published(folder, has_lock) as temporary:
-                    _build(
-                        temporary,
-                        chunks,
-                        roles,
-                        tokenizer,
-                        columns=columns,
-                        max_length=max_length,
-                        max_chunks=max_chunks,
-                        progress=progress,
-                    )
-                    for path, stat in zip(files, stats, strict=True):
-                        if _stat_of(path) != stat:
-                            raise InputError(f"{path}: the file changed while it was read")
+        chunks = read_chunks(
+            files,
+            columns,
+            optional=[roles.label] if roles.label is not None else [],
+            max_characters=max_cell_characters(roles, **lengths),
+            keep_end=keeps_end(tokenizer),
+            chunk_rows=chunk_rows,
+            tsv_quoting=tsv_quoting,
+        )
+        chunks = chain([_empty_chunk(columns)], chunks)  # from which a table without rows gets its empty arrays
+        with _build_folder(folder) as temporary:
+            if temporary is not None:
+                _build(temporary, chunks, roles, tokenizer, **lengths, progress=progress)
+                for path, stat in zip(files, stats, strict=True):
+                    if _stat_of(path) != stat:
+                        raise InputError(f"{path}: the file changed while it was read")
     rows = _open(folder, files)
     rows.fingerprints, rows.tsv_quoting = fingerprints, tsv_quoting
     return rows
 
 
-class _AlreadyThere(Exception):
-    """Another process, of a file system without locks, has built the same store meanwhile."""
+class _BuiltMeanwhile(Exception):
+    """On a file system without locks, another process has built the same cache meanwhile."""
 
 
 @contextmanager
-def _published(folder: Path, has_lock: bool) -> Iterator[Path]:
-    """`atomic_folder`, which never replaces a whole store that other processes read: its content would be the same."""
-    try:
-        with atomic_folder(folder) as temporary:
-            yield temporary
-            if not has_lock and is_whole(folder):
-                raise _AlreadyThere
-    except OSError:
-        if has_lock or not is_whole(folder):  # else it came between that look and the rename
-            raise
+def _build_folder(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder that becomes `folder` at the end; None if another process of the node has built it meanwhile.
+
+    A complete cache is never replaced: other processes may have mapped it.
+    """
+    with _locked(folder) as has_lock:
+        if is_whole(folder):
+            yield None
+            return
+        if has_lock:
+            _remove_leftovers(folder)
+        try:
+            with suppress(_BuiltMeanwhile), atomic_folder(folder) as temporary:
+                yield temporary
+                if not has_lock and is_whole(folder):
+                    raise _BuiltMeanwhile
+        except OSError:
+            if has_lock or not is_whole(folder):  # else another process was faster, between the check and the rename
+                raise
 
 
 def _stat_of(path: str) -> tuple[int, int]:
@@ -184,15 +182,18 @@ def _stat_of(path: str) -> tuple[int, int]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Only one process of the node at a time; the lock goes with the process that holds it, however it ends. False where there are none."""
+    """Exclusive among the processes of the node; yields False on a file system without locks.
+
+    The lock ends with the process that holds it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as stream:
         has_lock = True
         try:
-            if not lock_file(stream, seconds=SECONDS_BEFORE_SAYING):
+            if not lock_file(stream, seconds=SECONDS_UNTIL_LINE):
                 logger.info("waiting for another process that builds %s", folder)
                 lock_file(stream, seconds=None)
-        except OSError as error:  # every process builds it, and the last one's stays
+        except OSError as error:  # then every process builds the cache, and the first one to finish publishes it
             has_lock = False
             logger.warning(
                 "%s: this file system has no locks (%s); a cache_path on another one avoids double work",
@@ -202,8 +203,8 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield has_lock
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a killed build or a damaged disk left. Only under the lock."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed build or a damaged disk left. The caller holds the lock."""
     shutil.rmtree(folder, ignore_errors=True)
     for path in folder.parent.glob(f"{TEMPORARY_PREFIX}{folder.name}-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -213,7 +214,7 @@ def _clear(folder: Path) -> None:
 
 
 class _ArrayFiles:
-    """Arrays that grow at their end, one raw file each."""
+    """One raw file for each array; arrays are appended chunk by chunk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -238,7 +239,6 @@ def _build(
     roles: Roles,
     tokenizer: PreTrainedTokenizerFast | None,
     *,
-    columns: Sequence[str],
     max_length: int,
     max_chunks: int,
     progress: Callable[[int], None] | None,
@@ -246,15 +246,13 @@ def _build(
     books: dict[str, CodeBook] = defaultdict(CodeBook)
     files = _ArrayFiles(folder)
     num_rows = num_truncated = 0
-    nothing = np.zeros(0, dtype=np.int64)
-    empty = Chunk(pd.DataFrame(columns=list(columns), dtype=object), [], nothing, nothing, nothing)
-    for chunk in prefetch_one(_after(empty, chunks)):  # the empty chunk gives a table without rows its arrays
-        arrays, cut = encode_arrays(
+    for chunk in prefetch_one(chunks):
+        arrays, num_truncated_here = encode_arrays(
             chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
         )
         files.append(arrays)
         num_rows += len(chunk)
-        num_truncated += cut
+        num_truncated += num_truncated_here
         if progress is not None and len(chunk):
             progress(num_rows)
     meta = {
@@ -267,9 +265,9 @@ def _build(
     write_json(folder / META, meta)
 
 
-def _after(first: Chunk, others: Iterator[Chunk]) -> Iterator[Chunk]:
-    yield first
-    yield from others
+def _empty_chunk(columns: Sequence[str]) -> Chunk:
+    empty = np.zeros(0, dtype=np.int64)
+    return Chunk({name: [] for name in columns}, [], empty, empty, empty)
 
 
 # ---- reading ----
@@ -280,7 +278,7 @@ def _num_bytes(array: dict[str, Any]) -> int:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there in its full size; a folder that somebody thinned out is built again."""
+    """Whether every file exists with its full size; if not, the cache is built again."""
     try:
         arrays = read_meta(folder)["arrays"]
         return all((folder / f"{name}.bin").stat().st_size == _num_bytes(array) for name, array in arrays.items())
@@ -297,7 +295,7 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
     arrays, mappings = {}, {}
     for name, array in meta["arrays"].items():
         shape, dtype = tuple(array["shape"]), np.dtype(array["dtype"])
-        if not _num_bytes(array):  # nothing cannot be mapped
+        if not _num_bytes(array):  # an empty file cannot be mapped
             arrays[name] = np.zeros(shape, dtype=dtype)
             continue
         with open(folder / f"{name}.bin", "rb") as stream:
@@ -313,14 +311,14 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
     )
     rows.token_file = mappings.get("token_ids")
     rows.mappings = {str(folder / f"{name}.bin"): mapping for name, mapping in mappings.items()}
-    if sum(map(len, mappings.values())) < SHARE_OF_MEMORY * available_bytes():
+    if sum(map(len, mappings.values())) < READAHEAD_SHARE * available_bytes():
         Thread(target=_read_ahead, args=([folder / f"{name}.bin" for name in mappings],), daemon=True).start()
     return rows
 
 
 def _read_ahead(paths: list[Path]) -> None:
-    """Have the system read what would else come from the disk page by page, because rows are asked for in random order."""
+    """Ask the system to read the files: training reads rows in random order, one page at a time."""
     for path in paths:
         with suppress(OSError), open(path, "rb") as stream:
-            for start in range(0, os.fstat(stream.fileno()).st_size, READ_AT_ONCE):
-                os.posix_fadvise(stream.fileno(), start, READ_AT_ONCE, os.POSIX_FADV_WILLNEED)
+            for start in range(0, os.fstat(stream.fileno()).st_size, READAHEAD_BYTES):
+                os.posix_fadvise(stream.fileno(), start, READAHEAD_BYTES, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""A config as prepared datasets: files read, labels and features fitted, rows split."""
+"""From a config to its datasets: reads and checks files, fits labels and features, splits rows."""
 
 import logging
 import os
@@ -35,13 +35,13 @@ from mmbert_core.tables.table import (
 
 logger = logging.getLogger(__name__)
 
-LABEL_CHUNKS = 16  # of training rows whose labels are looked at when columns are missing anyway
-MANY_CATEGORIES = 10_000  # of one column: more are an id or free text rather than a category
+LABEL_CHUNKS = 16  # chunks of training rows whose labels are checked when columns are missing
+MANY_CATEGORIES = 10_000  # of one column: more are probably an id or free text
 
 
 @dataclass
 class Data:
-    """All that a run knows about its data. Every process of a run holds an equal one."""
+    """The prepared data of a run, equal in all of its processes."""
 
     train: Dataset
     val: Dataset | None
@@ -50,48 +50,19 @@ class Data:
     labels: Labels
     tokenizer: PreTrainedTokenizerFast | None  # None: a columns-only model
     fingerprints: dict[str, dict[str, int | str]]  # path of every file read -> bytes, sha256; and the tokenizer's
-    warnings: list[str] = field(default_factory=list)  # what speaks against the figures to come, a line each
+    warnings: list[str] = field(default_factory=list)  # lines about problems of the data
 
 
 def prepare(config: Config) -> Data:
-    """Read, check and encode all files of a config; fit labels and features on the training rows alone.
+    """Read, check and encode all files of a config; fit labels and features on the training rows only.
 
-    Every process calls it; it needs no process group. Raises `InputError`, one line, for every mistake in the data.
+    Every process calls it; it needs no process group. Raises `InputError`, one line, for a problem with the data.
     """
     roles = Roles.from_config(config)
-    train_roles = roles_with_group(config.train_path, roles, config.tsv_quoting) if config.val_path else roles
+    train_roles = _with_group(config.train_path, roles, config.tsv_quoting) if config.val_path else roles
     _check_files(config, train_roles)
     tokenizer = load_tokenizer(config.encoder) if roles.text else None
-    encode = partial(
-        open_or_build_cache,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        max_chunks=config.max_chunks,
-        cache_path=config.cache_path or Path(config.model_path) / "cache",
-        tsv_quoting=config.tsv_quoting,
-    )
-    tables = {
-        "train": encode(
-            config.train_path, train_roles, progress=Progress("training rows read and tokenised").advance_to
-        )
-    }
-    if config.val_path:
-        tables["val"] = encode(
-            config.val_path,
-            roles_with_group(config.val_path, roles, config.tsv_quoting),
-            progress=Progress("validation rows read and tokenised").advance_to,
-        )
-    if config.test_path:
-        test_roles = roles_with_group(config.test_path, roles, config.tsv_quoting)
-        tables["test"] = encode(
-            config.test_path,
-            test_roles,
-            label_optional=True,
-            progress=Progress("test rows read and tokenised").advance_to,
-        )
-    for table in (tables["train"], tables.get("val")):
-        if table is not None and table.num_rows == 0:
-            raise InputError(f"{table.paths[0]}: expected rows, found a header only")
+    tables = _encode_tables(config, roles, train_roles, tokenizer)
     train = tables["train"]
     labels = _fit_labels(train, config)
     train_rows, val_rows = choose_rows(train, labels, config)
@@ -108,6 +79,9 @@ def prepare(config: Config) -> Data:
     val = dataset(train, val_rows, name="val") if len(val_rows) else None
     if "val" in tables:
         val = dataset(tables["val"], None, name="val")
+    fingerprints = {path: value for table in tables.values() for path, value in table.fingerprints.items()}
+    if tokenizer is not None:
+        fingerprints["the tokenizer"] = {"sha256": tokenizer_fingerprint(tokenizer)}
     data = Data(
         train=dataset(train, train_rows, name="train"),
         val=val,
@@ -115,8 +89,7 @@ def prepare(config: Config) -> Data:
         features=features,
         labels=labels,
         tokenizer=tokenizer,
-        fingerprints={path: value for table in tables.values() for path, value in table.fingerprints.items()}
-        | _of_tokenizer(tokenizer),
+        fingerprints=fingerprints,
     )
     data.warnings = _warnings(data, config)
     for line in data.warnings:
@@ -124,27 +97,51 @@ def prepare(config: Config) -> Data:
     return data
 
 
-def roles_with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Roles:
-    """The roles of files that are not split: their groups are compared, where they have the column."""
+def _encode_tables(
+    config: Config, roles: Roles, train_roles: Roles, tokenizer: PreTrainedTokenizerFast | None
+) -> dict[str, EncodedRows]:
+    """Split name -> its rows, for the splits that have files. Raises `InputError` for train or val without rows."""
+
+    def encode(paths: Sequence[str], roles: Roles, name: str, *, label_optional: bool = False) -> EncodedRows:
+        return open_or_build_cache(
+            paths,
+            roles,
+            tokenizer,
+            max_length=config.max_length,
+            max_chunks=config.max_chunks,
+            cache_path=config.cache_path or Path(config.model_path) / "cache",
+            label_optional=label_optional,
+            tsv_quoting=config.tsv_quoting,
+            progress=Progress(f"{name} rows read and tokenised").advance_to,
+        )
+
+    tables = {"train": encode(config.train_path, train_roles, "training")}
+    if config.val_path:
+        val_roles = _with_group(config.val_path, roles, config.tsv_quoting)
+        tables["val"] = encode(config.val_path, val_roles, "validation")
+    if config.test_path:
+        test_roles = _with_group(config.test_path, roles, config.tsv_quoting)
+        tables["test"] = encode(config.test_path, test_roles, "test", label_optional=True)
+    for name in ("train", "val"):
+        if name in tables and tables[name].num_rows == 0:
+            raise InputError(f"{tables[name].paths[0]}: expected rows, found a header only")
+    return tables
+
+
+def _with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Roles:
+    """The roles of files that are not split: their group column is only compared, and read if all of them have it."""
     has_groups = roles.group is not None and all(
         roles.group in header_of(path, tsv_quoting) for path in expand_paths(paths)
     )
     return roles if has_groups else replace(roles, group=None)
 
 
-def _of_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, dict[str, int | str]]:
-    return {} if tokenizer is None else {"the tokenizer": {"sha256": tokenizer_fingerprint(tokenizer)}}
-
-
 def _check_files(config: Config, train_roles: Roles) -> None:
-    """What can be known before the first row is read: files there, none in two roles, all columns there."""
+    """Checks before the first row is read: the files exist, none is in two splits, all columns exist."""
     if config.val_path and config.group_name:
-        seen = (
-            "groups are only looked for on both sides"
-            if train_roles.group
-            else "and the training rows have no such column"
-        )
-        logger.warning("group_name splits nothing: val_path says which rows validate, %s", seen)
+        compared, absent = "groups are only looked for on both sides", "and the training rows have no such column"
+        use = compared if train_roles.group else absent
+        logger.warning("group_name splits nothing: val_path says which rows validate, %s", use)
     if not config.train_path:
         raise InputError("train_path: expected at least one file, found none")
     train_files = {os.path.realpath(path) for path in expand_paths(config.train_path)}
@@ -156,27 +153,25 @@ def _check_files(config: Config, train_roles: Roles) -> None:
             if os.path.realpath(path) in train_files:
                 raise InputError(f"{key}: {path} is in train_path too, expected files that the model is not trained on")
         if paths:
-            check_columns(
-                paths,
-                replace(train_roles, group=None),
-                label_optional=key == "test_path",
-                tsv_quoting=config.tsv_quoting,
-            )
+            other_roles, is_test = replace(train_roles, group=None), key == "test_path"
+            check_columns(paths, other_roles, label_optional=is_test, tsv_quoting=config.tsv_quoting)
     if config.test_path:
         resolve_columns(config.test_path, config.slice_columns, tsv_quoting=config.tsv_quoting)
 
 
 def _check_all_columns(config: Config, train_roles: Roles) -> None:
-    """Raise one `InputError` with all columns that any file lacks and, since it ends the run anyway, what is wrong with the training labels."""
+    """Raise one `InputError` with all columns that any file lacks.
+
+    It also contains a problem with the training labels, which otherwise only the next start would report.
+    """
     other_roles, problems = replace(train_roles, group=None), dict[str, list[str]]()
     for paths, roles, label_optional in (
         (config.train_path, train_roles, False),
         (config.val_path, other_roles, False),
         (config.test_path, other_roles, True),
     ):
-        found = missing_in_files(
-            expand_paths(paths), required_columns(roles, label_optional=label_optional), tsv_quoting=config.tsv_quoting
-        )
+        columns = required_columns(roles, label_optional=label_optional)
+        found = missing_in_files(expand_paths(paths), columns, tsv_quoting=config.tsv_quoting)
         for problem, files in found.items():
             problems.setdefault(problem, []).extend(files)
     if problems:
@@ -185,17 +180,16 @@ def _check_all_columns(config: Config, train_roles: Roles) -> None:
 
 
 def _label_problem(config: Config) -> str | None:
-    """What `Labels.fit` says of the first training rows; None where nothing is wrong or the label column is missing."""
-    first: dict[str, str] = {}
+    """The error of `Labels.fit` for the first training rows; None without one or without the label column."""
+    first: dict[str, str] = {}  # label text -> its first row
     try:
         chunks = read_chunks(config.train_path, [config.label_name], tsv_quoting=config.tsv_quoting)
         for chunk in islice(chunks, LABEL_CHUNKS):
             for row, value in enumerate(chunk.cells[config.label_name]):
                 if value not in first:
                     first[value] = chunk.row_location(row)
-        if (
-            next(chunks, None) is not None and len(first) <= config.num_classes
-        ):  # a later row may have the missing class
+        is_prefix = next(chunks, None) is not None
+        if is_prefix and len(first) <= config.num_classes:  # later rows may have the missing classes
             return None
         locations = list(first.values())
         Labels.fit(
@@ -211,7 +205,7 @@ def _label_problem(config: Config) -> str | None:
 
 
 def _fit_labels(train: EncodedRows, config: Config) -> Labels:
-    codes, first_rows = _first_places(train.label_codes)
+    codes, first_rows = _first_indices(train.label_codes)
     labels = Labels.fit(
         [train.label_values[code] for code in codes],
         num_classes=config.num_classes,
@@ -221,50 +215,48 @@ def _fit_labels(train: EncodedRows, config: Config) -> Labels:
         others=lambda index: other_rows(np.flatnonzero(train.label_codes == codes[index]), train.row_location),
     )
     if not config.is_binary and "calibrated" in labels.names:
-        raise InputError(
-            f"label_name: a class 'calibrated' would take the name of the column prob_calibrated in the prediction file: rename it in {config.label_name!r}"
-        )
+        conflict = "a class 'calibrated' would take the name of the column prob_calibrated in the prediction file"
+        raise InputError(f"label_name: {conflict}: rename it in {config.label_name!r}")
     if not config.is_binary and config.id_name in {f"prob_{name}" for name in labels.names}:
-        raise InputError(
-            f"id_name: {config.id_name!r} is a column that the prediction file has already: expected another column"
-        )
+        found = f"{config.id_name!r} is a column that the prediction file has already"
+        raise InputError(f"id_name: {found}: expected another column")
     return labels
 
 
-def _first_places(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique(codes, return_index=True) of codes [N] from 0 on, without sorting ten million of them."""
+def _first_indices(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique(codes, return_index=True) for codes [N] >= 0, in linear time: N may be ten million."""
     first = np.full(int(codes.max(initial=-1)) + 1, -1, dtype=np.int64)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last one written stays
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # of repeated indices numpy keeps the last value written
     present = np.flatnonzero(first >= 0)
     return present, first[present]
 
 
 def choose_rows(train: EncodedRows, labels: Labels, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training table for training and for validation (none where val_path has them)."""
+    """Row indices (train, val) of the training table, each sorted int64; val is empty with a val_path."""
     rows = sample_rows(train.num_rows, config.max_train_rows, config.seed)
     classes = labels.lookup(train.label_values)[select_rows(train.label_codes, rows)]
     missing = set(np.flatnonzero(np.bincount(classes, minlength=len(labels.names)) == 0).tolist())
     if missing:
-        name = format_for_message(labels.names[min(missing)])
+        found = f"found none of class {format_for_message(labels.names[min(missing)])}"
         raise InputError(
-            f"max_train_rows: expected rows of every class, found none of class {name} among {len(rows)} sampled training rows"
+            f"max_train_rows: expected rows of every class, {found} among {len(rows)} sampled training rows"
         )
     if config.val_path or config.val_fraction == 0:
         return rows, rows[:0]
     groups = None if train.group_codes is None else train.group_codes[rows]
-    train_places, val_places = split_rows(classes, groups, val_fraction=config.val_fraction, seed=config.seed)
-    if len(val_places) == 0:
+    train_positions, val_positions = split_rows(classes, groups, val_fraction=config.val_fraction, seed=config.seed)
+    if len(val_positions) == 0:
         logger.warning(
             "no validation: taking any of %d training rows or groups would leave a class without training rows",
             len(rows),
         )
-    return rows[train_places], rows[val_places]
+    return rows[train_positions], rows[val_positions]
 
 
 def _warnings(data: Data, config: Config) -> list[str]:
-    """What a user would want to know: class 1, small classes, texts cut, ids repeated, rows on both sides, columns that leak the label, values unseen, numbers outside."""
-    parts = [part for part in (data.train, data.val, data.test) if part is not None]
-    tables = list({id(part.encoded): part.encoded for part in parts}.values())
+    """Lines about class 1, small classes, truncated texts, labels, categories, ids, leaks, unseen and extreme cells."""
+    splits = [split for split in (data.train, data.val, data.test) if split is not None]
+    tables = list({id(split.encoded): split.encoded for split in splits}.values())  # train and val may share one
     counts = np.bincount(data.train.label_index, minlength=len(data.labels.names)).tolist()
     lines = [
         *positive_class_warning(data.labels.names, counts, config.positive_label),
@@ -279,25 +271,25 @@ def _warnings(data: Data, config: Config) -> list[str]:
     lines += spelling_warnings(data.train.encoded.label_values, config.label_name)
     for column, values in zip(data.features.category_names, data.features.categories, strict=True):
         if len(values) > MANY_CATEGORIES:
-            lines.append(
-                f"column {column!r}: {len(values)} categories in {len(data.train)} training rows, each with weights of its own to learn: is it an id?"
-            )
+            found = f"column {column!r}: {len(values)} categories in {len(data.train)} training rows"
+            lines.append(f"{found}, each with weights of its own to learn: is it an id?")
     for table in tables:
         lines += _repeated_ids(table)
     lines += find_leaks(data.train, data.val, data.test, data.labels)
-    for place, part in enumerate(parts[1:], start=1):
-        lines += unseen_lines(part.name, part.unseen(), data.features)
-        lines += out_of_range_lines(part.name, part.out_of_range(), data.features)
-        for earlier in parts[:place]:
-            lines += _shared_ids(part, earlier)
+    for index, split in enumerate(splits[1:], start=1):
+        lines += unseen_lines(split.name, split.unseen(), data.features)
+        lines += out_of_range_lines(split.name, split.out_of_range(), data.features)
+        for earlier in splits[:index]:
+            lines += _shared_ids(split, earlier)
     return lines
 
 
 def truncated_texts_warning(num_truncated: int, num_rows: int, config: Config, *, keep_end: bool = False) -> list[str]:
-    """The line about texts that did not fit, if any."""
+    """A line about texts that were longer than the model's input, if any."""
     size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
     kept = " at the beginning: the end is kept (truncation_side: left of the tokenizer)" if keep_end else ""
-    return [f"{num_truncated} of {num_rows} texts are longer than {size} and were cut{kept}"] if num_truncated else []
+    line = f"{num_truncated} of {num_rows} texts are longer than {size} and were truncated{kept}"
+    return [line] if num_truncated else []
 
 
 def _repeated_ids(table: EncodedRows) -> Iterator[str]:
@@ -309,13 +301,15 @@ def _repeated_ids(table: EncodedRows) -> Iterator[str]:
     is_first = np.zeros(table.num_rows, dtype=bool)
     is_first[np.unique(table.id_codes, return_index=True)[1]] = True  # an empty id equals no other
     repeats = np.flatnonzero(~is_first)
-    yield f"{table.paths[0]}: {len(repeats)} of {table.num_rows} ids repeat one of an earlier row, first in {table.row_location(int(repeats[0]))}; all rows are kept"
+    repeated = f"{len(repeats)} of {table.num_rows} ids repeat one of an earlier row"
+    yield f"{table.paths[0]}: {repeated}, first in {table.row_location(int(repeats[0]))}; all rows are kept"
 
 
-def _shared_ids(part: Dataset, earlier: Dataset) -> Iterator[str]:
-    """Rows that are scored by a model that learned from them, or was chosen by them."""
-    if part.encoded.id_codes is None or earlier.encoded.id_codes is None:
+def _shared_ids(split: Dataset, earlier: Dataset) -> Iterator[str]:
+    """A line if rows of an evaluation split were also used to train the model or to choose its best step."""
+    if split.encoded.id_codes is None or earlier.encoded.id_codes is None:
         return
-    shared = shared_positions(*(select_rows(each.encoded.id_codes, each.rows) for each in (part, earlier)))
+    shared = shared_positions(*(select_rows(each.encoded.id_codes, each.rows) for each in (split, earlier)))
     if len(shared):
-        yield f"{part.name}: {len(shared)} rows have an id of a {SPLIT_NAMES[earlier.name]} row, first {part.row_location(int(shared[0]))}"
+        rows = f"{len(shared)} rows have an id of a {SPLIT_NAMES[earlier.name]} row"
+        yield f"{split.name}: {rows}, first {split.row_location(int(shared[0]))}"

@@ -254,7 +254,7 @@ def test_what_a_user_would_want_to_know_is_logged_once(config_of, caplog):
         prepare(config_of(test=test, val_fraction=0, max_length=4))
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("mmbert_core")]
     assert any(
-        "texts are longer than 1 x 4 tokens (max_chunks x max_length) and were cut" in message for message in messages
+        "texts are longer than 1 x 4 tokens (max_chunks x max_length) and were truncated" in message for message in messages
     )
     assert "test: 1 cells of column 'kind' hold a value that no training row has" in messages
     assert any(

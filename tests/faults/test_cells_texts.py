@@ -83,7 +83,7 @@ def test_D8_odd_texts(tmp_path: Path) -> Figures:
     done = train_run(
         figures, "trained on them", write_config(tmp_path, trained(), model_path=tmp_path / "run", **paths)
     )
-    warning = " texts are longer than 1 x 32 tokens (max_chunks x max_length) and were cut"
+    warning = " texts are longer than 1 x 32 tokens (max_chunks x max_length) and were truncated"
     figures.count(warning in done.err, f"trained on them: truncated texts not counted: {done.err}")
     figures.count(len(read_tsv(predictions_of(tmp_path / "run"))) == len(texts), "trained on them: test rows lost")
     return figures
