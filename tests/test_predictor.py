@@ -345,7 +345,7 @@ def test_windows_of_long_texts_score_what_whole_windows_do(tables, tmp_path, mon
     monkeypatch.setattr(table, "MAX_CHUNK_CHARACTERS", 5000)
     predict(tables / "run", tmp_path / "long.csv", tmp_path / "short.tsv")
     assert (tmp_path / "short.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
-    monkeypatch.setattr(encoding, "MAX_KEPT_CHARACTERS", 300)  # windows that end early for their ids
+    monkeypatch.setattr(encoding, "MAX_WINDOW_CHARACTERS", 300)  # windows that end early for their ids
     rows = predict(tables / "run", tmp_path / "long.csv", tmp_path / "short.tsv")
     whole = read_tsv(tmp_path / "whole.tsv")
     assert [row["row_id"] for row in rows] == [row["row_id"] for row in whole]

@@ -24,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.encoding import (
-    RUNNING_ENDS,
+    OFFSET_ARRAYS,
     Arrays,
     CodeBook,
     EncodedRows,
@@ -223,7 +223,7 @@ class _ArrayFiles:
 
     def append(self, arrays: Arrays) -> None:
         for name, array in arrays.items():
-            if name in RUNNING_ENDS:
+            if name in OFFSET_ARRAYS:
                 if name in self.last:
                     array = array[1:] + self.last[name]
                 self.last[name] = int(array[-1]) if len(array) else self.last[name]
@@ -312,11 +312,11 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
     rows.token_file = mappings.get("token_ids")
     rows.mappings = {str(folder / f"{name}.bin"): mapping for name, mapping in mappings.items()}
     if sum(map(len, mappings.values())) < READAHEAD_SHARE * available_bytes():
-        Thread(target=_read_ahead, args=([folder / f"{name}.bin" for name in mappings],), daemon=True).start()
+        Thread(target=_prefetch_files, args=([folder / f"{name}.bin" for name in mappings],), daemon=True).start()
     return rows
 
 
-def _read_ahead(paths: list[Path]) -> None:
+def _prefetch_files(paths: list[Path]) -> None:
     """Ask the system to read the files: training reads rows in random order, one page at a time."""
     for path in paths:
         with suppress(OSError), open(path, "rb") as stream:

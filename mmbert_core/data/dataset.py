@@ -1,10 +1,11 @@
 """Rows of a table as batches of tensors.
 
-N rows of a dataset, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categories.
+N rows of a dataset, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators,
+K categories.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,39 +20,35 @@ from mmbert_core.runtime.errors import InputError
 from mmbert_core.tables.cells import normal_form
 from mmbert_core.tables.table import Chunk, Roles
 
-ROWS_HELD = 8192  # texts of a table on disk, with the pages around them
+MAX_ROWS_IN_MEMORY = 8192  # whose texts are read from the mapped cache before its pages are released
 
 
 @dataclass
 class Batch:
-    """Rows that are scored together. Token ids are [B, C, T] where a text may have several chunks, else [B, T]."""
+    """B rows as tensors. Token ids are [B, C, T] where a text may have several chunks, else [B, T]."""
 
     row_index: torch.Tensor  # [B] int64, positions in the dataset; always on the CPU
     input_ids: torch.Tensor  # int64 [B, T], [B, C, T], or [B, 0] for a columns-only model
-    attention_mask: torch.Tensor  # int64, the same shape; 1 where there is a token
+    attention_mask: torch.Tensor  # int64, the same shape; 1 for a token, 0 for padding
     numbers: torch.Tensor  # [B, F] float32
     categories: torch.Tensor  # [B, K] int64
     labels: torch.Tensor | None  # [B] int64
     ids: list[str] | None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its columns and labels on `device`. Texts stay: the model packs them first and moves what is left."""
-        values = {
-            item.name: getattr(self, item.name)
-            for item in fields(self)
-            if item.name in ("numbers", "categories", "labels")
-        }
-        to_gpu = torch.device(device).type == "cuda"  # pinned, or the copy waits for what the GPU computes
-        moved = {
-            name: (value.pin_memory() if to_gpu and value.device.type == "cpu" else value).to(device, non_blocking=True)
-            for name, value in values.items()
-            if value is not None
-        }
+        """The batch with columns and labels on `device`. Token ids stay: the model packs them before it moves them."""
+        is_gpu = torch.device(device).type == "cuda"
+        moved = {}
+        for name in ("numbers", "categories", "labels"):
+            if (value := getattr(self, name)) is not None:
+                # pinned memory, else the copy waits until the GPU is idle
+                value = value.pin_memory() if is_gpu and value.device.type == "cpu" else value
+                moved[name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
 
 
 class Dataset:
-    """Some rows of a table as the model sees them. A position counts the dataset's own rows from 0."""
+    """Rows of a table as input of the model. A position counts the dataset's rows from 0."""
 
     def __init__(
         self,
@@ -65,16 +62,16 @@ class Dataset:
         label_column: str = "label",
         require_labels: bool = True,
     ) -> None:
-        """`rows` (sorted) picks rows of `encoded`, none: all. With `require_labels` a missing or unknown label is an `InputError`."""
+        """`rows` (sorted) are the dataset's rows of `encoded`, None: all.
+
+        Raises `InputError` with `require_labels` for a label that is missing or unknown.
+        """
         self.encoded = encoded
         self.name = name
-        self._rows_since_let_go = 0
-        self.packed = (
-            False  # set by a run, which knows the model: rows are learned end to end, and padding costs nothing
-        )
-        self.rows = (
-            np.arange(encoded.num_rows, dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64)
-        )  # [N]
+        self.packed = False  # whether the model concatenates the texts of a batch instead of padding them; set by a run
+        rows = np.arange(encoded.num_rows) if rows is None else rows
+        self.rows = np.asarray(rows, dtype=np.int64)  # [N]
+        self._num_rows_in_memory = 0
         self.features = features
         self._lookups = features.category_lookup(encoded.vocabularies)
         self._pad_token_id = pad_token_id
@@ -96,17 +93,17 @@ class Dataset:
         return self.label_index is not None
 
     def row_location(self, position: int) -> str:
-        """Place of a row for messages: file, row, line."""
+        """A row for messages: file, row, line."""
         return self.encoded.row_location(int(self.rows[position]))
 
     def ids(self, positions: Sequence[int] | np.ndarray) -> list[str]:
-        """Ids of the rows, byte for byte; the table must have them."""
+        """Ids of the rows, byte for byte; the table must have an id column."""
         self.encoded.check_files()
         assert self.encoded.ids is not None, "no id column was read"
         return self.encoded.ids.take(self.rows[positions])
 
     def label_string(self, position: int) -> str:
-        """The label cell as it stands in the table."""
+        """The label cell, unchanged."""
         assert self.encoded.label_codes is not None, "no label column was read"
         return self.encoded.label_values[self.encoded.label_codes[self.rows[position]]]
 
@@ -115,36 +112,29 @@ class Dataset:
         return [self.label_string(position) for position in positions]
 
     def check_token_ids(self, num_rows: int) -> None:
-        """Raise `InputError`, with the row's place, for a text with a token that an embedding of `num_rows` rows does not have."""
+        """Raise `InputError`, with the row, for a token id that an embedding of `num_rows` rows does not have."""
         tokens = self.encoded.tokens
         if tokens is None or int(tokens.ids.max(initial=0)) < num_rows:
             return
         token = int(np.argmax(tokens.ids >= num_rows))
-        row = (
-            np.searchsorted(
-                tokens.row_chunks, np.searchsorted(tokens.chunk_offsets, token, side="right") - 1, side="right"
-            )
-            - 1
-        )
+        chunk = np.searchsorted(tokens.chunk_offsets, token, side="right") - 1
+        row = np.searchsorted(tokens.row_chunks, chunk, side="right") - 1
         raise InputError(
-            f"{self.encoded.row_location(int(row))}: its text has the token id {tokens.ids[token]}, the model's embedding has {num_rows} rows: "
-            "tokens were added to the tokenizer without model.resize_token_embeddings(len(tokenizer)) before training"
+            f"{self.encoded.row_location(int(row))}: its text has the token id {tokens.ids[token]}, "
+            f"the model's embedding has {num_rows} rows: tokens were added to the tokenizer without "
+            "model.resize_token_embeddings(len(tokenizer)) before training"
         )
 
     def unseen(self) -> Unseen:
-        """Cells with a value that training never saw, by categorical column."""
-        codes, vocabularies, names = (
-            self.encoded.category_codes,
-            self.encoded.vocabularies,
-            self.features.category_names,
-        )
+        """Categorical column -> its cells with a value that no training row has."""
+        codes, vocabularies = self.encoded.category_codes, self.encoded.vocabularies
         return {
             name: unseen_cells(self._lookups[index], select_rows(codes[:, index], self.rows), vocabularies[index])
-            for index, name in enumerate(names)
+            for index, name in enumerate(self.features.category_names)
         }
 
     def out_of_range(self) -> OutOfRange:
-        """Numeric column -> its numbers beyond what the training rows have."""
+        """Numeric column -> its numbers outside the training range."""
         numbers = self.encoded.numbers
         return {
             name: out_of_range_cells(self.features, index, select_rows(numbers[:, index], self.rows))
@@ -152,7 +142,10 @@ class Dataset:
         }
 
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:
-        """What these rows cost as one micro-batch: real tokens when packed, else real chunks times the longest; without text the rows."""
+        """The cost of these rows as one micro-batch: their tokens if packed, else chunks times the longest chunk.
+
+        Without text the number of rows.
+        """
         self.encoded.check_files()
         tokens, rows = self.encoded.tokens, self.rows[positions]
         if tokens is None:
@@ -166,58 +159,57 @@ class Dataset:
         return len(chunks) * int((tokens.chunk_offsets[chunks + 1] - tokens.chunk_offsets[chunks]).max(initial=1))
 
     def columns(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers [B, F] float32, imputed, with the indicators behind them, and category indices [B, K] int64."""
+        """Imputed numbers and their indicators [B, F] float32, and category indices [B, K] int64."""
         self.encoded.check_files()
         rows = self.rows[positions]
         codes = self.encoded.category_codes[rows]
         categories = np.empty(codes.shape, dtype=np.int64)
-        for place, lookup in enumerate(self._lookups):
-            categories[:, place] = lookup[codes[:, place]]
+        for index, lookup in enumerate(self._lookups):
+            categories[:, index] = lookup[codes[:, index]]
         return self.features.transform_numbers(self.encoded.numbers[rows]), categories
 
     def token_ids(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end [L] int32, and where each begins and the last ends [B + 1]."""
+        """Concatenated token ids [L] int32, and offsets [B + 1]: text b is `ids[offsets[b] : offsets[b + 1]]`."""
         self.encoded.check_files()
         tokens, rows = self.encoded.tokens, self.rows[positions]
         assert tokens is not None, "no text column was read"
-        self._count(len(rows))
+        self._release_pages_before(len(rows))
         starts, ends = tokens.chunk_offsets[tokens.row_chunks[rows]], tokens.chunk_offsets[tokens.row_chunks[rows + 1]]
         offsets = np.concatenate([[0], np.cumsum(ends - starts)])
-        if len(rows) and (starts[1:] == ends[:-1]).all():  # neighbours
+        if len(rows) and (starts[1:] == ends[:-1]).all():  # adjacent in the file: no copy
             return tokens.ids[starts[0] : ends[-1]], offsets
-        parts = [tokens.ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return np.concatenate([np.zeros(0, np.int32), *parts]), offsets
+        ids = [tokens.ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return np.concatenate([np.zeros(0, np.int32), *ids]), offsets
 
-    def _count(self, num_rows: int) -> None:
-        """Texts about to be read; those before them go when they are many."""
-        self._rows_since_let_go += num_rows
-        if self._rows_since_let_go > ROWS_HELD:
-            self._rows_since_let_go = num_rows
+    def _release_pages_before(self, num_rows: int) -> None:
+        """Called before `num_rows` texts are read; releases the pages of earlier texts when these are many."""
+        self._num_rows_in_memory += num_rows
+        if self._num_rows_in_memory > MAX_ROWS_IN_MEMORY:
+            self._num_rows_in_memory = num_rows
             self.encoded.release_token_pages()
 
     def used_token_ids(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The different token ids of these rows [U] int64, ascending; padding's is always one."""
+        """The distinct token ids of these rows and of padding [U] int64, ascending."""
         ids, _ = self.token_ids(positions)
         return np.unique(np.append(ids, self._pad_token_id)).astype(np.int64)
 
     def cells(self, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray | list[str]]:
-        """Column -> numbers [B] as they were read (NaN: missing), or normal forms of categories ("": missing)."""
+        """Column -> raw numbers [B] (NaN: missing), or normal forms of categories ("": missing)."""
         self.encoded.check_files()
         rows, encoded = self.rows[positions], self.encoded
-        made: dict[str, np.ndarray | list[str]] = {
-            name: encoded.numbers[rows, place] for place, name in enumerate(self.features.number_names)
+        cells: dict[str, np.ndarray | list[str]] = {
+            name: encoded.numbers[rows, index] for index, name in enumerate(self.features.number_names)
         }
-        for place, (name, vocabulary) in enumerate(
-            zip(self.features.category_names, encoded.vocabularies, strict=True)
-        ):
-            made[name] = [normal_form(vocabulary[code]) for code in encoded.category_codes[rows, place].tolist()]
-        return made
+        named = zip(self.features.category_names, encoded.vocabularies, strict=True)
+        for index, (name, vocabulary) in enumerate(named):
+            cells[name] = [normal_form(vocabulary[code]) for code in encoded.category_codes[rows, index].tolist()]
+        return cells
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> Batch:
-        """The rows at `positions` [B], padded to the longest text among them. Touches no other row."""
+        """The rows at `positions` [B], padded to the longest text among them."""
         self.encoded.check_files()
         positions = np.asarray(positions, dtype=np.int64)
-        self._count(len(positions))
+        self._release_pages_before(len(positions))
         rows = self.rows[positions]
         numbers, categories = self.columns(positions)
         input_ids, mask = _padded(self.encoded.tokens, rows, self._pad_token_id)  # [B, C, T]
@@ -243,27 +235,27 @@ def _lengths_of(tokens: Tokens | None, rows: np.ndarray) -> np.ndarray:
 
 
 def _padded(tokens: Tokens | None, rows: np.ndarray, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask of `rows` [B] -> two int64 [B, C, T]; C and T are the most that a row needs."""
+    """Token ids and mask of `rows` [B], int64 [B, C, T] each; C and T are the largest of a row."""
     if tokens is None:
         return np.zeros((len(rows), 1, 0), dtype=np.int64), np.zeros((len(rows), 1, 0), dtype=np.int64)
     first = tokens.row_chunks[rows]  # [B]
     num_chunks = tokens.row_chunks[rows + 1] - first  # [B]
-    place = np.arange(num_chunks.max(initial=1))  # [C]
-    is_chunk = place < num_chunks[:, None]  # [B, C]
-    chunk = np.where(is_chunk, first[:, None] + place, first[:, None])
+    chunk_of_row = np.arange(num_chunks.max(initial=1))  # [C]
+    is_chunk = chunk_of_row < num_chunks[:, None]  # [B, C]
+    chunk = np.where(is_chunk, first[:, None] + chunk_of_row, first[:, None])
     starts = tokens.chunk_offsets[chunk]
     lengths = np.where(is_chunk, tokens.chunk_offsets[chunk + 1] - starts, 0)
     token = np.arange(lengths.max(initial=0))  # [T]
     is_token = token < lengths[:, :, None]  # [B, C, T]
     input_ids = np.full(is_token.shape, pad_token_id, dtype=np.int64)
     flat = input_ids.reshape(chunk.size, len(token))
-    for place, (start, length) in enumerate(zip(starts.ravel().tolist(), lengths.ravel().tolist(), strict=True)):
-        flat[place, :length] = tokens.ids[start : start + length]
+    for index, (start, length) in enumerate(zip(starts.ravel().tolist(), lengths.ravel().tolist(), strict=True)):
+        flat[index, :length] = tokens.ids[start : start + length]
     return input_ids, is_token.astype(np.int64)
 
 
 def pad_token_id_of(tokenizer: PreTrainedTokenizerFast | None) -> int:
-    """Any id does where there is no padding token: the mask hides it."""
+    """The id of padding; 0 for a tokenizer without one, because the attention mask hides it."""
     return 0 if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -277,7 +269,7 @@ def encode_for_prediction(
     max_length: int,
     max_chunks: int,
 ) -> Dataset:
-    """A chunk in memory as a dataset. A label column may be there; its cells need not be known (index -1) and stay as they are."""
+    """A chunk in memory as a dataset. It may have a label column, whose cells may be unknown (index -1)."""
     encoded = encode_chunk(chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks)
     return dataset_for_prediction(encoded, tokenizer, features, labels)
 
@@ -285,7 +277,7 @@ def encode_for_prediction(
 def dataset_for_prediction(
     encoded: EncodedRows, tokenizer: PreTrainedTokenizerFast | None, features: Features, labels: Labels
 ) -> Dataset:
-    """All rows, whose labels, if any, need not be known."""
+    """All rows; their labels, if any, may be unknown (index -1)."""
     return Dataset(
         encoded,
         None,

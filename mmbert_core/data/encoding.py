@@ -1,7 +1,7 @@
-"""A chunk of text cells as arrays that depend on no fitted thing: token ids, numbers, codes.
+"""Text cells as arrays before anything is fitted: token ids, numbers, codes of categories and labels.
 
-N rows, F numeric columns, K categorical columns. Codes count distinct texts in order of first appearance; code 0 is ""
-(missing). What a code means to the model is decided later, by what was fitted on the training rows.
+N rows, F numeric columns, K categorical columns. Codes number the distinct texts of a column in order of appearance;
+code 0 is "" (missing). `Features` and `Labels`, fitted on the training rows, map codes to the model's indices.
 """
 
 import math
@@ -24,21 +24,21 @@ from mmbert_core.tables.table import Chunk, Roles
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
 LARGEST_NUMBER = float(np.finfo(np.float32).max)  # the model computes in float32
 
-MAX_KEPT_CHARACTERS = 2**27  # of cells that a window keeps as texts
-# Ends of variable-length pieces: they begin with 0, and a later chunk's continue from the last value.
-RUNNING_ENDS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
+MAX_WINDOW_CHARACTERS = 2**27  # of the cells that a window keeps as texts: ids, labels, categories
+# Offsets of variable-length items, which begin with 0: those of a later chunk continue from the last value.
+OFFSET_ARRAYS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
 
 Arrays = dict[str, np.ndarray]
 
 
 class CodeBook:
-    """The distinct texts of one column. It grows from chunk to chunk."""
+    """Text -> code for one column; grows with each chunk."""
 
     def __init__(self) -> None:
         self.code_of: dict[str, int] = {"": 0}
 
     def encode(self, cells: Sequence[str]) -> np.ndarray:
-        """Codes [N] int32; new texts get the next codes."""
+        """Codes [N] int32; new texts get new codes."""
         code_of = self.code_of
         return np.fromiter((code_of.setdefault(cell, len(code_of)) for cell in cells), dtype=np.int32, count=len(cells))
 
@@ -51,7 +51,7 @@ class CodeBook:
 class StringColumn:
     """Texts byte for byte: text n is `data[offsets[n]:offsets[n + 1]]` in UTF-8."""
 
-    data: np.ndarray  # uint8, all texts end to end
+    data: np.ndarray  # uint8, all texts concatenated
     offsets: np.ndarray  # [N + 1] int64
 
     @classmethod
@@ -72,46 +72,46 @@ class EncodedRows:
 
     num_rows: int
     max_chunks: int
-    tokens: Tokens | None  # None: a columns-only model
+    tokens: Tokens | None  # None: no text columns
     numbers: np.ndarray  # [N, F] float64, NaN = missing
     category_codes: np.ndarray  # [N, K] int32
     vocabularies: list[list[str]]  # K, text of each code
     label_codes: np.ndarray | None  # [N] int32; None: the table has no label column
     label_values: list[str]  # text of each label code
-    group_codes: np.ndarray | None  # [N] int64, equal where the group is; a missing group is a group of its own
+    group_codes: np.ndarray | None  # [N] int64, equal for equal groups; every missing group has its own code
     ids: StringColumn | None
-    id_codes: np.ndarray | None  # [N] int64, equal where the id is
+    id_codes: np.ndarray | None  # [N] int64, equal for equal ids
     paths: list[str]
     file_index: np.ndarray  # [N] int32 into paths
     file_rows: np.ndarray  # [N] int64, counted from 1 in the row's file
-    lines: np.ndarray  # [N] int64, 0 where the format has no lines
+    lines: np.ndarray  # [N] int64, 0 for a format without lines
     fingerprints: dict[str, dict[str, int | str]] = field(default_factory=dict)  # path -> bytes, sha256; {} in memory
-    tsv_quoting: str = AUTO  # how the files were read
-    token_file: mmap | None = None  # what `tokens.ids` lies in, unless in memory
+    tsv_quoting: str = AUTO  # with which the files were read
+    token_file: mmap | None = None  # of `tokens.ids`; None in memory
     mappings: dict[str, mmap] = field(default_factory=dict)  # path -> the mapped file of an array; {} in memory
 
     def check_files(self) -> None:
-        """Raise `RunError` when a mapped file is shorter than it was: reading behind its end would kill the process without a line (SIGBUS)."""
+        """Raise `RunError` when a mapped file was truncated: reading behind its end would kill the process (SIGBUS)."""
         for path, mapping in self.mappings.items():
             if (num_bytes := mapping.size()) < len(mapping):
-                raise RunError(
-                    f"{path}: this file of the cache was truncated while it was in use: expected {len(mapping)} bytes, found {num_bytes}; start again: it is built anew"
-                )
+                problem = "this file of the cache was truncated while it was in use"
+                found = f"expected {len(mapping)} bytes, found {num_bytes}"
+                raise RunError(f"{path}: {problem}: {found}; start again: it is built anew")
 
     def last_position(self) -> tuple[int, int]:
-        """File (index into `paths`) and line of the last row, or its row in a file without lines; (0, 0): no rows."""
+        """File (index into `paths`) and line of the last row, or its row in a format without lines; (0, 0): no rows."""
         if self.num_rows == 0:
             return 0, 0
         return int(self.file_index[-1]), int(self.lines[-1] or self.file_rows[-1])
 
     def release_token_pages(self) -> None:
-        """Give the pages of texts back that were read: they count as this process's memory, and come again where they are needed."""
+        """Release the mapped pages of token ids, which count as memory of the process; reading maps them again."""
         if self.token_file is not None:
             self.token_file.madvise(MADV_DONTNEED)
 
     @property
     def num_truncated(self) -> int:
-        """Rows whose text did not fit into the chunks."""
+        """Rows whose text was longer than its chunks."""
         return self.tokens.num_truncated if self.tokens else 0
 
     def row_location(self, index: int) -> str:
@@ -120,8 +120,8 @@ class EncodedRows:
 
 
 def max_cell_characters(roles: Roles, *, max_length: int, max_chunks: int) -> dict[str, int]:
-    """Text column -> characters of a cell to keep: one more than are tokenised, so that the text still counts as cut."""
-    whole = (roles.id, roles.group)  # whose cells are needed to their end
+    """Text column -> characters of a cell to read: one more than are tokenised, so that truncation is noticed."""
+    whole = (roles.id, roles.group)  # a text column that is also one of these is read to its end
     return {name: characters_read(max_length, max_chunks) + 1 for name in roles.text if name not in whole}
 
 
@@ -130,7 +130,7 @@ def encode_chunk(
 ) -> EncodedRows:
     """One chunk in memory. Label and group are encoded if the chunk has their columns.
 
-    Raises `InputError` with place, column and content for a cell of a numeric column that is no finite float32 number.
+    Raises `InputError` with row, column and content for a numeric cell that is not a finite float32 number.
     """
     windows = encode_windows(
         iter([chunk]), roles, tokenizer, max_length=max_length, max_chunks=max_chunks, window_rows=max(1, len(chunk))
@@ -147,10 +147,10 @@ def encode_windows(
     max_chunks: int,
     window_rows: int,
 ) -> Iterator[EncodedRows]:
-    """Consecutive chunks, joined in memory to windows that end after every `window_rows` rows; no window is empty but one of an empty chunk.
+    """Consecutive chunks joined in memory to windows of `window_rows` rows; an empty chunk gives an empty window.
 
-    Which rows are scored together so does not depend on how long their texts are. Where the cells that are kept as texts
-    (ids, labels, categories) have more than MAX_KEPT_CHARACTERS, a window ends earlier.
+    So the rows that are scored together do not depend on the length of their texts. A window ends earlier when its
+    ids, labels and categories reach MAX_WINDOW_CHARACTERS.
     """
     kept = [name for name in dict.fromkeys([roles.id, roles.label, *roles.categories]) if name is not None]
     pieces: list[Arrays] = []
@@ -169,13 +169,13 @@ def encode_windows(
 
     for chunk in chunks:
         paths = chunk.paths
-        arrays, cut = encode_arrays(
+        arrays, num_truncated_here = encode_arrays(
             chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
         )
         pieces.append(arrays)
-        num_rows, num_truncated = num_rows + len(chunk), num_truncated + cut
+        num_rows, num_truncated = num_rows + len(chunk), num_truncated + num_truncated_here
         num_characters += sum(sum(map(len, chunk.cells[name])) for name in kept if name in chunk.cells)
-        if num_rows >= window_rows or num_characters >= MAX_KEPT_CHARACTERS or not num_rows:
+        if num_rows >= window_rows or num_characters >= MAX_WINDOW_CHARACTERS or not num_rows:
             yield assembled()
             pieces, books, num_rows, num_truncated, num_characters = [], defaultdict(CodeBook), 0, 0, 0
     if pieces:
@@ -183,15 +183,15 @@ def encode_windows(
 
 
 def join_arrays(pieces: Sequence[Arrays]) -> Arrays:
-    """The arrays of consecutive chunks end to end."""
+    """The arrays of consecutive chunks, concatenated."""
     if len(pieces) == 1:
         return pieces[0]
     joined = {}
     for name in pieces[0]:
         arrays = [piece[name] for piece in pieces]
-        if name in RUNNING_ENDS:
-            ends = np.cumsum([0, *(array[-1] for array in arrays)])
-            arrays = [arrays[0], *(array[1:] + end for array, end in zip(arrays[1:], ends[1:-1], strict=True))]
+        if name in OFFSET_ARRAYS:
+            ends = np.cumsum([array[-1] for array in arrays])
+            arrays = [arrays[0], *(array[1:] + end for array, end in zip(arrays[1:], ends[:-1], strict=True))]
         joined[name] = np.concatenate(arrays)
     return joined
 
@@ -206,14 +206,14 @@ def encode_arrays(
     books: dict[str, CodeBook],
     first_row: int = 0,
 ) -> tuple[Arrays, int]:
-    """The arrays of one chunk by name, and how many texts were cut. `books` (by column) grow; the chunk begins at `first_row`."""
+    """Name -> array of a chunk that begins at row `first_row`, and the number of truncated texts. Extends `books`."""
     cells = chunk.cells
     numbers = np.empty((len(chunk), len(roles.numbers)), dtype=np.float64)
-    for place, name in enumerate(roles.numbers):
-        numbers[:, place] = _parse_column(cells[name], column=name, row_location=chunk.row_location)
+    for index, name in enumerate(roles.numbers):
+        numbers[:, index] = _parse_column(cells[name], column=name, row_location=chunk.row_location)
     codes = np.empty((len(chunk), len(roles.categories)), dtype=np.int32)
-    for place, name in enumerate(roles.categories):
-        codes[:, place] = books[name].encode(cells[name])
+    for index, name in enumerate(roles.categories):
+        codes[:, index] = books[name].encode(cells[name])
     arrays = {
         "numbers": numbers,
         "category_codes": codes,
@@ -245,7 +245,7 @@ def assemble(
     max_chunks: int,
     num_truncated: int,
 ) -> EncodedRows:
-    """The arrays of `encode_arrays` under their names."""
+    """`EncodedRows` from the arrays of `encode_arrays`."""
     tokens = None
     if "token_ids" in arrays:
         tokens = Tokens(arrays["token_ids"], arrays["chunk_offsets"], arrays["row_chunks"], num_truncated)
@@ -269,7 +269,10 @@ def assemble(
 
 
 def number_of(cell: str) -> float:
-    """A number as Python writes it, without digit grouping; 1 and 0 for true and false; NaN for the words that mean missing."""
+    """A number in Python's notation, without digit grouping; 1 and 0 for true and false; NaN for MISSING_NUMBERS.
+
+    Raises `ValueError` for another text, and for a number that is not finite in float32.
+    """
     try:
         number = float(cell)
     except ValueError:
@@ -285,7 +288,7 @@ def number_of(cell: str) -> float:
 
 def _parse_column(cells: Sequence[str], *, column: str, row_location: Callable[[int], str]) -> np.ndarray:
     """A numeric column -> float64 [N], NaN = missing."""
-    try:  # nearly all chunks: no word, nothing to refuse
+    try:  # fast path: a column of valid numbers only
         numbers = np.fromiter(map(float, cells), dtype=np.float64, count=len(cells))
         if "_" not in "".join(cells) and not (np.abs(numbers) > LARGEST_NUMBER).any():
             return numbers
@@ -303,10 +306,10 @@ def _parse_column(cells: Sequence[str], *, column: str, row_location: Callable[[
 
 
 def _hash_cells(cells: Sequence[str], first_row: int) -> np.ndarray:
-    """63-bit hashes [N] int64 that stand for the cells where only equality counts; an empty cell equals no other.
+    """63-bit hashes [N] int64 of cells that are only compared; an empty cell gets a negative number of its own.
 
-    Codes would need a dictionary of as many texts as a table of ten million rows has groups or ids. Among ten million
-    hashes the chance that any two texts share one is below 1e-5.
+    Codes would need a dictionary of all groups or ids in memory. Among ten million hashes the probability of any
+    collision is below 1e-5.
     """
     digests = b"".join([blake2b(cell.encode("utf-8"), digest_size=8).digest() for cell in cells])
     hashes = (np.frombuffer(digests, dtype="<u8") >> 1).astype(np.int64)

@@ -127,9 +127,9 @@ def resident_kb(array):
     return int(after.partition("Rss:")[2].split()[0])
 
 
-@pytest.mark.parametrize(("rows_held", "all_stay"), [(60, False), (10**9, True)])
-def test_pages_of_texts_do_not_pile_up(build, write_table, monkeypatch, rows_held, all_stay):
-    monkeypatch.setattr(dataset, "ROWS_HELD", rows_held)
+@pytest.mark.parametrize(("max_rows", "all_stay"), [(60, False), (10**9, True)])
+def test_pages_of_texts_do_not_pile_up(build, write_table, monkeypatch, max_rows, all_stay):
+    monkeypatch.setattr(dataset, "MAX_ROWS_IN_MEMORY", max_rows)
     rows = build(
         write_table("t.csv", HEADER, [(f"i{row}", "good " * 2000, "", "1", "a", "1", "g") for row in range(1200)]),
         max_length=2048,
