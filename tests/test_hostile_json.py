@@ -19,7 +19,7 @@ from mmbert_core.inference.model_files import check_complete, check_manifest, re
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.predictor import Predictor
 from mmbert_core.report.build import training_section
-from mmbert_core.report.model_card import card, read_summary
+from mmbert_core.report.model_card import read_summary, render_card
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.runtime.versions import VERSIONS
 from mmbert_core.storage.manifest import MANIFEST
@@ -182,7 +182,7 @@ class HostileRun:
         return settings, read_decision(self.model, settings)
 
     def read_card(self) -> Any:
-        return card("name", self.loaded, read_summary(self.model))
+        return render_card("name", self.loaded, read_summary(self.model))
 
     def read_state(self) -> Any:
         found = read_checkpoint(self.checkpoint).state
