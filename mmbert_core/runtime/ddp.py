@@ -23,7 +23,7 @@ class UsedRows:
 
 
 def wrap_ddp(model: nn.Module, context: DistContext, used: UsedRows | None = None) -> nn.Module:
-    """Collective. The module behind DDP, or itself in a single process. Parameters become rank 0's.
+    """Collective. The module wrapped in DDP, or itself in a single process. Parameters become rank 0's.
 
     Buffers are constants here (column statistics), so DDP need not broadcast them at every forward. Without device_ids
     DDP does not move the inputs: texts are packed on the CPU. Evaluate and save the unwrapped module: DDP's forward is

@@ -42,7 +42,7 @@ def hub_answers(timeout: float = 5.0) -> bool:
         return False
     answered: list[bool] = []
 
-    def ask() -> None:
+    def send_request() -> None:
         request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")
         try:
             urllib.request.urlopen(request, timeout=timeout).close()
@@ -57,7 +57,7 @@ def hub_answers(timeout: float = 5.0) -> bool:
             answered.append(False)
 
     # In a thread: name resolution has no timeout of its own.
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=send_request, daemon=True)
     thread.start()
     thread.join(timeout + 1.0)
     return bool(answered and answered[0])

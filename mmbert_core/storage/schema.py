@@ -221,7 +221,7 @@ def nullable(inner: Check) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """What one of `checks` allows; a structure that is wrong inside is said to be wrong there."""
+    """What one of `checks` allows. A mismatch inside a structure is reported with its own key."""
 
     def check(value: Any) -> None:
         expected = []

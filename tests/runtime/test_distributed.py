@@ -37,7 +37,7 @@ def configs(tmp_path_factory) -> dict[str, Config]:
     few = Config(**values)
     luke = save_encoder("Luke", folder / "luke", folder)
     return {
-        "few parts": few,
+        "few micro-batches": few,
         "unused parameters": replace(
             few, encoder=str(luke), microbatches_per_step=2, model_path=str(folder / "unused")
         ),
@@ -47,7 +47,7 @@ def configs(tmp_path_factory) -> dict[str, Config]:
 @pytest.fixture(scope="module")
 def both_ranks(configs) -> list[dict]:
     """What each of two ranks reports."""
-    folder = Path(configs["few parts"].model_path).parent
+    folder = Path(configs["few micro-batches"].model_path).parent
     (folder / "configs.json").write_text(json.dumps({name: config.to_dict() for name, config in configs.items()}))
     done = tiny.torchrun(2, [WORKER, str(folder)], timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -88,7 +88,7 @@ def test_an_error_of_rank_0_reaches_every_rank_as_what_it_is(both_ranks):
     assert [rank["errors"]["value kept"] for rank in both_ranks] == ["not pickled", None]
 
 
-@pytest.mark.parametrize("name", ("few parts", "unused parameters"))
+@pytest.mark.parametrize("name", ("few micro-batches", "unused parameters"))
 def test_two_processes_train_as_one(both_ranks, configs, tmp_path, name):
     """Also when a rank has no micro-batch, and when a rank would wait for gradients that never come."""
     two, one = configs[name], replace(configs[name], model_path=str(tmp_path / "one"))
@@ -111,14 +111,11 @@ def test_two_processes_train_as_one(both_ranks, configs, tmp_path, name):
 
 
 def test_a_bad_loss_of_one_rank_stops_all_before_the_step(both_ranks):
-    [(other, heard), (guilty, told)] = [rank["poisoned"] for rank in both_ranks]
-    assert (other, heard) == ("PeerError", "a loss of step 3 is not finite on another rank")
-    assert (
-        guilty == "RunError"
-        and "micro-batch of step 3 is nan" in told
-        and "train.csv row" in told
-        and "stopped before the optimizer step" in told
-    )
+    rank_0, rank_1 = (rank["poisoned"] for rank in both_ranks)
+    assert rank_0 == ["PeerError", "a loss of step 3 is not finite on another rank"]
+    kind, message = rank_1
+    assert kind == "RunError" and "micro-batch of step 3 is nan" in message
+    assert "train.csv row" in message and "stopped before the optimizer step" in message
 
 
 def test_a_failure_of_any_rank_is_one_of_all(both_ranks):
@@ -148,8 +145,8 @@ def test_the_used_rows_of_an_embedding_are_summed_alone_and_the_gradients_are_th
 def test_ranks_wait_for_long_work_of_rank_0_and_no_longer_for_any_other(tmp_path):
     done = tiny.torchrun(2, [WORKER, str(tmp_path), "long timeout"], timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    said = json.loads((tmp_path / "long_timeout1.json").read_text())
-    assert said[0] == "done" and said[1].startswith("lost contact with another rank")
+    results = json.loads((tmp_path / "long_timeout1.json").read_text())
+    assert results[0] == "done" and results[1].startswith("lost contact with another rank")
 
 
 # ---- one process ----

@@ -87,7 +87,7 @@ def test_without_locks_the_claim_of_a_killed_process_is_taken_over(tmp_path, no_
     claim = claim_folder(tmp_path)
     assert (time.monotonic() - started >= folder_lock.SECONDS_WITHOUT_A_BEAT) == bool(
         words
-    )  # on the same machine its number says so
+    )  # on the same machine its process number decides
     claim.release()
     assert not (tmp_path / CLAIM).exists() and not list(tmp_path.glob(".tmp-*"))
 

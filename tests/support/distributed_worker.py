@@ -191,7 +191,7 @@ def main() -> None:
         }
         for name, config in configs.items():
             tiny.train(config, context)
-        poisoned = replace(configs["few parts"], model_path=str(folder / "poisoned"), microbatches_per_step=2)
+        poisoned = replace(configs["few micro-batches"], model_path=str(folder / "poisoned"), microbatches_per_step=2)
         result["poisoned"] = stops_together(poisoned, context)
         (folder / f"rank{context.rank}.json").write_text(json.dumps(result))
 
