@@ -1,4 +1,4 @@
-"""The built-in sample: generated tables, a small encoder from scratch, three models.
+"""The demo: a generated sample, a small encoder trained from scratch, three models.
 
 Modules, each importing only those before it: sample, run.
 """

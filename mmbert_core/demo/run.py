@@ -1,7 +1,7 @@
-"""The built-in sample, whole: data, a small encoder from scratch, text only, columns only, both.
+"""The demo: writes the sample and a small encoder, then trains a model of text only, of columns only and of both.
 
-The encoder has never seen other text: the figures show that the parts work
-together, not what a pretrained BERT reaches.
+The encoder is trained from scratch on the sample: the figures show that the program works, not what a pretrained BERT
+reaches.
 """
 
 import logging
@@ -31,8 +31,8 @@ from mmbert_core.training.start import prepare_model
 logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
-PARTS = ("text only", "columns only", "both")
-SHOWN = ("auroc", "average_precision", "f1_score", "accuracy")
+VARIANTS = ("text only", "columns only", "both")
+METRICS = ("auroc", "average_precision", "f1_score", "accuracy")
 
 
 def run_demo(context: DistContext) -> int:
@@ -41,14 +41,14 @@ def run_demo(context: DistContext) -> int:
     started = time.monotonic()
     with workers.process_group(context):
         folder = distributed.on_main(make_folder)
-        rows = {part: run_part(part, folder, context) for part in PARTS}
+        results = {variant: train_variant(variant, folder, context) for variant in VARIANTS}
     if context.is_main:
-        print_table(rows, folder, time.monotonic() - started)
+        print_table(results, folder, time.monotonic() - started)
     return 0
 
 
 def make_folder() -> Path:
-    """Rank 0 only. The sample's files and its encoder in a new folder."""
+    """Rank 0 only. Write the sample's files and its encoder into a new folder."""
     folder = make_folder_by_time(RUNS, "demo")
     paths = write_sample(folder / "data")
     texts = pd.read_csv(paths["train"], dtype=str, keep_default_na=False)[TEXT_COLUMN]
@@ -57,9 +57,9 @@ def make_folder() -> Path:
     return folder
 
 
-def config_of(part: str, folder: Path) -> Config:
-    """The same settings for the three models, but for the inputs they see."""
-    has_text, has_columns = part != "columns only", part != "text only"
+def variant_config(variant: str, folder: Path) -> Config:
+    """The same settings for all variants, except for their inputs."""
+    has_text, has_columns = variant != "columns only", variant != "text only"
     return Config(
         train_path=(str(folder / "data/train.csv"),),
         val_path=(str(folder / "data/val.csv"),),
@@ -70,11 +70,11 @@ def config_of(part: str, folder: Path) -> Config:
         label_name=LABEL_COLUMN,
         id_name=ID_COLUMN,
         encoder=str(folder / "encoder_from_scratch"),
-        model_path=str(folder / part.replace(" ", "_")),
+        model_path=str(folder / variant.replace(" ", "_")),
         cache_path=str(folder / "cache"),
         metric_choices=("auroc", "f1_score"),
         early_stop_metric="val/auroc",
-        pooling="mean",  # the pooler of an encoder without pretraining is random too, and slower to learn
+        pooling="mean",  # an untrained pooler learns slower
         batch_size=32,
         max_epochs=2,
         lr=2e-3,
@@ -85,22 +85,21 @@ def config_of(part: str, folder: Path) -> Config:
     )
 
 
-def run_part(part: str, folder: Path, context: DistContext) -> dict[str, Any]:
-    """Collective. Train and test one of the three models; returns its train_results.json."""
-    logger.info("---- %s ----", part)
-    config = config_of(part, folder)
+def train_variant(variant: str, folder: Path, context: DistContext) -> dict[str, Any]:
+    """Collective. Train and test one model; returns its train_results.json."""
+    logger.info("---- %s ----", variant)
+    config = variant_config(variant, folder)
     data = prepare(config)
     model = prepare_model(config, data)
     return fit(config, data, model, context)
 
 
-def print_table(rows: dict[str, dict[str, Any]], folder: Path, seconds: float) -> None:
-    """The three models beside each other."""
-    print(f"\n{'model':<14}" + "".join(f"{name:>19}" for name in SHOWN))
-    for part, results in rows.items():
-        print(f"{part:<14}" + "".join(f"{results['test_metrics'][f'test/{name}']:>19.3f}" for name in SHOWN))
-    num_rows = rows["both"]["test_metrics"]["test/num_rows"]
-    print(
-        f"\nTest figures over {num_rows} rows. The encoder was trained from scratch on the sample: it is not pretrained."
-    )
+def print_table(results: dict[str, dict[str, Any]], folder: Path, seconds: float) -> None:
+    """One line for each variant."""
+    print(f"\n{'model':<14}" + "".join(f"{name:>19}" for name in METRICS))
+    for variant, result in results.items():
+        print(f"{variant:<14}" + "".join(f"{result['test_metrics'][f'test/{name}']:>19.3f}" for name in METRICS))
+    num_rows = results["both"]["test_metrics"]["test/num_rows"]
+    from_scratch = "The encoder was trained from scratch on the sample: it is not pretrained."
+    print(f"\nTest figures over {num_rows} rows. {from_scratch}")
     print(f"{seconds:.0f} s in all. Model folders, predictions and metrics: {folder}")

@@ -1,15 +1,15 @@
-"""The built-in sample: buyer-seller messages with tabular columns, and a small BERT for them.
+"""The sample of the demo: generated buyer-seller messages with tabular columns, and a small BERT for them.
 
 The label says whether a message is abuse, and needs text AND columns:
 
 1. a *request* (pay outside the shop, talk elsewhere, money back without returning the item) is abuse
    only from a *risky* account: younger than 60 days, or with 4 or more past refunds;
-2. a *threat* is abuse whoever wrote it (text alone says so);
-3. whatever an account with 40 or more messages in the last day writes is abuse (columns alone say so);
-4. everything else is not; a missing cell counts as harmless; then 2 % of the labels are flipped.
+2. a *threat* is abuse from any account (text alone decides);
+3. any message of an account with 40 or more messages in the last day is abuse (columns alone decide);
+4. everything else is not; a missing cell counts as harmless. Then 2 % of the labels are flipped.
 
-The rule is a sum of a text score and a column score over a threshold, because that is all the merge network
-(ReLU, then one linear layer over the concatenation) can express: two requests with *opposite* account rules it cannot.
+The rule is a text score plus a column score above a threshold, because the merge network (ReLU, then one linear layer
+over the concatenation) can express nothing else: it cannot learn requests with *opposite* account rules.
 """
 
 import re
@@ -30,13 +30,13 @@ from mmbert_core.storage.files import mode_of_new_files
 TEXT_COLUMN, ID_COLUMN, LABEL_COLUMN = "message", "message_id", "is_abuse"
 NUMBER_COLUMNS = ("account_age_days", "order_value", "past_refunds", "messages_last_day")
 CATEGORY_COLUMNS = ("item_category", "ship_country")
-BENIGN, REQUEST, THREAT = 0, 1, 2  # what a message is about; never written into the table
+BENIGN, REQUEST, THREAT = 0, 1, 2  # kinds of messages; not a column of the table
 
 YOUNG_DAYS, MANY_REFUNDS, MANY_MESSAGES = 60, 4, 40  # thresholds of the rule
 LABEL_NOISE = 0.02
 MISSING_NUMBER, MISSING_CATEGORY = 0.04, 0.02  # shares of empty cells
 
-# ---- words ------------------------------------------------------------------------------------------------------------
+# ---- words ----
 
 ITEMS = {
     "phones": ("phone", "phone case", "charger", "headset", "tablet"),
@@ -129,7 +129,7 @@ CLOSINGS = (
 )
 
 
-# ---- table ------------------------------------------------------------------------------------------------------------
+# ---- table ----
 
 
 def sample_table(num_rows: int, seed: int) -> pd.DataFrame:
@@ -138,19 +138,21 @@ def sample_table(num_rows: int, seed: int) -> pd.DataFrame:
 
 
 def draw_sample(num_rows: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """The table, and beside it what each message is about: [num_rows] of BENIGN, REQUEST, THREAT."""
+    """The table, and the kind of each message: [num_rows] of BENIGN, REQUEST, THREAT."""
     rng = np.random.default_rng(seed)
     kinds = rng.choice([BENIGN, REQUEST, THREAT], size=num_rows, p=[0.48, 0.45, 0.07])
     numbers = _draw_numbers(rng, num_rows)
     risky = risky_account(numbers)
-    # risky accounts buy what is easily sold on: a weak hint that no single column gives away
+    # risky accounts buy what is easy to resell: a weak signal in this column
     categories = list(ITEMS)
     item_category = np.where(
         risky,
         rng.choice(categories, size=num_rows, p=[0.2, 0.18, 0.18, 0.14, 0.12, 0.18]),
         rng.choice(categories, size=num_rows, p=[0.16, 0.2, 0.19, 0.17, 0.16, 0.12]),
     )
-    messages = [_write_message(rng, int(kind), str(category)) for kind, category in zip(kinds, item_category)]
+    messages = [
+        _write_message(rng, int(kind), str(category)) for kind, category in zip(kinds, item_category, strict=True)
+    ]
     is_abuse = abuse_rule(kinds, numbers) ^ (rng.random(num_rows) < LABEL_NOISE)
 
     frame = pd.DataFrame({ID_COLUMN: [f"m{row:06d}" for row in range(num_rows)], TEXT_COLUMN: messages}, dtype=object)
@@ -160,13 +162,13 @@ def draw_sample(num_rows: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
     country = rng.choice(COUNTRIES, size=num_rows)
     for name, values in (("item_category", item_category), ("ship_country", country)):
         missing = rng.random(num_rows) < MISSING_CATEGORY
-        frame[name] = ["" if gone else str(value) for value, gone in zip(values, missing)]
+        frame[name] = ["" if gone else str(value) for value, gone in zip(values, missing, strict=True)]
     frame[LABEL_COLUMN] = np.where(is_abuse, "1", "0").astype(object)
     return frame.astype(object), kinds
 
 
 def risky_account(numbers: dict[str, np.ndarray]) -> np.ndarray:
-    """Bool [N]: young, or often refunded. NaN compares false, so a missing cell counts as harmless."""
+    """Bool [N]: young, or with many refunds. NaN compares false: a missing cell counts as harmless."""
     return (numbers["account_age_days"] < YOUNG_DAYS) | (numbers["past_refunds"] >= MANY_REFUNDS)
 
 
@@ -177,7 +179,7 @@ def abuse_rule(kinds: np.ndarray, numbers: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _draw_numbers(rng: np.random.Generator, num_rows: int) -> dict[str, np.ndarray]:
-    """Float64 [N] per number column, NaN where the cell will be empty."""
+    """Numeric column -> float64 [N], NaN for an empty cell."""
 
     def mixture(share: float, low: tuple[int, int], high: tuple[int, int]) -> np.ndarray:
         rare, common = rng.integers(*low, size=num_rows), rng.integers(*high, size=num_rows)
@@ -194,33 +196,33 @@ def _draw_numbers(rng: np.random.Generator, num_rows: int) -> dict[str, np.ndarr
     return numbers
 
 
-# ---- messages ---------------------------------------------------------------------------------------------------------
+# ---- messages ----
 
 
 def _write_message(rng: np.random.Generator, kind: int, category: str) -> str:
     """One message of 8 to 60 words about one item of `category`."""
     slots = SLOTS | {"item": (ITEMS[category][int(rng.integers(len(ITEMS[category])))],)}
     core = [_fill(rng, {BENIGN: BENIGN_SENTENCES, REQUEST: REQUESTS, THREAT: THREATS}[kind], slots)]
-    if kind == BENIGN or rng.random() < 0.5:  # requests hide among harmless sentences
+    if kind == BENIGN or rng.random() < 0.5:  # most requests come with a harmless sentence
         core.insert(int(rng.integers(2)), _fill(rng, BENIGN_SENTENCES, slots))
     before = [_fill(rng, FILLERS, slots)] if rng.random() < 0.5 else []
     after = [_fill(rng, FILLERS, slots)] if rng.random() < 0.25 else []
     after += [_fill(rng, CLOSINGS, slots)] if rng.random() < 0.6 else []
-    sentences = list(dict.fromkeys(before + core + after))  # nobody says the same thing twice
+    sentences = list(dict.fromkeys(before + core + after))  # no sentence twice
     while sum(len(sentence.split()) for sentence in sentences) < 8:
         sentences.insert(0, _fill(rng, FILLERS, slots))
     if rng.random() < 0.7:
         sentences[0] = f"{_fill(rng, OPENINGS, slots)} {sentences[0]}"
-    if rng.random() < 0.6:  # a careful writer
+    if rng.random() < 0.6:  # a writer who uses capitals and full stops
         sentences = [re.sub(r"\bi\b", "I", sentence[0].upper() + sentence[1:]) for sentence in sentences]
         sentences = [sentence if sentence[-1] in ".,?!" else sentence + "." for sentence in sentences]
-    # a line break now and then: rows of a CSV file are not lines
+    # some line breaks: a row of a CSV file may have several lines
     text = ("\n" if rng.random() < 0.08 else " ").join(sentences)
     return _mistype(rng, text) if rng.random() < 0.25 else text
 
 
 def _fill(rng: np.random.Generator, templates: Sequence[str], slots: dict[str, Sequence[str]]) -> str:
-    """A random template with a random word in each of its slots."""
+    """A random template with random words in its slots."""
 
     def pick(choices: Sequence[str]) -> str:
         return choices[int(rng.integers(len(choices)))]
@@ -229,15 +231,15 @@ def _fill(rng: np.random.Generator, templates: Sequence[str], slots: dict[str, S
 
 
 def _mistype(rng: np.random.Generator, text: str) -> str:
-    """Swap two neighbouring letters inside one longer word, or lose the second of them."""
+    """Swap two adjacent letters inside a word of four or more, or drop the second of them."""
     words = [match.span() for match in re.finditer(r"[A-Za-z]{4,}", text)]
     start, end = words[int(rng.integers(len(words)))]
-    at = int(rng.integers(start + 1, end - 1))
-    kept = text[at + 1] + text[at] if rng.random() < 0.6 else text[at]
-    return text[:at] + kept + text[at + 2 :]
+    index = int(rng.integers(start + 1, end - 1))
+    replacement = text[index + 1] + text[index] if rng.random() < 0.6 else text[index]
+    return text[:index] + replacement + text[index + 2 :]
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def write_sample(folder: str | Path, *, num_rows: int = 6000, seed: int = 0) -> dict[str, Path]:
@@ -249,46 +251,36 @@ def write_sample(folder: str | Path, *, num_rows: int = 6000, seed: int = 0) -> 
     folder.mkdir(parents=True, exist_ok=True)
     table = sample_table(num_rows, seed)
     first, second = num_rows * 6 // 8, num_rows * 7 // 8
-    parts = {"train": table[:first], "val": table[first:second], "test": table[second:]}
-    paths = {name: folder / f"{name}.csv" for name in parts}
-    for name, part in parts.items():
-        part.to_csv(paths[name], index=False, lineterminator="\n", encoding="utf-8")
+    splits = {"train": table[:first], "val": table[first:second], "test": table[second:]}
+    paths = {name: folder / f"{name}.csv" for name in splits}
+    for name, split in splits.items():
+        split.to_csv(paths[name], index=False, lineterminator="\n", encoding="utf-8")
     return paths
 
 
 def wordpiece_vocabulary(texts: Iterable[str], *, max_words: int = 2000, min_count: int = 2) -> dict[str, int]:
     """Piece -> id: special tokens, every character alone and as a continuation, then whole words, most frequent first.
 
-    Counted here rather than by `tokenizers`' trainer, whose ids depend on the order of a hash map: they differ
-    from process to process, and equal seeds must give equal files.
+    Not by the trainer of `tokenizers`: its ids depend on the order of a hash map and differ between processes, but
+    equal seeds must give equal files.
     """
-    normalizer, splitter = (
-        BertNormalizer(lowercase=True),
-        BertPreTokenizer(),
-    )  # what a BERT tokenizer does before WordPiece
+    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()  # as a BERT tokenizer, before WordPiece
     words: Counter[str] = Counter()
     for text in texts:
         words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     characters = sorted(set(string.ascii_lowercase + string.digits + string.punctuation).union(*words))
     frequent = [word for word, count in words.items() if count >= min_count and len(word) > 1]
     frequent.sort(key=lambda word: (-words[word], word))
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *characters,
-        *(f"##{character}" for character in characters),
-    ]
+    special = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
+    pieces = [*special, *characters, *(f"##{character}" for character in characters)]
     return {piece: index for index, piece in enumerate(pieces + frequent[:max_words])}
 
 
 def write_small_encoder(folder: str | Path, texts: Iterable[str], *, seed: int = 0) -> Path:
-    """Save a small untrained BERT (2 layers, hidden 64, up to 128 tokens) and a tokenizer made from `texts`; returns the folder.
+    """Save a small untrained BERT (2 layers, hidden 64, up to 128 tokens) and a tokenizer of the words of `texts`.
 
-    The weights are random numbers from `seed`: nothing in it is pretrained. Both load with `from_pretrained(folder)`
-    without network, and equal texts and seed give equal files.
+    Returns the folder. The weights are random numbers from `seed`. `from_pretrained(folder)` loads both without
+    network; equal texts and seed give equal files.
     """
     folder = Path(folder)
     vocabulary = wordpiece_vocabulary(texts)
@@ -302,11 +294,11 @@ def write_small_encoder(folder: str | Path, texts: Iterable[str], *, seed: int =
         max_position_embeddings=128,
         pad_token_id=vocabulary["[PAD]"],
     )
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+    with torch.random.fork_rng(devices=[]):  # restores the caller's random state
         torch.manual_seed(seed)
         encoder = AutoModel.from_config(config)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with mode_of_new_files(Path(folder) / "model.safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    with mode_of_new_files(folder / "model.safetensors"):
         encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
