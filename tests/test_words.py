@@ -296,9 +296,12 @@ def test_only_the_lists_themselves_are_skipped(tmp_path):
 
 
 def test_words_of_the_field_are_not_found(tmp_path):
-    attributes = [name.removeprefix("*.") for _, name, _ in ALLOWED]
+    attributes = [name.removeprefix("*.") for file, name, _ in ALLOWED if file == "*"]
     assert planted(tmp_path, "\n".join(f"x.{name}" for name in attributes)) == []
     assert len(planted(tmp_path, "\n".join(f"x.{name} = 1" for name in attributes))) == len(attributes)
+    for file, word, _ in ALLOWED:
+        if file != "*":  # in this file alone
+            assert planted(tmp_path, f"x = '{word}'") and not planted(tmp_path, f"x = '{word}'", file)
     assert planted(tmp_path, "placeholder = partition = cutoff = early_stop_patience = handle = 1  # numbers") == []
 
 
