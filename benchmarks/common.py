@@ -1,6 +1,4 @@
-"""What the benchmarks share: a run's data and model, peers' view of them, useful work, rounds, tables, JSON and plots."""
-
-from __future__ import annotations
+"""Shared by the benchmarks: a run's data and model, also in the peers' form, useful work, rounds, tables, plots."""
 
 import argparse
 import json
@@ -16,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "TORCH_CUDNN_SDPA_DEPRIORITIZED", "1"
-)  # cuDNN's attention plans anew for every shape, which would be most of a peer's time
+# Before torch is imported: cuDNN's attention builds a plan for every new shape, which would be most of a peer's time.
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 import numpy as np
 import torch
@@ -38,7 +35,7 @@ from mmbert_core.model.text_encoder import TextBertBase
 from mmbert_core.runtime.ranks import DistContext, read_context, set_threads
 from mmbert_core.training.memory import MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD, call_glibc, keep_freed_memory
 
-GEMM = {"cpu": (2048, 1), "cuda": (8192, 8)}  # size of the matrices, products between two looks at the clock
+GEMM = {"cpu": (2048, 1), "cuda": (8192, 8)}  # size of the matrices, products per timing
 GEMM_SECONDS = 1.0
 
 
@@ -46,15 +43,15 @@ GEMM_SECONDS = 1.0
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("config", help="a config of train.py, such as examples/womens_reviews.yaml")
-    made.add_argument(
-        "--rounds", type=int, default=5, help="times that every contender is measured, in turn (%(default)s)"
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("config", help="a config of train.py, such as examples/womens_reviews.yaml")
+    result.add_argument(
+        "--rounds", type=int, default=5, help="how often every contender is measured, in turn (%(default)s)"
     )
-    made.add_argument("--json", type=Path, help="write every measurement to this file")
-    made.add_argument("--plot", type=Path, help="draw medians and spread into this file (.png or .svg)")
-    add_config_arguments(made)
-    return made
+    result.add_argument("--json", type=Path, help="write every measurement to this file")
+    result.add_argument("--plot", type=Path, help="draw medians and spread into this file (.png or .svg)")
+    add_config_arguments(result)
+    return result
 
 
 @contextmanager
@@ -68,24 +65,19 @@ def opened(arguments: argparse.Namespace) -> Iterator[tuple[Config, Data, DistCo
             raise SystemExit("benchmarks: expected texts in one chunk (max_chunks 1), as the peers have them")
         if torch.cuda.device_count() > 1:
             raise SystemExit(
-                "benchmarks: expected one GPU at most, found several, which HF Trainer would all use: set CUDA_VISIBLE_DEVICES"
+                "benchmarks: expected one GPU at most, found several, which HF Trainer would all use: "
+                "set CUDA_VISIBLE_DEVICES"
             )
         yield config, prepare(config), context
 
 
 def machine() -> dict[str, Any]:
-    """What a figure cannot be compared without."""
+    """Hardware and versions, without which figures cannot be compared."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next(
-            (
-                line.split(":", 1)[1].strip()
-                for line in cpuinfo.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            name,
-        )
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": name,
@@ -102,17 +94,15 @@ def machine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating point operations of an encoder on texts of real tokens; the layers' matrix products, which are nearly all."""
+    """Floating point operations of an encoder on the real tokens of texts: the layers' matrix products alone."""
 
     layers: int
     hidden: int
-    intermediate: int  # columns of all feed-forward matrices over two: a gated one has three
-    ends_at_first_tokens: (
-        bool  # the last layer computes keys and values of all tokens, the rest of the texts' first ones
-    )
+    intermediate: int  # half of the columns of all feed-forward matrices: a gated layer has three, others two
+    ends_at_first_tokens: bool  # the last layer computes only keys and values of the tokens after each text's first
 
     @classmethod
-    def of(cls, text: TextBertBase) -> Work:
+    def of(cls, text: TextBertBase) -> "Work":
         config = text.encoder.config
         intermediate = getattr(config, "intermediate_size", None) or config.hidden_dim
         gated = config.model_type == "modernbert"
@@ -137,7 +127,7 @@ class Work:
 
 
 def gemm_peak(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = GEMM_SECONDS) -> float:
-    """FLOP/s of square matrix products, the best of a second."""
+    """FLOP/s of square matrix products, the best within some seconds."""
     size, count = GEMM[device.type]
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, until = 0.0, time.perf_counter() + seconds
@@ -159,7 +149,7 @@ def wait(device: torch.device) -> None:
 
 
 class Rows(TorchDataset):
-    """Rows as peers' data sets hold them: dicts of token ids and columns, texts not padded."""
+    """Rows as in the peers' datasets: dicts of token ids and columns, texts not padded."""
 
     def __init__(self, dataset: Dataset, positions: np.ndarray) -> None:
         self.items = [self._item(dataset, int(position)) for position in positions]
@@ -183,7 +173,7 @@ class Rows(TorchDataset):
 
 
 class Collator:
-    """Pads each batch to its longest text, as transformers' DataCollatorWithPadding; keeps count of what it was given."""
+    """Pads each batch to its longest text, as DataCollatorWithPadding does; records the lengths of each batch."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -202,7 +192,7 @@ class Collator:
 
 
 class PeerModel(nn.Module):
-    """The same network as peers would have it: padded batches, SDPA, torch's own dropout, in train mode."""
+    """The same network without this project's optimisations: padded batches, SDPA, torch's dropout, in train mode."""
 
     def __init__(self, config: Config, data: Data) -> None:
         super().__init__()
@@ -220,11 +210,9 @@ class PeerModel(nn.Module):
         self, input_ids: Any, attention_mask: Any, numbers: Any, categories: Any, labels: Any = None
     ) -> dict[str, torch.Tensor]:
         logits = self.network(input_ids, attention_mask, numbers, categories)
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-        )
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 # ---- rounds ----
@@ -232,7 +220,7 @@ class PeerModel(nn.Module):
 
 @dataclass
 class Contender:
-    """`run(round)` does the round's work and returns its figures. `ours` has the memory of the C library as a run of ours has it."""
+    """`run(round)` does the round's work and returns its figures. `ours`: with a run's settings of the C library."""
 
     name: str
     run: Callable[[int], dict[str, float]]
@@ -248,17 +236,17 @@ class Contender:
 
 
 def alternate(contenders: Sequence[Contender], rounds: int) -> None:
-    """Every contender once per round, in turn, so that a slow minute of the machine meets all."""
+    """Every contender once per round, in turn, so that a slow minute of the machine affects all."""
     for number in range(rounds):
         for contender in contenders:
-            (keep_freed_memory if contender.ours else let_memory_go)()
+            (keep_freed_memory if contender.ours else use_default_malloc)()
             contender.rounds.append(contender.run(number))
-            shown = "  ".join(f"{name} {value:,.3g}" for name, value in contender.rounds[-1].items())
-            print(f"round {number + 1}/{rounds}  {contender.name}: {shown}", file=sys.stderr, flush=True)
+            figures = "  ".join(f"{name} {value:,.3g}" for name, value in contender.rounds[-1].items())
+            print(f"round {number + 1}/{rounds}  {contender.name}: {figures}", file=sys.stderr, flush=True)
 
 
-def let_memory_go() -> None:
-    """What glibc settles at by itself, and what a process of a peer would have: undoes `keep_freed_memory`."""
+def use_default_malloc() -> None:
+    """The thresholds that glibc reaches by itself, as in a peer's own process: undoes `keep_freed_memory`."""
     for name, value in ((MMAP_THRESHOLD, 32 * 2**20), (TRIM_THRESHOLD, 64 * 2**20), (MMAP_MAX, 65536)):
         call_glibc("mallopt", name, value)
 
@@ -280,23 +268,13 @@ def report(
     ours, names = contenders[0], list(contenders[0].rounds[0])
     rows = []
     for contender in contenders:
-        cells = [
-            contender.name,
-            *(f"{contender.median(name):,.3g}" for name in names),
-            "{:,.3g} - {:,.3g}".format(*contender.spread(figure)),
-        ]
-        between = sorted(ratios(ours, contender, figure))
-        rows.append(
-            [
-                *cells,
-                "" if contender is ours else f"{statistics.median(between):.2f} ({between[0]:.2f} - {between[-1]:.2f})",
-            ]
-        )
-    print(
-        table(
-            ["", *names, f"spread of {figure}", f"ours is faster by ({figure}, median and spread of the rounds)"], rows
-        )
-    )
+        medians = [f"{contender.median(name):,.3g}" for name in names]
+        low, high = contender.spread(figure)
+        factors = sorted(ratios(ours, contender, figure))
+        factor = f"{statistics.median(factors):.2f} ({factors[0]:.2f} - {factors[-1]:.2f})"
+        rows.append([contender.name, *medians, f"{low:,.3g} - {high:,.3g}", "" if contender is ours else factor])
+    last = f"ours is faster by ({figure}, median and spread of the rounds)"
+    print(table(["", *names, f"spread of {figure}", last], rows))
     record = {
         "machine": machine(),
         **extra,

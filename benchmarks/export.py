@@ -1,12 +1,10 @@
-"""Batch prediction of the ONNX export with onnxruntime beside our own in PyTorch.
+"""Batch prediction of the ONNX export with onnxruntime and of ours in PyTorch.
 
     python -m benchmarks.export examples/womens_reviews.yaml --json export.json
 
-Needs the extra `onnx`; both compute on the CPU in float32, with the same number of threads. Rows are tokenised beforehand, and
-both get the same batches (sorted by length); ours packs their texts, the graph computes the padding.
+Needs the extra `onnx`; both compute on the CPU in float32, with the same number of threads. Both get tokenised rows in
+the same batches (sorted by length); ours packs their texts, the graph computes the padding.
 """
-
-from __future__ import annotations
 
 import tempfile
 import time
@@ -29,14 +27,8 @@ def onnx(bench: Bench) -> Callable[[int], dict[str, float]]:
 
     config, data = bench.config, bench.data
     model = prepare_model(config, data)
-    loaded = LoadedModel(
-        model.eval(),
-        config,
-        data.features,
-        data.labels,
-        data.tokenizer,
-        {"pooling": model.pooling, "precision": "fp32"},
-    )
+    resolved = {"pooling": model.pooling, "precision": "fp32"}
+    loaded = LoadedModel(model.eval(), config, data.features, data.labels, data.tokenizer, resolved)
     work = replace(Work.of(model.text_subnetwork), ends_at_first_tokens=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -60,9 +52,9 @@ def onnx(bench: Bench) -> Callable[[int], dict[str, float]]:
 
 
 def main() -> None:
-    made = parser(__doc__.splitlines()[0])
-    made.add_argument("--rows", type=int, default=512, help="rows of a round (%(default)s)")
-    arguments = made.parse_args()
+    parsed = parser(__doc__.splitlines()[0])
+    parsed.add_argument("--rows", type=int, default=512, help="rows of a round (%(default)s)")
+    arguments = parsed.parse_args()
     with opened(arguments) as (config, data, context):
         context = replace(context, device=torch.device("cpu"))
         bench = Bench(replace(config, precision="fp32"), data, context, arguments.rows)

@@ -1,13 +1,11 @@
-"""Batch prediction beside HF Trainer.predict, and the time of one row.
+"""Batch prediction of ours and HF Trainer.predict, and the time of one row.
 
     python -m benchmarks.inference examples/womens_reviews.yaml --json inference.json
 
-Needs the extra `bench`. Rows are tokenised beforehand for all; ours makes its own batches (sorted by length); the peer
-has batches of `batch_size` rows as they come, and larger ones of rows that were sorted for it. One row is timed from the
-dict to the answer, tokenisation included.
+Needs the extra `bench`. All get tokenised rows; ours makes its own batches (sorted by length); the peer has batches of
+`batch_size` rows in the order of the data, and larger ones of sorted rows. One row is timed from the dict to the
+result, tokenisation included.
 """
-
-from __future__ import annotations
 
 import statistics
 import tempfile
@@ -37,16 +35,15 @@ LATENCY_TOKENS, LATENCY_CALLS = 80, 105
 
 
 class Bench:
-    """Other rows in every round; the model is the encoder as it was loaded, with a new head: figures do not depend on what it learned."""
+    """Other rows in every round. The model is the loaded encoder with a new head: speed does not depend on weights."""
 
     def __init__(self, config: Config, data: Data, context: DistContext, rows: int) -> None:
         self.config, self.data, self.context, self.rows = config, data, context, rows
         self.precision = resolve_precision(config.precision, context.device)
 
     def positions(self, number: int) -> np.ndarray:
-        return np.take(
-            np.arange(len(self.data.train)), range(number * self.rows, (number + 1) * self.rows), mode="wrap"
-        )
+        indices = range(number * self.rows, (number + 1) * self.rows)
+        return np.take(np.arange(len(self.data.train)), indices, mode="wrap")
 
     def figures(self, seconds: float, work: Work, positions: np.ndarray) -> dict[str, float]:
         lengths = self.data.train.lengths[positions]
@@ -69,11 +66,8 @@ def ours(bench: Bench, *, int8: bool = False) -> Callable[[int], dict[str, float
         dataset = bench.data.train
         started = time.perf_counter()
         with torch.inference_mode():
-            for index, rows in enumerate(
-                evaluation_batches(
-                    dataset.lengths[positions], token_budget=scoring.TOKEN_BUDGETS[bench.context.device.type]
-                )
-            ):
+            budget = scoring.TOKEN_BUDGETS[bench.context.device.type]
+            for index, rows in enumerate(evaluation_batches(dataset.lengths[positions], token_budget=budget)):
                 preds, _ = hooks.predict_step(model, dataset.batch(positions[rows]), index, task=task)
                 preds.numpy(force=True)
         return bench.figures(time.perf_counter() - started, work, positions)
@@ -82,7 +76,7 @@ def ours(bench: Bench, *, int8: bool = False) -> Callable[[int], dict[str, float
 
 
 def trainer(bench: Bench, *, batch_size: int, by_length: bool = False) -> Callable[[int], dict[str, float]]:
-    """`by_length`: as somebody does who sorts the rows first."""
+    """`by_length`: the rows are sorted first."""
     from transformers import Trainer, TrainingArguments
 
     model = PeerModel(bench.config, bench.data)
@@ -103,12 +97,12 @@ def trainer(bench: Bench, *, batch_size: int, by_length: bool = False) -> Callab
                 remove_unused_columns=False,
                 label_names=["labels"],
             )
-            made = Trainer(model, settings, data_collator=Collator(bench.data.tokenizer))
+            hf_trainer = Trainer(model, settings, data_collator=Collator(bench.data.tokenizer))
             rows = Rows(bench.data.train, positions)
             started = time.perf_counter()
-            made.predict(rows)
+            hf_trainer.predict(rows)
             seconds = time.perf_counter() - started
-            made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            hf_trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             return bench.figures(seconds, work, positions)
 
     return round_
@@ -152,15 +146,15 @@ def quality(bench: Bench, folder: str, precisions: list[str]) -> dict[str, float
 
 
 def main() -> None:
-    made = parser(__doc__.splitlines()[0])
-    made.add_argument("--rows", type=int, default=512, help="rows of a round (%(default)s)")
-    made.add_argument(
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--rows", type=int, default=512, help="rows of a round (%(default)s)")
+    options.add_argument(
         "--trained",
         metavar="MODEL_PATH",
         help="a model folder of this config with two classes: its AUROC on the test rows in each precision",
     )
-    made.add_argument("--alone", action="store_true", help="without the peer, which needs accelerate")
-    arguments = made.parse_args()
+    options.add_argument("--alone", action="store_true", help="without the peer, which needs accelerate")
+    arguments = options.parse_args()
     with opened(arguments) as (config, data, context):
         bench = Bench(config, data, context, arguments.rows)
         precisions = [bench.precision, *(["int8"] if context.device.type == "cpu" else [])]

@@ -1,12 +1,10 @@
-"""Time and memory from 10^4 to 10^7 generated rows, and one process beside two.
+"""Time and memory from 10^4 to 10^7 generated rows, and two processes compared with one.
 
-    python -m benchmarks.scaling rows --sizes 10000 100000 1000000          # a tiny encoder, so that the data path shows
+    python -m benchmarks.scaling rows --sizes 10000 100000 1000000          # a tiny encoder: mainly the data path
     python -m benchmarks.scaling processes examples/womens_reviews.yaml      # 1 process x all threads, 2 x half
 
 Every measurement runs in a process of its own, whose peak memory is the kernel's figure (VmHWM).
 """
-
-from __future__ import annotations
 
 import argparse
 import gc
@@ -40,7 +38,7 @@ from mmbert_core.training.start import prepare_model, start_run
 
 STEPS = 200
 SYLLABLES = [first + second for first in "bcdfghjklmnprstvz" for second in ("a", "e", "i", "o", "u", "an", "er")]
-PREDICTED = 1_000_000
+MAX_PREDICTED_ROWS = 1_000_000
 
 
 # ---- generated tables ----
@@ -65,7 +63,7 @@ def write_encoder(folder: Path) -> None:
 
 
 def write_table(path: Path, num_rows: int, seed: int = 0) -> None:
-    """5 to 40 words of 1 to 3 syllables, two numbers, a category of 50 values, a label that leans on the first number."""
+    """5 to 40 words of 1 to 3 syllables, two numbers, a category of 50 values, a label that follows from a number."""
     rng = np.random.default_rng(seed)
     words = ["".join(rng.choice(SYLLABLES, size)) for size in rng.integers(1, 4, size=20_000)]
     with open(path, "w", encoding="utf-8") as stream:
@@ -79,10 +77,10 @@ def write_table(path: Path, num_rows: int, seed: int = 0) -> None:
                 rng.lognormal(size=count).round(2).tolist(),
                 rng.integers(0, 50, count).tolist(),
             )
-            stream.writelines(
-                f"{start + row},{' '.join(words[next(picks)] for _ in range(length))},{ages[row]},{amounts[row]},k{kinds[row]},{int(ages[row] > 50)}\n"
-                for row, length in enumerate(lengths.tolist())
-            )
+            for row, length in enumerate(lengths.tolist()):
+                text = " ".join(words[next(picks)] for _ in range(length))
+                label = int(ages[row] > 50)
+                stream.write(f"{start + row},{text},{ages[row]},{amounts[row]},k{kinds[row]},{label}\n")
 
 
 def config_for(folder: Path, name: str) -> Config:
@@ -136,7 +134,7 @@ def stage_tokenizer(folder: Path, num_rows: int) -> dict[str, float]:
 
 
 def stage_train(folder: Path, num_rows: int) -> dict[str, float]:
-    """The start from the store until the first step could be taken, the batches of ten times STEPS steps alone, then STEPS steps."""
+    """The start from the cache until step 1, then the batches of 10 x STEPS steps without a model, then STEPS steps."""
     started = time.perf_counter()
     config = config_for(folder, str(num_rows))
     data, context = prepare(config), read_context()
@@ -183,7 +181,11 @@ def stage_predict(folder: Path, num_rows: int) -> dict[str, float]:
 
 
 STAGES = {
-    name.removeprefix("stage_"): function for name, function in list(globals().items()) if name.startswith("stage_")
+    "cache": stage_cache,
+    "tokenizer": stage_tokenizer,
+    "train": stage_train,
+    "finish": stage_finish,
+    "predict": stage_predict,
 }
 
 
@@ -213,49 +215,45 @@ def measure_rows(sizes: list[int], json_path: Path | None) -> None:
         in_a_process("finish", folder, 1000)
         for num_rows in sizes:
             write_table(folder / f"{num_rows}.csv", num_rows)
-            made = {stage: in_a_process(stage, folder, num_rows) for stage in ("tokenizer", "cache", "train")}
-            if num_rows <= PREDICTED:
-                made["predict"] = in_a_process("predict", folder, num_rows)
-            record["sizes"][num_rows] = made
+            figures = {stage: in_a_process(stage, folder, num_rows) for stage in ("tokenizer", "cache", "train")}
+            if num_rows <= MAX_PREDICTED_ROWS:
+                figures["predict"] = in_a_process("predict", folder, num_rows)
+            record["sizes"][num_rows] = figures
             for path in (folder / f"{num_rows}.csv", folder / "predictions.tsv"):
                 path.unlink(missing_ok=True)
             subprocess.run(["rm", "-rf", str(folder / "cache")], check=True)
-    rows = []
-    for num_rows, made in record["sizes"].items():
-        tokenised = num_rows / made["cache"]["seconds"]
-        rows.append(
-            [
-                f"{num_rows:,}",
-                f"{made['cache']['seconds']:,.1f}",
-                f"{tokenised / made['tokenizer']['texts_per_second']:.0%}",
-                f"{made['cache']['peak_mb']:,.0f}",
-                f"{made['train']['start_seconds']:.2f}",
-                f"{made['train']['batched_rows_per_second']:,.0f}",
-                f"{made['train']['trained_rows_per_second']:,.0f}",
-                f"{made['train']['peak_mb']:,.0f}",
-                f"{made['predict']['rows_per_second']:,.0f}" if "predict" in made else "",
-                f"{made['predict']['peak_mb']:,.0f}" if "predict" in made else "",
-            ]
-        )
-    print(
-        table(
-            [
-                "rows",
-                "token cache, s",
-                "of the bare tokenizer's rate",
-                "peak MB",
-                "start from it, to step 1, s",
-                "batches, rows/s",
-                "training, rows/s",
-                "peak MB",
-                "prediction, rows/s",
-                "peak MB",
-            ],
-            rows,
-        )
-    )
+    print(rows_table(record["sizes"]))
     if json_path:
         json_path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def rows_table(sizes: dict[int, dict[str, dict[str, float]]]) -> str:
+    """`sizes`: number of rows -> stage -> figures."""
+    header = ["rows", "token cache, s", "of the bare tokenizer's rate", "peak MB", "start from it, to step 1, s"]
+    header += ["batches, rows/s", "training, rows/s", "peak MB", "prediction, rows/s", "peak MB"]
+    rows = []
+    for num_rows, figures in sizes.items():
+        cache, train, predict = figures["cache"], figures["train"], figures.get("predict")
+        share = num_rows / cache["seconds"] / figures["tokenizer"]["texts_per_second"]
+        cells = [f"{num_rows:,}", f"{cache['seconds']:,.1f}", f"{share:.0%}", f"{cache['peak_mb']:,.0f}"]
+        cells += [f"{train['start_seconds']:.2f}", f"{train['batched_rows_per_second']:,.0f}"]
+        cells += [f"{train['trained_rows_per_second']:,.0f}", f"{train['peak_mb']:,.0f}"]
+        cells += [f"{predict[name]:,.0f}" if predict else "" for name in ("rows_per_second", "peak_mb")]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def training_rate(
+    config: str, folder: Path, name: str, num_processes: int, num_threads: int, extra: list[str]
+) -> float:
+    """Training rows per second of a run under torchrun, without validation and test."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    command += ["train.py", config, "--model_path", str(folder / name), "--cache_path", str(folder / "cache")]
+    command += ["--num_threads", str(num_threads), "--val_path", "null", "--val_fraction", "0", "--test_path", "null"]
+    # with one GPU only one of the processes could use it
+    environment = os.environ if torch.cuda.device_count() > 1 else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, *extra], check=True, stdout=sys.stderr, env=environment)
+    return json.loads((folder / name / "train_results.json").read_text())["train_rows_per_second"]
 
 
 def measure_processes(config: str, rounds: int, extra: list[str], json_path: Path | None) -> None:
@@ -264,34 +262,7 @@ def measure_processes(config: str, rounds: int, extra: list[str], json_path: Pat
     with tempfile.TemporaryDirectory(prefix="mmbert-scaling-") as folder:
         for number in range(rounds):
             for count in (1, 2):
-                path = Path(folder) / f"run-{number}-{count}"
-                command = [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={count}",
-                    "train.py",
-                    config,
-                    "--model_path",
-                    str(path),
-                    "--cache_path",
-                    f"{folder}/cache",
-                    "--num_threads",
-                    str(cores // count),
-                    "--val_path",
-                    "null",
-                    "--val_fraction",
-                    "0",
-                    "--test_path",
-                    "null",
-                    *extra,
-                ]
-                visible = (
-                    os.environ if torch.cuda.device_count() > 1 else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-                )  # one GPU would train one process alone
-                subprocess.run(command, check=True, stdout=sys.stderr, env=visible)
-                rate = json.loads((path / "train_results.json").read_text())["train_rows_per_second"]
+                rate = training_rate(config, Path(folder), f"run-{number}-{count}", count, cores // count, extra)
                 results[f"{count} x {cores // count}"].append(rate)
                 print(
                     f"round {number + 1}/{rounds}  {count} processes x {cores // count} threads: {rate:.2f} rows/s",
@@ -309,7 +280,7 @@ def measure_processes(config: str, rounds: int, extra: list[str], json_path: Pat
             ],
         )
     )
-    print(f"2 processes beside 1: {ratio:.3f} (median of the rounds)")
+    print(f"2 processes / 1 process: {ratio:.3f} (median of the rounds)")
     if json_path:
         json_path.write_text(
             json.dumps({"machine": {**machine(), "threads": cores}, "rows_per_second": results}, indent=1) + "\n"

@@ -1,14 +1,12 @@
-"""Training rows per second beside a plain padded loop, HF Trainer and Lightning: same model, rows, batch, precision and threads.
+"""Training rows per second of ours, a plain padded loop, HF Trainer and Lightning: same model, rows, batch, precision.
 
     python -m benchmarks.throughput examples/womens_reviews.yaml --json throughput.json --plot throughput.png
 
-Needs the extra `bench`. A round is warm-up and some timed steps of every contender, in turn; a GPU is waited for at their
-beginning and end alone. rows/s are the real tokens per second over the data's mean length, so that a round whose rows
-happen to be long is no slower. Rows are tokenised beforehand for all; everybody has fused AdamW, a linear schedule and the
-config's clipping.
+Needs the extra `bench`. A round is warm-up and some timed steps of every contender, in turn; the GPU is synchronised
+only before the first and after the last timed step. rows/s are the real tokens per second divided by the data's mean
+length, so that a round of longer rows is not slower. All get tokenised rows, the same threads, fused AdamW, a linear
+schedule and the config's clipping.
 """
-
-from __future__ import annotations
 
 import tempfile
 import time
@@ -50,11 +48,11 @@ STEPS = {"cpu": (1, 8), "cuda": (10, 50)}  # of warm-up, timed
 class Clock:
     """The time from the end of the warm-up to the end of the last step."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: "Bench") -> None:
         self.bench, self.done, self.ends = bench, 0, []
 
     def tick(self) -> None:
-        """A step has been queued."""
+        """Called after each step, which a GPU may not have finished."""
         self.done += 1
         if self.done in (self.bench.warmup, self.bench.warmup + self.bench.steps):
             wait(self.bench.context.device)
@@ -67,7 +65,7 @@ class Clock:
 
 
 class Bench:
-    """The rows of each round and what a round's figures are."""
+    """The rows of each round, and the figures from its times."""
 
     def __init__(self, config: Config, data: Data, context: DistContext, steps: int | None) -> None:
         self.config, self.data, self.context = config, data, context
@@ -80,7 +78,8 @@ class Bench:
         self.size = (self.warmup + self.steps) * config.batch_size  # rows of a round
         if self.size > len(data.train):
             raise SystemExit(
-                f"throughput: expected at least {self.size} training rows for {self.warmup} + {self.steps} steps, found {len(data.train)}"
+                f"throughput: expected at least {self.size} training rows for {self.warmup} + {self.steps} steps, "
+                f"found {len(data.train)}"
             )
 
     def positions(self, number: int) -> np.ndarray:
@@ -91,7 +90,7 @@ class Bench:
         return Rows(self.data.train, self.positions(number))
 
     def figures(self, clock: Clock, lengths: list[np.ndarray], work: Work) -> dict[str, float]:
-        """Rows/s for texts of the data's mean length: a round, or a sampler, may have met longer or shorter ones."""
+        """Rows/s for texts of the data's mean length: those of a round may be longer or shorter."""
         timed = np.concatenate(lengths[self.warmup : self.warmup + self.steps])
         assert clock.done == self.warmup + self.steps
         return {
@@ -114,9 +113,8 @@ def ours(bench: Bench) -> Callable[[int], dict[str, float]]:
         clock, order, lengths = Clock(bench), bench.positions(number), []
         for index in range(bench.warmup + bench.steps):
             run.state.rows_consumed = index * bench.config.batch_size
-            lengths.append(
-                bench.data.train.lengths[order[index * bench.config.batch_size :][: bench.config.batch_size]]
-            )
+            step_rows = order[index * bench.config.batch_size :][: bench.config.batch_size]
+            lengths.append(bench.data.train.lengths[step_rows])
             loop.log_step(run, loop.train_one_step(run, order))
             clock.tick()
         return bench.figures(clock, lengths, work)
@@ -125,7 +123,7 @@ def ours(bench: Bench) -> Callable[[int], dict[str, float]]:
 
 
 def plain(bench: Bench) -> Callable[[int], dict[str, float]]:
-    """A loop as one writes it: DataLoader, padding to the longest, AdamW."""
+    """A hand-written loop: DataLoader, padding to the longest, AdamW."""
     device, model = bench.context.device, PeerModel(bench.config, bench.data).to(bench.context.device)
     scaler = torch.amp.GradScaler(device.type, enabled=bench.precision == "fp16")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
@@ -157,7 +155,7 @@ def plain(bench: Bench) -> Callable[[int], dict[str, float]]:
 
 
 def trainer(bench: Bench, *, grouped: bool = False) -> Callable[[int], dict[str, float]]:
-    """HF Trainer with dynamic padding; `grouped`: batches of like lengths, whose rows are no random sample."""
+    """HF Trainer with dynamic padding; `grouped`: batches of similar lengths, whose rows are not a random sample."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = PeerModel(bench.config, bench.data)
@@ -188,16 +186,19 @@ def trainer(bench: Bench, *, grouped: bool = False) -> Callable[[int], dict[str,
                 seed=number,
                 train_sampling_strategy="sequential" if grouped else "random",
             )
-            made = Trainer(model, settings, train_dataset=rows, data_collator=collator, callbacks=[Ticks()])
-            made.train()
-            made.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the next round would wrap it once more
+            hf_trainer = Trainer(model, settings, train_dataset=rows, data_collator=collator, callbacks=[Ticks()])
+            hf_trainer.train()
+            hf_trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else the next round wraps it again
         return bench.figures(clock, collator.lengths, Work.of(model.network.text_subnetwork))
 
     return round_
 
 
 def grouped_positions(bench: Bench, number: int) -> np.ndarray:
-    """Rows of some batches of an epoch that Trainer groups by length: it sorts up to 50 batches at a time, long ones first, of which a round would see these alone."""
+    """Rows of random batches of an epoch that Trainer groups by length.
+
+    Trainer sorts up to 50 batches at a time, the longest first: a short round would have long batches alone.
+    """
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     size, lengths = bench.config.batch_size, bench.data.train.lengths
@@ -222,13 +223,8 @@ def lightning(bench: Bench) -> Callable[[int], dict[str, float]]:
 
         def configure_optimizers(self) -> dict[str, Any]:
             optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {
-                    "scheduler": get_linear_schedule_with_warmup(optimizer, 0, 10_000),
-                    "interval": "step",
-                },
-            }
+            schedule = get_linear_schedule_with_warmup(optimizer, 0, 10_000)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     class Ticks(L.Callback):
         def on_train_start(self, _: Any, module: L.LightningModule) -> None:
@@ -273,10 +269,10 @@ MAKERS: dict[str, tuple[str, Callable[[Bench], Callable[[int], dict[str, float]]
 
 
 def main() -> None:
-    made = parser(__doc__.splitlines()[0])
-    made.add_argument("--steps", type=int, help="timed steps of a round, after the warm-up (8 on the CPU, 50 on a GPU)")
-    made.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="who runs beside ours (all)")
-    arguments = made.parse_args()
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--steps", type=int, help="timed steps of a round, after the warm-up (CPU 8, GPU 50)")
+    options.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="compared programs (all)")
+    arguments = options.parse_args()
     with opened(arguments) as (config, data, context), locked_folder(config):
         bench = Bench(config, data, context, arguments.steps)
         contenders = [

@@ -1,4 +1,4 @@
-"""Bad configs, data and model folders: one line on stderr, exit code 2, and nothing of an earlier run touched."""
+"""Bad configs, data and model folders: one line on stderr, exit code 2, and an earlier run is not changed."""
 
 import json
 import os
@@ -35,19 +35,19 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def error_of(capsys, *words: str) -> str:
-    """Run a command that must fail as a user's mistake does; returns what follows `error: `."""
+    """Run a command that must end with exit code 2; returns the message after `error: `."""
     capsys.readouterr()
     assert cli.main([str(word) for word in words]) == 2
-    shown = capsys.readouterr()
-    lines = shown.err.splitlines()
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
     errors = [line for line in lines if "error" in line.split(":")[0].lower()]
-    assert len(errors) == 1 and errors[0] == lines[-1] and errors[0].startswith("error: "), shown.err
-    assert "Traceback" not in shown.err and shown.out == ""
+    assert len(errors) == 1 and errors[0] == lines[-1] and errors[0].startswith("error: "), output.err
+    assert "Traceback" not in output.err and output.out == ""
     return errors[0].removeprefix("error: ")
 
 
 def assert_one_line(capsys, earlier: Path, config: Path, *expected: str) -> None:
-    """`--check` and the training itself say the same one line with the expected words, and leave `earlier` as it was."""
+    """`--check` and the training itself print the same line with the expected words, and do not change `earlier`."""
     before = hashes(earlier)
     messages = {error_of(capsys, "train", config, *more) for more in (["--check"], [])}
     assert len(messages) == 1
@@ -70,22 +70,22 @@ def write_config(folder: Path, earlier: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("case", TRAINING_TABLES)
 def test_a_table_that_cannot_be_trained_on(tmp_path, capsys, earlier, case):
-    part, edit, expected = TRAINING_TABLES[case]
-    path = tmp_path / f"bad_{part}.csv"
-    path.write_bytes(as_csv(edit(read_rows(earlier / f"{part}.csv"))))
-    config = write_config(tmp_path, earlier, **{f"{part}_path": path})
+    split, edit, expected = TRAINING_TABLES[case]
+    path = tmp_path / f"bad_{split}.csv"
+    path.write_bytes(as_csv(edit(read_rows(earlier / f"{split}.csv"))))
+    config = write_config(tmp_path, earlier, **{f"{split}_path": path})
     assert_one_line(capsys, earlier, config, str(path), *expected)
 
 
 @pytest.mark.parametrize("case", TRAINING_FILES)
-def test_a_file_that_is_no_table(tmp_path, capsys, earlier, case):
+def test_a_file_that_is_not_a_table(tmp_path, capsys, earlier, case):
     suffix, edit, expected = TRAINING_FILES[case]
     path = tmp_path / f"bad.{suffix}"
     path.write_bytes(edit(as_csv(read_rows(earlier / "train.csv"))))
     assert_one_line(capsys, earlier, write_config(tmp_path, earlier, train_path=path), str(path), *expected)
 
 
-def test_paths_that_cannot_be(tmp_path, capsys, earlier):
+def test_impossible_paths(tmp_path, capsys, earlier):
     train = earlier / "train.csv"
     (tmp_path / "link.csv").symlink_to(train)
     (tmp_path / "folder").mkdir()
@@ -106,14 +106,10 @@ def test_paths_that_cannot_be(tmp_path, capsys, earlier):
 
 
 def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path, capsys, earlier):
-    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")  # as Python has it from the command line
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")  # how Python decodes it on the command line
     shutil.copy(earlier / "test.csv", odd)
-    config, run, rows, out = (
-        write_config(tmp_path, earlier),
-        earlier / "run",
-        earlier / "test.csv",
-        tmp_path / "out.tsv",
-    )
+    config, run = write_config(tmp_path, earlier), earlier / "run"
+    rows, out = earlier / "test.csv", tmp_path / "out.tsv"
     commands = [
         ("predict", run, odd, out),
         ("predict", run, rows, odd),
@@ -135,24 +131,20 @@ def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path, capsys, earlier):
         cwd=tiny.ROOT,
         env={**os.environ, "PYTHONPATH": str(tiny.ROOT)},
     )
-    assert (
-        done.returncode == 2
-        and done.stderr.count(b"error: ") == 1
-        and b"caf\\xe9.csv" in done.stderr
-        and not out.exists()
-    )
+    assert done.returncode == 2 and done.stderr.count(b"error: ") == 1 and b"caf\\xe9.csv" in done.stderr
+    assert not out.exists()
 
 
 # ---- settings ----
 
 
-def test_settings_that_cannot_be(tmp_path, capsys, earlier, monkeypatch):
+def test_impossible_settings(tmp_path, capsys, earlier, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty_folder").mkdir()
     shutil.copytree(earlier / "encoder", tmp_path / "no_weights")
     (tmp_path / "no_weights/model.safetensors").unlink()
-    shutil.copytree(earlier / "encoder", tmp_path / "cut_weights")
-    os.truncate(tmp_path / "cut_weights/model.safetensors", 1000)
+    shutil.copytree(earlier / "encoder", tmp_path / "truncated_weights")
+    os.truncate(tmp_path / "truncated_weights/model.safetensors", 1000)
     config = str(tmp_path / "run.json")
     for changes, expected in (
         ({"bach_size": 8}, [config, "unknown key 'bach_size'; did you mean 'batch_size'?"]),
@@ -174,7 +166,7 @@ def test_settings_that_cannot_be(tmp_path, capsys, earlier, monkeypatch):
         ({"encoder": "no-such-encoder"}, ["'no-such-encoder'", "the hub cannot be reached"]),
         ({"encoder": tmp_path / "empty_folder"}, ["empty_folder"]),
         ({"encoder": tmp_path / "no_weights"}, ["no_weights", "expected weights in model.safetensors, found none"]),
-        ({"encoder": tmp_path / "cut_weights"}, ["cut_weights", "cannot be loaded"]),
+        ({"encoder": tmp_path / "truncated_weights"}, ["truncated_weights", "cannot be loaded"]),
         ({"reinit_layers": 3}, ["reinit_layers"]),
     ):
         assert_one_line(capsys, earlier, write_config(tmp_path, earlier, **changes), *expected)
@@ -192,7 +184,7 @@ def test_a_start_that_does_not_fit_the_earlier_run(tmp_path, capsys, earlier):
         assert_one_line(capsys, earlier, write_config(tmp_path, earlier, **changes), *expected)
 
 
-def test_words_of_the_command_line_that_are_none(capsys):
+def test_unknown_arguments(capsys):
     for words, expected in (
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
@@ -217,30 +209,30 @@ def test_words_of_the_command_line_that_are_none(capsys):
 
 
 def assert_predict_refuses(capsys, earlier: Path, words: list[Any], *expected: str) -> None:
-    """One line, no output, no temporary file; an older prediction of that name is as it was."""
+    """One line, no output, no temporary file; an older prediction at that path is not changed."""
     output = Path(words[-1])
     if output.parent.is_dir() and output.parent != Path("/proc") and not output.exists():
         output.write_text("an older prediction\n")
     old = output.read_bytes() if output.is_file() else None
     before = hashes(earlier)
     message = error_of(capsys, "predict", *words)
-    for part in expected:
-        assert part in message, message
+    for words in expected:
+        assert words in message, message
     assert hashes(earlier) == before
     assert old is None or output.read_bytes() == old
     assert not output.parent.is_dir() or not list(output.parent.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("case", PREDICT_TABLES)
-def test_a_table_that_cannot_be_scored(tmp_path, capsys, earlier, monkeypatch, case):
-    monkeypatch.setattr(predictor, "WINDOW", 16)  # the mistake comes after rows that were scored
+def test_a_table_that_cannot_be_predicted(tmp_path, capsys, earlier, monkeypatch, case):
+    monkeypatch.setattr(predictor, "WINDOW", 16)  # the mistake comes after predicted rows
     edit, expected = PREDICT_TABLES[case]
     path = tmp_path / "bad.csv"
     path.write_bytes(as_csv(edit(read_rows(earlier / "test.csv"))))
     assert_predict_refuses(capsys, earlier, [earlier / "run", path, tmp_path / "out.tsv"], str(path), *expected)
 
 
-def test_inputs_and_outputs_that_cannot_be(tmp_path, capsys, earlier):
+def test_impossible_inputs_and_outputs(tmp_path, capsys, earlier):
     table = tmp_path / "new.csv"
     shutil.copy(earlier / "test.csv", table)
     for source, output, expected in (
@@ -254,7 +246,7 @@ def test_inputs_and_outputs_that_cannot_be(tmp_path, capsys, earlier):
         assert_predict_refuses(capsys, earlier, [earlier / "run", source, output], expected)
 
 
-def test_folders_that_are_no_model(tmp_path, capsys, earlier):
+def test_folders_that_are_not_a_model(tmp_path, capsys, earlier):
     (tmp_path / "empty").mkdir()
     shutil.copytree(earlier / "run", tmp_path / "unfinished")
     (tmp_path / "unfinished/model.safetensors").unlink()
@@ -279,18 +271,10 @@ def test_folders_that_are_no_model(tmp_path, capsys, earlier):
 
 @pytest.mark.parametrize("damage", ["empty", "half", "garbage"])
 @pytest.mark.parametrize(
-    "name",
-    [
-        "config.json",
-        "features.json",
-        "labels.json",
-        "model.safetensors",
-        "encoder/config.json",
-        "encoder/tokenizer.json",
-    ],
+    "name", "config.json features.json labels.json model.safetensors encoder/config.json encoder/tokenizer.json".split()
 )
 def test_a_damaged_model_folder(tmp_path, capsys, earlier, name, damage):
-    """Of a version without a manifest: test_model_folder.py has what the manifest finds."""
+    """A folder without a manifest, as older versions wrote it; test_model_folder.py tests the manifest."""
     folder = tiny.without_manifest(shutil.copytree(earlier / "run", tmp_path / "model"))
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(
@@ -304,7 +288,7 @@ def test_a_damaged_model_folder(tmp_path, capsys, earlier, name, damage):
     )
 
 
-def test_parts_of_different_models(tmp_path, capsys, earlier):
+def test_files_of_different_models(tmp_path, capsys, earlier):
     def edited(name: str, edit: Callable[[Any], Any]) -> Path:
         folder = tiny.without_manifest(
             shutil.copytree(earlier / "run", tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}")
@@ -363,14 +347,13 @@ def test_check_exits_with_2(tmp_path, earlier):
         pytest.param({"lr": 0.5}, id="within it"),
     ],
 )
-def test_two_processes_say_it_once_and_end(tmp_path, earlier, change):
+def test_two_processes_report_one_error_and_end(tmp_path, earlier, change):
     before, started = hashes(earlier), time.monotonic()
     done = tiny.torchrun(2, ["train.py", str(write_config(tmp_path, earlier, **change))], timeout=120)
     assert time.monotonic() - started < 60
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
     assert ("no.csv: there is no such file" if "train_path" in change else "lr was 0.001") in done.stderr
-    assert (
-        "Traceback" not in done.stderr.split("\nerror: ")[0] and "InputError" not in done.stderr
-    )  # the one traceback is torchrun's own
+    # the one traceback is torchrun's own
+    assert "Traceback" not in done.stderr.split("\nerror: ")[0] and "InputError" not in done.stderr
     assert hashes(earlier) == before

@@ -1,4 +1,7 @@
-"""JSON files of a real model folder and checkpoint, changed at random with fixed seeds: an error line each, or nothing that changes a prediction."""
+"""JSON files of a real model folder and checkpoint, changed at random with fixed seeds.
+
+Each change is refused in one line, or accepted without changing a prediction.
+"""
 
 import copy
 import json
@@ -29,44 +32,14 @@ from mmbert_core.training.saved_state import check_progress, check_run_state, ch
 from tests.support import tiny
 
 MAX_SECONDS = 20.0  # of one file
-HOSTILE: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2**31,
-    2**63,
-    10**30,
-    -(10**30),
-    0.5,
-    -0.5,
-    1e300,
-    float("inf"),
-    float("nan"),
-    "",
-    "a",
-    "\0",
-    "é\u0301",
-    "\ud800",
-    "../../x",
-    "x" * 5000,
-    [],
-    {},
-    [[]],
-    [None],
-    ["0", "0"],
-    {"a": None},
-    {"": {"": []}},
-    "1",
-    "null",
-    [0.1] * 3,
-)
-Loader = Callable[[], Any]  # raises InputError or RunError, or gives what was read
+HOSTILE: list[Any] = [None, True, False]
+HOSTILE += [0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.5, -0.5, 1e300, float("inf"), float("nan")]
+HOSTILE += ["", "a", "\0", "é\u0301", "\ud800", "../../x", "x" * 5000, [], {}, [[]], [None], ["0", "0"]]
+HOSTILE += [{"a": None}, {"": {"": []}}, "1", "null", [0.1] * 3]
+Loader = Callable[[], Any]  # returns what it read, or raises InputError or RunError
 
 
-# ---- how a file is changed ----
+# ---- changes of a file ----
 
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -76,7 +49,7 @@ def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def with_value_changed(value: Any, generator: random.Random) -> Any:
-    """Another value at a random path, a key or entry less, more, twice, or in another order."""
+    """Another value at a random path, a key or entry removed, added or duplicated, or another order."""
     value = copy.deepcopy(value)
     path = generator.choice(paths_in(value)[1:] or [()])
     if not path:
@@ -101,7 +74,7 @@ def with_value_changed(value: Any, generator: random.Random) -> Any:
 
 
 def with_bytes_changed(content: bytes, generator: random.Random) -> bytes:
-    """Flipped bits, a cut, a piece twice, deep nesting, a key twice, a long number, bytes that are no UTF-8."""
+    """Flipped bits, a truncation, repeated bytes, deep nesting, a duplicate key, a long number, bytes not in UTF-8."""
     start, end = sorted(generator.randrange(len(content) + 1) for _ in range(2))
     how = generator.randrange(7)
     if how == 0:
@@ -135,11 +108,11 @@ def changed(content: bytes, generator: random.Random) -> bytes:
     )
 
 
-# ---- a run, and what reads its files ----
+# ---- a run and the readers of its files ----
 
 
 class HostileRun:
-    """A finished tiny run, a copy of its model folder, and one function for each JSON file that reads all that is read of it."""
+    """A finished tiny run, a copy of its model folder, and for each JSON file a function that reads it completely."""
 
     def __init__(self, folder: Path) -> None:
         self.config = Config(**tiny.settings(folder, num_rows=32, max_epochs=1, cache_path=None))
@@ -175,7 +148,7 @@ class HostileRun:
         }
 
     def read_model(self) -> Any:
-        """All of a model folder but the encoder and the weights."""
+        """Everything of a model folder except the encoder and the weights."""
         check_complete(self.model)
         check_manifest(self.model)
         settings = read_settings(self.model)
@@ -205,20 +178,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> HostileRun:
     return HostileRun(tmp_path_factory.mktemp("hostile"))
 
 
-def outcome(load: Loader, place: str, problems: list[str]) -> tuple[str, Any]:
-    """ "refused" or "accepted", and what was read; anything else than one line in time is a problem."""
+def outcome(load: Loader, case: str, problems: list[str]) -> tuple[str, Any]:
+    """ "refused" or "accepted", and what was read; other errors, long messages and long times are problems."""
     started = time.perf_counter()
     try:
         found: tuple[str, Any] = ("accepted", load())
     except (InputError, RunError) as error:
         found = ("refused", str(error))
         if "\n" in str(error) or len(str(error)) > 1500:
-            problems.append(f"{place}: a message of {len(str(error))} characters: {str(error)[:200]!r}")
-    except Exception as error:  # noqa: BLE001 - what the test looks for
+            problems.append(f"{case}: a message of {len(str(error))} characters: {str(error)[:200]!r}")
+    except Exception as error:
         found = ("broken", None)
-        problems.append(f"{place}: {type(error).__name__}: {str(error)[:200]}")
+        problems.append(f"{case}: {type(error).__name__}: {str(error)[:200]}")
     if (seconds := time.perf_counter() - started) > MAX_SECONDS:
-        problems.append(f"{place}: {seconds:.0f} s")
+        problems.append(f"{case}: {seconds:.0f} s")
     return found
 
 
@@ -231,7 +204,7 @@ def is_same(content: bytes, other: bytes) -> bool:
 
 
 def count_mutations(run: HostileRun, seeds: range) -> Counter[str]:
-    """Each seed changes one file of the folder as it is today, or of one that an older version wrote, without a manifest."""
+    """Each seed changes one file of the folder, with its manifest or, as older versions wrote it, without one."""
     files, problems, counts = run.files(), [], Counter()
     for seed in seeds:
         generator = random.Random(seed)
@@ -241,14 +214,14 @@ def count_mutations(run: HostileRun, seeds: range) -> Counter[str]:
             (run.model / MANIFEST).unlink(missing_ok=True)
         mutated = changed(content, generator)
         path.write_bytes(mutated)
-        place = f"seed {seed}, {path.relative_to(run.run.parent)}, {'with' if has_manifest else 'without'} manifest"
-        result, _ = outcome(files[path], place, problems)
+        case = f"seed {seed}, {path.relative_to(run.run.parent)}, {'with' if has_manifest else 'without'} manifest"
+        result, _ = outcome(files[path], case, problems)
         counts[result] += 1
         is_protected = path.parent == run.model and path.name not in (MANIFEST, "summary.json")
         if is_protected and has_manifest and result == "accepted" and mutated != content:
-            problems.append(f"{place}: a changed file was accepted")
+            problems.append(f"{case}: a changed file was accepted")
         if path == run.model / MANIFEST and result == "accepted" and not is_same(mutated, content):
-            problems.append(f"{place}: a changed manifest was accepted")
+            problems.append(f"{case}: a changed manifest was accepted")
         path.write_bytes(content)
         (run.model / MANIFEST).write_bytes(run.old)
     assert not problems, f"{len(problems)} problems of {len(seeds)}:\n" + "\n".join(problems[:20])
@@ -267,13 +240,10 @@ def test_ten_thousand_changed_files(hostile):
 
 
 def count_whole_loads(run: HostileRun, seeds: range) -> Counter[str]:
-    """The whole Predictor: with the manifest no prediction changes; without it a change is refused, or predicts numbers."""
+    """The whole Predictor: with the manifest no prediction changes; without it a change is refused or predicts."""
     encoder = [run.model / "encoder" / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    paths, problems, counts = (
-        [*encoder, *(path for path in run.files() if path.parent == run.model), run.model / "model.safetensors"],
-        [],
-        Counter(),
-    )
+    own = [path for path in run.files() if path.parent == run.model]
+    paths, problems, counts = [*encoder, *own, run.model / "model.safetensors"], [], Counter()
     for seed in seeds:
         generator = random.Random(seed)
         path = generator.choice(sorted(paths))
@@ -282,11 +252,11 @@ def count_whole_loads(run: HostileRun, seeds: range) -> Counter[str]:
             (run.model / MANIFEST).unlink()
         is_json = path.suffix == ".json"
         path.write_bytes(changed(content, generator) if is_json else with_bytes_changed(content, generator))
-        place = f"seed {seed}, {path.relative_to(run.model)}, {'with' if has_manifest else 'without'} manifest"
-        result, found = outcome(lambda: Predictor.from_folder(run.model).predict(run.rows), place, problems)
+        case = f"seed {seed}, {path.relative_to(run.model)}, {'with' if has_manifest else 'without'} manifest"
+        result, found = outcome(lambda: Predictor.from_folder(run.model).predict(run.rows), case, problems)
         counts[result] += 1
         if result == "accepted" and (has_manifest or path.name in (MANIFEST, "summary.json")) and found != run.expected:
-            problems.append(f"{place}: another prediction, silently")
+            problems.append(f"{case}: another prediction, silently")
         path.write_bytes(content)
         (run.model / MANIFEST).write_bytes(run.old)
     assert not problems, f"{len(problems)} problems of {len(seeds)}:\n" + "\n".join(problems[:20])

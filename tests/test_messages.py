@@ -1,4 +1,4 @@
-"""Messages that lead somewhere: all that is missing at once, warnings counted, ties, advice for those who can follow it, the time left."""
+"""Messages: all missing columns in one line, counted warnings, advice that can be followed, the time left."""
 
 import csv
 import json
@@ -41,20 +41,11 @@ def without(path: Path, target: Path, *columns: str) -> str:
 
 
 def test_all_missing_columns_of_all_files_and_wrong_classes_are_one_line(files, tmp_path, capsys):
-    val, test = (
-        without(files / "val.csv", tmp_path / "val.csv", "kind"),
-        without(files / "test.csv", tmp_path / "test.csv", "age", "kind"),
-    )
-    code, said = check(
-        files,
-        capsys,
-        val_path=[val],
-        test_path=[test],
-        tab_field_list=["age", "amounts"],
-        is_binary=False,
-        num_classes=3,
-    )
-    [line] = said.splitlines()
+    val = without(files / "val.csv", tmp_path / "val.csv", "kind")
+    test = without(files / "test.csv", tmp_path / "test.csv", "age", "kind")
+    changes = {"val_path": [val], "test_path": [test], "tab_field_list": ["age", "amounts"]}
+    code, printed = check(files, capsys, is_binary=False, num_classes=3, **changes)
+    [line] = printed.splitlines()
     assert code == 2
     for words in (
         f"{files / 'train.csv'}: column 'amounts' not found; nearest is 'amount'",
@@ -65,16 +56,16 @@ def test_all_missing_columns_of_all_files_and_wrong_classes_are_one_line(files, 
         assert words in line, words
 
 
-def test_the_same_column_missing_from_all_files_is_said_once(files, capsys):
-    code, said = check(files, capsys, id_name="rowid")
-    assert code == 2 and said.count("column 'rowid' not found; nearest is 'row_id'") == 1
-    assert all(str(files / f"{name}.csv") in said for name in ("train", "val", "test"))
+def test_the_same_column_missing_from_all_files_is_named_once(files, capsys):
+    code, printed = check(files, capsys, id_name="rowid")
+    assert code == 2 and printed.count("column 'rowid' not found; nearest is 'row_id'") == 1
+    assert all(str(files / f"{name}.csv") in printed for name in ("train", "val", "test"))
 
 
 def test_the_check_counts_its_warnings(files, tmp_path, capsys):
-    code, said = check(files, capsys)
-    num_warnings = sum(line.startswith("warning: ") for line in said.splitlines())
-    last = said.splitlines()[-1]
+    code, printed = check(files, capsys)
+    num_warnings = sum(line.startswith("warning: ") for line in printed.splitlines())
+    last = printed.splitlines()[-1]
     assert code == 0 and num_warnings > 1 and last == f"the check found nothing wrong; {num_warnings} warnings above"
 
 
@@ -98,17 +89,19 @@ def test_nearly_unique_categories_are_a_warning(files, tmp_path, capsys):
         "tab_field_list": [],
         "cat_field_list": ["date", "town"],
     }
-    code, said = check(files, capsys, **changes)
+    code, printed = check(files, capsys, **changes)
     assert (
-        code == 0 and "column 'date': 197 different values in 200 training rows" in said and "column 'town'" not in said
+        code == 0
+        and "column 'date': 197 different values in 200 training rows" in printed
+        and "column 'town'" not in printed
     )
 
 
-def test_an_encoder_that_cannot_be_fetched_gets_a_way_without_network(files, capsys, monkeypatch):
+def test_an_encoder_that_cannot_be_fetched_gets_advice_for_no_network(files, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("some-encoder", str(files / "nowhere")):
-        code, said = check(files, capsys, encoder=name)
-        assert code == 2 and "without a network, copy a folder with config.json, model.safetensors" in said
+        code, printed = check(files, capsys, encoder=name)
+        assert code == 2 and "without a network, copy a folder with config.json, model.safetensors" in printed
 
 
 def test_the_time_left_does_not_count_line_breaks_in_cells_as_rows(tmp_path):

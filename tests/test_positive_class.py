@@ -1,4 +1,4 @@
-"""A model of 'fraud' and 'legit': every command, file and page says which one is class 1, and how many rows have it."""
+"""A model of 'fraud' and 'legit': every command, file and page names class 1 and the share of its rows."""
 
 import csv
 import html
@@ -19,7 +19,7 @@ LINE = "class 1 (prob, F1, threshold): '{}', {} % of the training rows"
 
 
 def write_rows(path: Path, num_rows: int, num_fraud: int, seed: int) -> str:
-    """Exactly `num_fraud` rows are fraud, and have the word bank."""
+    """Exactly `num_fraud` rows are fraud, and contain the word bank."""
     rng = random.Random(seed)
     verdicts = ["fraud"] * num_fraud + ["legit"] * (num_rows - num_fraud)
     rng.shuffle(verdicts)
@@ -27,12 +27,8 @@ def write_rows(path: Path, num_rows: int, num_fraud: int, seed: int) -> str:
         writer = csv.writer(stream)
         writer.writerow(["text", "verdict"])
         for verdict in verdicts:
-            writer.writerow(
-                [
-                    " ".join(rng.choices(["refund", "shop", "item", "order"], k=5)) + " bank" * (verdict == "fraud"),
-                    verdict,
-                ]
-            )
+            text = " ".join(rng.choices(["refund", "shop", "item", "order"], k=5))
+            writer.writerow([text + " bank" * (verdict == "fraud"), verdict])
     return str(path)
 
 
@@ -45,110 +41,71 @@ def rows(tmp_path_factory) -> Path:
     return folder
 
 
-def words(rows: Path, model: Path, *more: str) -> list[str]:
+def arguments(rows: Path, model: Path, *more: str) -> list[str]:
     paths = [word for name in ("train", "val", "test") for word in (f"--{name}_path", str(rows / f"{name}.csv"))]
-    return [
-        "train",
-        *paths,
-        "--text_name",
-        "text",
-        "--label_name",
-        "verdict",
-        "--encoder",
-        str(rows / "encoder"),
-        "--model_path",
-        str(model),
-        "--max_length",
-        "16",
-        "--max_epochs",
-        "2",
-        "--lr",
-        "3e-3",
-        "--num_threads",
-        "1",
-        "--hidden_common_dim",
-        "16",
-        "--threshold_rule",
-        "alerts_per_1000=100",
-        *more,
-    ]
+    options = """
+        --text_name text --label_name verdict --max_length 16 --max_epochs 2 --lr 3e-3 --num_threads 1
+        --hidden_common_dim 16 --threshold_rule alerts_per_1000=100
+    """.split()
+    return ["train", *paths, "--encoder", str(rows / "encoder"), "--model_path", str(model), *options, *more]
 
 
 @pytest.fixture(scope="module")
 def models(rows) -> dict[str, Path]:
     """By the label that is class 1."""
-    made = {"legit": rows / "legit", "fraud": rows / "fraud"}
-    assert cli.main(words(rows, made["legit"])) == 0
-    assert cli.main(words(rows, made["fraud"], "--positive_label", "fraud")) == 0
-    return made
+    folders = {"legit": rows / "legit", "fraud": rows / "fraud"}
+    assert cli.main(arguments(rows, folders["legit"])) == 0
+    assert cli.main(arguments(rows, folders["fraud"], "--positive_label", "fraud")) == 0
+    return folders
 
 
 def test_the_check_warns_and_names_the_line_to_add(rows, tmp_path, capsys):
-    assert cli.main(words(rows, tmp_path / "run", "--check")) == 0
-    said = capsys.readouterr().err
+    assert cli.main(arguments(rows, tmp_path / "run", "--check")) == 0
+    printed = capsys.readouterr().err
     assert (
-        "warning: class 1 is 'legit' (91.0 % of the training rows)" in said and "add: positive_label: fraud\n" in said
+        "warning: class 1 is 'legit' (91.0 % of the training rows)" in printed
+        and "add: positive_label: fraud\n" in printed
     )
-    assert LINE.format("legit", "91.0") in said
-    assert cli.main(words(rows, tmp_path / "run", "--check", "--positive_label", "fraud")) == 0
-    said = capsys.readouterr().err
-    assert "class 1 is" not in said and LINE.format("fraud", "9.0") in said
+    assert LINE.format("legit", "91.0") in printed
+    assert cli.main(arguments(rows, tmp_path / "run", "--check", "--positive_label", "fraud")) == 0
+    printed = capsys.readouterr().err
+    assert "class 1 is" not in printed and LINE.format("fraud", "9.0") in printed
 
 
 @pytest.mark.parametrize(("label", "share"), [("legit", "91.0"), ("fraud", "9.0")])
-def test_card_inspect_predict_and_evaluate_say_it(models, rows, tmp_path, capsys, label, share):
+def test_card_inspect_predict_and_evaluate_name_class_1(models, rows, tmp_path, capsys, label, share):
     card = f"Class 1 is `{label}`, {share} % of the training rows: `prob` is its probability"
     assert card in (models[label] / "README.md").read_text()
     assert cli.main(["inspect", str(models[label])]) == 0 and card in capsys.readouterr().out
-    assert (
-        cli.main(
-            ["predict", str(models[label]), str(rows / "test.csv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]
-        )
-        == 0
-    )
+    model, table = str(models[label]), str(rows / "test.csv")
+    assert cli.main(["predict", model, table, str(tmp_path / "out.tsv"), "--num_threads", "1"]) == 0
     assert LINE.format(label, share) in capsys.readouterr().err
-    assert (
-        cli.main(
-            [
-                "evaluate",
-                str(models[label]),
-                str(rows / "test.csv"),
-                "--output",
-                str(tmp_path / "e"),
-                "--num_threads",
-                "1",
-            ]
-        )
-        == 0
-    )
+    assert cli.main(["evaluate", model, table, "--output", str(tmp_path / "e"), "--num_threads", "1"]) == 0
     assert LINE.format(label, share) in capsys.readouterr().err
     [report] = (tmp_path / "e").glob("*/report.json")
     assert json.loads(report.read_text())["class_names"][1] == label
 
 
-def test_the_warning_stands_in_the_report_of_the_run(models):
+def test_the_warning_is_in_the_report_of_the_run(models):
     for label, is_there in (("legit", True), ("fraud", False)):
         [report] = models[label].glob("*/report.json")
         warnings = json.loads(report.read_text())["warnings"]
         assert any("add: positive_label: fraud" in line for line in warnings) is is_there
 
 
-def test_predictor_and_server_say_it(models):
+def test_predictor_and_server_name_class_1(models):
     predictor = Predictor.from_folder(models["fraud"])
     assert predictor.positive_label == "fraud" and predictor.positive_share == pytest.approx(0.09)
     with Server(predictor, str(models["fraud"]), host="127.0.0.1", port=0) as server:
         threading.Thread(target=lambda: [server.handle_request() for _ in range(2)], daemon=True).start()
         health = json.load(urllib.request.urlopen(f"{server.url}health", timeout=20))
         page = urllib.request.urlopen(server.url, timeout=20).read().decode()
-    assert (
-        health["positive_label"] == "fraud"
-        and health["positive_share"] == pytest.approx(0.09)
-        and health["labels"] == ["legit", "fraud"]
-    )
-    assert "class 1 (prob, F1, threshold): 'fraud', 9.0 % of the training rows" in html.unescape(page)
+    assert health["positive_label"] == "fraud" and health["labels"] == ["legit", "fraud"]
+    assert health["positive_share"] == pytest.approx(0.09)
+    assert LINE.format("fraud", "9.0") in html.unescape(page)
 
 
-def test_an_older_folder_without_a_summary_says_the_name_alone(models, rows, tmp_path, capsys):
+def test_an_older_folder_without_a_summary_gives_the_name_alone(models, rows, tmp_path, capsys):
     summary = models["fraud"] / "summary.json"
     content = summary.read_text()
     try:
@@ -164,13 +121,9 @@ def test_an_older_folder_without_a_summary_says_the_name_alone(models, rows, tmp
 
 
 def test_alerts_are_of_the_positive_label(models, rows, tmp_path):
-    """100 alerts of 1,000: of the surest 'legit' rows without positive_label, of the fraud with it."""
-    assert (
-        cli.main(
-            ["predict", str(models["fraud"]), str(rows / "test.csv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]
-        )
-        == 0
-    )
+    """100 alerts of 1,000: with positive_label they are rows predicted as fraud, without it as 'legit'."""
+    words = ["predict", str(models["fraud"]), str(rows / "test.csv"), str(tmp_path / "out.tsv"), "--num_threads", "1"]
+    assert cli.main(words) == 0
     with open(tmp_path / "out.tsv", newline="") as stream:
         found = [row["pred"] for row in csv.DictReader(stream, delimiter="\t")]
     assert 0 < found.count("fraud") <= 20
