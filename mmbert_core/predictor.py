@@ -39,7 +39,11 @@ from mmbert_core.model.int8 import quantise_linears
 from mmbert_core.model.losses import build_loss_op
 from mmbert_core.model.probe import num_embedding_rows
 from mmbert_core.report import results
-from mmbert_core.report.build import EvaluatedRows, rows_section, training_section, write_report
+from mmbert_core.report.build import write_report
+from mmbert_core.report.evaluated_rows import EvaluatedRows
+from mmbert_core.report.report_schema import DataSummary
+from mmbert_core.report.run_sections import rows_section, training_section
+from mmbert_core.report.typed_json import Missing, from_json, to_json
 from mmbert_core.runtime import distributed, forks, ranks
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.runtime.progress import Progress
@@ -310,19 +314,19 @@ class Predictor:
         def scored() -> EvaluatedRows:
             trained, best = summary_of(self.folder)
             training = (
-                {"reason": "no folder of a run"}
+                Missing("no folder of a run")
                 if self.folder is None
                 else training_section(self.folder, best.get("step"), best.get("metric"))
             )
             source = str(self.folder or "a model in memory")
             fingerprints = dataset.encoded.fingerprints
-            warnings = [*known_files(trained.get("files", {}), fingerprints), *unlike] or {
-                "reason": "The training rows are not at hand: only the files were compared."
-            }
+            warnings = [*known_files(trained.get("files", {}), fingerprints), *unlike] or Missing(
+                "The training rows are not available: only the files were compared."
+            )
             data = {
                 **trained,
                 "files": {**trained.get("files", {}), **fingerprints},
-                "test": rows_section(dataset, loaded.labels.names),
+                "test": to_json(rows_section(dataset, loaded.labels.names)),
             }
             return EvaluatedRows(
                 loaded,
@@ -333,7 +337,7 @@ class Predictor:
                 figures,
                 source,
                 training,
-                data,
+                from_json(DataSummary, data),
                 warnings,
                 slice_columns,
             )

@@ -15,9 +15,10 @@ from mmbert_core import cli
 from mmbert_core.config import Config
 from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.predictor import Predictor
-from mmbert_core.report.build import distance_to
 from mmbert_core.report.model_card import describe
 from mmbert_core.report.page import render
+from mmbert_core.report.report_schema import report_of
+from mmbert_core.report.wrong_rows import distance_to
 from mmbert_core.runtime.errors import InputError
 from tests.support import tiny
 
@@ -304,7 +305,11 @@ def test_report_is_written_anew_from_its_json(binary, tmp_path, capfd):
     page = (folder / "report.html").read_text()
     (folder / "report.html").unlink()
     assert cli.main(["report", str(folder)]) == 0
-    assert (folder / "report.html").read_text() == page == render(json.loads((folder / "report.json").read_text()))
+    assert (
+        (folder / "report.html").read_text()
+        == page
+        == render(report_of(json.loads((folder / "report.json").read_text())))
+    )
     assert cli.main(["report", str(tmp_path)]) == 2
     (tmp_path / "report.json").write_text("[1]")
     assert cli.main(["report", str(tmp_path)]) == 2

@@ -21,8 +21,8 @@ from mmbert_core.data.cache import META, is_whole
 from mmbert_core.inference.model_files import check_complete, check_manifest, read_decision, read_settings
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.predictor import Predictor
-from mmbert_core.report.build import training_section
 from mmbert_core.report.model_card import read_summary, render_card
+from mmbert_core.report.run_sections import training_section
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.runtime.versions import VERSIONS
 from mmbert_core.storage.manifest import MANIFEST

@@ -18,6 +18,7 @@ from mmbert_core.report import results as report_results
 from mmbert_core.report.build import render_again
 from mmbert_core.report.model_card import describe
 from mmbert_core.report.page import render
+from mmbert_core.report.report_schema import report_of
 from mmbert_core.report.results import listed_figures
 from mmbert_core.training import decision_fit
 from tests.support import tiny
@@ -116,7 +117,7 @@ def test_the_page_lists_some_classes_and_names_the_file_of_the_others(run: dict[
     assert sum(counts["labelled"]) == sum(counts["predicted"]) == 460
     label, chosen, rows = counts["mistakes"][0]
     assert rows == max(mistake[2] for mistake in counts["mistakes"]) and label != chosen
-    assert render_again(run["test"]).read_text() == render(run["report"])
+    assert render_again(run["test"]).read_text() == render(report_of(run["report"]))
 
 
 def test_the_output_fits_a_screen(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

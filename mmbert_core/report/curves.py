@@ -1,12 +1,10 @@
-"""Parts of a report that follow from predictions and labels alone, as JSON values.
+"""Sections of a report that follow from predictions and labels alone.
 
-N rows, K classes. A part that cannot be is `{"reason": why}`.
+N rows, K classes; `preds` [N] are probabilities of class 1, or [N, K] of each class. A section that cannot be computed is
+`Missing` with its reason.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,145 +13,132 @@ from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.metrics import within_range
 from mmbert_core.evaluation.thresholds import ThresholdCurve, metrics_at_threshold, predicted_classes, threshold_curve
+from mmbert_core.report.report_schema import (
+    Bin,
+    Calibration,
+    Confusion,
+    Curve,
+    Curves,
+    Scores,
+    Threshold,
+    ThresholdRow,
+)
+from mmbert_core.report.thinning import evenly_along
+from mmbert_core.report.typed_json import Missing
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 300  # of a curve
 MAX_MISTAKES = 15  # pairs of label and predicted class
 BINS = 10  # of the calibration
 BARS = 40  # of the histogram
-RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # whose thresholds the table shows
-
-Section = dict[str, Any]
+RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # the table has the thresholds that reach them
 
 
-def threshold_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Section:
+def threshold_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Threshold | Missing:
     """The chosen threshold with its figures on the validation rows, and a table of others on these rows; two classes only."""
     if preds.ndim == 2:
-        return {"reason": "several classes: the largest probability decides"}
-    chosen = decision.threshold
-    section = {
-        **chosen.to_json(),
-        "chosen_on": f"{chosen.rows:,} validation rows" if chosen.rows else "no rows",
-        "table": [],
-    }
+        return Missing("several classes: the largest probability decides")
+    chosen, table = decision.threshold, []
     if (labels == 1).any():
-        cuts = threshold_curve(preds, labels)
-        places = {int(np.argmax(cuts.recall >= recall)) for recall in RECALLS}
-        values = sorted({*(float(cuts.thresholds[place]) for place in places), 0.5, chosen.value}, reverse=True)
-        section["table"] = [_table_row(preds, labels, value) for value in values]
-    return section
+        curve = threshold_curve(preds, labels)
+        indices = {int(np.argmax(curve.recall >= recall)) for recall in RECALLS}
+        values = sorted({*(float(curve.thresholds[index]) for index in indices), 0.5, chosen.value}, reverse=True)
+        table = [_table_row(preds, labels, value) for value in values]
+    chosen_on = f"{chosen.rows:,} validation rows" if chosen.rows else "no rows"
+    return Threshold(**chosen.to_json(), chosen_on=chosen_on, table=table)
 
 
-def _table_row(preds: np.ndarray, labels: np.ndarray, value: float) -> Section:
-    made = metrics_at_threshold(preds, labels, value, "")
-    false_alerts = 1000 * float(((preds.astype(np.float64) > value) & (labels != 1)).mean())
-    return {
-        "threshold": value,
-        "precision": made.precision,
-        "recall": made.recall,
-        "f1": made.f1,
-        "alerts_per_1000": made.alerts_per_1000,
-        "false_alerts_per_1000": false_alerts,
-    }
+def _table_row(preds: np.ndarray, labels: np.ndarray, value: float) -> ThresholdRow:
+    metrics = metrics_at_threshold(preds, labels, value, "")
+    return ThresholdRow(
+        threshold=value,
+        precision=metrics.precision,
+        recall=metrics.recall,
+        f1=metrics.f1,
+        alerts_per_1000=metrics.alerts_per_1000,
+        false_alerts_per_1000=1000 * float(((preds.astype(np.float64) > value) & (labels != 1)).mean()),
+    )
 
 
-def calibration_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Section:
-    """The temperature, and how often probabilities of about p came true, before and after it."""
+def calibration_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Calibration:
+    """The temperature, and how often rows with a probability of about p were of the class, before and after it."""
     calibration = decision.calibration
-    return {
-        **calibration.to_json(),
-        "bins": _bins(preds, labels),
-        "calibrated_bins": _bins(calibration.apply(preds), labels),
-    }
+    bins, calibrated_bins = _bins(preds, labels), _bins(calibration.apply(preds), labels)
+    return Calibration(**calibration.to_json(), bins=bins, calibrated_bins=calibrated_bins)
 
 
-def _bins(preds: np.ndarray, labels: np.ndarray) -> list[Section]:
+def _bins(preds: np.ndarray, labels: np.ndarray) -> list[Bin]:
     """Of the probability of class 1, or, of several classes, of the predicted one."""
     confidence, hit = (preds, labels == 1) if preds.ndim == 1 else (preds.max(axis=1), preds.argmax(axis=1) == labels)
-    places = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)
+    bin_of_row = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)
     bins = []
-    for place in range(BINS):
-        here = places == place
-        means = (
-            {"mean": float(confidence[here].mean()), "share": float(hit[here].mean())}
-            if here.any()
-            else {"mean": None, "share": None}
-        )
-        bins.append({"low": place / BINS, "high": (place + 1) / BINS, "rows": int(here.sum()), **means})
+    for index in range(BINS):
+        in_bin = bin_of_row == index
+        mean = float(confidence[in_bin].mean()) if in_bin.any() else None
+        share = float(hit[in_bin].mean()) if in_bin.any() else None
+        bins.append(Bin(low=index / BINS, high=(index + 1) / BINS, rows=int(in_bin.sum()), mean=mean, share=share))
     return bins
 
 
-def roc_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Section:
+def roc_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Curves | Missing:
     curves = {}
-    for name, cuts in _cuts_by_class(preds, labels, class_names):
-        false = (cuts.predicted_positives - cuts.true_positives) / (
-            cuts.predicted_positives[-1] - cuts.true_positives[-1]
+    for name, curve in _curves_by_class(preds, labels, class_names):
+        false_positives = curve.predicted_positives - curve.true_positives
+        false = false_positives / false_positives[-1]
+        area = within_range("auroc", float(np.trapezoid(curve.recall, false)))
+        curves[name] = Curve(**_points(false, curve.recall), area=area)
+    return Curves(curves=curves) if curves else Missing("one class only in the labels")
+
+
+def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Curves | Missing:
+    curves = {}
+    for name, curve in _curves_by_class(preds, labels, class_names):
+        precision = np.append(curve.precision[1], curve.precision[1:])  # of no rows: as of the first
+        area = within_range("average_precision", float(np.diff(curve.recall) @ curve.precision[1:]))
+        curves[name] = Curve(
+            **_points(curve.recall, precision), area=area, share=float(curve.true_positives[-1] / curve.num_rows)
         )
-        x, y = thinned(false, cuts.recall)
-        curves[name] = {"x": x, "y": y, "area": within_range("auroc", float(np.trapezoid(cuts.recall, false)))}
-    return {"curves": curves} if curves else {"reason": "one class only in the labels"}
+    return Curves(curves=curves) if curves else Missing("one class only in the labels")
 
 
-def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Section:
-    curves = {}
-    for name, cuts in _cuts_by_class(preds, labels, class_names):
-        precision = np.append(cuts.precision[1], cuts.precision[1:])  # of no rows: as of the first
-        x, y = thinned(cuts.recall, precision)
-        area = within_range("average_precision", float(np.diff(cuts.recall) @ cuts.precision[1:]))
-        curves[name] = {"x": x, "y": y, "area": area, "share": float(cuts.true_positives[-1] / cuts.num_rows)}
-    return {"curves": curves} if curves else {"reason": "one class only in the labels"}
-
-
-def _cuts_by_class(
+def _curves_by_class(
     preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> list[tuple[str, ThresholdCurve]]:
-    """Classes with rows and with others; of two classes class 1 alone, of many the most frequent."""
+    """Of classes that some rows have and others have not; of two classes class 1 alone, of many the most frequent."""
     counts = np.bincount(labels, minlength=len(class_names))
     indices = [1] if preds.ndim == 1 else np.argsort(-counts, kind="stable")[:MAX_CURVES].tolist()
-    scores = preds[:, None] if preds.ndim == 1 else preds
-    return [
-        (
-            class_names[index],
-            threshold_curve(scores[:, 0 if preds.ndim == 1 else index], (labels == index).astype(np.int64)),
-        )
-        for index in indices
-        if 0 < counts[index] < len(labels)
-    ]
+    curves = []
+    for index in indices:
+        if 0 < counts[index] < len(labels):
+            probabilities = preds if preds.ndim == 1 else preds[:, index]
+            curves.append((class_names[index], threshold_curve(probabilities, (labels == index).astype(np.int64))))
+    return curves
 
 
-def thinned(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
-    """At most MAX_POINTS points of a curve, evenly along its length, its ends among them."""
-    if len(x) <= MAX_POINTS:
-        return x.tolist(), y.tolist()
-    along = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
-    places = np.unique(np.searchsorted(along, np.linspace(0, along[-1], MAX_POINTS)).clip(0, len(x) - 1))
-    places[0], places[-1] = 0, len(x) - 1
-    return x[places].tolist(), y[places].tolist()
+def _points(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
+    kept = evenly_along(x, y, MAX_POINTS)
+    return {"x": x[kept].tolist(), "y": y[kept].tolist()}
 
 
-def confusion_section(preds: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float) -> Section:
-    """`counts` [K, K]: rows are labels, columns predicted classes. Of more than FEW_CLASSES three counts of each, and the most frequent mistakes."""
+def confusion_section(preds: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float) -> Confusion:
+    """`counts` [K, K], or, of more than FEW_CLASSES, three counts of each and the most frequent mistakes."""
     chosen = predicted_classes(preds, threshold=threshold)
-    if num_classes > FEW_CLASSES:
-        of_class = class_counts(labels, chosen, num_classes)
-        wrong = labels != chosen
-        pairs, rows = np.unique(labels[wrong] * num_classes + chosen[wrong], return_counts=True)
-        largest = np.argsort(-rows, kind="stable")[:MAX_MISTAKES]
-        mistakes = [
-            [int(pairs[index]) // num_classes, int(pairs[index]) % num_classes, int(rows[index])] for index in largest
-        ]
-        return {
-            "mistakes": mistakes,
-            **{name: getattr(of_class, name).astype(np.int64).tolist() for name in ("right", "labelled", "predicted")},
-        }
-    return {
-        "counts": np.bincount(labels * num_classes + chosen, minlength=num_classes**2)
-        .reshape(num_classes, num_classes)
-        .tolist()
-    }
+    if num_classes <= FEW_CLASSES:
+        counts = np.bincount(labels * num_classes + chosen, minlength=num_classes**2)
+        return Confusion(counts=counts.reshape(num_classes, num_classes).tolist())
+    of_class = class_counts(labels, chosen, num_classes)
+    wrong = labels != chosen
+    pairs, rows = np.unique(labels[wrong] * num_classes + chosen[wrong], return_counts=True)
+    largest = np.argsort(-rows, kind="stable")[:MAX_MISTAKES]
+    return Confusion(
+        mistakes=[[*map(int, divmod(int(pairs[index]), num_classes)), int(rows[index])] for index in largest],
+        right=of_class.right.astype(np.int64).tolist(),
+        labelled=of_class.labelled.astype(np.int64).tolist(),
+        predicted=of_class.predicted.astype(np.int64).tolist(),
+    )
 
 
-def scores_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Section:
+def scores_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Scores:
     """Rows by probability of class 1 and class; of several classes by that of the predicted one, right or wrong."""
     edges = np.linspace(0, 1, BARS + 1)
     if preds.ndim == 1:
@@ -161,7 +146,5 @@ def scores_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[
     else:
         is_right = preds.argmax(axis=1) == labels
         groups = {"right": preds.max(axis=1)[is_right], "wrong": preds.max(axis=1)[~is_right]}
-    return {
-        "edges": edges.tolist(),
-        "counts": {name: np.histogram(values, edges)[0].tolist() for name, values in groups.items()},
-    }
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in groups.items()}
+    return Scores(edges=edges.tolist(), counts=counts)

@@ -1,28 +1,27 @@
-"""Text, numbers and tables as HTML that no text can break out of.
+"""Texts and numbers as a page shows them, and how texts are made safe for HTML and SVG.
 
-Every function returns finished markup; whatever comes from outside passes `text` on its way in.
+What is not `Markup` is escaped where it is put into markup. `name` and `escaped` return markup, all others plain text.
 """
 
-from __future__ import annotations
-
-import html
 import math
 import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-NOTHING = "–"  # a number that is not there
-MAX_ROWS = 25  # of a table; a longer one scrolls in its box
-CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {
-    13: "\n",
-    0x7F: "\u2421",
-}  # drawn as ␀, ␁, ...
-CONTROL |= {
-    code: "\ufffd" for code in (*range(0x80, 0xA0), 0xFFFE, 0xFFFF, *range(0xFDD0, 0xFDF0))
-}  # nor are these allowed in HTML
-CONTROL |= {
-    code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}  # would turn the order of what stands beside them
+from markupsafe import Markup, escape
+
+NO_VALUE = "–"
+# Control characters are drawn as ␀, ␁, ...
+CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {13: "\n", 0x7F: "\u2421"}
+# C1 controls and noncharacters are not allowed in HTML; overrides of the direction would reorder the text around them.
+NOT_ALLOWED = (
+    *range(0x80, 0xA0),
+    0xFFFE,
+    0xFFFF,
+    *range(0xFDD0, 0xFDF0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+)
+CONTROL |= dict.fromkeys(NOT_ALLOWED, "\ufffd")
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -34,24 +33,28 @@ def clean(value: object) -> str:
     return SURROGATES.sub("\ufffd", str(value)).translate(CONTROL)
 
 
-def text(value: object) -> str:
-    """Escaped for the inside of an element and of a quoted attribute."""
-    return html.escape(clean(value), quote=True)
+def finalize(value: object) -> object:
+    """Of each value that a template prints: cleaned, unless it is markup. The environment escapes it afterwards."""
+    return value if isinstance(value, Markup) else clean(value)
 
 
-def short(value: object, most: int = 24) -> str:
-    """Clean, not escaped, at most `most` characters."""
+def escaped(value: object) -> Markup:
+    """Cleaned and escaped, for the inside of an element and of a quoted attribute; markup stays as it is."""
+    return escape(finalize(value))
+
+
+def short(value: object, max_length: int = 24) -> str:
+    """Cleaned, at most `max_length` characters."""
     cleaned = clean(value)
-    return cleaned if len(cleaned) <= most else cleaned[: most - 1] + "…"
+    return cleaned if len(cleaned) <= max_length else cleaned[: max_length - 1] + "…"
 
 
-def name(value: object) -> str:
-    """Escaped; a long name may break after "_", "/" and ".". Texts of its own direction do not turn their neighbours."""
-    return (
-        "<bdi>" + re.sub(r"([_/.]+)(?=\w)", r"\1<wbr>", text(value)) + "</bdi>"
-        if str(value)
-        else '<span class="muted">(empty)</span>'
-    )
+def name(value: object) -> Markup:
+    """A name from the data: it may break after "_", "/" and ".", and its direction does not change its neighbours'."""
+    if not str(value):
+        return Markup('<span class="muted">(empty)</span>')
+    may_break = re.sub(r"([_/.]+)(?=\w)", r"\1<wbr>", str(escaped(value)))  # of str: Markup would escape the <wbr>
+    return Markup("<bdi>{}</bdi>").format(Markup(may_break))
 
 
 # ---- numbers ----
@@ -61,41 +64,36 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def decimals(value: Any, places: int = 4) -> str:
+def decimals(value: Any, digits: int = 4) -> str:
     """0.9812; no minus before zero."""
     if not is_number(value):
-        return NOTHING
-    written = f"{value:,.{places}f}"
+        return NO_VALUE
+    written = f"{value:,.{digits}f}"
     return written.lstrip("-") if not written.strip("-0.,") else written
 
 
 def count(value: Any) -> str:
     """12,345"""
-    return f"{round(value):,}" if is_number(value) else NOTHING
+    return f"{round(value):,}" if is_number(value) else NO_VALUE
 
 
 def brief(value: Any) -> str:
     """At most six characters of a number below 10^12: 12,345, then 123k, 12M."""
     if not is_number(value) or abs(value) < 100_000:
         return count(value)
-    return (
-        f"{value / 1e3:.0f}k"
-        if abs(value) < 1e6
-        else f"{value / 1e6:.0f}M"
-        if abs(value) < 1e9
-        else f"{value / 1e9:.0f}G"
-    )
+    divisor, unit = next((pair for pair in ((1e3, "k"), (1e6, "M")) if abs(value) < 1000 * pair[0]), (1e9, "G"))
+    return f"{value / divisor:.0f}{unit}"
 
 
 def percent(value: Any) -> str:
     """0.823 -> 82.3%"""
-    return f"{value:.1%}" if is_number(value) else NOTHING
+    return f"{value:.1%}" if is_number(value) else NO_VALUE
 
 
 def figure(value: Any, digits: int = 3) -> str:
     """A number of any size: 0.0002, 1.5e-07, 12,345."""
     if not is_number(value):
-        return NOTHING
+        return NO_VALUE
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
@@ -108,74 +106,3 @@ def interval(ends: Any) -> str:
     """[0.9712, 0.9881], or nothing."""
     known = bounds(ends)
     return f"[{decimals(known[0])}, {decimals(known[1])}]" if known else ""
-
-
-# ---- elements ----
-
-
-def note(words: str) -> str:
-    """A paragraph in a quieter colour; `words` is markup."""
-    return f'<p class="note">{words}</p>'
-
-
-def reason(value: object) -> str:
-    """Why something is not shown."""
-    return f'<p class="reason"><span class="tag">not shown</span> {text(value)}</p>'
-
-
-def scroll_box(inside: str, label: str, *, kind: str = "") -> str:
-    """What may be wider (`kind` "tall": or higher) than the page; the keyboard reaches and names it."""
-    return (
-        f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{text(label)}">{inside}</div>'
-    )
-
-
-def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "") -> str:
-    """A table in its own box. `caption` is plain text; heads and cells are markup; the first cell names the row.
-
-    Each head may begin with ">" for a column of numbers, which stands right.
-    """
-    sides = ["num" if head.startswith(">") else "" for head in heads]
-    head_row = "".join(
-        f'<th scope="col"{_class(side)}>{head.removeprefix(">")}</th>' for head, side in zip(heads, sides)
-    )
-    body = []
-    for row in rows:
-        cells = "".join(f"<td{_class(side)}>{cell}</td>" for cell, side in zip(row[1:], sides[1:]))
-        body.append(f'<tr><th scope="row">{row[0]}</th>{cells}</tr>')
-    made = f"<table><caption>{text(caption)}</caption><thead><tr>{head_row}</tr></thead><tbody>{chr(10).join(body)}</tbody></table>"
-    return scroll_box(made, caption, kind=f"{kind} tall".strip() if len(body) > MAX_ROWS else kind)
-
-
-def details(summary: str, inside: str) -> str:
-    """Folded away until asked for; `summary` is plain text."""
-    return f"<details><summary>{text(summary)}</summary>{inside}</details>"
-
-
-def card(label: str, value: str, *lines: str) -> str:
-    """A big figure under its name; all are markup."""
-    below = "".join(f'<span class="line">{line}</span>' for line in lines if line)
-    return f'<div class="card"><span class="label">{label}</span><span class="big">{value}</span>{below}</div>'
-
-
-def cards(made: Iterable[str], *, kind: str = "") -> str:
-    return f'<div class="{f"cards {kind}".strip()}">{"".join(made)}</div>'
-
-
-def figures_row(made: Iterable[str]) -> str:
-    """Charts side by side where there is room."""
-    return f'<div class="charts">{"".join(made)}</div>'
-
-
-def beside(made: str, figures: str) -> str:
-    """A chart and the table of its figures."""
-    return f'<div class="beside">{made}<div>{figures}</div></div>'
-
-
-def chart(heading: str, svg: str, below: str = "") -> str:
-    """A chart with its name above and, below, what it says in words; `heading` is plain text, the others markup."""
-    return f"<figure><figcaption>{text(heading)}</figcaption>{svg}{below}</figure>"
-
-
-def _class(side: str) -> str:
-    return f' class="{side}"' if side else ""

@@ -1,138 +1,281 @@
-"""The declared structure of report.json, for pages that are rendered again from a file.
+"""The sections of a report, as report.json has them: one declaration for writing, reading and checking.
 
-K classes. Keys that a page does not use are passed over, and a section that is missing or has only a reason is one:
-reports of other versions have fewer or more of them.
+K classes. A section that is missing or null is `Missing`: reports of other versions have fewer or more of them.
+`Number` may be null, and an interval may lack an end.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from collections.abc import Mapping
-from typing import Any
-
-from mmbert_core.storage.schema import (
-    Check,
-    Mismatch,
-    anything,
-    array,
-    constant,
-    describe,
-    either,
-    mapping,
-    nullable,
-    number,
-    record,
-    text,
-    whole,
-)
+from mmbert_core.report.typed_json import Missing, check_of, from_json, left_out
+from mmbert_core.storage.schema import Check, Mismatch, array, constant, describe, nullable, number, record, whole
 
 FORMAT_VERSION = 1
 LARGEST = 1e39  # beyond float32, whose numbers these are: charts divide ranges of numbers, which must not overflow
 
-NUMBER = number(-LARGEST, LARGEST)
-VALUE, COUNT, WORDS = nullable(NUMBER), whole(0), nullable(text())
-INTERVAL = nullable(array(VALUE, length=2))
-CELL = nullable(record({}, {"value": VALUE, "interval": INTERVAL, "reason": WORDS}, others=True))
+Finite = Annotated[float, number(-LARGEST, LARGEST)]
+Number = Annotated[float | None, nullable(number(-LARGEST, LARGEST))]
+Count = Annotated[int, whole(0)]
+Interval = Annotated[list[float | None] | None, nullable(array(nullable(number(-LARGEST, LARGEST)), length=2))]
 
 
-def section(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """A section of the report: these keys, or nothing but a reason, or null."""
-    full = record(required, optional, others=True)
-    empty = record({"reason": text()})
-
-    def check(value: Any) -> None:
-        (empty if isinstance(value, dict) and set(value) == {"reason"} else full)(value)
-
-    return nullable(check)
+# ---- how good the model is ----
 
 
-# ---- sections ----
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A metric: its value with the interval, or why it has none."""
 
-BASELINE = record({"name": text(), "metrics": mapping(CELL)}, {"how": WORDS}, others=True)
-RATES = dict.fromkeys(("precision", "recall", "f1", "alerts_per_1000"), VALUE)
-THRESHOLD_ROW = record({}, {**RATES, "threshold": VALUE, "false_alerts_per_1000": VALUE}, others=True)
-THRESHOLD = {**RATES, **dict.fromkeys(("rule", "chosen_on", "reason"), WORDS)}
-THRESHOLD |= {"value": VALUE, "table": nullable(array(THRESHOLD_ROW))}
-BIN = record({"rows": COUNT, "mean": VALUE, "share": VALUE}, {"low": VALUE, "high": VALUE}, others=True)
-CALIBRATION = {"bins": nullable(array(BIN)), "calibrated_bins": nullable(array(BIN)), "reason": WORDS}
-CALIBRATION |= dict.fromkeys(("temperature", "ece_before", "ece_after", "rows"), VALUE)
-CURVE = record({"x": array(VALUE), "y": array(VALUE)}, {"area": VALUE, "share": VALUE}, others=True)
-SLICE = record(
-    {"column": text(), "value": text(), "rows": COUNT, "metrics": mapping(VALUE)},
-    {
-        "intervals": nullable(mapping(INTERVAL)),
-        "undefined": nullable(mapping(WORDS)),
-        "share_of_classes": nullable(array(VALUE)),
-        "largest_classes": anything,
-    },
-    others=True,
-)
-COLUMN = record({"name": text(), "drop": VALUE}, {"spread": VALUE, "kind": WORDS}, others=True)
-ERROR = record(
-    {"label": text(), "pred": text()},
-    {
-        "place": WORDS,
-        "id": anything,
-        "prob": VALUE,
-        "columns": nullable(mapping(anything)),
-        "method": WORDS,
-        "tokens": nullable(array(array(anything, length=2))),
-    },
-    others=True,
-)
-FILE = record({}, {"bytes": VALUE, "sha256": WORDS}, others=True)
-SPLIT = section(
-    {},
-    {
-        "rows": COUNT,
-        "classes": nullable(mapping(COUNT)),
-        "mean_tokens": VALUE,
-        "rows_left_out": COUNT,
-        "classes_left_out": COUNT,
-    },
-)
-TRAINING = dict.fromkeys(("steps", "train_loss", "lr"), nullable(array(VALUE)))
-TRAINING |= {"validations": nullable(array(mapping(anything))), "best_step": VALUE, "metric": WORDS}
+    value: Number = None
+    interval: Interval = None
+    reason: str | None = None
 
-SECTIONS: dict[str, Check] = {
-    "metrics": section({"names": array(text()), "model": mapping(CELL)}, {"classes_left_out": COUNT}),
-    "warnings": either(array(text()), section({})),
-    "baselines": section({"rows": array(BASELINE)}, {"verdict": WORDS}),
-    "threshold": section({}, THRESHOLD),
-    "calibration": section({}, CALIBRATION),
-    "roc": section({"curves": mapping(CURVE)}),
-    "precision_recall": section({"curves": mapping(CURVE)}),
-    "scores": section({"edges": array(NUMBER, min_length=2), "counts": mapping(array(COUNT))}),
-    "training": section({}, TRAINING),
-    "slices": section({"metric": text(), "rows": array(SLICE)}),
-    "importance": section({"metric": text(), "items": array(COLUMN)}, {"rows": VALUE, "repeats": VALUE}),
-    "errors": section({"rows": array(ERROR)}),
-    "config": nullable(mapping(anything)),
-    "data": section({}, {"files": nullable(mapping(FILE)), "train": SPLIT, "val": SPLIT, "test": SPLIT}),
-    "versions": nullable(mapping(anything)),
-}
-FACTS = dict.fromkeys(("created", "model_path", "task", "label_name"), WORDS)
-FACTS |= {"input": nullable(array(text())), "num_rows": VALUE}
-ALWAYS = {"format_version": constant(FORMAT_VERSION), "title": text(), "class_names": array(text())}
-REPORT = record(ALWAYS, {**FACTS, **SECTIONS}, others=True)
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    names: list[str]
+    model: dict[str, Cell | None]
+    classes_left_out: Count = left_out(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    name: str
+    how: str | None = None
+    metrics: dict[str, Cell | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    rows: list[Baseline]
+    verdict: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdRow:
+    """The figures of the report's rows at one threshold."""
+
+    threshold: Number = None
+    precision: Number = None
+    recall: Number = None
+    f1: Number = None
+    alerts_per_1000: Number = None
+    false_alerts_per_1000: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """The chosen threshold with its figures on the validation rows; `table` is of the report's rows."""
+
+    value: Number = None
+    rule: str | None = None
+    precision: Number = None
+    recall: Number = None
+    f1: Number = None
+    alerts_per_1000: Number = None
+    rows: Number = None  # validation rows
+    reason: str | None = None
+    chosen_on: str | None = None
+    table: list[ThresholdRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    low: Number = None
+    high: Number = None
+    rows: Count
+    mean: Number  # predicted
+    share: Number  # found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    temperature: Number = None
+    rows: Number = None  # validation rows
+    ece_before: Number = None
+    ece_after: Number = None
+    reason: str | None = None
+    method: str | None = None
+    bins: list[Bin] = field(default_factory=list)
+    calibrated_bins: list[Bin] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    x: list[Number]
+    y: list[Number]
+    area: Number = None
+    share: Number = left_out(None)  # of the rows, that are of the class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    curves: dict[str, Curve]  # by class name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Of few classes `counts` [K, K], rows are labels; of many three counts [K] and the most frequent mistakes."""
+
+    counts: list[list[Count]] | None = left_out(None)
+    mistakes: list[list[Count]] | None = left_out(None)  # label, predicted class, rows
+    right: list[Count] | None = left_out(None)
+    labelled: list[Count] | None = left_out(None)
+    predicted: list[Count] | None = left_out(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    edges: Annotated[list[float], array(number(-LARGEST, LARGEST), min_length=2)]
+    counts: dict[str, list[Count]]
+
+
+# ---- what the figures rest on ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    steps: list[Number] = field(default_factory=list)
+    train_loss: list[Number] = field(default_factory=list)
+    lr: list[Number] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    best_step: Number = None
+    metric: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    column: str
+    value: str
+    rows: Count
+    share_of_classes: list[Number] | None = left_out(None)
+    metrics: dict[str, Number]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    undefined: dict[str, str | None] = field(default_factory=dict)
+    largest_classes: list[Any] | None = left_out(None)  # of many classes: [index, share] of some
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    metric: str
+    rows: list[Slice]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """By how much the metric drops when the cells of this column are permuted."""
+
+    name: str
+    kind: str | None = None
+    drop: Number
+    spread: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    metric: str
+    rows: Number = None
+    repeats: Number = None
+    items: list[Column]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongRow:
+    place: str | None = None
+    id: Any = None
+    label: str
+    pred: str
+    prob: Number = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    tokens: Annotated[list[list[Any]], array(array(check_of(Any), length=2))] = field(default_factory=list)
+    method: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    rows: list[WrongRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    bytes: Number = left_out(None)  # of a tokenizer none
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    rows: Count | None = None
+    classes: dict[str, Count] | None = None
+    mean_tokens: Number = None
+    classes_left_out: Count | None = left_out(None)
+    rows_left_out: Count | None = left_out(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    files: dict[str, DataFile] = field(default_factory=dict)
+    train: Split | Missing = left_out(Missing())
+    val: Split | Missing = left_out(Missing())
+    test: Split | Missing = left_out(Missing())
 
 
 # ---- the whole ----
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    format_version: Annotated[int, constant(FORMAT_VERSION)] = FORMAT_VERSION
+    title: str
+    created: str | None = None
+    model_path: str | None = None
+    input: list[str] = field(default_factory=list)
+    num_rows: Number = None
+    has_labels: bool = False
+    task: str | None = None
+    class_names: list[str]
+    label_name: str | None = None
+    warnings: list[str] | Missing = Missing()
+    metrics: Metrics | Missing = Missing()
+    baselines: Baselines | Missing = Missing()
+    threshold: Threshold | Missing = Missing()
+    calibration: Calibration | Missing = Missing()
+    roc: Curves | Missing = Missing()
+    precision_recall: Curves | Missing = Missing()
+    confusion: Confusion | Missing = Missing()
+    scores: Scores | Missing = Missing()
+    training: Training | Missing = Missing()
+    slices: Slices | Missing = Missing()
+    importance: Importance | Missing = Missing()
+    errors: Errors | Missing = Missing()
+    config: dict[str, Any] | Missing = Missing()
+    resolved: dict[str, Any] = field(default_factory=dict)
+    data: DataSummary | Missing = Missing()
+    versions: dict[str, Any] | Missing = Missing()
+
+
 def check_report(value: Any) -> None:
     """A check for `schema.check_structure`: the sections, and that what is counted by class fits the classes."""
-    REPORT(value)
+    record({"format_version": constant(FORMAT_VERSION)}, others=True)(value)
+    check_of(Report)(value)
     num_classes = len(value["class_names"])
-    slice_rows = array(record({}, {"largest_classes": array(_share_of(num_classes))}, others=True))
-    by_class = {"confusion": _confusion_of(num_classes), "slices": section({"rows": slice_rows})}
+    slice_rows = array(record({}, {"largest_classes": nullable(array(_share_of(num_classes)))}, others=True))
+    by_class = {
+        "confusion": _confusion_of(num_classes),
+        "slices": nullable(record({}, {"rows": slice_rows}, others=True)),
+    }
     record({}, by_class, others=True)(value)
+
+
+def report_of(value: dict[str, Any]) -> Report:
+    """The report of a report.json that `check_report` has passed."""
+    return from_json(Report, value)
 
 
 def _share_of(num_classes: int) -> Check:
     """A pair of class index and share."""
 
     def check(value: Any) -> None:
-        array(NUMBER, length=2)(value)
+        array(check_of(Finite), length=2)(value)
         whole(0, num_classes - 1)(value[0])
 
     return check
@@ -140,21 +283,23 @@ def _share_of(num_classes: int) -> Check:
 
 def _confusion_of(num_classes: int) -> Check:
     """Counts [K, K], or, of many classes, three counts of each and the most frequent mistakes."""
-    grid = section({"counts": array(array(COUNT, length=num_classes), length=num_classes)})
-    of_class = array(COUNT, length=num_classes)
+    of_class = array(whole(0), length=num_classes)
+    grid = nullable(record({"counts": array(array(whole(0), length=num_classes), length=num_classes)}, others=True))
 
     def check(value: Any) -> None:
-        if not isinstance(value, dict) or "counts" in value or set(value) == {"reason"}:
+        if value is None or "counts" in value:
             return grid(value)
+        if set(value) == {"reason"}:
+            return None
         record({"right": of_class, "labelled": of_class, "predicted": of_class}, others=True)(value)
-        record({"mistakes": array(_mistake_among(value["labelled"]))}, others=True)(value)
+        return record({"mistakes": array(_mistake_among(value["labelled"]))}, others=True)(value)
 
     return check
 
 
 def _mistake_among(labelled: list[int]) -> Check:
     def check(value: Any) -> None:
-        array(COUNT, length=3)(value)
+        array(whole(0), length=3)(value)
         for index in value[:2]:
             whole(0, len(labelled) - 1)(index)
         if labelled[value[0]] == 0:

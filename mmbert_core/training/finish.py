@@ -10,9 +10,12 @@ import torch
 from mmbert_core import hooks
 from mmbert_core.inference import scoring
 from mmbert_core.inference.model_folder import LoadedModel, save_model_folder
-from mmbert_core.report.build import PAGE, EvaluatedRows, data_section, training_section, write_report
+from mmbert_core.report.build import PAGE, write_report
+from mmbert_core.report.evaluated_rows import EvaluatedRows
 from mmbert_core.report.model_card import write_card
 from mmbert_core.report.results import listed_figures
+from mmbert_core.report.run_sections import data_section, training_section
+from mmbert_core.report.typed_json import to_json
 from mmbert_core.runtime import distributed, signals
 from mmbert_core.runtime.errors import RunError, Stopped, phase
 from mmbert_core.runtime.memory import peak_mb
@@ -49,7 +52,9 @@ def finish(run: Run) -> dict[str, Any]:
     test_figures, test_folder = test(run, loaded) if run.data.test is not None else (None, None)
     best_figures = {"step": best, "metric": run.state.best_metric, "value": run.state.best_value}
     distributed.on_main(
-        lambda: write_card(run.folder, loaded, data=data_section(run.data), best=best_figures, test=test_figures)
+        lambda: write_card(
+            run.folder, loaded, data=to_json(data_section(run.data)), best=best_figures, test=test_figures
+        )
     )
     state = run.state
     results = {

@@ -3,14 +3,17 @@
 import copy
 import json
 import re
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from mmbert_core.report import page_details
+from mmbert_core.report import page, page_details
 from mmbert_core.report.page import SECTIONS, render
-from mmbert_core.report.page_style import DARK, LIGHT, MARK_ON, TEXT_ON, style_sheet
+from mmbert_core.report.report_schema import check_report, report_of
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.storage.schema import check_structure
 from tests.support import reports
 from tests.support.page_tree import Element, tree_of
 
@@ -34,9 +37,14 @@ NAMES = [
 ]
 
 
+def page_of(report: dict[str, Any]) -> str:
+    """The page of a report.json, also of one that its check would refuse."""
+    return render(report_of(report))
+
+
 @pytest.fixture(scope="module", params=reports.EXAMPLES)
 def html(request) -> str:
-    return render(reports.EXAMPLES[request.param]())
+    return page_of(reports.EXAMPLES[request.param]())
 
 
 def sections_of(html: str) -> dict[str, Element]:
@@ -44,7 +52,7 @@ def sections_of(html: str) -> dict[str, Element]:
 
 
 def section(report: dict, name: str) -> Element:
-    return sections_of(render(report))[name]
+    return sections_of(page_of(report))[name]
 
 
 def row_of(table_text: Element, head: str) -> list[str]:
@@ -61,7 +69,7 @@ def row_of(table_text: Element, head: str) -> list[str]:
 
 def test_every_section_is_there_under_its_name_and_in_the_nav(html):
     made = sections_of(html)
-    assert [next(part.all("h2")).text for part in made.values()] == NAMES == [name for name, _, _ in SECTIONS]
+    assert [next(part.all("h2")).text for part in made.values()] == NAMES == [name for name, *_ in SECTIONS]
     assert all(len(part.text) > len(name) for name, part in zip(NAMES, made.values()))
     [nav] = tree_of(html).all("nav")
     assert [link.attributes["href"] for link in nav.all("a")] == [f"#{name}" for name in made] and [
@@ -70,8 +78,8 @@ def test_every_section_is_there_under_its_name_and_in_the_nav(html):
 
 
 def test_a_section_without_figures_says_why():
-    made = sections_of(render(reports.empty_report()))
-    for (_, key, _), part in zip(SECTIONS, made.values()):
+    made = sections_of(page_of(reports.empty_report()))
+    for (_, key, *_), part in zip(SECTIONS, made.values(), strict=True):
         assert f"no {key} without labels" in part.text and not list(part.all("svg")) and not list(part.all("table"))
     incomplete = reports.binary_report()
     del incomplete["importance"]
@@ -80,7 +88,7 @@ def test_a_section_without_figures_says_why():
 
 def test_charts_and_tables_where_there_are_figures():
     for report in (reports.binary_report(), reports.multiclass_report()):
-        made = sections_of(render(report))
+        made = sections_of(page_of(report))
         with_charts = {
             name for name, part in made.items() if any(svg.attributes.get("role") == "img" for svg in part.all("svg"))
         }
@@ -103,12 +111,12 @@ def test_charts_and_tables_where_there_are_figures():
 def test_the_page_is_a_function_of_the_report():
     report = reports.binary_report()
     before = copy.deepcopy(report)
-    assert render(report) == render(json.loads(json.dumps(report))) and report == before
+    assert page_of(report) == page_of(json.loads(json.dumps(report))) and report == before
 
 
 def test_another_format_is_told_in_a_line():
-    with pytest.raises(InputError, match="expected format_version 1, found 2"):
-        render(reports.binary_report() | {"format_version": 2})
+    with pytest.raises(InputError, match="report.json: format_version: expected 1, found 2"):
+        check_structure(reports.binary_report() | {"format_version": 2}, check_report, "report.json")
 
 
 # ---- what the sections say ----
@@ -171,7 +179,7 @@ def test_threshold_and_calibration_tell_their_reasons_beside_their_figures():
         "calibrated_bins": None,
         "reason": "150 validation rows, at least 200 are needed",
     }
-    made = sections_of(render(report))
+    made = sections_of(page_of(report))
     assert (
         "no threshold reaches precision 0.99" in made["threshold"].text
         and "0.5000" in made["threshold"].text
@@ -188,7 +196,7 @@ def test_curves_are_read_off_at_round_rates():
     report["precision_recall"]["curves"] = {
         "1": {"x": [0.1, 0.5, 0.85, 1], "y": [1, 0.9, 0.8, 0.3], "area": 0.8, "share": 0.3}
     }
-    made = sections_of(render(report))
+    made = sections_of(page_of(report))
     assert row_of(made["roc"], "1") == ["1", "0.9000", "0.5000", "0.7000", "0.7000", "0.7000"]
     assert row_of(made["precision-and-recall"], "1") == ["1", "0.8000", "30.0%", "0.9000", "0.8000", "0.3000", "0.3000"]
 
@@ -199,7 +207,7 @@ def test_precision_and_recall_steps_do_not_depend_on_the_order_of_the_points():
     for curve in turned["precision_recall"]["curves"].values():
         curve["x"].reverse()
         curve["y"].reverse()
-    assert render(report) == render(turned)
+    assert page_of(report) == page_of(turned)
 
 
 def test_confusion_has_each_class_and_the_pairs_taken_for_each_other():
@@ -279,7 +287,7 @@ def test_a_wrong_row_shows_its_text_unchanged_with_both_signs_marked_without_col
         ("p3", "good"),
     ]
     assert "Strongest for: good (1.00), very (0.20); against: not (-0.70) (gradient x input)" in part.text
-    css = style_sheet()
+    css = CSS
     assert (
         "mark.p1, mark.p2, mark.p3 { text-decoration: underline solid" in css
         and "mark.n1, mark.n2, mark.n3 { text-decoration: underline dashed" in css
@@ -289,7 +297,7 @@ def test_a_wrong_row_shows_its_text_unchanged_with_both_signs_marked_without_col
 
 
 def test_config_data_and_versions_are_listed():
-    made = sections_of(render(reports.binary_report()))
+    made = sections_of(page_of(reports.binary_report()))
     assert row_of(made["config"], "lr") == ["lr", "0.0002"] and row_of(made["config"], "text_name") == [
         "text_name",
         '["Title", "Review Text"]',
@@ -365,9 +373,21 @@ def test_contrast_is_measured_as_wcag_does():
     )
 
 
+CSS = (Path(page.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
+LIGHT, DARK = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", root)) for root in re.findall(r":root \{[^}]*\}", CSS))
+# Text on the colour behind it, at least 4.5 to 1; lines, bars and marks at least 3 to 1.
+TEXT_ON = [(text, ground) for text in ("text", "muted", "accent") for ground in ("page", "surface", "sunken")]
+TEXT_ON += [("good", "surface"), ("bad", "surface"), ("text", "warn-soft")]
+TEXT_ON += [("accent", "accent-soft"), ("text", "accent-soft")]
+TEXT_ON += [(f"t{index}", f"h{index}") for index in range(6)]
+TEXT_ON += [("text", f"{sign}{index}") for sign in "pn" for index in (1, 2, 3)]
+MARK_ON = [(f"s{index}", "surface") for index in range(10)]
+MARK_ON += [("strong-line", "surface"), ("accent", "surface"), ("accent", "page")]
+
+
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 def test_text_and_marks_stand_out(palette):
-    assert LIGHT.keys() == DARK.keys()
+    assert LIGHT.keys() == DARK.keys() and len(LIGHT) == 40
     weak = [
         (text, ground, round(contrast(palette[text], palette[ground]), 2))
         for text, ground in TEXT_ON
@@ -382,7 +402,7 @@ def test_text_and_marks_stand_out(palette):
 
 
 def test_the_style_sheet_knows_its_colours_and_the_readers_wishes():
-    css = style_sheet()
+    css = CSS
     used = set(re.findall(r"var\(--([\w-]+)\)", css))
     assert used - LIGHT.keys() == set() and LIGHT.keys() - used == set()
     for wish in (
@@ -448,11 +468,11 @@ def test_no_text_of_a_report_makes_an_element_or_an_attribute():
         ]  # names may break after "/" and "_"
 
     plain = "x" * len(reports.HOSTILE)
-    hostile = render(reports.hostile_report())
-    assert shape(tree_of(hostile)) == shape(tree_of(render(reports.hostile_report(plain))))
+    hostile = page_of(reports.hostile_report())
+    assert shape(tree_of(hostile)) == shape(tree_of(page_of(reports.hostile_report(plain))))
     for task in ("binary", "multiclass"):
         reasons = [
-            render(reports.changed(reports.empty_report() | {"task": task}, lambda value, end=end: value + end))
+            page_of(reports.changed(reports.empty_report() | {"task": task}, lambda value, end=end: value + end))
             for end in (reports.HOSTILE, plain)
         ]
         assert shape(tree_of(reasons[0])) == shape(tree_of(reasons[1]))
@@ -475,7 +495,7 @@ def test_texts_without_letters_and_right_to_left_keep_their_place():
         "class_names": ["", "\u05d0\u05d1\u05d2"],
         "label_name": "\u202e\u202e",
     }
-    root = tree_of(render(report))
+    root = tree_of(page_of(report))
     assert "(empty)" in next(root.all("h1")).text
     assert "\u05d0\u05d1\u05d2" in [element.text for element in root.all("bdi")]
 
@@ -493,13 +513,13 @@ def test_numbers_that_are_none_or_not_finite_are_no_error():
             return [without_numbers(item) for item in part]
         return float("nan") if isinstance(part, float) else part
 
-    html = render(without_numbers(report) | {"scores": report["scores"]})
+    html = page_of(without_numbers(report) | {"scores": report["scores"]})
     assert not re.search(r"\bnan\b", re.sub("<code>.*?</code>", "", html))  # the config's values are shown as they are
-    assert sections_of(html).keys() == sections_of(render(report)).keys()
+    assert sections_of(html).keys() == sections_of(page_of(report)).keys()
 
 
 def test_a_big_report_makes_a_page_of_less_than_two_megabytes():
-    html = render(reports.big_report())
+    html = page_of(reports.big_report())
     assert 500_000 < len(html.encode("utf-8")) < 2_000_000
 
 
@@ -516,7 +536,7 @@ def test_a_threshold_of_every_row_is_said_in_words():
             "false_alerts_per_1000": 200.0,
         }
     )
-    made = sections_of(render(report))
+    made = sections_of(page_of(report))
     assert (
         "Every row counts as class" in made["threshold"].text and row_of(made["threshold"], "every row")[2] == "1.0000"
     )

@@ -6,6 +6,7 @@ from functools import lru_cache
 from html.parser import HTMLParser
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
+KEEPS_SPACE = {"code", "mark", "pre", "textarea"}
 
 
 @dataclass
@@ -54,7 +55,8 @@ class _Reader(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data):
-        self.open[-1].children.append(data)
+        if data.strip() or "\n" not in data or self.open[-1].tag in KEEPS_SPACE:  # else a line end of the template
+            self.open[-1].children.append(data)
 
     def handle_comment(self, data):
         raise AssertionError(f"a comment: {data!r}")

@@ -1,0 +1,21 @@
+"""Which points of a long curve are kept."""
+
+import numpy as np
+
+
+def evenly_spaced(num_points: int, max_points: int) -> np.ndarray:
+    """Indices, ascending, of at most `max_points` points, evenly by number, the first and the last among them."""
+    return np.unique(np.linspace(0, num_points - 1, min(num_points, max_points)).round().astype(np.int64))
+
+
+def evenly_along(x: np.ndarray, y: np.ndarray, max_points: int) -> np.ndarray:
+    """Indices, ascending, of at most `max_points` points, evenly along the curve's length |dx| + |dy|, both ends among them.
+
+    For curves with many points in a small stretch, as those of ROC and precision-recall near their ends.
+    """
+    if len(x) <= max_points:
+        return np.arange(len(x))
+    length = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+    kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], max_points)).clip(0, len(x) - 1))
+    kept[0], kept[-1] = 0, len(x) - 1
+    return kept
