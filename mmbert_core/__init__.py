@@ -1,3 +1,46 @@
-"""mmbert_core: fine-tune a pretrained BERT together with tabular columns into a classifier, in plain PyTorch."""
+"""mmbert_core: fine-tune a pretrained BERT together with tabular columns into a classifier, in plain PyTorch.
+
+    from mmbert_core import Predictor, read_config, train
+
+    results = train(read_config("run.yaml"))
+    print(results.metrics["auroc"])
+    Predictor.from_folder(results.folder).predict(frame)
+
+Names are imported when they are first used: `import mmbert_core` alone imports no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmbert_core.config import Config
+    from mmbert_core.config_reader import read_config
+    from mmbert_core.predictor import Predictor
+    from mmbert_core.runtime.errors import InputError, RunError
+    from mmbert_core.training.results import Results
+    from mmbert_core.training.train import train
 
 __version__ = "0.2.0"
+__all__ = ["Config", "InputError", "Predictor", "Results", "RunError", "__version__", "read_config", "train"]
+
+_MODULES = {
+    "Config": "mmbert_core.config",
+    "InputError": "mmbert_core.runtime.errors",
+    "Predictor": "mmbert_core.predictor",
+    "Results": "mmbert_core.training.results",
+    "RunError": "mmbert_core.runtime.errors",
+    "read_config": "mmbert_core.config_reader",
+    "train": "mmbert_core.training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,8 +13,7 @@ from mmbert_core.runtime import distributed
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import write_json
-from mmbert_core.training.loop import fit
-from mmbert_core.training.start import prepare_model
+from mmbert_core.training.train import run_training
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +57,8 @@ def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> 
     figures: dict[str, list[dict[str, Any]]] = {part: [] for part, _ in runs}
     for part, own in runs:
         logger.info("---- %s, seed %d ----", part, own.seed)
-        data = prepare(own)
-        model = prepare_model(own, data)
-        metrics = fit(own, data, model, context)["test_metrics"]
-        figures[part].append({"seed": own.seed, **{name: metrics[f"test/{name}"] for name in SHOWN}})
+        metrics = run_training(own, context).metrics
+        figures[part].append({"seed": own.seed, **{name: metrics[name] for name in SHOWN}})
     results = {"parts": figures, "summary": {part: summary_of(rows) for part, rows in figures.items()}}
     distributed.on_main(lambda: write_json(folder / RESULTS, results))
     return results

@@ -12,7 +12,6 @@ nothing lost (`serve` once it listens: 0, a signal is how it ends). torchrun its
 """
 
 import argparse
-import gc
 import logging
 import os
 import shutil
@@ -24,38 +23,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from mmbert_core.runtime import signals  # first: it notes the launcher
-
-gc.set_threshold(
-    100_000, 50, 100
-)  # the imports below make objects that stay: looking through them again and again takes a second
-
-import torch
-
+import mmbert_core.runtime.startup as startup  # before what imports torch
 from mmbert_core.ablation import run_ablation, table
 from mmbert_core.cli_arguments import overrides_from, parse
 from mmbert_core.config import Config
 from mmbert_core.config_reader import read_config
-from mmbert_core.console import CountingHandler, place, print_figures, say_error, set_up_logging, tell
-from mmbert_core.data.class_messages import positive_class_line
-from mmbert_core.data.prepare import Data, prepare
+from mmbert_core.console import place, print_figures, say_error, set_up_logging, tell, warn_of_idle_gpus
 from mmbert_core.demo import run as demo
-from mmbert_core.evaluation.metrics import lower_is_better
 from mmbert_core.export.exporter import check_request, export_model
 from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.inference.output_file import STANDARD
 from mmbert_core.predictor import Predictor
 from mmbert_core.report.build import PAGE, render_again
 from mmbert_core.report.model_card import describe as describe_model
-from mmbert_core.runtime import ranks, workers
-from mmbert_core.runtime.errors import InputError, PeerError, RunError, Stopped, format_for_message, phase
+from mmbert_core.runtime import ranks, signals, workers
+from mmbert_core.runtime.errors import InputError, PeerError, RunError, Stopped, phase
+from mmbert_core.runtime.log_handler import LineHandler, package_logger
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.runtime.streams import open_closed_streams, protect_streams, until_reader_closes
 from mmbert_core.serve.server import run_server
-from mmbert_core.training.loop import fit
 from mmbert_core.training.resume import read_for_all_ranks
-from mmbert_core.training.run_folder import check_no_links
-from mmbert_core.training.start import prepare_model
+from mmbert_core.training.run_folder import check_folder, check_folders
+from mmbert_core.training.train import prepare_training, run_training
 
 logger = logging.getLogger("mmbert_core")
 
@@ -74,13 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_error(str(error))
         return 2
     set_up_logging(context)
-    if context.device.type == "cpu" and 0 < torch.cuda.device_count() < context.local_world_size:
-        logger.warning(
-            "%d processes for %d GPUs: all compute on the CPU; start no more processes than GPUs",
-            context.local_world_size,
-            torch.cuda.device_count(),
-        )
-    gc.freeze()  # the million objects that imports made stay: collections while rows are read need not look at them
+    warn_of_idle_gpus(context)
+    startup.freeze_imports()
     try:
         arguments = parse(argv)
         exit_code = COMMANDS[arguments.command](arguments, context)
@@ -112,78 +96,23 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
     if arguments.config is None and not overrides and not arguments.check:
         return demo.run_demo(context)
     config = read_config(arguments.config, overrides)
-    check_folders(config)
-    ranks.set_threads(config.num_threads, context)
-    with phase("reading data and encoder"):
-        data = prepare(config)
-        model = prepare_model(config, data)
-    describe(config, data)
     if arguments.check:
-        if (
-            os.environ.get("NODE_RANK", "0") == "0"
-        ):  # torchrun.sh checks on every machine; the first one alone need have the run
-            read_for_all_ranks(config, data, model, context)  # a resume that must be refused
-        num_warnings = sum(handler.num_warnings for handler in logger.handlers if isinstance(handler, CountingHandler))
-        logger.info(
-            "the check found nothing wrong%s",
-            f"; {num_warnings} warning{'s'[: num_warnings > 1]} above" if num_warnings else "",
-        )
-        return 0
-    with workers.process_group(context, config.timeout_seconds):
-        results = fit(config, data, model, context)
-    if context.is_main and results.get("test_metrics"):
-        print_figures(results["test_metrics"], config)
+        return check(config, context)
+    results = run_training(config, context)
+    if context.is_main and results.test_metrics:
+        print_figures(results.test_metrics, config)
     return 0
 
 
-def check_folders(config: Config) -> None:
-    """What the run will write has a place: no file or link in the way, and the right to write. Makes nothing."""
-    for key in ("model_path", "cache_path"):
-        if getattr(config, key) is not None:
-            check_folder(key, getattr(config, key))
-    check_no_links(Path(config.model_path))
-
-
-def check_folder(key: str, folder: str) -> None:
-    try:
-        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-    except OSError as error:  # a name that is too long
-        raise InputError(f"{key}: {format_for_message(folder)}: {error.strerror}") from None
-    if not there.is_dir():
-        raise InputError(f"{key}: {there}: expected a folder, found a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{key}: {there}: cannot be written to")
-
-
-def describe(config: Config, data: Data) -> None:
-    """What will be learned from what, in two lines; which of two classes is class 1; and what chooses the best step."""
-    parts = {"train": data.train, "validation": data.val, "test": data.test}
-    counts = ", ".join(
-        f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}"
-        for name, dataset in parts.items()
-        if dataset is not None
-    )
-    shares = [
-        f"{label!r} {(data.train.label_index == index).mean():.1%}"
-        for index, label in enumerate(data.labels.names[:10])
-    ]
-    more = ", ..." if len(data.labels.names) > 10 else ""
-    logger.info("%s; %s: %s%s; writing to %s", counts, config.label_name, ", ".join(shares), more, config.model_path)
-    if config.is_binary:
-        logger.info("%s", positive_class_line(data.labels.names, float((data.train.label_index == 1).mean())))
-    lengths = data.train.lengths
-    inputs = [f"text of {lengths.mean():.0f} tokens on average, at most {lengths.max()}"] if config.text_name else []
-    inputs += [
-        f"{kind} columns: {', '.join(names)}"
-        for kind, names in (("numeric", config.tab_field_list), ("categorical", config.cat_field_list))
-        if names
-    ]
-    logger.info("inputs: %s", "; ".join(inputs))
-    if data.val is not None:
-        best = "lowest" if lower_is_better(config.early_stop_metric) else "highest"
-        logger.info(
-            "best step: the %s %s (early_stop_metric), of equals the lowest val_loss", best, config.early_stop_metric
-        )
+def check(config: Config, context: DistContext) -> int:
+    """All that `train` would refuse before its first step, without a process group. Writes nothing to the run's folder."""
+    data, model = prepare_training(config, context)
+    if os.environ.get("NODE_RANK", "0") == "0":  # torchrun.sh checks on every node; the run may be on the first alone
+        read_for_all_ranks(config, data, model, context)  # a resume that must be refused
+    num_warnings = sum(handler.num_warnings for handler in package_logger.handlers if isinstance(handler, LineHandler))
+    warnings_above = f"; {num_warnings} warning{'s'[: num_warnings > 1]} above" if num_warnings else ""
+    logger.info("the check found nothing wrong%s", warnings_above)
+    return 0
 
 
 # ---- predict ----

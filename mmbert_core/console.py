@@ -5,15 +5,17 @@ import sys
 import traceback
 from typing import Any
 
+import torch
 import transformers
 
 from mmbert_core.config import Config
 from mmbert_core.report.results import NOT_BETTER, TRY, listed_figures, verdict
 from mmbert_core.runtime.errors import RunError
+from mmbert_core.runtime.log_handler import log_to_stderr
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training.memory import is_out_of_memory
 
-logger = logging.getLogger("mmbert_core")  # the parent of all loggers of the package
+logger = logging.getLogger(__name__)
 
 
 def tell(error: Exception, context: DistContext) -> None:
@@ -41,31 +43,21 @@ def say_error(message: str) -> None:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
-class CountingHandler(logging.StreamHandler):
-    """Knows how many warnings it has written."""
-
-    num_warnings = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.num_warnings += record.levelno == logging.WARNING
-        super().emit(record)
-
-
 def set_up_logging(context: DistContext) -> None:
-    """Rank 0 tells everything, the others only errors. Lines are plain; warnings say so."""
-
-    class Formatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-            return prefix + super().format(record)
-
-    handler = CountingHandler(sys.stderr)
-    handler.setFormatter(Formatter("%(message)s"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if context.is_main else logging.ERROR)
-    logger.propagate = False
+    """Rank 0 logs everything, the others errors alone; transformers logs errors alone, without progress bars."""
+    log_to_stderr(is_main=context.is_main)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def warn_of_idle_gpus(context: DistContext) -> None:
+    """More processes than GPUs all compute on the CPU, which the user can hardly want."""
+    if context.device.type == "cpu" and 0 < torch.cuda.device_count() < context.local_world_size:
+        logger.warning(
+            "%d processes for %d GPUs: all compute on the CPU; start no more processes than GPUs",
+            context.local_world_size,
+            torch.cuda.device_count(),
+        )
 
 
 def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = True) -> None:

@@ -61,11 +61,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(metrics, "functional", None)
         patch.setattr(report_results, "write_plots", lambda *_, **__: [])
         patch.setattr(class_ranking, "_rare_rankings", counted)
-        results, _ = tiny.train(config)
+        results = tiny.train(config)
     [test] = (folder / "run").glob("multimodal_bert-*")
     return {
         "config": config,
-        "figures": results["test_metrics"],
+        "figures": results.test_metrics,
         "folder": folder / "run",
         "test": test,
         "ranked": sum(rows_sorted),

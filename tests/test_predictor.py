@@ -18,10 +18,12 @@ import torch
 from mmbert_core import cli, predictor
 from mmbert_core.config import Config
 from mmbert_core.data import encoding
+from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.predictor import Predictor
 from mmbert_core.report import results
 from mmbert_core.tables import table
 from mmbert_core.tables.table import Roles, read_chunks
+from mmbert_core.training.results import Results
 from tests.support import tiny
 
 COLUMNS = ["row_id", "text", "age", "amount", "kind", "label"]
@@ -510,15 +512,12 @@ def test_a_column_of_unseen_values_is_a_loud_warning_with_examples(alike, tmp_pa
 # ---- what training learns from ----
 
 
-def train_in(tables: Path, tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any], Any]:
-    """One epoch on the tables of `tables` into `tmp_path`; the folder, train_results.json and the prepared data."""
+def train_in(tables: Path, tmp_path: Path, **changes: Any) -> tuple[Path, Results, Data]:
+    """One epoch on the tables of `tables` into `tmp_path`; the folder, the results and the prepared data."""
     folder = tmp_path / changes.pop("name", "run")
-    results, data = tiny.train(
-        Config(
-            **tiny.settings(tables, max_epochs=1, model_path=str(folder), cache_path=str(tmp_path / "cache"), **changes)
-        )
-    )
-    return folder, results, data
+    paths = {"model_path": str(folder), "cache_path": str(tmp_path / "cache")}
+    config = Config(**tiny.settings(tables, max_epochs=1, **paths, **changes))
+    return folder, tiny.train(config), prepare(config)
 
 
 def test_test_rows_change_nothing_that_is_fitted(tables, tmp_path):
@@ -551,7 +550,7 @@ def test_test_rows_change_nothing_that_is_fitted(tables, tmp_path):
 )
 def test_other_shapes_of_a_model(tables, tmp_path, changes):
     folder, results, data = train_in(tables, tmp_path, **changes)
-    assert results["steps"] == 8
+    assert results.steps == 8
     rows = predict(folder, tables / "test.csv", tmp_path / "out.tsv")
     assert (tmp_path / "out.tsv").read_bytes() == test_file_of(folder).read_bytes()
     assert len(rows) == 37 and len({row["prob"] for row in rows}) > 1
@@ -631,7 +630,7 @@ def test_a_test_file_without_rows(several, tables, tmp_path):
         }
         folder, results, _ = train_in(source, tmp_path, name=str(num_classes), **changes)
         assert read_tsv(test_file_of(folder)) == []
-        assert results["test_metrics"]["test/num_rows"] == 0 and results["test_metrics"]["test/accuracy"] is None
+        assert results.test_metrics["test/num_rows"] == 0 and results.test_metrics["test/accuracy"] is None
 
 
 def test_one_class_in_validation(tables, tmp_path):
@@ -640,7 +639,7 @@ def test_one_class_in_validation(tables, tmp_path):
     folder, results, _ = train_in(
         tables, tmp_path, val_path=(str(tmp_path / "val.csv"),), early_stop_metric="val/auroc", max_train_rows=24
     )
-    assert results["best_metric"] == "val_loss"
+    assert results.best_metric == "val_loss"
     [line] = [line for line in tiny.metrics_lines(folder) if "val_loss" in line]
     assert line["val/auroc"] is None and line["val/accuracy"] is not None
 
@@ -683,8 +682,8 @@ def test_predictions_do_not_depend_on_threads_left_by_a_caller(tables, tmp_path)
 
 def test_a_columns_only_step_is_not_cut_into_more_micro_batches_than_it_needs(tmp_path):
     config = Config(**tiny.settings(tmp_path, text_name=(), batch_size=64, microbatches_per_step="auto", max_epochs=1))
-    results, _ = tiny.train(config)
-    assert results["microbatches_per_step"] == 1
+    results = tiny.train(config)
+    assert results.microbatches_per_step == 1
 
 
 def test_more_processes_than_gpus_are_told(monkeypatch, capsys):

@@ -45,13 +45,13 @@ def trained(tmp_path_factory):
                         row % 2,
                     ]
                 )
-    results, _ = tiny.train(Config(**settings | {"metric_choices": ("auroc",), "early_stop_metric": "val/auroc"}))
+    results = tiny.train(Config(**settings | {"metric_choices": ("auroc",), "early_stop_metric": "val/auroc"}))
     return folder, results
 
 
 def test_training_reads_the_end_and_the_folder_keeps_the_setting(trained, caplog):
     folder, results = trained
-    assert results["test_metrics"]["test/auroc"] == 1.0
+    assert results.test_metrics["test/auroc"] == 1.0
     assert json.loads((folder / "run" / "encoder" / "tokenizer_config.json").read_text())["truncation_side"] == "left"
     record = json.loads((folder / "run" / "config.json").read_text())
     assert (record["resolved"]["pooling"], record["resolved"]["truncation_side"]) == ("last", "left")

@@ -7,12 +7,10 @@ reaches.
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from mmbert_core.config import Config
-from mmbert_core.data.prepare import prepare
 from mmbert_core.demo.sample import (
     CATEGORY_COLUMNS,
     ID_COLUMN,
@@ -25,8 +23,8 @@ from mmbert_core.demo.sample import (
 from mmbert_core.runtime import distributed, ranks, workers
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import make_folder_by_time
-from mmbert_core.training.loop import fit
-from mmbert_core.training.start import prepare_model
+from mmbert_core.training.results import Results
+from mmbert_core.training.train import run_training
 
 logger = logging.getLogger(__name__)
 
@@ -85,21 +83,18 @@ def variant_config(variant: str, folder: Path) -> Config:
     )
 
 
-def train_variant(variant: str, folder: Path, context: DistContext) -> dict[str, Any]:
-    """Collective. Train and test one model; returns its train_results.json."""
+def train_variant(variant: str, folder: Path, context: DistContext) -> Results:
+    """Collective. Train and test one model."""
     logger.info("---- %s ----", variant)
-    config = variant_config(variant, folder)
-    data = prepare(config)
-    model = prepare_model(config, data)
-    return fit(config, data, model, context)
+    return run_training(variant_config(variant, folder), context)
 
 
-def print_table(results: dict[str, dict[str, Any]], folder: Path, seconds: float) -> None:
+def print_table(results: dict[str, Results], folder: Path, seconds: float) -> None:
     """One line for each variant."""
     print(f"\n{'model':<14}" + "".join(f"{name:>19}" for name in METRICS))
     for variant, result in results.items():
-        print(f"{variant:<14}" + "".join(f"{result['test_metrics'][f'test/{name}']:>19.3f}" for name in METRICS))
-    num_rows = results["both"]["test_metrics"]["test/num_rows"]
+        print(f"{variant:<14}" + "".join(f"{result.metrics[name]:>19.3f}" for name in METRICS))
+    num_rows = results["both"].test_rows
     from_scratch = "The encoder was trained from scratch on the sample: it is not pretrained."
     print(f"\nTest figures over {num_rows} rows. {from_scratch}")
     print(f"{seconds:.0f} s in all. Model folders, predictions and metrics: {folder}")

@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-# Read before the imports that take seconds: the launcher may have ended after them.
-LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 SAME_REQUEST_SECONDS = 1.0  # one request may come twice: from SLURM to all processes, and again through torchrun
 GRACE_SECONDS = 5.0  # for the main thread to leave by itself where there is nothing to save
 PARENT_CHECK_SECONDS = 1.0
@@ -44,6 +42,13 @@ class _State:
 
 
 _state = _State()
+_launcher: int | None = None  # process id of torchrun
+
+
+def note_launcher() -> None:
+    """Remember the parent of a process that torchrun has started, early, before it can have ended: `caught` watches it."""
+    global _launcher
+    _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def requested() -> str | None:
@@ -152,7 +157,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _listen(reader: int, state: _State) -> None:
     """In a thread: what the main thread cannot do while it waits in native code."""
-    launcher = LAUNCHER
+    launcher = _launcher
     # When this thread received the first request: the handler may run much later, when the main thread is busy.
     first_seconds = None
     deadline = None  # for the main thread to leave where there is nothing to save

@@ -6,7 +6,7 @@ B rows of a step are cut into micro-batches, dealt to the ranks; every rank know
 import logging
 import math
 import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training.finish import finish
 from mmbert_core.training.memory import return_freed_memory
 from mmbert_core.training.optim import optimizer_step
+from mmbert_core.training.results import Results
 from mmbert_core.training.run import Run, save
 from mmbert_core.training.run_folder import already_finished, locked_folder
 from mmbert_core.training.start import start_run
@@ -40,8 +41,8 @@ def fit(
     context: DistContext,
     *,
     loss_op: LossOp | None = None,
-) -> dict[str, Any]:
-    """Collective. Train, keep the best step, write the model folder, score the test rows; returns train_results.json.
+) -> Results:
+    """Collective. Train, keep the best step, write the model folder, score the test rows.
 
     `model` comes from `start.prepare_model`. Goes on from a checkpoint in `config.model_path` unless told
     otherwise; a finished run is left as it is. Raises `Stopped` when a signal asked for it and a checkpoint is written. `loss_op(logits, labels)` replaces the weighted cross entropy
@@ -51,11 +52,11 @@ def fit(
         run = start_run(config, data, model, context, loss_op=loss_op)
         run.folder_lock = folder_lock
         try:
-            if run.state.finished and (results := already_finished(config)):
+            if run.state.finished and (record := already_finished(config)):
                 run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")
-                return results
+                return Results.from_record(run.folder, record)
             train_to_the_end(run)
-            return finish(run)
+            return Results.from_record(run.folder, finish(run))
         finally:
             run.log.close()
 

@@ -20,7 +20,7 @@ from mmbert_core.inference.model_files import (
 )
 from mmbert_core.inference.model_folder import config_record
 from mmbert_core.runtime import distributed
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, format_for_message
 from mmbert_core.storage.files import LOCK, TEMPORARY_PREFIX, read_json, remove_stale_temporaries, write_json
 from mmbert_core.storage.folder_lock import CLAIM, Claim, claim_folder
 from mmbert_core.storage.manifest import MANIFEST
@@ -67,6 +67,25 @@ def already_finished(config: Config) -> dict[str, Any] | None:
             return None
 
     return distributed.on_main(read)
+
+
+def check_folders(config: Config) -> None:
+    """What the run will write has a place: no file or link in the way, and the right to write. Makes nothing."""
+    for key in ("model_path", "cache_path"):
+        if getattr(config, key) is not None:
+            check_folder(key, getattr(config, key))
+    check_no_links(Path(config.model_path))
+
+
+def check_folder(key: str, folder: str) -> None:
+    try:
+        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{key}: {format_for_message(folder)}: {error.strerror}") from None
+    if not there.is_dir():
+        raise InputError(f"{key}: {there}: expected a folder, found a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {there}: cannot be written to")
 
 
 def check_no_links(folder: Path) -> None:

@@ -121,14 +121,14 @@ def run_ours(config: Config, data: Data, network: nn.Module, monkeypatch: pytest
     record.losses = [line["train_loss"] for line in lines if "train_loss" in line]
     record.validations = [line for line in lines if "val_loss" in line]
     record.test_rows = pd.read_csv(
-        Path(results["test_folder"]) / "test_result_0.tsv",
+        results.test_folder / "test_result_0.tsv",
         sep="\t",
         dtype={"row_id": str},
         float_precision="round_trip",
     )
     evaluated = predictor.Predictor.from_folder(config.model_path, CONTEXT).score(data.test)
     record.predicted = dict(zip(evaluated.ids, evaluated.preds, strict=True))
-    return record, results["best_step"]
+    return record, results.best_step
 
 
 class Follower(pl.Callback):

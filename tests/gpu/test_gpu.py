@@ -78,14 +78,14 @@ def test_a_precision_trains_tests_and_predicts(gpu, config_of, asked):
     config = config_of(precision=asked, gradient_clip_val=1.0, class_weights=(1.0, 2.0))
     results, data, model = train(config, context=gpu)
     used = resolve_precision(asked, gpu.device)
-    assert results["precision"] == used and (used == asked or asked in ("auto", "bf16"))
-    assert results["steps"] == STEPS and results["skipped_steps"] < STEPS
+    assert results.precision == used and (used == asked or asked in ("auto", "bf16"))
+    assert results.steps == STEPS and results.skipped_steps < STEPS
     assert all(math.isfinite(loss) for loss in losses_of(config))
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # autocast, never half weights
-    assert 0.1 < results["peak_memory_mb"] <= torch.cuda.max_memory_allocated() / 2**20
+    assert 0.1 < results.peak_memory_mb <= torch.cuda.max_memory_allocated() / 2**20
 
-    tested = pd.read_csv(Path(results["test_folder"]) / "test_result_0.tsv", sep="\t", dtype={"row_id": str})
+    tested = pd.read_csv(results.test_folder / "test_result_0.tsv", sep="\t", dtype={"row_id": str})
     evaluated = Predictor.from_folder(config.model_path, gpu, precision=asked).score(data.test)
     assert evaluated.ids == tested["row_id"].tolist() and np.isfinite(evaluated.preds).all()
     difference = np.abs(evaluated.preds - tested["prob"]).max()
@@ -166,8 +166,8 @@ def test_every_gpu_of_the_machine_trains(gpu, config_of, tmp_path):
     count = min(2, torch.cuda.device_count())
     config = config_of(precision="fp32", test_path=())
     run(config, tmp_path, num_processes=count)
-    results = json.loads((Path(config.model_path) / "train_results.json").read_text())
-    assert results["world_size"] == count and results["steps"] == STEPS
+    written = json.loads((Path(config.model_path) / "train_results.json").read_text())
+    assert written["world_size"] == count and written["steps"] == STEPS
 
 
 # ---- loss scaling ----
@@ -182,8 +182,8 @@ def test_overflow_skips_optimizer_and_schedule_and_the_scale_survives_a_resume(g
     )
     config = config_of(precision="fp16", save_every=1, keep_checkpoints=100, warmup_steps=0, lr=1e-3, test_path=())
     results, _, _ = train(config, context=gpu)
-    assert 1 <= results["skipped_steps"] <= 4 and results["steps"] == STEPS
-    skipped = results["skipped_steps"]
+    assert 1 <= results.skipped_steps <= 4 and results.steps == STEPS
+    skipped = results.skipped_steps
     lines = [line for line in tiny.metrics_lines(config.model_path) if "train_loss" in line]
     updated = [line["grad_norm"] is not None for line in lines]
     print(
@@ -204,7 +204,7 @@ def test_overflow_skips_optimizer_and_schedule_and_the_scale_survives_a_resume(g
 
     resumed = as_if_killed_after(skipped, config, tmp_path / "resumed")
     again, _, _ = train(resumed, context=gpu)
-    assert again["skipped_steps"] == skipped  # no new search from 2**40
+    assert again.skipped_steps == skipped  # no new search from 2**40
     scaler = state_of(resumed, STEPS)["scaler"]
     assert (
         scaler["scale"] == state_of(config, skipped)["scaler"]["scale"] < 2.0**40

@@ -9,6 +9,7 @@ import torch
 
 from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
+from mmbert_core.data.prepare import prepare
 from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.inference.permutation_importance import permutation_importance
 from mmbert_core.inference.scoring import Task
@@ -67,8 +68,9 @@ def test_what_decides_the_label_is_on_top_and_noise_is_near_zero(tmp_path, monke
     )
     if decides != "text":
         values["text_name"] = ()
-    results, data = tiny.train(Config(**values))
-    assert results["test_metrics"]["test/auroc"] > 0.95  # it has learned it
+    config = Config(**values)
+    results, data = tiny.train(config), prepare(config)
+    assert results.test_metrics["test/auroc"] > 0.95  # it has learned it
     loaded = load_model_folder(tmp_path / "run")
     task = Task(True, build_loss_op(None), "fp32", torch.device("cpu"))
 

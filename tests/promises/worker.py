@@ -78,8 +78,8 @@ def score(folder: Path, context: DistContext) -> None:
 
     distributed.on_main(copy_finished_run)
     saved = json.loads((folder / "run1/config.json").read_text())["config"]
-    results, _ = tiny.train(config_from_dict({**saved, "model_path": str(copy)}), context)
-    assert results["steps"] == 21
+    results = tiny.train(config_from_dict({**saved, "model_path": str(copy)}), context)
+    assert results.steps == 21
     predictor = Predictor.from_folder(folder / "run1", context)
     for num_rows in (1, 2, 3, 5, 97):
         predictor.predict_file(

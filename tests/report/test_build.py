@@ -122,7 +122,7 @@ def test_a_run_with_little_to_show_has_every_section(files, tmp_path, name):
     changes, reasons = LITTLE[name]
     if "test_path" in changes:
         changes = changes | {"test_path": (str(files / changes["test_path"]),)}
-    results, _ = tiny.train(config_of(files, tmp_path, **changes))
+    results = tiny.train(config_of(files, tmp_path, **changes))
     run = tmp_path / "run"
     folder, made = report_of(run)
     assert names_in(run) >= OF_A_MODEL and names_in(folder) == OF_A_TEST
@@ -155,8 +155,7 @@ def test_a_run_with_little_to_show_has_every_section(files, tmp_path, name):
         assert all(error["tokens"] == [] and error["columns"] for error in made["errors"]["rows"]) and rows
     if name == "unlabelled":
         assert (
-            results["test_metrics"] == {"test/num_rows": 37}
-            and "No labelled test rows" in (run / "README.md").read_text()
+            results.test_metrics == {"test/num_rows": 37} and "No labelled test rows" in (run / "README.md").read_text()
         )
         assert made["data"]["test"]["classes"] is None and not made["has_labels"]
     if name == "one class":
@@ -187,8 +186,8 @@ def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(
 
     monkeypatch.setattr(hooks, "test_step", test_step)
     config = config_of(tmp_path, tmp_path, num_classes=num_classes)
-    results, _ = tiny.train(config)
-    figures, why = results["test_metrics"], "1 of 37 predictions are not finite"
+    results = tiny.train(config)
+    figures, why = results.test_metrics, "1 of 37 predictions are not finite"
     metrics = [key for key in figures if key.startswith("test/") and key != "test/num_rows"]
     assert (
         len(metrics) >= 14
@@ -320,13 +319,13 @@ def fail(*_: Any, **__: Any) -> None:
 
 def trained_in_spite(files: Path, tmp_path: Path, caplog) -> tuple[dict[str, Any], str]:
     """The results of a run that has its model and its test figures; and its only warning about a failure."""
-    results, _ = tiny.train(config_of(files, tmp_path))
+    results = tiny.train(config_of(files, tmp_path))
     run = tmp_path / "run"
     assert names_in(run) >= OF_A_MODEL and load_model_folder(run)
     [folder] = run.glob("multimodal_bert-*")
     assert names_in(folder) >= {"test_result_0.tsv", "test_metrics.json"}
     figures = json.loads((folder / "test_metrics.json").read_text())
-    assert figures == json.loads(json.dumps(results["test_metrics"])) and figures["test/accuracy"] is not None
+    assert figures == json.loads(json.dumps(results.test_metrics)) and figures["test/accuracy"] is not None
     [warning] = [
         record.getMessage()
         for record in caplog.records
@@ -339,7 +338,7 @@ def test_baselines_that_fail_cost_no_run(files, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(decision_fit.baselines, "fit_best", fail)
     results, warning = trained_in_spite(files, tmp_path, caplog)
     folder, made = report_of(tmp_path / "run")
-    assert warning == "no baselines: MemoryError: no more" and results["test_metrics"]["baselines"] == {}
+    assert warning == "no baselines: MemoryError: no more" and results.test_metrics["baselines"] == {}
     assert (
         made["baselines"] == {"reason": "the model folder has none"}
         and "the model folder has none" in page_of(folder)["baselines"]
@@ -375,7 +374,7 @@ def test_a_report_that_fails_costs_no_run(files, tmp_path, monkeypatch, caplog, 
     caplog.set_level(logging.INFO, logger="mmbert_core")
     monkeypatch.setattr(module, function, fail)
     results, warning = trained_in_spite(files, tmp_path, caplog)
-    folder = Path(results["test_folder"])
+    folder = results.test_folder
     assert warning == "no report.html: MemoryError: no more" and not (folder / "report.html").exists()
     assert not any(message.startswith("report: ") for message in caplog.messages)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"] == json.loads(

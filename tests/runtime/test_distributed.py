@@ -92,7 +92,7 @@ def test_an_error_of_rank_0_reaches_every_rank_as_what_it_is(both_ranks):
 def test_two_processes_train_as_one(both_ranks, configs, tmp_path, name):
     """Also when a rank has no micro-batch, and when a rank would wait for gradients that never come."""
     two, one = configs[name], replace(configs[name], model_path=str(tmp_path / "one"))
-    results, _ = tiny.train(one)
+    results = tiny.train(one)
     losses = [
         [line["train_loss"] for line in tiny.metrics_lines(config.model_path) if "train_loss" in line]
         for config in (one, two)
@@ -104,9 +104,9 @@ def test_two_processes_train_as_one(both_ranks, configs, tmp_path, name):
     assert worst < 1e-6
     found = json.loads((Path(two.model_path) / "train_results.json").read_text())
     assert found["world_size"] == 2 and (found["steps"], found["rows"], found["best_step"]) == (
-        results["steps"],
-        results["rows"],
-        results["best_step"],
+        results.steps,
+        results.rows,
+        results.best_step,
     )
 
 

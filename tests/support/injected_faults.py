@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from mmbert_core import cli, hooks
+from mmbert_core import hooks
 from mmbert_core.inference import scoring
 from mmbert_core.runtime import ranks
-from mmbert_core.training import checkpoint, finish, loop, memory, start
+from mmbert_core.training import checkpoint, finish, loop, memory, start, train
 
 RANK = int(os.environ.get("RANK", "0"))
 FILLER = "of-another-user"  # the file that fills a disk
@@ -97,7 +97,7 @@ def inject_fail(rank: int, phase: str, step: int = 1) -> None:
         before(checkpoint, "write_json", lambda path, _: fail() if path.name == checkpoint.MANIFEST else None)
     else:
         module, name, action = {
-            "data": (cli, "prepare", fail),
+            "data": (train, "prepare", fail),
             "forward": (hooks, "training_step", fail_at_step),
             "eval": (hooks, "validation_step", fail),
             "save": (checkpoint, "save_checkpoint", fail),
@@ -179,7 +179,7 @@ def inject_slow_eval(seconds: float) -> None:
 
 def inject_slow_data(seconds: float) -> None:
     """Before data are read."""
-    before(cli, "prepare", lambda *_: time.sleep(seconds))
+    before(train, "prepare", lambda *_: time.sleep(seconds))
 
 
 def inject_native_data(seconds: float) -> None:
@@ -190,7 +190,7 @@ def inject_native_data(seconds: float) -> None:
         while time.monotonic() < deadline:
             hashlib.pbkdf2_hmac("sha256", b"", b"", 2**28)  # takes minutes
 
-    before(cli, "prepare", wait)
+    before(train, "prepare", wait)
 
 
 # ---- notes for the test ----
@@ -234,7 +234,7 @@ def inject_reached(folder: str, step: int = 3) -> None:
         return note
 
     mark_checkpoint = mark("checkpoint")
-    before(cli, "prepare", mark("reading"))
+    before(train, "prepare", mark("reading"))
     before_step(step, mark("training"))
     before(checkpoint, "save_checkpoint", lambda *_, state, **__: mark_checkpoint() if state["step"] >= step else None)
     before(hooks, "validation_step", mark("validation", 3))
@@ -252,7 +252,7 @@ def inject_phases(folder: str) -> None:
         stream.write(json.dumps({"restart": ranks.restart_count(), "phase": phase, "step": step}) + "\n")
         stream.flush()
 
-    before(cli, "prepare", lambda *_: note("data"))
+    before(train, "prepare", lambda *_: note("data"))
     before(loop, "start_run", lambda *_, **__: note("start"))
     before(loop, "train_one_step", lambda run, order: note("step", run.state.step + 1))
     for name, phase in (("validate", "validation"), ("save", "save"), ("finish", "finish")):
@@ -275,7 +275,7 @@ def inject_weights(folder: str) -> None:
 
 def inject_errors(folder: str) -> None:
     """Every rank writes the error that ended its training to FOLDER/error-<rank>."""
-    original = cli.fit
+    original = train.fit
 
     def fit(*arguments: Any, **options: Any) -> Any:
         try:
@@ -284,7 +284,7 @@ def inject_errors(folder: str) -> None:
             (Path(folder) / f"error-{RANK}").write_text(f"{type(error).__name__}: {error}")
             raise
 
-    cli.fit = fit
+    train.fit = fit
 
 
 def inject_trials(folder: str) -> None:
@@ -342,7 +342,7 @@ def inject_full(folder: str, file: str) -> None:
             fill_disk(folder)
 
     module, name = {
-        "cache": (cli, "prepare"),
+        "cache": (train, "prepare"),
         "metrics": (loop, "log_step"),
         "model": (finish, "save_model_folder"),
         "test": (hooks, "on_test_epoch_end"),

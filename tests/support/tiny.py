@@ -14,11 +14,10 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from mmbert_core.config import Config
-from mmbert_core.data.prepare import Data, prepare
-from mmbert_core.runtime.ranks import DistContext, read_context, set_threads
+from mmbert_core.runtime.ranks import DistContext, read_context
 from mmbert_core.storage.manifest import MANIFEST
-from mmbert_core.training.loop import fit
-from mmbert_core.training.start import prepare_model
+from mmbert_core.training.results import Results
+from mmbert_core.training.train import kept_torch_settings, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = """
@@ -103,16 +102,10 @@ def settings(folder: Path, *, num_rows: int = 64, num_classes: int = 2, **change
     return values | changes
 
 
-def train(config: Config, context: DistContext | None = None) -> tuple[dict[str, Any], Data]:
-    """Prepare and fit as the command does: in this process or, inside a process group, on every rank."""
-    context, threads = context or read_context(), torch.get_num_threads()
-    set_threads(config.num_threads, context)
-    try:
-        data = prepare(config)
-        model = prepare_model(config, data)
-        return fit(config, data, model, context), data
-    finally:
-        torch.set_num_threads(threads)
+def train(config: Config, context: DistContext | None = None) -> Results:
+    """Train as the command does: in this process or, inside a process group, on every rank."""
+    with kept_torch_settings():
+        return run_training(config, context or read_context())
 
 
 def metrics_lines(folder: Path) -> list[dict[str, Any]]:

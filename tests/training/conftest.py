@@ -12,12 +12,13 @@ from torch import nn
 from transformers import AutoModel, LukeConfig
 
 from mmbert_core.config import Config
-from mmbert_core.data.prepare import Data, prepare
+from mmbert_core.data.prepare import Data
 from mmbert_core.report import results
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training import checkpoint, loop
 from mmbert_core.training.loop import fit
-from mmbert_core.training.start import prepare_model
+from mmbert_core.training.results import Results
+from mmbert_core.training.train import prepare_training
 from tests.model.conftest import build
 from tests.support import tiny
 
@@ -75,12 +76,9 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def train(
-    config: Config, *, dropout: bool = True, context: DistContext = CONTEXT
-) -> tuple[dict[str, Any], Data, nn.Module]:
-    """Prepare and fit in this process: train_results.json, the data, and the model as `fit` leaves it."""
-    data = prepare(config)
-    model = prepare_model(config, data)
+def train(config: Config, *, dropout: bool = True, context: DistContext = CONTEXT) -> tuple[Results, Data, nn.Module]:
+    """Prepare and fit in this process: the results, the data, and the model as `fit` leaves it."""
+    data, model = prepare_training(config, context)
     if not dropout:
         without_dropout(model)
     return fit(config, data, model, context), data, model

@@ -21,6 +21,7 @@ from mmbert_core.model import packed_attention
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.errors import RunError
 from mmbert_core.training import checkpoint, loop, start
+from mmbert_core.training.results import Results
 from tests.support import tiny
 from tests.training.conftest import (
     CONTEXT,
@@ -106,7 +107,7 @@ def test_train_loss_is_a_plain_weighted_mean_also_of_a_short_last_step(config_of
         batch_size=16, microbatches_per_step=3, class_weights=class_weights, max_epochs=2, **NO_VALIDATION
     )
     results, _, _ = train(config, dropout=False)
-    assert sizes == [16, 16, 8] * 2 and results["rows"] == 80
+    assert sizes == [16, 16, 8] * 2 and results.rows == 80
     assert [line["train_loss"] for line in lines_of(config)] == pytest.approx(expected, rel=1e-5)
 
 
@@ -183,7 +184,7 @@ def test_parts_of_the_input_and_several_classes(config_of, files, tmp_path, part
         part == "columns only",
         part == "text only",
     )
-    with open(Path(results["test_folder"]) / "test_result_0.tsv", newline="") as stream:
+    with open(results.test_folder / "test_result_0.tsv", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     probabilities = ["prob_0", "prob_1", "prob_2"] if part == "several classes" else ["prob"]
     assert list(rows[0]) == ["row_id", *probabilities, "label", "pred", "prob_calibrated"] and len(rows) == 37
@@ -245,8 +246,9 @@ def test_padding_share_and_gradient_norm_are_what_they_say(config_of, monkeypatc
 def test_train_results(config_of, files):
     config = config_of(test_path=(str(files / "test.csv"),))
     results, _, _ = train(config)
-    assert results == json.loads((Path(config.model_path) / "train_results.json").read_text())
-    assert set(results) == {
+    written = json.loads((Path(config.model_path) / "train_results.json").read_text())
+    assert results == Results.from_record(config.model_path, written)
+    assert set(written) == {
         "steps",
         "epochs",
         "best_step",
@@ -266,23 +268,23 @@ def test_train_results(config_of, files):
         "test_folder",
         "test_metrics",
     }
-    assert (results["steps"], results["epochs"], results["rows"], results["train_rows"], results["world_size"]) == (
+    assert (results.steps, results.epochs, results.rows, results.train_rows, results.world_size) == (
         STEPS,
         2.0,
         80,
         NUM_ROWS,
         1,
     )
-    assert (results["pooling"], results["precision"], results["microbatches_per_step"], results["skipped_steps"]) == (
+    assert (results.pooling, results.precision, results.microbatches_per_step, results.skipped_steps) == (
         "pooler",
         "fp32",
         2,
         0,
     )
-    assert results["train_rows_per_second"] == pytest.approx(80 / results["train_seconds"])
-    assert 50 < results["peak_memory_mb"] < 1e5
-    figures = json.loads((Path(results["test_folder"]) / "test_metrics.json").read_text())
-    assert figures == results["test_metrics"] and figures["test/num_rows"] == 37
+    assert results.train_rows_per_second == pytest.approx(80 / results.train_seconds)
+    assert 50 < results.peak_memory_mb < 1e5
+    figures = json.loads((results.test_folder / "test_metrics.json").read_text())
+    assert figures == results.test_metrics and figures["test/num_rows"] == 37
 
 
 def test_checkpoints_every_so_many_steps_and_at_the_best(config_of):
@@ -331,7 +333,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer_step(c
         for value in load_file(checkpoint.find_checkpoint(checkpoints, "auto") / "model.safetensors").values()
     )
     results, _, _ = train(config)
-    assert results["steps"] == STEPS
+    assert results.steps == STEPS
 
 
 def assert_no_model(config):
@@ -403,7 +405,7 @@ def test_a_best_step_before_the_weights_went_wrong_is_the_model(config_of, monke
 
     before_each_step(monkeypatch, act)
     results, _, _ = train(config)
-    assert results["best_step"] == 5 and results["skipped_steps"] == 4
+    assert results.best_step == 5 and results.skipped_steps == 4
     assert "4 of 10 steps were left out because their loss or gradient was not finite" in warnings_in(caplog)
 
 

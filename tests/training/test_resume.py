@@ -226,7 +226,7 @@ def test_auto_pooling_of_a_run_that_had_none_is_decided_anew(finished):
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_changed_setting_stops_a_started_run_before_it_writes(finished, key):
-    new = getattr(finished, "val_path") if REFUSED[key] == "val_path" else REFUSED[key]
+    new = finished.val_path if REFUSED[key] == "val_path" else REFUSED[key]
     changes = {key: new, **({"is_binary": False} if key == "num_classes" else {})}
     before = content(Path(finished.model_path))
     if key == "num_classes":  # the data have two classes: refused even earlier
@@ -246,7 +246,7 @@ def test_a_changed_setting_stops_a_started_run_before_it_writes(finished, key):
 def test_a_setting_that_changes_no_number_may_change(finished, tmp_path, key):
     new = str(tmp_path / "cache") if key == "cache_path" else ALLOWED[key]
     results, _, _ = train(replace(finished, **{key: new}))
-    assert results["steps"] == 5
+    assert results.steps == 5
 
 
 def test_micro_batches_may_change_for_a_run_that_ran_out_of_memory(config_of, caplog):
@@ -254,14 +254,14 @@ def test_micro_batches_may_change_for_a_run_that_ran_out_of_memory(config_of, ca
     train(config)
     before = weights_in(config)
     results, _, _ = train(replace(config, resume=4, microbatches_per_step=3))
-    assert (results["microbatches_asked"], results["microbatches_per_step"]) == (3, 3) and weights_in(config) != before
+    assert (results.microbatches_asked, results.microbatches_per_step) == (3, 3) and weights_in(config) != before
     assert (
         "microbatches_per_step was 2 at the checkpoint and is 3 now: steps have the same rows, but other dropout"
         in caplog.messages
     )
     for again in (3, "auto"):  # auto: as the checkpoint has it
         results, _, _ = train(replace(config, resume=6, microbatches_per_step=again))
-        assert results["microbatches_per_step"] == 3
+        assert results.microbatches_per_step == 3
     assert sum("other dropout" in message for message in caplog.messages) == 1
 
 
@@ -282,7 +282,7 @@ def test_a_restart_goes_on_from_where_a_run_was_sent_back_to(config_of, monkeypa
 def test_a_run_may_move(finished, tmp_path):
     shutil.copytree(finished.model_path, tmp_path / "moved")
     results, _, _ = train(replace(finished, model_path=str(tmp_path / "moved"), resume=4))
-    assert results["steps"] == 5
+    assert results.steps == 5
     last = "checkpoints/step-00000005"
     assert (
         content(tmp_path / "moved" / last)["model.safetensors"]
@@ -301,7 +301,7 @@ def test_changed_data_stop_a_started_run(finished):
     finally:
         path.write_bytes(old)
     assert content(Path(finished.model_path)) == before
-    assert train(finished)[0]["steps"] == 5
+    assert train(finished)[0].steps == 5
 
 
 # ---- going on ----
@@ -354,7 +354,7 @@ def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp
         all(part["reason"] is None for part in json.loads(kept).values())
         and json.loads(kept)["threshold"]["value"] != 0.5
     )
-    assert results["best_step"] < STEPS  # the weights at the end are not those that are judged
+    assert results.best_step < STEPS  # the weights at the end are not those that are judged
     config = replace(straight, model_path=str(tmp_path / "killed"))
 
     def die(*_, **__):
@@ -364,7 +364,7 @@ def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp
         die_before(patches, step=8) if where == "between steps" else patches.setattr(finish, "save_model_folder", die)
         train(config)
     assert not (Path(config.model_path) / "thresholds.json").exists()
-    assert train(config)[0]["best_step"] == results["best_step"]
+    assert train(config)[0].best_step == results.best_step
     assert (Path(config.model_path) / "thresholds.json").read_bytes() == kept
     for name in ("baselines.json", "baselines.safetensors"):
         assert (Path(config.model_path) / name).read_bytes() == (Path(straight.model_path) / name).read_bytes()
@@ -375,7 +375,7 @@ def test_going_on_from_an_earlier_step(config_of, caplog):
     train(config)
     before, figures = weights_in(config), figures_of(config)
     results, _, _ = train(replace(config, resume=4))
-    assert results["steps"] == STEPS and weights_in(config) == before and figures_of(config) == figures
+    assert results.steps == STEPS and weights_in(config) == before and figures_of(config) == figures
     assert any(message.startswith("going on from") and message.endswith("step-00000004") for message in caplog.messages)
 
 
@@ -393,9 +393,9 @@ def test_a_best_checkpoint_that_is_lost_does_not_stop_the_run(config_of, caplog)
         if step > last or step == best:
             shutil.rmtree(checkpoint.step_folder(folder, step))
     results, _, _ = train(config)
-    assert results["steps"] == STEPS and results["best_step"] > last
+    assert results.steps == STEPS and results.best_step > last
     assert f"the best step so far, {best}, is lost" in caplog.text
-    assert weights_in(config) == weights_in(config, results["best_step"])
+    assert weights_in(config) == weights_in(config, results.best_step)
 
 
 def test_a_trained_model_without_checkpoints_is_not_overwritten(config_of):
@@ -433,7 +433,7 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(config_of, files,
     caplog.clear()
     die_before(monkeypatch, step=STEPS + 1)
     again, _, _ = train(config)
-    assert again == json.loads(json.dumps(results))
+    assert again == results
     assert content(Path(config.model_path)) == before
     assert f"{config.model_path}: this run is finished at step {STEPS}; nothing to do" in caplog.messages
 
@@ -485,7 +485,7 @@ def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, fil
     assert not (Path(config.model_path) / "train_results.json").exists()
     die_before(monkeypatch, step=STEPS + 1)  # nothing is left to train
     results, _, _ = train(config)
-    assert results["test_metrics"] == expected["test_metrics"] and results["best_step"] == expected["best_step"]
+    assert results.test_metrics == expected.test_metrics and results.best_step == expected.best_step
     assert weights_in(config) == weights
 
 
@@ -505,7 +505,7 @@ def test_a_run_has_one_test_folder_wherever_its_end_was_killed(config_of, files,
         train(config)
     results, _, _ = train(config)
     [own] = set(Path(config.model_path).glob("multimodal_bert-*")) - {evaluated}
-    assert results["test_folder"] == str(own) and {"test_result_0.tsv", "test_metrics.json", "report.html"} <= {
+    assert results.test_folder == own and {"test_result_0.tsv", "test_metrics.json", "report.html"} <= {
         path.name for path in own.iterdir()
     }
     assert (evaluated / "test_result_0.tsv").read_text() == "another's" and len(list(evaluated.iterdir())) == 1
@@ -581,7 +581,7 @@ def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of,
         model_path=str(tmp_path / "straight"), save_every=1, keep_checkpoints=100, warmup_steps=0, **NO_VALIDATION
     )
     results, _, _ = train(straight)
-    assert results["skipped_steps"] == 2 and results["steps"] == STEPS
+    assert results.skipped_steps == 2 and results.steps == STEPS
     lines = lines_of(straight)
     assert [line["lr"] for line in lines] == pytest.approx(
         [1e-3 * (1 - done / STEPS) for done in (0, 1, 1, 1, 2, 3, 4, 5, 6, 7)]
@@ -596,7 +596,7 @@ def test_overflowing_steps_are_skipped_and_counted_also_over_a_resume(config_of,
     assert state["scaler"]["scale"] == 256.0 and state["scaler"]["_growth_tracker"] == 1 and state["skipped_steps"] == 2
     results, _, _ = train(config)
     assert (
-        results["skipped_steps"] == 2
+        results.skipped_steps == 2
         and figures_of(config) == figures_of(straight)
         and weights_in(config) == weights_in(straight)
     )

@@ -64,12 +64,10 @@ def test_early_stop_after_patience_and_the_best_step_is_the_model(config_of, cap
     best = (
         min(range(len(values)), key=lambda index: (sign * values[index], losses[index])) + 1
     )  # of equal values the lower loss
-    assert (
-        results["best_step"] == best and results["best_value"] == values[best - 1] and results["best_metric"] == metric
-    )
-    assert results["steps"] == len(values) == best + patience < 100
-    assert weights_in(config) == weights_in(config, best) != weights_in(config, results["steps"])
-    assert sorted(checkpoint.list_steps(Path(config.model_path) / "checkpoints")) == [best, results["steps"]]
+    assert results.best_step == best and results.best_value == values[best - 1] and results.best_metric == metric
+    assert results.steps == len(values) == best + patience < 100
+    assert weights_in(config) == weights_in(config, best) != weights_in(config, results.steps)
+    assert sorted(checkpoint.list_steps(Path(config.model_path) / "checkpoints")) == [best, results.steps]
     assert any(message.startswith("early stop: 3 validations") for message in caplog.messages)
 
 
@@ -95,7 +93,7 @@ def test_best_and_stop_follow_from_the_validations(config_of, monkeypatch, metri
     monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
     config = config_of(early_stop_metric=metric, early_stop_patience=2, val_check_interval=1)
     results, _, _ = train(config)
-    assert (results["best_step"], results["steps"]) == (best, steps)
+    assert (results.best_step, results.steps) == (best, steps)
     assert weights_in(config) == weights_in(config, best)
 
 
@@ -120,7 +118,7 @@ def test_of_equal_values_the_step_with_the_lower_loss_is_the_best(config_of, mon
     monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
     config = config_of(early_stop_metric=metric, max_epochs=1, val_check_interval=1, batch_size=10)
     results, _, _ = train(config)
-    assert (results["best_step"], results["best_value"]) == (best, values[best - 1])
+    assert (results.best_step, results.best_value) == (best, values[best - 1])
     assert weights_in(config) == weights_in(config, best)
 
 
@@ -149,7 +147,7 @@ def test_ties_across_a_resume_choose_the_step_of_an_undisturbed_run(config_of, m
         with pytest.raises(Interrupted):
             train(config)
     results, _, _ = train(config)
-    assert results["best_step"] == expected["best_step"] and weights_in(config) == weights_in(straight)
+    assert results.best_step == expected.best_step and weights_in(config) == weights_in(straight)
     states = [
         read_json(checkpoint.step_folder(Path(each.model_path) / "checkpoints", 4) / "state.json")
         for each in (config, straight)
@@ -180,7 +178,7 @@ def test_an_undefined_early_stop_metric_leaves_it_to_val_loss(config_of, files, 
     validations = lines_of(config, "val_loss")
     assert all(line["val/auroc"] is None and line["val/accuracy"] is not None for line in validations)
     best = min(validations, key=lambda line: line["val_loss"])
-    assert (results["best_metric"], results["best_step"], results["best_value"]) == (
+    assert (results.best_metric, results.best_step, results.best_value) == (
         "val_loss",
         best["step"],
         best["val_loss"],
@@ -215,12 +213,12 @@ def test_a_validation_that_is_not_finite_is_null_and_never_the_best(config_of, m
         "val/f1_score": None,
         "undefined": {"val/accuracy": reason, "val/f1_score": reason},
     }
-    assert results["best_step"] == 10 and results["best_value"] == second["val_loss"]
+    assert results.best_step == 10 and results.best_value == second["val_loss"]
 
 
 def test_without_validation_rows_the_last_step_is_the_model(config_of):
     config = config_of(**NO_VALIDATION)
     results, data, _ = train(config)
     assert data.val is None and lines_of(config, "val_loss") == []
-    assert (results["best_step"], results["best_metric"], results["best_value"]) == (STEPS, None, None)
+    assert (results.best_step, results.best_metric, results.best_value) == (STEPS, None, None)
     assert weights_in(config) == weights_in(config, STEPS)
