@@ -22,7 +22,7 @@ from tests.faults.manipulated_runs import (
 )
 from tests.support import tiny
 from tests.support.fault_matrix import Figures, row
-from tests.test_layout import unsafe_problems
+from tests.test_unsafe_code import unsafe_problems
 
 pytestmark = pytest.mark.fault
 
