@@ -1,4 +1,4 @@
-"""The plan: every row once, the same for any number of ranks, balanced areas."""
+"""Steps, micro-batches and evaluation batches: every row once, balanced costs, the same for any number of ranks."""
 
 import itertools
 
@@ -8,8 +8,8 @@ import pytest
 from mmbert_core.data import batches
 
 
-def area(lengths: np.ndarray, part: np.ndarray) -> int:
-    return len(part) * int(lengths[part].max())
+def area(lengths: np.ndarray, rows: np.ndarray) -> int:
+    return len(rows) * int(lengths[rows].max())
 
 
 @pytest.mark.parametrize("num_rows, batch_size", [(1, 4), (8, 4), (97, 32)])
@@ -31,9 +31,9 @@ def test_order_depends_on_seed_and_epoch_alone():
 def test_micro_batches_hold_the_rows_once_sorted_by_length(count):
     rows = np.arange(100, 133)
     lengths = np.random.default_rng(0).integers(2, 256, size=200)
-    parts = batches.micro_batches(rows, lengths[rows], count)
-    assert len(parts) == min(count, len(rows)) and all(len(part) for part in parts)
-    joined = np.concatenate(parts)
+    found = batches.micro_batches(rows, lengths[rows], count)
+    assert len(found) == min(count, len(rows)) and all(len(rows) for rows in found)
+    joined = np.concatenate(found)
     assert sorted(joined) == list(rows)
     assert np.all(np.diff(lengths[joined]) >= 0)
 
@@ -42,25 +42,25 @@ def test_micro_batches_minimise_the_largest_area():
     rng = np.random.default_rng(1)
     for _ in range(20):
         lengths = np.sort(rng.integers(1, 40, size=8))
-        parts = batches.micro_batches(np.arange(8), lengths, 3)
+        found = batches.micro_batches(np.arange(8), lengths, 3)
         best = min(
             max((b - a) * lengths[b - 1] for a, b in [(0, i), (i, j), (j, 8)])
             for i, j in itertools.combinations(range(1, 8), 2)
         )
-        assert max(area(lengths, part) for part in parts) == best
+        assert max(area(lengths, rows) for rows in found) == best
 
 
 def test_packed_micro_batches_minimise_the_most_tokens():
     rng = np.random.default_rng(1)
     for _ in range(20):
         lengths = np.sort(rng.integers(1, 40, size=8))
-        parts = batches.micro_batches(np.arange(8), lengths, 3, packed=True)
+        found = batches.micro_batches(np.arange(8), lengths, 3, packed=True)
         best = min(
             max(lengths[:i].sum(), lengths[i:j].sum(), lengths[j:].sum())
             for i, j in itertools.combinations(range(1, 8), 2)
         )
-        assert max(lengths[part].sum() for part in parts) == best
-        assert len(parts) == 3 and np.array_equal(np.concatenate(parts), np.arange(8))
+        assert max(lengths[rows].sum() for rows in found) == best
+        assert len(found) == 3 and np.array_equal(np.concatenate(found), np.arange(8))
 
 
 def test_micro_batches_cost_less_padding_than_one_batch():
@@ -69,11 +69,11 @@ def test_micro_batches_cost_less_padding_than_one_batch():
     assert sum(area(lengths, p) for p in batches.micro_batches(np.arange(32), lengths, 4)) < 0.8 * whole
 
 
-def test_deal_gives_each_micro_batch_to_one_rank_and_balances():
+def test_each_micro_batch_is_assigned_to_one_rank_and_ranks_are_balanced():
     areas = [100, 90, 10, 20, 30]
-    hands = batches.assign_to_ranks(areas, 2)
-    assert sorted(i for hand in hands for i in hand) == [0, 1, 2, 3, 4]
-    assert max(sum(areas[i] for i in hand) for hand in hands) <= 130
+    indices_by_rank = batches.assign_to_ranks(areas, 2)
+    assert sorted(index for indices in indices_by_rank for index in indices) == [0, 1, 2, 3, 4]
+    assert max(sum(areas[index] for index in indices) for indices in indices_by_rank) <= 130
     assert batches.assign_to_ranks([5], 3) == [[0], [], []]
 
 
@@ -82,7 +82,7 @@ def test_evaluation_batches_hold_every_row_once_within_the_budget(num_rows):
     lengths = np.random.default_rng(0).integers(1, 120, size=num_rows)
     plan = batches.evaluation_batches(lengths, token_budget=500, max_rows=16, window=64)
     assert sorted(itertools.chain.from_iterable(plan)) == list(range(num_rows))
-    assert all(len(part) <= 16 and (area(lengths, part) <= 500 or len(part) == 1) for part in plan)
+    assert all(len(rows) <= 16 and (area(lengths, rows) <= 500 or len(rows) == 1) for rows in plan)
 
 
 def test_evaluation_batches_of_a_stream_equal_those_of_the_table():
@@ -98,12 +98,6 @@ def test_dropout_seeds_differ_by_step_and_micro_batch():
 
 
 def test_auto_micro_batches_are_a_multiple_of_the_ranks():
-    assert [
-        batches.resolve_micro_batches("auto", batch_size=32, num_ranks=r, rows_at_once=8) for r in (1, 2, 3, 4)
-    ] == [
-        4,
-        4,
-        6,
-        4,
-    ]
+    counts = [batches.resolve_micro_batches("auto", batch_size=32, num_ranks=r, rows_at_once=8) for r in (1, 2, 3, 4)]
+    assert counts == [4, 4, 6, 4]
     assert batches.resolve_micro_batches(5, batch_size=32, num_ranks=4, rows_at_once=8) == 5

@@ -1,4 +1,4 @@
-"""The store: the same arrays as in memory, built once, found again, never half believed."""
+"""The cache: the same arrays as in memory, built once, found again, never used when incomplete."""
 
 import fcntl
 import json
@@ -58,7 +58,7 @@ def stores_of(cache):
     return sorted(path.name for path in Path(cache).iterdir() if path.suffix != ".lock")
 
 
-def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, write_table):
+def test_a_cache_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, write_table):
     paths = [write_table("one.csv", HEADER, table(25)), write_table("two.tsv", HEADER, table(18, seed=1))]
     seen = []
     stored = build(paths, chunk_rows=7, progress=seen.append)
@@ -81,10 +81,10 @@ def test_a_store_built_in_chunks_equals_the_rows_in_memory(build, tokenizer, wri
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("roles", [ROLES, replace(ROLES, id="text"), replace(ROLES, group="text")])
-def test_long_texts_are_cut_while_reading_and_nothing_else_changes(
+def test_long_texts_are_truncated_while_reading_and_nothing_else_changes(
     build, write_table, tokenizer, roles, side, monkeypatch
 ):
-    """What no token comes from is not kept of a cell; the ids and the count of cut texts are those of whole cells."""
+    """Token ids and the number of truncated texts are those of whole cells."""
     monkeypatch.setattr(tokenizer, "truncation_side", side)
     most = characters_read(8, 3)
     lengths = [0, 1, most - 1, most, most + 1, most + 2, 3 * most]
@@ -114,7 +114,7 @@ def test_arrays_are_mapped_not_read(build, write_table):
         assert isinstance(array.obj, mmap)  # the buffer's owner
 
 
-def test_texts_are_the_same_after_their_pages_went_back(build, write_table):
+def test_texts_are_the_same_after_their_pages_were_released(build, write_table):
     rows = build(write_table("t.csv", HEADER, table(20)))
     before = rows.tokens.ids.tolist()
     rows.release_token_pages()
@@ -122,13 +122,13 @@ def test_texts_are_the_same_after_their_pages_went_back(build, write_table):
 
 
 def resident_kb(array):
-    """Kilobytes of the mapping that begins where the array does which this process holds (proc(5), smaps)."""
+    """Resident kilobytes of the mapping that begins at the array's address (proc(5), smaps)."""
     _, _, after = open("/proc/self/smaps").read().partition(f"{array.__array_interface__['data'][0]:x}-")
     return int(after.partition("Rss:")[2].split()[0])
 
 
 @pytest.mark.parametrize(("max_rows", "all_stay"), [(60, False), (10**9, True)])
-def test_pages_of_texts_do_not_pile_up(build, write_table, monkeypatch, max_rows, all_stay):
+def test_pages_of_texts_are_released(build, write_table, monkeypatch, max_rows, all_stay):
     monkeypatch.setattr(dataset, "MAX_ROWS_IN_MEMORY", max_rows)
     rows = build(
         write_table("t.csv", HEADER, [(f"i{row}", "good " * 2000, "", "1", "a", "1", "g") for row in range(1200)]),
@@ -136,11 +136,11 @@ def test_pages_of_texts_do_not_pile_up(build, write_table, monkeypatch, max_rows
     )
     features, labels = Features.fit(rows.numbers, rows.category_codes, rows.vocabularies, ROLES), Labels(("1",))
     whole = dataset.Dataset(rows, None, features, labels, pad_token_id=0, name="train", require_labels=False)
-    held = []
+    resident = []
     for start in range(0, len(whole), 20):
         whole.batch(np.arange(start, start + 20))
-        held.append(resident_kb(rows.tokens.ids))
-    assert (max(held) > rows.tokens.ids.nbytes / 1024 - 4) is all_stay  # the system maps up to 2 MB around a text
+        resident.append(resident_kb(rows.tokens.ids))
+    assert (max(resident) > rows.tokens.ids.nbytes / 1024 - 4) is all_stay  # the system maps up to 2 MB around a text
 
 
 def test_a_second_start_does_not_read_the_rows_again(build, write_table, monkeypatch):
@@ -170,14 +170,14 @@ def test_the_same_content_elsewhere_keeps_its_own_name_in_messages(build, write_
         {"roles": Roles(("text", "more"), ("price",), ("kind",), None, "id", "g")},
     ],
 )
-def test_another_question_is_another_store(build, write_table, tmp_path, change):
+def test_other_settings_are_another_cache(build, write_table, tmp_path, change):
     path = write_table("t.csv", HEADER, table(10))
     build(path)
     build(path, **change)
     assert len(stores_of(tmp_path / "cache")) == 2
 
 
-def test_changed_content_is_another_store(build, write_table, tmp_path):
+def test_changed_content_is_another_cache(build, write_table, tmp_path):
     rows = table(10)
     before = build(write_table("t.csv", HEADER, rows))
     rows[3] = ("changed", *rows[3][1:])
@@ -192,13 +192,13 @@ def test_an_optional_label_is_there_or_not(build, write_table):
     roles = Roles(("text", "more"), ("price",), ("kind",), "y", "id", None)
     without = write_table("u.csv", HEADER[:5], [row[:5] for row in table(4)])
     assert build(without, roles=roles, label_optional=True).label_codes is None
-    with pytest.raises(InputError, match="u.csv: column 'y' not found"):  # not even though that store is there now
+    with pytest.raises(InputError, match="u.csv: column 'y' not found"):  # although that cache exists now
         build(without, roles=roles)
     path = write_table("t.csv", HEADER, table(4))
     assert build(path, roles=roles, label_optional=True).label_codes is not None
 
 
-def test_a_header_alone_is_a_store_without_rows(build, write_table):
+def test_a_header_alone_is_a_cache_without_rows(build, write_table):
     rows = build(write_table("t.csv", HEADER, []))
     assert rows.num_rows == 0 and rows.numbers.shape == (0, 1) and rows.label_codes.shape == (0,)
     assert rows.tokens.row_chunks.tolist() == [0] and rows.vocabularies == [[""]] and rows.ids.take(np.arange(0)) == []
@@ -242,7 +242,8 @@ def progress(rows_done):
     if mode == "die" and rows_done >= 20:
         os._exit(9)
     time.sleep(0.05 if mode == "slow" else 0)
-rows = open_or_build_cache([path], roles, load_tokenizer(encoder), max_length=8, max_chunks=3, cache_path=cache, chunk_rows=10, progress=progress)
+settings = dict(max_length=8, max_chunks=3, cache_path=cache, chunk_rows=10, progress=progress)
+rows = open_or_build_cache([path], roles, load_tokenizer(encoder), **settings)
 print("opened", rows.num_rows, int(rows.tokens.ids.sum()), flush=True)
 """
 
@@ -265,7 +266,7 @@ def test_processes_that_start_together_build_once(write_table, tmp_path, encoder
     assert len(stores_of(tmp_path / "cache")) == 1
 
 
-def test_a_killed_build_is_not_believed_and_cleared_by_the_next(build, write_table, tmp_path, encoder_folder):
+def test_a_killed_build_is_not_used_and_is_removed_by_the_next(build, write_table, tmp_path, encoder_folder):
     path = write_table("t.csv", HEADER, table(60))
     process = start(path, tmp_path / "cache", encoder_folder, "die")
     output, _ = process.communicate(timeout=60)
@@ -278,7 +279,7 @@ def test_a_killed_build_is_not_believed_and_cleared_by_the_next(build, write_tab
     assert not name.startswith(".tmp-")
 
 
-def test_without_locks_a_store_is_built_all_the_same(build, write_table, monkeypatch, caplog):
+def test_without_locks_a_cache_is_built_all_the_same(build, write_table, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
@@ -289,7 +290,7 @@ def test_without_locks_a_store_is_built_all_the_same(build, write_table, monkeyp
 
 
 @pytest.mark.parametrize("damage", ["cut", "remove", "no meta", "bad meta"])
-def test_a_damaged_store_is_built_again(build, write_table, tmp_path, damage):
+def test_a_damaged_cache_is_built_again(build, write_table, tmp_path, damage):
     path = write_table("t.csv", HEADER, table(20))
     expected = np.array(build(path).tokens.ids)
     [folder] = [tmp_path / "cache" / name for name in stores_of(tmp_path / "cache")]
@@ -308,7 +309,7 @@ def test_a_damaged_store_is_built_again(build, write_table, tmp_path, damage):
 @pytest.mark.parametrize("read", ("batch", "token_ids", "columns", "cells", "ids", "label_strings"))
 @pytest.mark.parametrize("name", ("token_ids", "numbers", "id_bytes"))
 def test_a_file_that_is_truncated_while_it_is_in_use_is_one_line(build, write_table, tmp_path, read, name):
-    """Reading behind its end would be a bus error. The next start builds the store anew."""
+    """Reading behind the end would be a bus error. The next start builds the cache again."""
     path = write_table("one.csv", HEADER, table(25))
     rows = build(path)
     labels = Labels(("0", "1"))
@@ -318,10 +319,8 @@ def test_a_file_that_is_truncated_while_it_is_in_use_is_one_line(build, write_ta
     [file] = tmp_path.glob(f"cache/*/{name}.bin")
     expected = file.stat().st_size
     os.truncate(file, 1)
-    with pytest.raises(
-        RunError,
-        match=f"{name}.bin: this file of the cache was truncated while it was in use: expected {expected} bytes, found 1; start again",
-    ):
+    problem = f"this file of the cache was truncated while it was in use: expected {expected} bytes, found 1"
+    with pytest.raises(RunError, match=f"{name}.bin: {problem}; start again"):
         getattr(data, read)([3, 24])
     again = build(path)
     assert file.stat().st_size == expected and again.num_rows == 25

@@ -1,4 +1,4 @@
-"""Which class is class 1, in words; when the order of two labels is worth a warning; classes of few rows."""
+"""Messages about class 1, about the order of two labels, and about classes with few rows."""
 
 import pytest
 import yaml

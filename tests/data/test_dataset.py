@@ -1,4 +1,4 @@
-"""From a config to batches: right rows in right shapes, fitted on training rows alone, every mistake one line."""
+"""From a config to batches: right rows and shapes, fitted on the training rows only, errors of one line."""
 
 import logging
 import time
@@ -173,11 +173,11 @@ def test_train_and_val_share_no_row_and_hold_them_all(config_of):
 def test_groups_stay_whole(config_of):
     data = prepare(config_of(val_fraction=0.3, group_name="g"))
     group_of = {row[0]: row[5] for row in rows_of(40)}
-    groups = [{group_of[name] for name in part.ids(range(len(part)))} for part in (data.train, data.val)]
+    groups = [{group_of[name] for name in split.ids(range(len(split)))} for split in (data.train, data.val)]
     assert groups[1] and not groups[0] & groups[1]
 
 
-def test_the_group_column_is_asked_of_the_split_table_only(config_of):
+def test_only_the_table_that_is_split_needs_the_group_column(config_of):
     without = [row[:5] for row in rows_of(8, seed=1)]
     data = prepare(config_of(group_name="g", test=without, header={"test": HEADER[:5]}))
     assert len(data.test) == 8
@@ -241,21 +241,20 @@ def test_fingerprints_name_every_file(config_of):
     assert set(data.fingerprints) == {*config.train_path, *config.val_path, *config.test_path, "the tokenizer"}
 
 
-def test_the_cache_is_under_the_model_path_or_where_it_is_told(config_of, tmp_path):
+def test_the_cache_is_under_the_model_path_or_in_cache_path(config_of, tmp_path):
     prepare(config_of())
     assert (tmp_path / "run" / "cache").is_dir()
     prepare(config_of(cache_path=str(tmp_path / "elsewhere"), model_path=str(tmp_path / "other")))
     assert (tmp_path / "elsewhere").is_dir() and not (tmp_path / "other").exists()
 
 
-def test_what_a_user_would_want_to_know_is_logged_once(config_of, caplog):
+def test_warnings_about_the_data_are_logged_once(config_of, caplog):
     test = changed(changed(rows_of(9, seed=1), 0, "kind", "new"), 4, "id", "0-000")
     with caplog.at_level(logging.INFO):
         prepare(config_of(test=test, val_fraction=0, max_length=4))
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("mmbert_core")]
-    assert any(
-        "texts are longer than 1 x 4 tokens (max_chunks x max_length) and were truncated" in message for message in messages
-    )
+    truncated = "texts are longer than 1 x 4 tokens (max_chunks x max_length) and were truncated"
+    assert any(truncated in message for message in messages)
     assert "test: 1 cells of column 'kind' hold a value that no training row has" in messages
     assert any(
         message.startswith("test: 1 rows have an id of a training row, first ") and "row 5" in message
@@ -268,16 +267,14 @@ def test_what_a_user_would_want_to_know_is_logged_once(config_of, caplog):
 # ---- mistakes ----
 
 
-def test_mistakes_in_labels(config_of):
+def test_invalid_labels(config_of):
     rows = rows_of(40)
     assert "train.csv row 3 (line 4), column 'y': expected a label, found an empty cell" in error_of(
         config_of(train=changed(rows, 2, "y", ""))
     )
     found = error_of(config_of(train=changed(rows, 5, "y", "maybe")))
-    assert (
-        "train.csv row 6 (line 7), column 'y': expected 2 classes (num_classes) in the training rows, found 3: 'maybe', 'no', 'yes'; 'maybe' is"
-        in found
-    )
+    expected = "train.csv row 6 (line 7), column 'y': expected 2 classes (num_classes) in the training rows"
+    assert f"{expected}, found 3: 'maybe', 'no', 'yes'; 'maybe' is" in found
     assert "all training rows have the label 'no'" in error_of(config_of(train=rows_of(10, classes=["no"])))
     assert "expected 3 classes" in error_of(config_of(is_binary=False, num_classes=3))
     for name in ("val", "test"):
@@ -304,7 +301,7 @@ def test_an_id_column_that_the_prediction_file_would_have_twice(config_of):
     )  # two classes have one `prob`
 
 
-def test_a_class_that_the_sample_missed(config_of):
+def test_a_class_without_sampled_training_rows(config_of):
     rows = rows_of(60, classes=["no"])
     missed = next(row for row in range(60) if row not in sample_rows(60, 5, 0))
     rows[missed][4] = "yes"
@@ -313,7 +310,7 @@ def test_a_class_that_the_sample_missed(config_of):
     )
 
 
-def test_mistakes_in_files(config_of, tmp_path):
+def test_invalid_files(config_of, tmp_path):
     train = str(tmp_path / "train.csv")
     for key in ("test_path", "val_path"):
         assert f"{key}: {train} is in train_path too" in error_of(config_of(**{key: (train,)}))
@@ -337,7 +334,7 @@ def test_a_missing_column_is_named_with_its_file(config_of, name, column):
         assert f"{name}.csv: column {column!r} not found" in error_of(config)
 
 
-def test_mistakes_in_numbers(config_of):
+def test_invalid_numbers(config_of):
     rows = rows_of(12)
     assert "train.csv, column 'price': expected numbers, found no value in any of" in error_of(
         config_of(train=[[*row[:2], "NA", *row[3:]] for row in rows])
@@ -349,14 +346,14 @@ def test_mistakes_in_numbers(config_of):
         )
 
 
-def test_a_tokenizer_that_is_not_there(config_of, tmp_path):
+def test_a_missing_tokenizer(config_of, tmp_path):
     assert error_of(config_of(encoder=str(tmp_path / "none"))).startswith("encoder")
 
 
 # ---- prediction ----
 
 
-def test_prediction_in_memory_equals_the_store(config_of):
+def test_prediction_in_memory_equals_the_cache(config_of):
     data = prepare(config_of(test=rows_of(9, seed=1)))
     frame = pd.DataFrame(rows_of(9, seed=1), columns=HEADER).drop(columns="y")
     roles = Roles.from_config(config_of())
@@ -375,7 +372,7 @@ def test_prediction_in_memory_equals_the_store(config_of):
     )
 
 
-def test_prediction_keeps_unknown_labels_and_takes_odd_rows(config_of):
+def test_prediction_accepts_unknown_labels_and_odd_rows(config_of):
     data = prepare(config_of())
     frame = pd.DataFrame(
         [["=1+1", "", "", "never seen", "may\tbe"], ["", "item", None, None, ""], ["7", "late", 3, "a", "yes"]],

@@ -49,7 +49,7 @@ def test_text_and_infinity_in_a_numeric_column(write_table, cell):
     assert str(caught.value).endswith(f"found {cell!r}")
 
 
-def test_a_long_cell_is_shown_short_and_on_one_line():
+def test_a_long_cell_is_truncated_in_a_message():
     with pytest.raises(InputError) as caught:
         encode(["x\ny" * 1000])
     assert len(str(caught.value)) < 220 and "\n" not in str(caught.value)

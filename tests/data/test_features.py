@@ -1,4 +1,4 @@
-"""What the training rows teach about the tabular columns, and nothing but they."""
+"""Statistics and vocabularies of the tabular columns come from the training rows only."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_categories_are_normal_forms_and_one_for_all_spellings():
     assert lookup.tolist() == [MISSING, 6, 6, 4, 3, 3, 2, 5, 5, 6, 3, UNSEEN, UNSEEN]
 
 
-def test_categories_of_an_older_folder_match_as_they_stand_first():
+def test_categories_of_an_older_folder_match_exactly_first():
     """Its indices, and so its predictions, stay; cells in another spelling are found too."""
     features = Features((), (), (), (), (), ("k",), (("1", "1.0", "True", "pre\u0301cis", "true"),))
     [lookup] = features.category_lookup(
@@ -129,9 +129,8 @@ def test_unseen_cells_are_counted_with_examples():
         "input: 1 cells of column 'k' hold a value that no training row has"
     ]
     first, second = unseen_lines("val", add_by_column(add_by_column({}, unseen(few)), unseen(many)), features)
-    assert first == (
-        f"val: 5 of 10 cells of column 'k' hold a value that no training row has, such as '1.50', '{'x' * 76}..., '2.50'; training rows have '1', '2', '3', ..."
-    )
+    examples = f"such as '1.50', '{'x' * 76}..., '2.50'; training rows have '1', '2', '3', ..."
+    assert first == f"val: 5 of 10 cells of column 'k' hold a value that no training row has, {examples}"
     assert second == "val: 1 cells of column 'other' hold a value that no training row has"
     [alone] = unseen_lines("val", {"other": unseen(many[:1])["other"]}, features)
     assert alone.endswith(
@@ -177,7 +176,7 @@ def test_training_rows_keep_their_bits_and_others_are_limited_a_little_beyond(
     )
     inside = (new[:, 0] >= low) & (new[:, 0] <= high)
     assert found[inside].tobytes() == as_before(features, new)[inside].tobytes()
-    assert (found[:, 1:] == np.isnan(new)).all()  # indicators know nothing of limits
+    assert (found[:, 1:] == np.isnan(new)).all()  # limits do not change the indicators
     limited = found[:, 0] != as_before(features, new)[:, 0]
     assert (
         out_of_range_cells(features, 0, new[:, 0]).count >= limited.sum()
@@ -213,7 +212,7 @@ def test_numbers_outside_are_counted_by_column_over_all_windows() -> None:
     ]
 
 
-def test_without_a_training_range_nothing_is_limited_and_far_numbers_are_said() -> None:
+def test_without_a_training_range_nothing_is_limited_and_far_numbers_are_reported() -> None:
     values = json.loads(json.dumps(fit([[0, 20, 5], [1, 2, 3]]).to_json()))
     known = Features.from_json(values)
     older = Features.from_json({name: value for name, value in values.items() if name not in ("minimums", "maximums")})
@@ -222,7 +221,6 @@ def test_without_a_training_range_nothing_is_limited_and_far_numbers_are_said() 
     assert older.transform_numbers(raw).tolist() == [[30, 2], [1e6, 2]]
     outside = {f"n{index}": out_of_range_cells(older, index, raw[:, index]) for index in range(2)}
     [line] = out_of_range_lines("input", outside, older)
-    assert line.startswith(
-        "input: column 'n0': 1 of 2 numbers lie more than 20 standard deviations from the training mean 8.33333; they were not limited"
-    )
+    far = "1 of 2 numbers lie more than 20 standard deviations from the training mean 8.33333"
+    assert line.startswith(f"input: column 'n0': {far}; they were not limited")
     assert Features.from_json(json.loads(json.dumps(older.to_json()))) == older

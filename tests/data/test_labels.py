@@ -40,7 +40,8 @@ def test_positive_label_becomes_class_1():
         (
             ["0", "1", "2"],
             2,
-            "t.csv row 2, column 'y': expected 2 classes (num_classes) in the training rows, found 3: '0', '1', '2'; '2' is in this row for the first time",
+            "t.csv row 2, column 'y': expected 2 classes (num_classes) in the training rows, "
+            "found 3: '0', '1', '2'; '2' is in this row for the first time",
         ),
         (
             ["0", "1"],
@@ -59,7 +60,7 @@ def test_positive_label_becomes_class_1():
         ),
     ],
 )
-def test_labels_that_cannot_be(values, num_classes, message):
+def test_invalid_labels_are_refused(values, num_classes, message):
     with pytest.raises(InputError) as caught:
         Labels.fit(values, num_classes=num_classes, column="y", row_location="t.csv row {}".format)
     assert str(caught.value) == message
@@ -73,8 +74,8 @@ def test_lookup_and_unknown_labels():
     labels.check_known(np.array([0, 1]), str, **options)
     with pytest.raises(InputError) as caught:
         labels.check_known(np.array([0, -1, 1, -1, -1, -1]), lambda index: "maybe", **options)
-    expected = "t.csv row 1, column 'y': expected one of the labels 'no', 'yes', found 'maybe' (4 such rows; also t.csv row 3, t.csv row 4)"
-    assert str(caught.value) == expected
+    expected = "t.csv row 1, column 'y': expected one of the labels 'no', 'yes', found 'maybe'"
+    assert str(caught.value) == f"{expected} (4 such rows; also t.csv row 3, t.csv row 4)"
     with pytest.raises(InputError, match="found an empty cell$"):
         labels.check_known(np.array([-1]), lambda index: "", **options)
 
@@ -101,11 +102,11 @@ def test_labels_that_mean_the_same_are_one_class_with_the_first_spelling():
         Labels.fit(["b", "e\u0301", "é"], num_classes=3)
 
 
-def test_names_of_an_older_folder_match_as_they_stand_first():
+def test_names_of_an_older_folder_match_exactly_first():
     assert Labels(("true", "True", "é")).lookup(["True", "true", "TRUE", "e\u0301"]).tolist() == [1, 0, 0, 2]
 
 
-def test_labels_that_look_alike_are_told():
+def test_a_warning_names_labels_that_look_alike():
     assert spelling_warnings(["yes", "no", "", "1", "10"], "y") == []
     assert spelling_warnings(["Yes", "no", "yes ", "é", "e\u0301"], "y") == [
         "column 'y': the labels '\\xe9' and 'e\\u0301' are one class, written in different ways",

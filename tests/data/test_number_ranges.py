@@ -1,4 +1,4 @@
-"""Model folders made before features.json held the training range: their cache gives it, or nothing is limited."""
+"""Older model folders without the training range of numbers: it comes from their cache, or nothing is limited."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def older(folder: Path, **changes: Any) -> tuple[Features, Features, Labels, Con
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_range_of_the_rows_that_trained_is_found(tmp_path: Path, name: str) -> None:
+def test_the_range_of_the_training_rows_is_found(tmp_path: Path, name: str) -> None:
     features, whole, labels, config = older(tmp_path, **CASES[name])
     found = recover_number_ranges(features, labels, config, Path(config.model_path))
     assert found == whole and found.minimums is not None
@@ -44,13 +44,13 @@ def test_the_range_of_the_rows_that_trained_is_found(tmp_path: Path, name: str) 
     assert recover_number_ranges(features, labels, config, Path(config.model_path)) is features
 
 
-def test_rows_of_another_table_are_not_believed(tmp_path: Path) -> None:
+def test_a_cache_of_another_table_is_not_used(tmp_path: Path) -> None:
     features, _, labels, config = older(tmp_path)
     cache = Path(config.model_path) / "cache"
-    for store in cache.glob("*/numbers.bin"):
-        numbers = np.fromfile(store)
+    for path in cache.glob("*/numbers.bin"):
+        numbers = np.fromfile(path)
         numbers[0] += 1
-        numbers.tofile(store)
+        numbers.tofile(path)
     assert recover_number_ranges(features, labels, config, Path(config.model_path)) is features
 
 
@@ -66,7 +66,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_cache_is_passed_over(tmp_path: Path, content: str) -> None:
+def test_a_damaged_cache_is_skipped(tmp_path: Path, content: str) -> None:
     features, whole, labels, config = older(tmp_path)
     for meta in (Path(config.model_path) / "cache").glob("*/meta.json"):
         meta.write_text(content)

@@ -1,4 +1,4 @@
-"""One item ahead: the same items, no more than one early, errors in their turn, and at the same time as the caller's work."""
+"""prefetch_one: the same items, at most one computed early, errors in order, concurrent with the caller."""
 
 import threading
 
@@ -13,37 +13,37 @@ def test_the_same_items_in_order():
     assert list(prefetch_one(iter([None, False, 0]))) == [None, False, 0]
 
 
-def test_at_most_one_is_made_before_it_is_asked_for():
-    made = []
-    items = prefetch_one(made.append(number) or number for number in range(10))
+def test_at_most_one_item_is_computed_early():
+    computed = []
+    items = prefetch_one(computed.append(number) or number for number in range(10))
     for number in range(5):
         assert next(items) == number
-        assert len(made) <= number + 2
+        assert len(computed) <= number + 2
     items.close()
-    assert len(made) <= 6
+    assert len(computed) <= 6
 
 
-def test_an_error_comes_after_the_items_before_it():
+def test_an_error_is_raised_after_the_items_before_it():
     def items():
         yield 1
         yield 2
         raise ValueError("the third")
 
-    made = prefetch_one(items())
-    assert [next(made), next(made)] == [1, 2]
+    fetched = prefetch_one(items())
+    assert [next(fetched), next(fetched)] == [1, 2]
     with pytest.raises(ValueError, match="the third"):
-        next(made)
+        next(fetched)
 
 
-def test_the_next_item_is_made_while_this_one_is_used():
+def test_the_next_item_is_computed_while_this_one_is_used():
     is_used = threading.Event()
 
     def items():
         yield 1
-        assert is_used.wait(20), "the caller was not let on"
+        assert is_used.wait(20), "the caller waited for the second item"
         yield 2
 
-    made = prefetch_one(items())
-    assert next(made) == 1
+    fetched = prefetch_one(items())
+    assert next(fetched) == 1
     is_used.set()
-    assert next(made) == 2
+    assert next(fetched) == 2

@@ -109,14 +109,14 @@ def test_fingerprint_knows_the_vocabulary_and_not_the_last_call(tokenizer, encod
 
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path):
-    BertConfig().save_pretrained(tmp_path)  # a folder without vocabulary loads as a tokenizer that knows no word
+    BertConfig().save_pretrained(tmp_path)  # a folder without vocabulary loads as a tokenizer without words
     for name in (str(tmp_path), str(tmp_path / "none")):
         with pytest.raises(InputError, match="^encoder") as caught:
             load_tokenizer(name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_no_room_beside_the_special_tokens(tokenizer):
+def test_a_max_length_of_only_the_special_tokens(tokenizer):
     with pytest.raises(InputError, match=r"max_length: expected more than 2 \(the special tokens\), found 2"):
         tokenise(tokenizer, ["item"], max_length=2, max_chunks=1)
 
@@ -188,5 +188,5 @@ def test_the_side_is_part_of_the_fingerprint_and_the_right_one_changes_nothing(l
     )
     state = json.loads((tmp_path / "tokenizer.json").read_text())
     state["truncation"] = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(state))  # said by the Rust tokenizer alone
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))  # only in the Rust tokenizer's settings
     assert keeps_end(load_tokenizer(str(tmp_path)))

@@ -1,4 +1,4 @@
-"""The built-in sample and its small encoder: deterministic, shaped like real messages, and only solvable from both parts."""
+"""The sample and its small encoder: deterministic, like real messages, and solvable only from text and columns."""
 
 import socket
 from pathlib import Path
@@ -91,9 +91,9 @@ def test_same_seed_same_bytes(tmp_path: Path):
     for name in first:
         assert first[name].read_bytes() == second[name].read_bytes()
         assert first[name].read_bytes() != other[name].read_bytes()
-    parts = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in first.values()]
-    assert [len(part) for part in parts] == [300, 50, 50]
-    pd.testing.assert_frame_equal(pd.concat(parts, ignore_index=True), sample_table(400, 0), check_dtype=False)
+    splits = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in first.values()]
+    assert [len(split) for split in splits] == [300, 50, 50]
+    pd.testing.assert_frame_equal(pd.concat(splits, ignore_index=True), sample_table(400, 0), check_dtype=False)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3])

@@ -80,13 +80,11 @@ def test_other_cells_stay(cell):
         st.text(),
         st.from_regex(r"-?[0-9]{1,3}\.?0{0,3}", fullmatch=True),
         st.sampled_from([*STAY, "True", "2026-01-31 00:00:00"]),
-        st.from_regex(
-            r"2026-01-31[ T](00:00:00|10:02:03)(\.[0-9]{1,3})?(Z|[+]01:00)?|-?[0-9] days( \+?(00:00:00|10:02:03)(\.[0-9]{1,3})?)?",
-            fullmatch=True,
-        ),
+        st.from_regex(r"2026-01-31[ T](00:00:00|10:02:03)(\.[0-9]{1,3})?(Z|[+]01:00)?", fullmatch=True),
+        st.from_regex(r"-?[0-9] days( \+?(00:00:00|10:02:03)(\.[0-9]{1,3})?)?", fullmatch=True),
     )
 )
-def test_a_normal_form_is_its_own_and_the_export_has_the_same(cell):
+def test_normal_form_is_idempotent_and_the_same_in_the_export(cell):
     assert normal_form(normal_form(cell)) == normal_form(cell) == export_example.normal_form(cell)
     assert unicodedata.is_normalized("NFC", normal_form(cell))
 

@@ -1,4 +1,4 @@
-"""Files that are read as what they are, or refused in one line: quotes in TSV, keys of JSON lines, what spreadsheets leave behind, other kinds of files."""
+"""Files are read correctly or refused in one line: TSV quotes, JSON keys, spreadsheet leftovers, other file formats."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def error_of(path, columns, **options):
 # ---- quotes in TSV ----
 
 ADVICE = "tsv_quoting none (--tsv_quoting none)"
-UNQUOTED = {  # of 3 columns: rows as they stand; the row and words of the refusal, "" where standard reading loses nothing
+UNQUOTED = {  # lines of 3 columns; the row and text of the error
     "swallows rows": (
         ["1\ta\tfine", '2\ta\t"refund now', "3\tb\tlate", '4\tb\tpay outside"', "5\tb\tmoney"],
         "row 2 (line 3): a quote opens a cell that ends 2 lines later, and lines in it have 3 cells",
@@ -75,7 +75,7 @@ def test_an_unquoted_tsv_of_one_column(tmp_path):
     assert cells_of(tmp_path / "t.tsv", ["t"]) == [("refund now\n\nlate",), ("money",)]
 
 
-def test_line_breaks_in_quoted_cells_of_a_tsv_are_read_where_they_can_be_nothing_else(tmp_path, write_table):
+def test_unambiguous_line_breaks_in_quoted_cells_of_a_tsv_are_read(tmp_path, write_table):
     rows = [("1", "two\nlines", "x"), ("2", 'say "hi"', "a\tb"), ("3", "x", "last\n\ncolumn"), ("4", "", "")]
     path = write_table("t.tsv", ["i", "k", "t"], rows)
     assert cells_of(path, ["i", "k", "t"]) == cells_of(path, ["i", "k", "t"], tsv_quoting="standard") == rows
@@ -124,7 +124,7 @@ def test_empty_columns_and_rows_of_separators_at_the_end_are_ignored_and_said(tm
     assert cells_of(path, ["a"]) == []
 
 
-def test_what_spreadsheets_leave_in_the_middle_is_refused(tmp_path):
+def test_spreadsheet_leftovers_between_rows_are_refused(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("a,b\n1,2\n,\n,\n3,4\n")
     assert (
@@ -182,7 +182,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_kind_of_file_is_called_what_it_is(tmp_path, kind):
+def test_the_error_for_another_file_format_names_it(tmp_path, kind):
     for name in ("t.csv", "t.tsv", "t.jsonl"):
         KINDS[kind](tmp_path / name)
         found = error_of(tmp_path / name, ["a"])
@@ -204,8 +204,8 @@ def test_a_folder_of_parquet_files_is_one_table(tmp_path):
     folder = tmp_path / "new.parquet"
     folder.mkdir()
     frame = pd.DataFrame({"a": range(10), "b": list("abcdefghij")})
-    for part in (1, 0, 2):
-        frame[part * 4 : part * 4 + 4].to_parquet(folder / f"part-0000{part}.snappy.parquet", index=False)
+    for number in (1, 0, 2):
+        frame[number * 4 : number * 4 + 4].to_parquet(folder / f"part-0000{number}.snappy.parquet", index=False)
     for mark in ("_SUCCESS", "._SUCCESS.crc", ".part-00000.snappy.parquet.crc", "_metadata"):
         (folder / mark).write_bytes(b"")
     assert cells_of(folder, ["a", "b"]) == [(str(a), b) for a, b in zip(frame["a"], frame["b"])]

@@ -1,4 +1,4 @@
-"""Cells as text, every row once and with its place, whatever the format; every broken file named in one line."""
+"""Cells as text, every row once and with its location in every format; an error of one line for a broken file."""
 
 import gzip
 import json
@@ -79,15 +79,15 @@ def test_columns_come_in_the_asked_order_and_others_are_dropped(write_table):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 100])
-def test_chunks_run_on_over_files_and_know_their_places(write_table, chunk_rows):
+def test_chunks_continue_over_files_and_keep_row_locations(write_table, chunk_rows):
     first = write_table("one.csv", ["a"], [("x\ny",), ("b",), ("c",)])
     empty = write_table("none.csv", ["a"], [])
     second = write_table("two.tsv", ["a"], [("d",), ("e\n\n",), ("f",), ("g",)])
     chunks = list(read_chunks([first, empty, second], ["a"], chunk_rows=chunk_rows))
     assert [len(chunk) for chunk in chunks[:-1]] == [chunk_rows] * (len(chunks) - 1)
-    places = [chunk.row_location(index) for chunk in chunks for index in range(len(chunk))]
-    # a quoted line break moves the lines on, not the rows
-    assert places == [
+    locations = [chunk.row_location(index) for chunk in chunks for index in range(len(chunk))]
+    # a quoted line break counts as a line, not as a row
+    assert locations == [
         f"{first} row 1 (line 2)",
         f"{first} row 2 (line 4)",
         f"{first} row 3 (line 5)",
@@ -147,7 +147,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("content, expected", BROKEN)
-def test_broken_csv_is_one_line_with_the_place(tmp_path, content, expected):
+def test_the_error_for_a_broken_csv_is_one_line_with_the_row(tmp_path, content, expected):
     (tmp_path / "t.csv").write_bytes(content)
     assert error_of(tmp_path / "t.csv").startswith(expected)
 
@@ -203,7 +203,7 @@ def test_broken_parquet(tmp_path):
     assert error_of(tmp_path / "u.parquet").startswith("FILE row 1, column 'a': expected a single value, found a list")
 
 
-def test_cut_gzip(tmp_path):
+def test_truncated_gzip(tmp_path):
     whole = gzip.compress(b"a,b\n" + b"".join(b"%d,%d\n" % (index, index * index) for index in range(10_000)))
     (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) // 2])
     message = error_of(tmp_path / "t.csv.gz")
@@ -221,10 +221,8 @@ def test_missing_column_names_file_column_nearest_and_all(write_table):
 
 def test_a_missing_column_says_what_was_probably_meant(write_table):
     found = error_of(write_table("t.csv", ["pre\u0301cis", "b"], []), ["précis"])
-    assert (
-        "in composed letters and in the header in decomposed ones ('pr\\xe9cis' and 'pre\\u0301cis'); write both in composed letters"
-        in found
-    )
+    composed = "in composed letters and in the header in decomposed ones ('pr\\xe9cis' and 'pre\\u0301cis')"
+    assert f"{composed}; write both in composed letters" in found
     assert "in decomposed letters and in the header in composed ones" in error_of(
         write_table("u.csv", ["précis"], []), ["pre\u0301cis"]
     )
@@ -238,9 +236,8 @@ def test_a_missing_column_says_what_was_probably_meant(write_table):
         open(path, "w").write(separator.join(["id", '"text"', "label"]) + "\n")
         assert f"column 'text' not found: cells seem to be separated by {kind}; " in error_of(path, ["text"])
         assert error_of(path, ["text", "label"]).count("separated by") == 1
-        open(path, "w").write(
-            separator.join(['"id"', '"text"', '"label"']) + "\n"
-        )  # all names quoted: no header for another separator
+        # all names quoted: no header with another separator
+        open(path, "w").write(separator.join(['"id"', '"text"', '"label"']) + "\n")
         assert f"FILE header (line 1): cells seem to be separated by {kind}; " in error_of(path, ["text"])
     assert "not found; nearest is 'a,b'" in error_of(write_table("w.csv", ["text", "a,b"], []), ["b"])
 
@@ -278,7 +275,7 @@ def test_globs_are_sorted_and_a_file_counts_once(tmp_path, write_table):
         expand_paths([str(tmp_path)])
 
 
-def test_a_json_array_is_told_how_to_become_lines(tmp_path):
+def test_the_error_for_a_json_array_says_how_to_write_lines(tmp_path):
     for name, content in (
         ("t.json", '{"a": 1}'),
         ("t.jsonl", '[{"a": 1}]'),
@@ -387,12 +384,11 @@ def test_parquet_cells_that_python_cannot_hold(tmp_path):
 
 def test_a_nul_character_in_json(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"a": "x\\u0000y", "b": 1}\n')
-    assert error_of(tmp_path / "t.jsonl").startswith(
-        "FILE row 1 (line 1), column 'a': expected text"
-    ) and "NUL" in error_of(tmp_path / "t.jsonl")
+    found = error_of(tmp_path / "t.jsonl")
+    assert found.startswith("FILE row 1 (line 1), column 'a': expected text") and "NUL" in found
 
 
-def test_a_packed_file_under_another_name(tmp_path):
+def test_a_gzip_file_with_another_suffix(tmp_path):
     (tmp_path / "t.csv").write_bytes(gzip.compress(b"a,b\n1,2\n"))
     assert "the file is packed by gzip: its name should end in .gz" in error_of(tmp_path / "t.csv")
 
