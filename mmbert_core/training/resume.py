@@ -127,7 +127,7 @@ def read_for_all_ranks(
         return found.state
 
     state = distributed.on_rank(source, check_and_read)
-    logger.info("going on from %s%s", answers[source][1], f" of rank {source}" if source else "")
+    logger.info("resuming from %s%s", answers[source][1], f" of rank {source}" if source else "")
     weights = distributed.broadcast_tensors(read[0].weights if read else None, source=source)
     moments = distributed.broadcast_tensors(read[0].moments if read else None, source=source)
     state = distributed.on_main(lambda: checkpoint.without_lost_best(folder, state))

@@ -69,7 +69,7 @@ def count_resume(
 ) -> str:
     """Start a run again; it must resume from a checkpoint and end like `expected`. Returns what it printed."""
     done = command("train", config)
-    is_resumed = done.code == 0 and "going on from" in done.err
+    is_resumed = done.code == 0 and "resuming from" in done.err
     if figures.count(is_resumed, f"{case}: exit code {done.code}: {done.err[-1500:]}") and same_bits:
         found = digest(run)
         figures.count(found == expected, f"{case}: {[key for key in found if found[key] != expected[key]]} differ")

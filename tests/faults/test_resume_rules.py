@@ -140,7 +140,7 @@ def continued(folder: Path, source: Path, step: int, num_processes: int) -> None
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
         (folder / f"rows-1{path.stem[5:]}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     code, output = run_job(num_processes, ["train", str(config)], faults=noted_faults(folder), **ENVIRONMENT)
-    assert code == 0 and f"going on from {step_folder(run / 'checkpoints', step)}" in output, output[-3000:]
+    assert code == 0 and f"resuming from {step_folder(run / 'checkpoints', step)}" in output, output[-3000:]
 
 
 @row(

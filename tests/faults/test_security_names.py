@@ -203,7 +203,7 @@ def hostile_checkpoint_folders(folder: Path, names: Sequence[str], figures: Figu
         left = (folder / "run-spoiled/checkpoints" / name).is_dir()
         figures.count(
             outcome.refused
-            or ("going on from" in outcome.text and "step-00000004" in outcome.text and outcome.code == 0 and left),
+            or ("resuming from" in outcome.text and "step-00000004" in outcome.text and outcome.code == 0 and left),
             f"checkpoint folder {name[:40]!r}: {outcome}",
         )
     for name in names:

@@ -104,7 +104,7 @@ def count_resume(figures: Figures, case: str, num_processes: int, config: Path) 
     code, output = run_job(num_processes, ["train", str(config)], faults=SMALL_BATCHES)
     if not figures.count(code == 0, f"{case}: resumed: exit code {code}: {output[-3000:]}"):
         return
-    line = f"going on from {step_folder(run / 'checkpoints', saved[-1])}" if saved else "going on from"
+    line = f"resuming from {step_folder(run / 'checkpoints', saved[-1])}" if saved else "resuming from"
     figures.count((line in output) == bool(saved), f"{case}: checkpoints {saved}, {line!r} in {output[-3000:]}")
     expected = reference_result(num_processes)
     figures.count(result(run) == expected, f"{case}: resumed: expected {expected}, found {result(run)}")

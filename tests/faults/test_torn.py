@@ -155,7 +155,7 @@ def count_torn_run(figures: Figures, folder: Path, name: str) -> None:
     is_warned = len(warnings) == 1 and str(file.parent) in warnings[0] and name in warnings[0]
     figures.count(code == 0 and is_warned, f"{name}: exit code {code}, warnings {warnings}:\n{output[-2000:]}")
     figures.count(
-        f"going on from {step_folder(checkpoints, 8)}" in output,
+        f"resuming from {step_folder(checkpoints, 8)}" in output,
         f"{name}: did not resume from step 8:\n{output[-2000:]}",
     )
     if code == 0:
@@ -271,7 +271,7 @@ def count_rotating_run(figures: Figures, folder: Path) -> None:
     before = foreign_contents(checkpoints)
     code, output = run_job(0, ["train", str(config)], faults=noted_faults(folder), **ENVIRONMENT)
     figures.count(
-        code == 0 and f"going on from {step_folder(checkpoints, 4)}" in output,
+        code == 0 and f"resuming from {step_folder(checkpoints, 4)}" in output,
         f"from step 4: exit code {code}:\n{output[-2000:]}",
     )
     wanted = reference_run(0)

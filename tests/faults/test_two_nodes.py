@@ -381,6 +381,6 @@ def test_E3_a_restart_takes_both_machines(tmp_path: Path, kills: tuple[int, ...]
             os.kill(machines[index].workers()[0], signal.SIGKILL)
             codes = job.wait()
         if figures.count(codes == [0, 0], f"{case}: exit codes {codes}{job.text()}"):
-            figures.count("going on from" in job.outputs[0].read_text(), f"{case}: no resume{job.text()}")
+            figures.count("resuming from" in job.outputs[0].read_text(), f"{case}: no resume{job.text()}")
             compare(figures, run, expected, case)
     return figures

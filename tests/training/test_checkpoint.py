@@ -378,7 +378,7 @@ def test_a_test_folder_that_no_run_names_is_refused(tmp_path, name):
 
 
 def test_rotation_never_removes_what_was_just_written(tmp_path):
-    """After going on from step 10, because 20 and 30 were damaged."""
+    """After resuming from step 10, because 20 and 30 were damaged."""
     for step in (10, 20, 30, 15):
         save(tmp_path, step)
     rotate(tmp_path, keep=1, newest=15, best_step=None)

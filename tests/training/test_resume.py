@@ -376,7 +376,7 @@ def test_going_on_from_an_earlier_step(config_of, caplog):
     before, figures = weights_in(config), figures_of(config)
     results, _, _ = train(replace(config, resume=4))
     assert results.steps == STEPS and weights_in(config) == before and figures_of(config) == figures
-    assert any(message.startswith("going on from") and message.endswith("step-00000004") for message in caplog.messages)
+    assert any(message.startswith("resuming from") and message.endswith("step-00000004") for message in caplog.messages)
 
 
 def test_a_best_checkpoint_that_is_lost_does_not_stop_the_run(config_of, caplog):
