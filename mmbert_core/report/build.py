@@ -1,6 +1,6 @@
 """The report of evaluated rows, as report.json and report.html.
 
-Everything runs on rank 0 alone, and what cannot be computed is a section with its reason: a report never ends a run.
+Everything runs on rank 0 alone, and a section that fails has its reason instead: a report never ends a run.
 """
 
 import logging
@@ -55,7 +55,7 @@ Section = TypeVar("Section")
 
 
 def write_report(evaluate: Callable[[], EvaluatedRows], folder: Path) -> bool:
-    """Write report.json and report.html of what `evaluate` returns; whether they were written. Raises `OSError` only."""
+    """Write report.json and report.html of what `evaluate` returns; whether it succeeded. Raises `OSError` only."""
     try:
         report = build_report(evaluate())
         with slow_step(PAGE):
@@ -70,7 +70,7 @@ def write_report(evaluate: Callable[[], EvaluatedRows], folder: Path) -> bool:
 
 
 def render_again(folder: Path) -> Path:
-    """report.html of the report.json in `folder`. Raises `InputError` when there is none, or one that cannot be drawn."""
+    """report.html of the report.json in `folder`. Raises `InputError` where there is none, or one that is invalid."""
     try:
         report = report_of(read_json(folder / REPORT, check_report))
     except FileNotFoundError:
@@ -209,7 +209,7 @@ def slice_metric(config: Config) -> str:
 
 
 def named_columns(evaluated: EvaluatedRows, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The `slice_columns`: those of the model, and others from the file, as numbers where all cells are, else as texts."""
+    """The `slice_columns`: those of the model, and others from the file, as numbers if all cells are, else as texts."""
     wanted = list(dict.fromkeys(evaluated.slice_columns))
     others = [name for name in wanted if name not in columns]
     cells: dict[str, list[str]] = {name: [] for name in others}

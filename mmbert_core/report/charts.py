@@ -84,7 +84,7 @@ class Chart:
 
 def legend(lines: Sequence[Line], words: Sequence[str] = ()) -> list[tuple[Markup, str, str]]:
     """Each line's swatch and name and, where there are some, words."""
-    return [(swatch(line.style, line.marker), line.name, said or "") for line, said in zip_longest(lines, words)]
+    return [(swatch(line.style, line.marker), line.name, text or "") for line, text in zip_longest(lines, words)]
 
 
 # ---- charts ----
@@ -181,20 +181,20 @@ def bar(value: float, spread: float | None, scale: tuple[float, float]) -> Marku
     return picture(160, 18, figure(value), "", *drawn, path(f"M{length(zero)} 1V17", class_="axis"), kind="cell")
 
 
-def shares(parts: Sequence[tuple[str, float]]) -> Markup:
+def shares(pairs: Sequence[tuple[str, float]]) -> Markup:
     """Shares of a whole side by side; of many the largest, the others as one."""
-    if len(parts) > STYLES:
-        parts = sorted(parts, key=lambda pair: -pair[1])
-        parts = [*parts[: STYLES - 1], ("all others", sum(share for _, share in parts[STYLES - 1 :]))]
+    if len(pairs) > STYLES:
+        pairs = sorted(pairs, key=lambda pair: -pair[1])
+        pairs = [*pairs[: STYLES - 1], ("all others", sum(share for _, share in pairs[STYLES - 1 :]))]
     drawn, start = [], 0.0
-    for style, (name, share) in enumerate(parts):
+    for style, (name, share) in enumerate(pairs):
         width = max(share, 0.0) * 100
         if width:
             hover = element("title", f"{short(name)}: {percent(share)}")
             size = {"x": start, "y": 0, "width": max(width - 0.6, 0), "height": 10}
             drawn.append(element("rect", hover, class_=f"fill s{style % STYLES}", **size))
         start += width
-    title = ", ".join(f"{short(name)} {percent(share)}" for name, share in parts)
+    title = ", ".join(f"{short(name)} {percent(share)}" for name, share in pairs)
     return picture(100, 10, title, "shares of the classes", *drawn, kind="strip")
 
 

@@ -1,7 +1,7 @@
-"""Sections of a report that follow from predictions and labels alone.
+"""Sections of a report that follow from predictions and labels only.
 
-N rows, K classes; `preds` [N] are probabilities of class 1, or [N, K] of each class. A section that cannot be computed is
-`Missing` with its reason.
+N rows, K classes; `preds` [N] are probabilities of class 1, or [N, K] of each class. A section that cannot be computed
+is `Missing` with its reason.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # the table has the threshold
 
 
 def threshold_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Threshold | Missing:
-    """The chosen threshold with its figures on the validation rows, and a table of others on these rows; two classes only."""
+    """The chosen threshold with its figures on the validation rows, and other thresholds on these rows; binary only."""
     if preds.ndim == 2:
         return Missing("several classes: the largest probability decides")
     chosen, table = decision.threshold, []
@@ -104,7 +104,7 @@ def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names:
 def _curves_by_class(
     preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> list[tuple[str, ThresholdCurve]]:
-    """Of classes that some rows have and others have not; of two classes class 1 alone, of many the most frequent."""
+    """Of classes that some rows have and others have not; of two classes only class 1, of many the most frequent."""
     counts = np.bincount(labels, minlength=len(class_names))
     indices = [1] if preds.ndim == 1 else np.argsort(-counts, kind="stable")[:MAX_CURVES].tolist()
     curves = []

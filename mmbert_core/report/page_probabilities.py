@@ -17,7 +17,7 @@ from mmbert_core.report.svg import MARKERS
 from mmbert_core.report.typed_json import Missing
 
 RATES = ("precision", "recall", "f1")
-FALSE_RATES, RECALLS = (0.01, 0.05, 0.1, 0.2), (0.5, 0.8, 0.9, 0.95)  # at which the tables of the curves are
+FALSE_RATES, RECALLS = (0.01, 0.05, 0.1, 0.2), (0.5, 0.8, 0.9, 0.95)  # columns of the curves' tables
 
 View = dict[str, Any]
 
@@ -26,7 +26,7 @@ View = dict[str, Any]
 
 
 def threshold(section: Threshold, report: Report) -> View:
-    """The chosen threshold, its figures on these rows and on the validation rows, and other thresholds on these rows."""
+    """The chosen threshold with its figures on these rows and on the validation rows, and others on these rows."""
     rows = sorted((row for row in section.table if is_number(row.threshold)), key=lambda row: row.threshold)
     chosen = next((row for row in rows if row.threshold == section.value), ThresholdRow())
     cards = [("threshold", threshold_words(section.value)), *((key, decimals(getattr(chosen, key))) for key in RATES)]
@@ -58,7 +58,7 @@ def threshold_words(value: Any, write: Callable[[Any, int], str] = decimals) -> 
 
 def calibration(section: Calibration, report: Report) -> View:
     """Predicted probabilities and the shares found, in bins, before and after dividing by the temperature."""
-    bins = {"as the model says": section.bins, "calibrated": section.calibrated_bins}
+    bins = {"uncalibrated": section.bins, "calibrated": section.calibrated_bins}
     series = {title: each for title, each in bins.items() if each}
     cards = [("temperature", figure(section.temperature, 4)), ("ece before", decimals(section.ece_before))]
     cards += [("ece after", decimals(section.ece_after)), ("validation rows", count(section.rows))]
@@ -71,7 +71,7 @@ def calibration(section: Calibration, report: Report) -> View:
 
 
 def calibration_chart(series: Mapping[str, Sequence[Bin]], about: str) -> Chart:
-    texts = Texts("Probability and share found", "On the diagonal both agree; the table has the figures")
+    texts = Texts("Probability and share found", "On the diagonal both are equal; the table has the figures")
     svg = charts.reliability(series, texts, x_label=f"{about}, mean of a bin", y_label="share found")
     lines = [Line(title, (), (), style, marker=MARKERS[style]) for style, title in enumerate(series)]
     return Chart(texts.title, svg, charts.legend(lines))
@@ -100,7 +100,7 @@ def scores(section: Scores, report: Report) -> View:
 
 def roc(section: Curves, report: Report) -> View:
     lines = [Line(title, curve.x, curve.y, style) for style, (title, curve) in enumerate(section.curves.items())]
-    texts = Texts("True beside false positive rate", areas(section.curves))
+    texts = Texts("True and false positive rate", areas(section.curves))
     x, y = Axis("false positive rate"), Axis("true positive rate")
     svg = charts.plot(lines, x, y, texts, guides=[Guide((0, 0), (1, 1))])
     legend = charts.legend(lines, [f"area {decimals(curve.area)}" for curve in section.curves.values()])
@@ -121,7 +121,7 @@ def precision_recall(section: Curves, report: Report) -> View:
     curves = section.curves.values()
     share = next(iter(curves)).share if len(curves) == 1 else None
     guides = [Guide((0, share), (1, share), "share of rows")] if is_number(share) else []
-    texts = Texts("Precision beside recall", areas(section.curves))
+    texts = Texts("Precision by recall", areas(section.curves))
     svg = charts.plot(lines, Axis("recall"), Axis("precision"), texts, guides=guides)
     words = [f"area {decimals(curve.area)}, {percent(curve.share)} of rows" for curve in curves]
     rows = []

@@ -1,8 +1,4 @@
-"""ROC, precision-recall and confusion pictures, where matplotlib is installed."""
-
-# N rows, K classes
-
-from __future__ import annotations
+"""ROC, precision-recall and confusion pictures, where matplotlib is installed. N rows, K classes."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +10,7 @@ import torch
 
 from mmbert_core.evaluation.metrics import functional
 from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.report.thinning import evenly_spaced
 
 MAX_CURVES = 10  # with more classes, the most frequent ones
 MAX_POINTS = 2000  # of a curve: more than a picture's width can show
@@ -29,12 +26,11 @@ def write_plots(
     class_names: Sequence[str],
     threshold: float = BINARY_THRESHOLD,
 ) -> list[str]:
-    """Write roc.png, precision_recall.png and confusion.png into ``folder`` (made if need be); their paths.
+    """Write roc.png, precision_recall.png and confusion.png into `folder`, which is created; returns their paths.
 
-    ``preds`` [N] (binary: probability of class 1) or [N, K], ``labels`` int [N], as for compute_metrics; binary curves
-    are those of class 1. A class without rows, or with all of them, has no curve; without any curve, or without rows,
-    the picture is left out. Without matplotlib (extra ``plots``) nothing is written and the list is empty: the caller
-    says so.
+    `preds` [N] (binary: probability of class 1) or [N, K], `labels` int [N], as for compute_metrics; binary curves are
+    those of class 1. A class without rows, or with all of them, has no curve; a picture without any curve, or without
+    rows, is left out. Without matplotlib (extra `plots`) nothing is written and the list is empty.
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: no global state, no display, no window backend
@@ -56,7 +52,7 @@ def write_plots(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a class name in a script that the font lacks is drawn as boxes
             if draw(figure.subplots()):
-                # No Software entry: the same numbers give the same bytes whatever the version says.
+                # No Software entry: the same numbers give the same bytes with every version of matplotlib.
                 figure.savefig(folder / name, format="png", metadata={"Software": None})
                 written.append(str(folder / name))
     return written
@@ -66,7 +62,7 @@ def _draw_roc(axes: Any, preds: np.ndarray, labels: np.ndarray, class_names: Seq
     curves = _curve_classes(preds, labels)
     for index, scores in curves:
         false_rate, true_rate, _ = functional().binary_roc(scores, torch.from_numpy((labels == index).astype(np.int64)))
-        axes.plot(*_thin(false_rate, true_rate), label=_text(class_names[index]))
+        axes.plot(*_thinned(false_rate, true_rate), label=_text(class_names[index]))
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC", xlim=(0, 1), ylim=(0, 1.01))
     if curves:
@@ -79,8 +75,8 @@ def _draw_precision_recall(axes: Any, preds: np.ndarray, labels: np.ndarray, cla
     for index, scores in curves:
         target = torch.from_numpy((labels == index).astype(np.int64))
         precision, recall, _ = functional().binary_precision_recall_curve(scores, target)
-        x, y = _thin(recall, precision)
-        # Steps, as average precision sums them: the line between two thresholds is not reached by any.
+        x, y = _thinned(recall, precision)
+        # Steps, as average precision sums them: no threshold reaches the line between two points.
         axes.step(x, y, where="post", label=f"{_text(class_names[index])} ({(labels == index).mean():.1%} of rows)")
     axes.set(xlabel="recall", ylabel="precision", title="Precision and recall", xlim=(0, 1), ylim=(0, 1.01))
     if curves:
@@ -129,10 +125,9 @@ def _curve_classes(preds: np.ndarray, labels: np.ndarray) -> list[tuple[int, tor
     return [(index, torch.from_numpy(columns[index].astype(np.float64))) for index in drawable]
 
 
-def _thin(x: torch.Tensor, y: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """At most MAX_POINTS points of a curve, both ends among them."""
-    keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).round().astype(np.int64))
-    return x.numpy()[keep], y.numpy()[keep]
+def _thinned(x: torch.Tensor, y: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    kept = evenly_spaced(len(x), MAX_POINTS)
+    return x.numpy()[kept], y.numpy()[kept]
 
 
 def _text(name: str) -> str:

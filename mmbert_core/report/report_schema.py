@@ -7,7 +7,7 @@ K classes. A section that is missing or null is `Missing`: reports of other vers
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from mmbert_core.report.typed_json import Missing, check_of, from_json, left_out
+from mmbert_core.report.typed_json import Missing, check_of, from_json, json_key, left_out
 from mmbert_core.storage.schema import Check, Mismatch, array, constant, describe, nullable, number, record, whole
 
 FORMAT_VERSION = 1
@@ -181,7 +181,7 @@ class Importance:
 
 @dataclass(frozen=True, kw_only=True)
 class WrongRow:
-    place: str | None = None
+    location: str | None = json_key("place", None)  # file and row
     id: Any = None
     label: str
     pred: str

@@ -25,16 +25,13 @@ from mmbert_core.storage.files import write_json, write_text
 logger = logging.getLogger(__name__)
 
 
-MAX_LISTED = 10  # of more than FEW_CLASSES, those that pages and prints list
-
-
+MAX_LISTED = 10  # classes in pages and printed tables, where there are more than FEW_CLASSES
+CHUNK_ROWS = 8_192  # rows whose sparse features are in memory at a time
 NOT_BETTER = "The model does not beat its baselines"
-
-
-TRY = "Try a higher lr (small encoders need 2e-4 rather than 2e-5), a head_lr of 1e-3, more epochs, or more training rows."
-
-
-CHUNK_ROWS = 8_192  # whose sparse features are in memory at a time
+TRY = (
+    "Try a higher lr (small encoders need 2e-4 rather than 2e-5), a head_lr of 1e-3, more epochs, "
+    "or more training rows."
+)
 
 
 def baseline_features(name: str, dataset: Dataset, positions: np.ndarray) -> torch.Tensor:
@@ -56,7 +53,10 @@ def figures_of(
     class_names: Sequence[str],
     decision: Decision,
 ) -> dict[str, Any]:
-    """`<stage>/<metric>` of the model; under `intervals`, `undefined` and `baselines` the same names, `preds` [N] or [N, K], `labels` [N]."""
+    """`<stage>/<metric>` of the model; `intervals`, `undefined` and `baselines` have the same names as keys.
+
+    `preds` [N] (binary: probability of class 1) or [N, K], `labels` [N].
+    """
     names, threshold = metric_names(class_names), decision.threshold.value
     with slow_step("metrics"):
         metrics = compute_metrics(
@@ -69,47 +69,57 @@ def figures_of(
         )
     if len(class_names) > FEW_CLASSES:
         intervals = {name: around(pair, metrics.values[f"{stage}/{name}"]) for name, pair in intervals.items()}
-    figures = {
+    return {
         **metrics.values,
         "undefined": metrics.undefined,
         "intervals": {f"{stage}/{name}": pair and list(pair) for name, pair in intervals.items()},
         "threshold": threshold if config.is_binary else None,
-        "baselines": {},
+        "baselines": baseline_figures(labels, dataset, stage, config, class_names, decision.baselines),
         "no_baselines": {} if decision.baselines is None else dict(decision.baselines.reasons),
     }
-    if decision.baselines is not None:
-        with slow_step("metrics of the baselines"):
-            for name, scores in baseline_predictions(decision.baselines, dataset).items():
-                scores = scores[:, 1] if config.is_binary else scores
-                cut = decision.baselines.thresholds.get(name, 0.5)
-                made = compute_metrics(
-                    scores,
-                    labels,
-                    names,
-                    config.task,
-                    config.num_classes,
-                    stage,
-                    class_names=class_names,
-                    threshold=cut,
-                )
-                figures["baselines"][name] = made.values
+
+
+def baseline_figures(
+    labels: np.ndarray,
+    dataset: Dataset,
+    stage: str,
+    config: Config,
+    class_names: Sequence[str],
+    models: Baselines | None,
+) -> dict[str, dict[str, float | None]]:
+    """Baseline -> `<stage>/<metric>`, each baseline with its own threshold."""
+    figures: dict[str, dict[str, float | None]] = {}
+    if models is None:
+        return figures
+    with slow_step("metrics of the baselines"):
+        for name, probabilities in baseline_predictions(models, dataset).items():
+            figures[name] = compute_metrics(
+                probabilities[:, 1] if config.is_binary else probabilities,
+                labels,
+                metric_names(class_names),
+                config.task,
+                config.num_classes,
+                stage,
+                class_names=class_names,
+                threshold=models.thresholds.get(name, 0.5),
+            ).values
     return figures
 
 
 def around(interval: tuple[float, float] | None, value: float | None) -> tuple[float, float] | None:
     """The interval where it contains the value, else None.
 
-    The average precision of a class of few rows is higher in most resamples, which have some of these rows several
-    times: its mean over many such classes lies below its own interval.
+    Resampling repeats rows, which raises the average precision of a class of few rows: the mean over many such classes
+    is often below its own interval.
     """
     return interval if interval is not None and value is not None and interval[0] <= value <= interval[1] else None
 
 
 def listed_figures(figures: Mapping[str, Any], stage: str, config: Config) -> tuple[dict[str, Any], int]:
-    """The figures for people to read, and the number of classes that they leave out.
+    """The figures that pages and printed tables list, and the number of classes that are left out.
 
-    Of more than FEW_CLASSES, those are kept that the config names, and the MAX_LISTED whose average precision is lowest;
-    test_metrics.json has all.
+    Of more than FEW_CLASSES these are kept: those that the config names, and the MAX_LISTED of the lowest average
+    precision. test_metrics.json has all.
     """
     of_classes = [key for key in figures if key.startswith(f"{stage}/{CLASS_PREFIX}")]
     if len(of_classes) <= FEW_CLASSES:
@@ -122,41 +132,36 @@ def listed_figures(figures: Mapping[str, Any], stage: str, config: Config) -> tu
         return {key: value for key, value in values.items() if key not in left_out}
 
     inner = {key: listed(figures[key]) for key in ("undefined", "intervals") if key in figures}
-    return listed(figures) | inner | {
-        "baselines": {name: listed(values) for name, values in figures.get("baselines", {}).items()}
-    }, len(left_out)
+    inner["baselines"] = {name: listed(values) for name, values in figures.get("baselines", {}).items()}
+    return listed(figures) | inner, len(left_out)
 
 
 def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.ndarray]:
     """Baseline -> probabilities [N, K] of all rows."""
-    parts = []
+    chunks = []
     for start in range(0, len(dataset), CHUNK_ROWS):
         positions = np.arange(start, min(start + CHUNK_ROWS, len(dataset)))
-        parts.append(
-            models.probabilities(
-                len(positions), {name: baseline_features(name, dataset, positions) for name in models.models}
-            )
-        )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        features = {name: baseline_features(name, dataset, positions) for name in models.models}
+        chunks.append(models.probabilities(len(positions), features))
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]} if chunks else {}
 
 
 def main_metric(config: Config) -> str:
-    """The metric that parts of the rows, columns and rivals are compared by: the one that chose the best step, if more of it is better."""
+    """The metric that compares slices, columns and baselines: the one that chose the best step, if higher is better."""
     name = config.early_stop_metric
     return "auroc" if lower_is_better(name) else name.removeprefix("val/")
 
 
 def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> str:
-    """The main one, or, where it compares no models or a class has no row, one that does."""
+    """The main metric, or, where it cannot compare models or is undefined on these rows, another one."""
     main = main_metric(config)
-    first = (
-        "auroc" if main in (*ONE_SIDED, "f1_score") else main
-    )  # F1 too: where class 1 is rare, class 1 for every row beats the most frequent class
+    # F1 too: where class 1 is rare, predicting it for every row gives a higher F1 than the most frequent class
+    first = "auroc" if main in (*ONE_SIDED, "f1_score") else main
     return next((name for name in (first, "f1_macro", "accuracy") if figures.get(f"{stage}/{name}") is not None), main)
 
 
 def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
-    """Whether the model is above its baselines: the same words in the test of a run and in `evaluate`. `TRY` is for who trains alone."""
+    """Whether the model is above its baselines, in words, for the test of a run and for `evaluate`."""
     metric = defined_metric(figures, stage, config)
     key = f"{stage}/{metric}"
     missing = "".join(
@@ -170,26 +175,24 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
         return f"No comparison with baselines: {figures['undefined'].get(key, 'there are none')}." + missing
     best = max(rivals, key=lambda name: rivals[name])
     interval = figures["intervals"].get(key)
-    beside = f"{metric} {value:.4f} beside {rivals[best]:.4f} ({best})"
+    comparison = f"{metric} {value:.4f} against {rivals[best]:.4f} ({best})"
     if f"{value:.4f}" == f"{rivals[best]:.4f}" == "1.0000":
-        return (
-            f"The model ties with the best of its baselines: {metric} 1.0000 for both ({best}), and more is not possible."
-            + missing
-        )
+        tie = f"{metric} 1.0000 for both ({best}), and more is not possible"
+        return f"The model ties with the best of its baselines: {tie}." + missing
     if value > rivals[best]:
         doubt = ""
         if interval is None:
             doubt = ", but no interval says by how much it may be chance"
         elif interval[0] <= rivals[best]:
             doubt = ", but by less than its interval is wide"
-        return f"The model is above all baselines{doubt}: {beside}." + missing
-    return f"{NOT_BETTER}: {beside}." + missing
+        return f"The model is above all baselines{doubt}: {comparison}." + missing
+    return f"{NOT_BETTER}: {comparison}." + missing
 
 
 def columns_of(
     result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], decision: Decision
 ) -> Columns:
-    """EvaluatedRows rows as a prediction file has them; without an id column where the rows came without ids."""
+    """Evaluated rows as a prediction file has them; without an id column where the rows have no ids."""
     return prediction_columns(
         result.preds,
         class_names,
@@ -211,16 +214,13 @@ def write_results(
     class_names: Sequence[str],
     decision: Decision,
 ) -> dict[str, Any]:
-    """Rank 0 only. EvaluatedRows rows as a prediction file, figures and pictures in `folder`; returns the figures."""
+    """Rank 0 only. Write a prediction file, test_metrics.json and pictures of evaluated rows; returns the figures."""
     figures: dict[str, Any] = {"test/num_rows": len(dataset)}
-    broken = non_finite_rows(result.preds)
-    if len(broken):
-        logger.warning(
-            "probabilities that are no numbers: %d of %d rows, first %s: their pred says nothing",
-            len(broken),
-            len(dataset),
-            dataset.row_location(broken[0]),
-        )
+    non_finite = non_finite_rows(result.preds)
+    if len(non_finite):
+        first = dataset.row_location(non_finite[0])
+        message = "probabilities that are not finite: %d of %d rows, first %s: their pred is meaningless"
+        logger.warning(message, len(non_finite), len(dataset), first)
     if dataset.has_labels:
         if result.labels is not None:  # else rows of a prediction, which has no loss
             figures["test_loss"] = result.loss
@@ -244,11 +244,11 @@ def write_results(
 
 
 def draw(preds: np.ndarray, labels: np.ndarray, folder: Path, class_names: Sequence[str], threshold: float) -> None:
-    """Rank 0 only. Pictures are an extra: whatever goes wrong with them, the figures are written."""
+    """Rank 0 only. An error of matplotlib, fonts or the disk is a warning: the figures are written already."""
     try:
         if not write_plots(preds, labels, folder, class_names=class_names, threshold=threshold):
             logger.info(
                 "no pictures of the test: they need matplotlib (extra `plots`) and labelled rows of several classes"
             )
-    except Exception as error:  # noqa: BLE001 - matplotlib, fonts, disks
+    except Exception as error:  # noqa: BLE001
         logger.warning("no pictures of the test: %s: %s", type(error).__name__, error)

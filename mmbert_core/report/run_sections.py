@@ -14,7 +14,7 @@ from mmbert_core.report.report_schema import DataFile, DataSummary, Split, Train
 from mmbert_core.report.typed_json import Missing
 from mmbert_core.storage.metrics_log import kept_lines
 
-MAX_STEPS = 500  # of the training curves, as a target: below twice as many every step is kept
+MAX_STEPS = 500  # of the training curves; every step is kept of fewer than twice as many
 
 
 def training_section(folder: Path, best_step: int | None = None, metric: str | None = None) -> Training | Missing:
@@ -47,7 +47,7 @@ def data_section(data: Data) -> DataSummary:
 
 
 def rows_section(split: Dataset, class_names: Sequence[str], listed: Sequence[int] | None = None) -> Split:
-    """Rows, classes and lengths of one split. Of more than FEW_CLASSES only those `listed`: by default the most frequent."""
+    """Rows, classes and lengths of one split. Of more than FEW_CLASSES only those `listed`, or the most frequent."""
     mean_tokens = float(split.lengths.mean()) if len(split) else None
     if not split.has_labels:
         return Split(rows=len(split), mean_tokens=mean_tokens)

@@ -9,9 +9,9 @@ def evenly_spaced(num_points: int, max_points: int) -> np.ndarray:
 
 
 def evenly_along(x: np.ndarray, y: np.ndarray, max_points: int) -> np.ndarray:
-    """Indices, ascending, of at most `max_points` points, evenly along the curve's length |dx| + |dy|, both ends among them.
+    """Indices, ascending, of at most `max_points` points, evenly along the length |dx| + |dy| of a curve.
 
-    For curves with many points in a small stretch, as those of ROC and precision-recall near their ends.
+    Both ends are among them. For curves with most of their points in a small range, as ROC and precision-recall have.
     """
     if len(x) <= max_points:
         return np.arange(len(x))

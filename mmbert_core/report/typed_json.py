@@ -6,8 +6,8 @@
         area: Number = None  # may be missing or null: then it has its default
         share: Number = left_out(None)  # the same, and not written while it has its default
 
-Types: str, bool, Any, list[...], dict[str, ...], dataclasses, `... | None`, `... | Missing`, and `Annotated[type, check]` with
-a check of `storage.schema`, for numbers and their ranges. Keys of a file that no field has are passed over.
+Types: str, bool, Any, list[...], dict[str, ...], dataclasses, `... | None`, `... | Missing`, and, for numbers and their
+ranges, `Annotated[type, check]` with a check of `storage.schema`. Keys of a file that no field has are ignored.
 """
 
 from collections.abc import Callable
@@ -32,6 +32,11 @@ class Missing:
 def left_out(default: Any) -> Any:
     """A field that is not written while it has its default."""
     return field(default=default, metadata={"left_out": True})
+
+
+def json_key(key: str, default: Any) -> Any:
+    """A field that has another name in the file."""
+    return field(default=default, metadata={"key": key})
 
 
 # ---- checks ----
@@ -59,8 +64,8 @@ def check_of(kind: Any) -> Check:
 
 def _check_of_fields(kind: Any) -> Check:
     types = _types_of(kind)
-    required = {each.name: check_of(types[each.name]) for each in fields(kind) if not _has_default(each)}
-    optional = {each.name: _check_of_optional(types[each.name]) for each in fields(kind) if _has_default(each)}
+    required = {_key_of(each): check_of(types[each.name]) for each in fields(kind) if not _has_default(each)}
+    optional = {_key_of(each): _check_of_optional(types[each.name]) for each in fields(kind) if _has_default(each)}
     return record(required, optional, others=True)
 
 
@@ -104,8 +109,9 @@ def _read(kind: Any, value: Any) -> Any:
         return value
     types, known = _types_of(kind), {}
     for each in fields(kind):
-        if each.name in value and not (value[each.name] is None and _has_default(each)):
-            known[each.name] = _read(types[each.name], value[each.name])
+        key = _key_of(each)
+        if key in value and not (value[key] is None and _has_default(each)):
+            known[each.name] = _read(types[each.name], value[key])
     return kind(**known)
 
 
@@ -113,10 +119,14 @@ def to_json(value: Any) -> Any:
     """JSON values, keys in the order of the fields."""
     if is_dataclass(value):
         pairs = ((each, getattr(value, each.name)) for each in fields(value))
-        return {each.name: to_json(inner) for each, inner in pairs if not _is_left_out(each, inner)}
+        return {_key_of(each): to_json(inner) for each, inner in pairs if not _is_left_out(each, inner)}
     if isinstance(value, dict):
         return {key: to_json(inner) for key, inner in value.items()}
     return [to_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _key_of(each: Field[Any]) -> str:
+    return each.metadata.get("key", each.name)
 
 
 def _is_left_out(each: Field[Any], value: Any) -> bool:

@@ -16,8 +16,8 @@ from mmbert_core.report.typed_json import Missing
 from mmbert_core.tables.table import Roles, read_chunks
 
 MAX_ERRORS = 20
-# An explanation costs as much as scoring 48 rows (16 steps, a backward pass counts double): all explanations take about a
-# quarter of the time of scoring.
+# An explanation costs as much as scoring 48 rows (16 steps, a backward pass counts double): all explanations take about
+# a quarter of the time of scoring.
 MIN_EXPLAINED, ROWS_PER_EXPLANATION = 3, 200
 
 
@@ -35,7 +35,7 @@ def errors_section(evaluated: EvaluatedRows) -> Errors | Missing:
     columns = dataset.cells(worst)
     rows = [
         WrongRow(
-            place=dataset.row_location(int(row)),
+            location=dataset.row_location(int(row)),
             id=evaluated.ids[row] if evaluated.ids else None,
             label=evaluated.class_names[labels[row]],
             pred=evaluated.class_names[chosen[row]],

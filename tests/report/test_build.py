@@ -1,4 +1,4 @@
-"""Runs with little to show, and parts that fail: every section is there, with its reason where it is empty, and no run is lost."""
+"""Runs with little to show, and sections that fail: each has its reason, and no run is lost."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def no_pictures(monkeypatch, caplog):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """An encoder and tables; beside them test rows without labels, and some of one class alone."""
+    """An encoder and tables, also test rows without labels and some of one class only."""
     folder = tmp_path_factory.mktemp("files")
     tiny.settings(folder, num_rows=24)
     with open(folder / "test.csv", newline="") as stream:
@@ -89,8 +89,11 @@ def report_of(run: Path) -> tuple[Path, dict[str, Any]]:
 
 def page_of(folder: Path) -> dict[str, str]:
     """The text of each section of report.html, by the report's key."""
-    made = {part.attributes["id"]: part.text for part in tree_of((folder / "report.html").read_text()).all("section")}
-    return {key: made[title.lower().replace(" ", "-")] for title, key, *_ in SECTIONS}
+    report = {
+        section.attributes["id"]: section.text
+        for section in tree_of((folder / "report.html").read_text()).all("section")
+    }
+    return {key: report[title.lower().replace(" ", "-")] for title, key, *_ in SECTIONS}
 
 
 # ---- little to show ----
@@ -124,55 +127,57 @@ def test_a_run_with_little_to_show_has_every_section(files, tmp_path, name):
         changes = changes | {"test_path": (str(files / changes["test_path"]),)}
     results = tiny.train(config_of(files, tmp_path, **changes))
     run = tmp_path / "run"
-    folder, made = report_of(run)
+    folder, report = report_of(run)
     assert names_in(run) >= OF_A_MODEL and names_in(folder) == OF_A_TEST
-    empty = {key: part["reason"] for key in (*OF_LABELS, "training", "data") if set(part := made[key]) == {"reason"}}
+    empty = {
+        key: section["reason"] for key in (*OF_LABELS, "training", "data") if set(section := report[key]) == {"reason"}
+    }
     assert set(empty) - {"errors"} == set(reasons) - {"errors"} and all(
         empty[key].startswith(why) for key, why in reasons.items()
     )
     page = page_of(folder)
     assert all(empty[key] in text if key in empty else len(text) > 10 for key, text in page.items())
-    rows = len(made["errors"].get("rows", ()))
+    rows = len(report["errors"].get("rows", ()))
     wrong = (
         0
         if name == "unlabelled"
-        else sum(sum(line) for line in made["confusion"]["counts"]) - sum(np.diag(made["confusion"]["counts"]))
+        else sum(sum(line) for line in report["confusion"]["counts"]) - sum(np.diag(report["confusion"]["counts"]))
     )
     assert rows == min(wrong, wrong_rows.MAX_ERRORS)
 
-    baselines = {row["name"] for row in made["baselines"].get("rows", ())}
-    importance = {item["name"] for item in made["importance"].get("items", ())}
+    baselines = {row["name"] for row in report["baselines"].get("rows", ())}
+    importance = {item["name"] for item in report["importance"].get("items", ())}
     if name == "no validation rows":
         assert (
-            made["threshold"]["reason"] == made["calibration"]["reason"] == "no validation rows"
-            and made["training"]["validations"] == []
+            report["threshold"]["reason"] == report["calibration"]["reason"] == "no validation rows"
+            and report["training"]["validations"] == []
         )
-        assert page["threshold"].count("no validation rows") and set(made["data"]) == {"files", "train", "test"}
+        assert page["threshold"].count("no validation rows") and set(report["data"]) == {"files", "train", "test"}
     if name == "text only":
         assert baselines == {"most frequent class", "text only"} and importance == {"text"}
     if name == "columns only":
         assert baselines == {"most frequent class", "columns only"} and importance == {"age", "amount", "kind"}
-        assert all(error["tokens"] == [] and error["columns"] for error in made["errors"]["rows"]) and rows
+        assert all(error["tokens"] == [] and error["columns"] for error in report["errors"]["rows"]) and rows
     if name == "unlabelled":
         assert (
             results.test_metrics == {"test/num_rows": 37} and "No labelled test rows" in (run / "README.md").read_text()
         )
-        assert made["data"]["test"]["classes"] is None and not made["has_labels"]
+        assert report["data"]["test"]["classes"] is None and not report["has_labels"]
     if name == "one class":
-        assert made["metrics"]["model"]["auroc"] == {
+        assert report["metrics"]["model"]["auroc"] == {
             "value": None,
             "interval": None,
             "reason": "only one class in the labels: '1'",
         }
-        assert "only one class in the labels" in page["metrics"] and "f1_macro" in made["baselines"]["verdict"]
-        assert made["data"]["test"]["classes"]["0"] == 0 < made["data"]["test"]["classes"]["1"]
+        assert "only one class in the labels" in page["metrics"] and "f1_macro" in report["baselines"]["verdict"]
+        assert report["data"]["test"]["classes"]["0"] == 0 < report["data"]["test"]["classes"]["1"]
 
 
-# ---- probabilities that are no numbers ----
+# ---- probabilities that are not finite ----
 
 
 @pytest.mark.parametrize(("num_classes", "value"), [(2, np.nan), (2, np.inf), (3, np.nan)])
-def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(
+def test_predictions_that_are_not_finite_are_reported_and_the_run_completes(
     tmp_path, monkeypatch, capsys, caplog, num_classes, value
 ):
     plain = hooks.test_step
@@ -194,9 +199,9 @@ def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(
         and all(figures[key] is None and figures["undefined"][key] == why for key in metrics)
         and figures["intervals"] == {}
     )
-    folder, made = report_of(tmp_path / "run")
+    folder, report = report_of(tmp_path / "run")
     assert names_in(folder) == OF_A_TEST and load_model_folder(tmp_path / "run")
-    assert {key: made[key] for key in OF_LABELS} == dict.fromkeys(
+    assert {key: report[key] for key in OF_LABELS} == dict.fromkeys(
         OF_LABELS, {"reason": "predictions that are not finite"}
     )
     assert all("predictions that are not finite" in page_of(folder)[key] for key in OF_LABELS)
@@ -206,7 +211,7 @@ def test_predictions_that_are_no_numbers_are_told_and_leave_the_run_whole(
     console.print_figures(figures, config)
     assert capsys.readouterr().out.splitlines()[-1] == f"No comparison with baselines: {why}."
     assert any(
-        message.startswith("probabilities that are no numbers: 1 of 37 rows, first ") for message in caplog.messages
+        message.startswith("probabilities that are not finite: 1 of 37 rows, first ") for message in caplog.messages
     )
 
 
@@ -224,8 +229,8 @@ def model(files, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """An empty folder for outputs; temporary files of the process would be found beside it."""
+def output_folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder for outputs; temporary files of the process would be found in its parent."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     (tmp_path / "place").mkdir()
@@ -237,13 +242,16 @@ def everything(*folders: Path) -> set[Path]:
 
 
 def test_evaluate_leaves_one_folder_and_says_that_a_model_is_no_better_than_its_baselines(
-    model, files, place, tmp_path, capsys
+    model, files, output_folder, tmp_path, capsys
 ):
     before = everything(model, files)
     assert (
-        cli.main(["evaluate", str(model), str(files / "test.csv"), "--output", str(place), "--num_threads", "1"]) == 0
+        cli.main(
+            ["evaluate", str(model), str(files / "test.csv"), "--output", str(output_folder), "--num_threads", "1"]
+        )
+        == 0
     )
-    [folder] = place.iterdir()
+    [folder] = output_folder.iterdir()
     assert (
         names_in(folder) == OF_A_TEST
         and everything(model, files) == before
@@ -253,8 +261,8 @@ def test_evaluate_leaves_one_folder_and_says_that_a_model_is_no_better_than_its_
     assert (
         line.startswith("The model does not beat its baselines: auroc ") and "Try a higher lr" not in line
     )  # who evaluates does not train
-    made = json.loads((folder / "report.json").read_text())
-    assert made["baselines"]["verdict"] == line and line in page_of(folder)["baselines"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["baselines"]["verdict"] == line and line in page_of(folder)["baselines"]
 
 
 BAD = {
@@ -268,7 +276,7 @@ BAD = {
     "case",
     [*BAD, "a column that is missing", "a file that is missing", "a slice of no column", "an output that is a file"],
 )
-def test_evaluate_on_bad_input_is_one_line_and_leaves_nothing(model, files, place, tmp_path, capsys, case):
+def test_evaluate_on_bad_input_is_one_line_and_leaves_nothing(model, files, output_folder, tmp_path, capsys, case):
     path, words = tmp_path / "bad.csv", []
     with open(files / "test.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -284,9 +292,9 @@ def test_evaluate_on_bad_input_is_one_line_and_leaves_nothing(model, files, plac
         writer.writerows(rows)
     if case == "a file that is missing":
         path.unlink()
-    output = place / "new" / "folder"
+    output = output_folder / "new" / "folder"
     if case == "an output that is a file":
-        output = place.parent / "taken"
+        output = output_folder.parent / "taken"
         output.write_text("")
     before = everything(model, tmp_path)
     assert cli.main(["evaluate", str(model), str(path), "--output", str(output), *words]) == 2
@@ -295,7 +303,9 @@ def test_evaluate_on_bad_input_is_one_line_and_leaves_nothing(model, files, plac
     assert everything(model, tmp_path) == before
 
 
-def test_evaluate_of_a_model_that_overflows_names_the_row_and_leaves_nothing(model, files, place, tmp_path, capsys):
+def test_evaluate_of_a_model_that_overflows_names_the_row_and_leaves_nothing(
+    model, files, output_folder, tmp_path, capsys
+):
     """Finite weights, but logits beyond float32."""
     broken = shutil.copytree(model, tmp_path / "broken")
     weights = load_file(broken / WEIGHTS)
@@ -304,20 +314,20 @@ def test_evaluate_of_a_model_that_overflows_names_the_row_and_leaves_nothing(mod
     tiny.without_manifest(broken)
     before = everything(broken, tmp_path)
     with pytest.raises(RuntimeError):
-        cli.main(["evaluate", str(broken), str(files / "test.csv"), "--output", str(place)])
+        cli.main(["evaluate", str(broken), str(files / "test.csv"), "--output", str(output_folder)])
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "test.csv row 1 (line 2)" in line and "its probability is no number" in line
+    assert line.startswith("error: ") and "test.csv row 1 (line 2)" in line and "its probability is" in line
     assert everything(broken, tmp_path) == before
 
 
-# ---- parts that fail ----
+# ---- sections that fail ----
 
 
 def fail(*_: Any, **__: Any) -> None:
     raise MemoryError("no more")
 
 
-def trained_in_spite(files: Path, tmp_path: Path, caplog) -> tuple[dict[str, Any], str]:
+def train_despite_failure(files: Path, tmp_path: Path, caplog) -> tuple[dict[str, Any], str]:
     """The results of a run that has its model and its test figures; and its only warning about a failure."""
     results = tiny.train(config_of(files, tmp_path))
     run = tmp_path / "run"
@@ -336,11 +346,11 @@ def trained_in_spite(files: Path, tmp_path: Path, caplog) -> tuple[dict[str, Any
 
 def test_baselines_that_fail_cost_no_run(files, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(decision_fit.baselines, "fit_best", fail)
-    results, warning = trained_in_spite(files, tmp_path, caplog)
-    folder, made = report_of(tmp_path / "run")
+    results, warning = train_despite_failure(files, tmp_path, caplog)
+    folder, report = report_of(tmp_path / "run")
     assert warning == "no baselines: MemoryError: no more" and results.test_metrics["baselines"] == {}
     assert (
-        made["baselines"] == {"reason": "the model folder has none"}
+        report["baselines"] == {"reason": "the model folder has none"}
         and "the model folder has none" in page_of(folder)["baselines"]
     )
     assert (
@@ -360,10 +370,10 @@ def test_a_section_that_fails_is_a_section_with_its_reason(
     files, tmp_path, monkeypatch, caplog, module, function, section
 ):
     monkeypatch.setattr(f"mmbert_core.report.{module}.{function}", fail)
-    _, warning = trained_in_spite(files, tmp_path, caplog)
-    folder, made = report_of(tmp_path / "run")
+    _, warning = train_despite_failure(files, tmp_path, caplog)
+    folder, report = report_of(tmp_path / "run")
     assert warning == "a section of the report is missing: MemoryError: no more"
-    assert [key for key in OF_LABELS if set(made[key]) == {"reason"} and key not in FEW] == [section]
+    assert [key for key in OF_LABELS if set(report[key]) == {"reason"} and key not in FEW] == [section]
     assert page_of(folder)[section].endswith("MemoryError: no more")
 
 
@@ -373,7 +383,7 @@ def test_a_section_that_fails_is_a_section_with_its_reason(
 def test_a_report_that_fails_costs_no_run(files, tmp_path, monkeypatch, caplog, module, function):
     caplog.set_level(logging.INFO, logger="mmbert_core")
     monkeypatch.setattr(module, function, fail)
-    results, warning = trained_in_spite(files, tmp_path, caplog)
+    results, warning = train_despite_failure(files, tmp_path, caplog)
     folder = results.test_folder
     assert warning == "no report.html: MemoryError: no more" and not (folder / "report.html").exists()
     assert not any(message.startswith("report: ") for message in caplog.messages)
@@ -382,9 +392,9 @@ def test_a_report_that_fails_costs_no_run(files, tmp_path, monkeypatch, caplog, 
     )
 
 
-def test_a_damaged_log_of_the_run_costs_no_evaluation(model, files, place, tmp_path, capsys):
+def test_a_damaged_log_of_the_run_costs_no_evaluation(model, files, output_folder, tmp_path, capsys):
     damaged = shutil.copytree(model, tmp_path / "damaged")
     (damaged / "metrics.jsonl").write_text('{"step": 1, "train_loss": 0.5}\n')  # no lr
-    assert cli.main(["evaluate", str(damaged), str(files / "test.csv"), "--output", str(place)]) == 0
-    [folder] = place.iterdir()
+    assert cli.main(["evaluate", str(damaged), str(files / "test.csv"), "--output", str(output_folder)]) == 0
+    [folder] = output_folder.iterdir()
     assert names_in(folder) >= {"test_result_0.tsv", "test_metrics.json"}

@@ -47,8 +47,12 @@ def test_ticks_are_round_numbers_inside(low, high, expected):
 def test_ticks_of_any_size_are_few_and_inside():
     for power in range(-12, 13):
         for high in (1.0, 1.7, 3.3, 9.9):
-            made = ticks(0.1 * 10**power, high * 10**power)
-            assert 2 <= len(made) <= 6 and 0.0999 * 10**power <= made[0] and made[-1] <= high * 1.001 * 10**power
+            positions = ticks(0.1 * 10**power, high * 10**power)
+            assert (
+                2 <= len(positions) <= 6
+                and 0.0999 * 10**power <= positions[0]
+                and positions[-1] <= high * 1.001 * 10**power
+            )
 
 
 def test_small_numbers_fit_the_margin():

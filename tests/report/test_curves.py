@@ -1,4 +1,4 @@
-"""Parts of the report against scikit-learn and against counting."""
+"""Sections of the report against scikit-learn and against counting."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_confusion_is_scikit_learns() -> None:
     )
 
 
-def test_a_judgement_needs_rows() -> None:
+def test_a_decision_needs_rows() -> None:
     preds, labels = evaluated(400)
     decision = fit_threshold_and_calibration(preds, labels, rule="best_f1", num_classes=2, baselines=None)
     assert decision.threshold.reason is None and decision.threshold.value != 0.5 and decision.calibration.reason is None

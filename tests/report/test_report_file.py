@@ -1,4 +1,4 @@
-"""`mmbert report` of a report.json by others: a page, or one line that says what is wrong with the file.   pytest tests/report/test_report_file.py"""
+"""`mmbert report` of a report.json by others: a page, or one line that says what is wrong with the file."""
 
 import copy
 import json

@@ -17,7 +17,7 @@ def said(
     metric: str = "auroc",
     **changes: object,
 ) -> str:
-    """The verdict on a model whose `metric` is `value`, with an interval from `low` on, beside baselines with those values."""
+    """The verdict on a model whose `metric` is `value`, with an interval from `low` on, and its `baselines`."""
     key = f"test/{metric}"
     figures = {
         key: value,
@@ -47,7 +47,7 @@ def said(
 )
 def test_the_model_is_compared_with_the_best_baseline(value, low, beginning):
     line = said(value, {"most frequent class": 0.0, "columns only": 0.7, "text only": None}, low=low)
-    assert line.startswith(f"{beginning}auroc {value:.4f} beside 0.7000 (columns only).") and "\n" not in line
+    assert line.startswith(f"{beginning}auroc {value:.4f} against 0.7000 (columns only).") and "\n" not in line
     assert (
         line.startswith(NOT_BETTER) == ("does not beat" in beginning)
         and "Try" not in line
@@ -58,10 +58,8 @@ def test_the_model_is_compared_with_the_best_baseline(value, low, beginning):
 def test_a_perfect_tie_is_a_tie_without_advice():
     for value, rival in ((1.0, 1.0), (0.99999, 1.0), (1.0, 0.99996)):
         line = said(value, {"columns only": 0.5, "text only": rival}, low=1.0)
-        assert (
-            line
-            == "The model ties with the best of its baselines: auroc 1.0000 for both (text only), and more is not possible."
-        )
+        tie = "auroc 1.0000 for both (text only), and more is not possible"
+        assert line == f"The model ties with the best of its baselines: {tie}."
 
 
 def test_advice_on_training_is_for_who_trains(capsys):
@@ -76,7 +74,7 @@ def test_advice_on_training_is_for_who_trains(capsys):
     for advice, expected in ((True, [TRY]), (False, [])):
         print_figures(figures, settings, advice=advice)
         assert capsys.readouterr().out.splitlines()[-1 - len(expected) :] == [
-            "The model does not beat its baselines: auroc 0.6000 beside 0.7000 (text only).",
+            "The model does not beat its baselines: auroc 0.6000 against 0.7000 (text only).",
             *expected,
         ]
 
@@ -95,7 +93,7 @@ def test_a_baseline_that_is_missing_is_named():
 def test_another_metric_stands_in_for_one_that_is_undefined_or_better_when_lower():
     rows = {"test/auroc": None, "test/f1_macro": 0.6, "test/accuracy": 0.9}
     rivals = {"columns only": {"test/auroc": None, "test/f1_macro": 0.5, "test/accuracy": 0.95}}
-    assert "f1_macro 0.6000 beside 0.5000" in said(None, {}, metric="auroc", baselines=rivals, **rows)
+    assert "f1_macro 0.6000 against 0.5000" in said(None, {}, metric="auroc", baselines=rivals, **rows)
     for metric in (
         "log_loss",
         "ece",
@@ -111,4 +109,4 @@ def test_another_metric_stands_in_for_one_that_is_undefined_or_better_when_lower
             intervals={"test/auroc": [0.7, 0.9]},
             **{"test/auroc": 0.8},
         )
-        assert line.startswith("The model is above all baselines: auroc 0.8000 beside 0.5000")
+        assert line.startswith("The model is above all baselines: auroc 0.8000 against 0.5000")

@@ -14,6 +14,7 @@ SECTIONS = """
 HOSTILE = (
     """<script>document.title='hit'</script>"'&</style></title></svg>--><img src=x onerror=alert(1)>"""
     "\x00\x1b\ud800\u202e http://example.org/x.js"
+    "{{ 7 * 7 }}{% include 'page.html' %}{# note #}"
 )
 COMMENT = (
     "I love, love, love this dress. the dress runs small but the fabric feels great and never wrinkles "
