@@ -19,7 +19,7 @@ from mmbert_core.evaluation.calibration import CALIBRATION_JSON, Calibration
 from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.thresholds import THRESHOLD_JSON, Threshold
 from mmbert_core.model.text_encoder import POOLINGS
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, shorten
 from mmbert_core.storage.files import check_readable, read_json
 from mmbert_core.storage.manifest import MANIFEST, first_difference, manifest_of, read_manifest
 from mmbert_core.storage.schema import Check, anything, array, constant, mapping, nullable, number, record, text, whole
@@ -265,4 +265,4 @@ def _build_from(path: Path, build: Callable[[], Any]) -> Any:
             f"{path}: {'is missing' if missing else f'cannot be read: {error.strerror or error}'}"
         ) from None
     except (ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}: ').split())[:300]}") from None
+        raise InputError(f"{path}: {shorten(str(error).removeprefix(f'{path}: '), 300)}") from None

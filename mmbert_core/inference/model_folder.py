@@ -48,7 +48,7 @@ from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder,
 from mmbert_core.model.probe import check_runs_once, check_token_ids
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, reinitialise, resolve_pooling
-from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.errors import InputError, RunError, shorten
 from mmbert_core.storage.encoder_files import Shapes, check_content, read_shapes
 from mmbert_core.storage.files import TEMPORARY_PREFIX, missing_space, save_tensors, sync_path, write_json
 from mmbert_core.storage.manifest import MANIFEST
@@ -207,7 +207,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:
         # RuntimeError: names or shapes differ
         raise InputError(
-            f"{folder / WEIGHTS}: does not fit the other files of the folder: {' '.join(str(error).split())[:300]}"
+            f"{folder / WEIGHTS}: does not fit the other files of the folder: {shorten(str(error), 300)}"
         ) from None
     if text is not None:
         ids = [max(always_used_ids(tokenizer), default=0)] * min(config.max_length, PROBE_LENGTH)

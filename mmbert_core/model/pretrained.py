@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, format_for_message
 from mmbert_core.runtime.hub import check_hub_answers, check_hub_name
 from mmbert_core.storage.encoder_files import (
     CONFIG,
@@ -29,7 +29,7 @@ from mmbert_core.storage.encoder_files import (
     settings_in,
 )
 from mmbert_core.storage.files import read_json
-from mmbert_core.storage.schema import record, shortened
+from mmbert_core.storage.schema import record
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def sentence_pooling(name_or_folder: str) -> str | None:
         raise InputError(f"{error_prefix} ({str(error).removeprefix(f'{path}: ')}): {advice}") from None
     modes = _pooling_modes(settings)
     if len(modes) != 1 or modes[0] not in SENTENCE_POOLINGS:
-        found = ", ".join(map(shortened, modes)) or "none"
+        found = ", ".join(map(format_for_message, modes)) or "none"
         raise InputError(
             f"{error_prefix}: expected one mode of {', '.join(SENTENCE_POOLINGS)}, found {found}: {advice}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, shorten
 
 # Differences of text vectors, in units of their largest value, or of 1 where that is smaller.
 TOLERANCE = 1e-5  # two vectors of the same text
@@ -217,7 +217,7 @@ def _failure(text: TextBertBase, ids: Sequence[int], *, is_packed: bool | None =
     except ENCODER_ERRORS as error:
         if "allocate memory" in str(error):
             raise
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return f"{type(error).__name__}: {shorten(str(error), 120)}"
     return "" if torch.isfinite(vectors).all() else f"{NOT_FINITE}: are the weights whole?"
 
 

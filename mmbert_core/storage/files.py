@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, shorten
 from mmbert_core.storage.schema import Check, check_structure, parse_json
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JS
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"{path}: not a JSON file ({shorten(str(error), 200)})") from None
     if check is not None:
         check_structure(value, check, str(path))
     return value

@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
-from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.errors import InputError, format_for_message
 
 MAX_DEPTH = 50  # lists and objects within each other
 MAX_INTEGER = 2**63 - 1
-MAX_CHARACTERS = 60  # of a value in a message
 MAX_NAMED_KEYS = 12  # in a message
 
 Check = Callable[[Any], None]
@@ -36,7 +35,7 @@ class Mismatch(ValueError):
             if isinstance(key, str) and key.isidentifier():
                 path += f".{key}" if path else key
             else:
-                path += f"[{shortened(key)}]"
+                path += f"[{format_for_message(key)}]"
         return f"{path}: {super().__str__()}" if path else super().__str__()
 
 
@@ -75,14 +74,14 @@ def parse_json(text: str | bytes) -> Any:
 
 def _integer(digits: str) -> int:
     if len(digits) > 20 or abs(int(digits)) > MAX_INTEGER:
-        raise ValueError(f"expected whole numbers below 2**63, found {shortened(digits)}")
+        raise ValueError(f"expected whole numbers below 2**63, found {format_for_message(digits)}")
     return int(digits)
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"expected numbers within float64, found {shortened(digits)}")
+        raise ValueError(f"expected numbers within float64, found {format_for_message(digits)}")
     return value
 
 
@@ -95,7 +94,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"expected each key once, found {shortened(repeated)} twice in an object")
+        raise ValueError(f"expected each key once, found {format_for_message(repeated)} twice in an object")
     return values
 
 
@@ -113,12 +112,6 @@ def _is_deeper(value: Any, depth: int) -> bool:
 # ---- values in messages ----
 
 
-def shortened(value: Any) -> str:
-    """The `repr` of a text or number, on one line and at most MAX_CHARACTERS long."""
-    words = repr(value[: MAX_CHARACTERS + 1] if isinstance(value, str) else value)
-    return words if len(words) <= MAX_CHARACTERS else f"{words[:MAX_CHARACTERS]}..."
-
-
 def describe(value: Any) -> str:
     """What a message calls a JSON value that was found."""
     if value is None:
@@ -131,7 +124,7 @@ def describe(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, int) and abs(value) > MAX_INTEGER:  # thousands of digits cannot even be printed
         return f"a whole number of {value.bit_length()} bits"
-    return f"the text {shortened(value)}" if isinstance(value, str) else shortened(value)
+    return f"the text {format_for_message(value)}" if isinstance(value, str) else format_for_message(value)
 
 
 # ---- checks of single values ----
@@ -257,7 +250,7 @@ def array(
         if distinct and len(set(value)) != len(value):
             seen: set[Any] = set()
             repeated = next(entry for entry in value if entry in seen or seen.add(entry))
-            raise Mismatch("a list without repeats", f"{shortened(repeated)} twice")
+            raise Mismatch("a list without repeats", f"{format_for_message(repeated)} twice")
 
     return check
 
@@ -291,7 +284,7 @@ def record(
         for key in value:
             if not others and key not in known:
                 names = ", ".join(list(known)[:MAX_NAMED_KEYS]) + (", ..." if len(known) > MAX_NAMED_KEYS else "")
-                raise Mismatch(f"only the keys {names}", f"{shortened(key)} too")
+                raise Mismatch(f"only the keys {names}", f"{format_for_message(key)} too")
         for key, inner_value in value.items():
             _check_items(known.get(key, other), [(key, inner_value)])
 

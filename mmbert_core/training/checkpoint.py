@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmbert_core.config import SETTINGS
-from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.runtime.errors import InputError, RunError, shorten
 from mmbert_core.storage.files import (
     MEGABYTE,
     TEMPORARY_PREFIX,
@@ -284,7 +284,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         check_steps(state, step_of(path))
         return Checkpoint(path, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
     except (ValueError, OSError, SafetensorError) as error:  # whole, but no run has written it
-        raise InputError(f"{path}: {' '.join(str(error).removeprefix(f'{path}/').split())[:300]}") from None
+        raise InputError(f"{path}: {shorten(str(error).removeprefix(f'{path}/'), 300)}") from None
 
 
 def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
