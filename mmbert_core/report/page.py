@@ -9,6 +9,7 @@ from jinja2 import Environment
 
 from mmbert_core.report import page_details, page_probabilities, page_quality
 from mmbert_core.report.formatting import (
+    NO_VALUE,
     brief,
     count,
     decimals,
@@ -82,5 +83,6 @@ def templates() -> Environment:
     loaded = environment(__package__, finalize=finalize)
     formats = (brief, count, decimals, figure, interval, name, percent, short)
     loaded.filters |= {each.__name__: each for each in formats}
-    loaded.tests["number"] = is_number
+    loaded.tests["number"] = is_number  # finite, and no boolean
+    loaded.globals["NO_VALUE"] = NO_VALUE
     return loaded
