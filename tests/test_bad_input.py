@@ -15,7 +15,6 @@ import pytest
 from mmbert_core import cli, predictor
 from mmbert_core.config import Config
 from mmbert_core.runtime.errors import InputError
-from mmbert_core.storage.files import sha256_of
 from tests.support import tiny
 from tests.support.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, as_csv, read_rows
 
@@ -26,12 +25,6 @@ def earlier(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("earlier")
     tiny.train(Config(**tiny.settings(folder, max_epochs=1)))
     return folder
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Content of every file but the token cache's, by path."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and folder / "cache" not in path.parents)
-    return {str(path.relative_to(folder)): sha256_of(path) for path in paths}
 
 
 def error_of(capsys, *words: str) -> str:
@@ -48,13 +41,13 @@ def error_of(capsys, *words: str) -> str:
 
 def assert_one_line(capsys, earlier: Path, config: Path, *expected: str) -> None:
     """`--check` and the training itself print the same line with the expected words, and do not change `earlier`."""
-    before = hashes(earlier)
+    before = tiny.file_hashes(earlier)
     messages = {error_of(capsys, "train", config, *more) for more in (["--check"], [])}
     assert len(messages) == 1
     [message] = messages
     for words in expected:
         assert words in message, message
-    assert hashes(earlier) == before
+    assert tiny.file_hashes(earlier) == before
     assert not list(earlier.rglob(".tmp-*")) and not list(config.parent.rglob(".tmp-*"))
 
 
@@ -214,11 +207,11 @@ def assert_predict_refuses(capsys, earlier: Path, words: list[Any], *expected: s
     if output.parent.is_dir() and output.parent != Path("/proc") and not output.exists():
         output.write_text("an older prediction\n")
     old = output.read_bytes() if output.is_file() else None
-    before = hashes(earlier)
+    before = tiny.file_hashes(earlier)
     message = error_of(capsys, "predict", *words)
     for words in expected:
         assert words in message, message
-    assert hashes(earlier) == before
+    assert tiny.file_hashes(earlier) == before
     assert old is None or output.read_bytes() == old
     assert not output.parent.is_dir() or not list(output.parent.glob(".tmp-*"))
 
@@ -348,7 +341,7 @@ def test_check_exits_with_2(tmp_path, earlier):
     ],
 )
 def test_two_processes_report_one_error_and_end(tmp_path, earlier, change):
-    before, started = hashes(earlier), time.monotonic()
+    before, started = tiny.file_hashes(earlier), time.monotonic()
     done = tiny.torchrun(2, ["train.py", str(write_config(tmp_path, earlier, **change))], timeout=120)
     assert time.monotonic() - started < 60
     assert done.returncode != 0
@@ -356,4 +349,4 @@ def test_two_processes_report_one_error_and_end(tmp_path, earlier, change):
     assert ("no.csv: there is no such file" if "train_path" in change else "lr was 0.001") in done.stderr
     # the one traceback is torchrun's own
     assert "Traceback" not in done.stderr.split("\nerror: ")[0] and "InputError" not in done.stderr
-    assert hashes(earlier) == before
+    assert tiny.file_hashes(earlier) == before

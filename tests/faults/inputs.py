@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from mmbert_core import cli
-from mmbert_core.storage.files import sha256_of
 from tests.support import tiny
 from tests.support.bad_tables import Rows, read_rows
 from tests.support.fault_matrix import Figures
@@ -68,12 +67,6 @@ def write_config(folder: Path, tables: Path, **changes: Any) -> Path:
     values |= {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
     (folder / "run.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
     return folder / "run.json"
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the token cache's, by path."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and folder / "cache" not in path.parents)
-    return {str(path.relative_to(folder)): sha256_of(path) for path in paths}
 
 
 # ---- tables ----
@@ -138,11 +131,13 @@ def training_refuses(
     """`--check` and the training itself refuse a config, and the finished run in its folder is not changed."""
     tables = tables or trained()
     config = write_config(folder, tables, **changes)
-    before = contents(tables)
+    before = tiny.file_hashes(tables)
     for check in ("--check",), ():
         count_refusal(figures, f"{case} {' '.join(check) or 'training'}", command("train", config, *check), *expected)
     left = [path.name for path in (*folder.rglob(".tmp-*"), *tables.rglob(".tmp-*"))]
-    figures.count(contents(tables) == before and not left, f"{case}: the earlier run was changed, or {left} left")
+    figures.count(
+        tiny.file_hashes(tables) == before and not left, f"{case}: the earlier run was changed, or {left} left"
+    )
 
 
 def prediction_refuses(
@@ -152,11 +147,11 @@ def prediction_refuses(
     model = model or trained() / "run"
     output = source.parent / "refused.tsv"
     output.write_text("an older prediction\n")
-    before = contents(model)
+    before = tiny.file_hashes(model)
     count_refusal(figures, f"{case} predict", command("predict", model, source, output), *expected)
     left = [path.name for path in source.parent.glob(".tmp-*")]
     figures.count(
-        output.read_text() == "an older prediction\n" and contents(model) == before and not left,
+        output.read_text() == "an older prediction\n" and tiny.file_hashes(model) == before and not left,
         f"{case}: older files were changed, or {left} left",
     )
 

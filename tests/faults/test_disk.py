@@ -113,7 +113,7 @@ def test_F10_no_space_for_a_checkpoint(
             }[way]
             job = Job(num_processes, words, faults=faults, exit_code_file=folder / "ends.txt", prefix=disk.prefix)
             since = fill_between_checkpoints(disk, seen, job) if way == "before" else None
-            said = (
+            message = (
                 "no space for the checkpoint of step"
                 if way == "before"
                 else "the checkpoint of step 4 could not be written"
@@ -124,7 +124,7 @@ def test_F10_no_space_for_a_checkpoint(
                 case,
                 job,
                 since,
-                f"error: {rank}save: {said}",
+                f"error: {rank}save: {message}",
                 "need ",
                 " MB, have ",
                 f" MB at {run / 'checkpoints'}",

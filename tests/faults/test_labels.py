@@ -192,7 +192,7 @@ def test_D12_one_class_in_validation(tmp_path: Path) -> Figures:
                 f"{case}: validation has {values}",
             )
         figures.count(
-            f"val/{metric} is undefined on these validation rows" in done.err, f"{case}: not said: {done.err}"
+            f"val/{metric} is undefined on these validation rows" in done.err, f"{case}: no warning: {done.err}"
         )
         best = min(validations, key=lambda values: values["val_loss"])
         results = read_json(folder / "run/train_results.json")

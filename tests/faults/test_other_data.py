@@ -10,7 +10,6 @@ from mmbert_core.storage.files import read_json, write_json
 from tests.faults.inputs import (
     HEADER,
     command,
-    contents,
     count_refusal,
     prediction_refuses,
     rows_of,
@@ -122,7 +121,7 @@ def test_D15_changed_data(tmp_path: Path) -> Figures:
     # as after a kill after step 8
     for name in ("model.safetensors", "train_results.json", "checkpoints/step-00000016"):
         shutil.rmtree(tmp_path / "run" / name) if "step" in name else (tmp_path / "run" / name).unlink()
-    before = contents(tmp_path / "run")
+    before = tiny.file_hashes(tmp_path / "run")
     for name in ("train", "val", "test"):
         path = tmp_path / f"{name}.csv"
         good = path.read_bytes()
@@ -138,7 +137,7 @@ def test_D15_changed_data(tmp_path: Path) -> Figures:
                     f"{path} has changed since the checkpoint at step 8",
                     "sha256 ",
                 )
-            figures.count(contents(tmp_path / "run") == before, f"{name}.csv: {case}: the run was changed")
+            figures.count(tiny.file_hashes(tmp_path / "run") == before, f"{name}.csv: {case}: the run was changed")
         path.write_bytes(good)  # the same content at another time
     train_run(figures, "files restored", config)
     figures.count((tmp_path / "run/model.safetensors").read_bytes() == whole, "files restored: another model")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmbert_core.training.checkpoint import list_steps, step_folder
-from tests.faults.inputs import command, contents, count_refusal
+from tests.faults.inputs import command, count_refusal
 from tests.faults.runs import (
     ENVIRONMENT,
     STEPS,
@@ -25,6 +25,7 @@ from tests.faults.runs import (
     write_run_config,
 )
 from tests.faults.stopped_run import StoppedRun, count_resume
+from tests.support import tiny
 from tests.support.fault_matrix import Figures, row
 from tests.support.jobs import Job, digest, error_lines, rows_of_steps, run_job, steps_saved
 
@@ -67,7 +68,7 @@ def test_D15_data_edited_between_start_and_restart(tmp_path: Path, processes: tu
     figures = Figures()
     started = StoppedRun(tmp_path / "started")
     run = started.copy()
-    before = contents(run)
+    before = tiny.file_hashes(run)
     for name, (what, change) in itertools.product(("train", "val"), EDITS.items()):
         path = started.folder / f"{name}.csv"
         data = path.read_bytes()
@@ -78,7 +79,7 @@ def test_D15_data_edited_between_start_and_restart(tmp_path: Path, processes: tu
             done = command("train", started.write(run), *check)
             count_refusal(figures, f"{what} of {name}.csv {' '.join(check)}", done, expected)
         edit(path, data)
-        figures.count(contents(run) == before, f"{what} of {name}.csv: the run was changed")
+        figures.count(tiny.file_hashes(run) == before, f"{what} of {name}.csv: the run was changed")
     os.utime(started.folder / "train.csv")  # the same content with a new time is the same data
     count_resume(figures, "restored", started.write(run), run, started.expected)
     for num_processes in processes:

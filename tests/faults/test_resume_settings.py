@@ -14,7 +14,7 @@ from mmbert_core.config import FREE_ON_RESUME, SETTINGS
 from mmbert_core.storage.files import sha256_of
 from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.checkpoint import step_folder
-from tests.faults.inputs import command, contents, count_refusal
+from tests.faults.inputs import command, count_refusal
 from tests.faults.stopped_run import StoppedRun, count_resume
 from tests.support import tiny
 from tests.support.fault_matrix import Figures, row
@@ -97,11 +97,11 @@ def try_key(figures: Figures, started: StoppedRun, key: str) -> None:
         old = json.loads((run / "config.json").read_text())["config"][key]
         also = {"is_binary": False} if key == "num_classes" else {}
         words = [key] if key in BY_DATA else [f"{key} was {old!r} in the checkpoint at step 5 and is {new!r} now"]
-        before = contents(run)
+        before = tiny.file_hashes(run)
         for check in ((), ("--check",)):
             done = command("train", started.write(run, **{key: new}, **also), *check)
             count_refusal(figures, f"{key} {' '.join(check)}", done, *words)
-        figures.count(contents(run) == before, f"{key}: the run was changed")
+        figures.count(tiny.file_hashes(run) == before, f"{key}: the run was changed")
         torch.use_deterministic_algorithms(False)
     shutil.rmtree(run)
 
@@ -140,10 +140,10 @@ def try_encoders(figures: Figures, started: StoppedRun, work: Path) -> None:
         ("other-words", "the tokenizer has changed since the checkpoint at step 5"),
     ):
         run = started.copy()
-        before = contents(run)
+        before = tiny.file_hashes(run)
         with replaced(started.folder / "encoder", work / name):
             count_refusal(figures, f"encoder {name}", command("train", started.write(run)), expected)
-        figures.count(contents(run) == before, f"encoder {name}: the run was changed")
+        figures.count(tiny.file_hashes(run) == before, f"encoder {name}: the run was changed")
     run = started.copy()
     with replaced(started.folder / "encoder", work / "other-weights"):
         count_resume(figures, "encoder other-weights", started.write(run), run, started.expected)

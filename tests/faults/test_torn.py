@@ -23,7 +23,6 @@ from mmbert_core.training.checkpoint import (
     why_invalid,
 )
 from tests.faults.checkpoint_writer import tensors_of
-from tests.faults.inputs import contents
 from tests.faults.runs import (
     ENVIRONMENT,
     SLOW,
@@ -34,6 +33,7 @@ from tests.faults.runs import (
     reference_run,
     write_run_config,
 )
+from tests.support import tiny
 from tests.support.fault_matrix import MAX_SECONDS, Figures, row
 from tests.support.jobs import Job, captured_warnings, error_lines, run_job, steps_saved
 from tests.training.test_checkpoint import DAMAGES
@@ -166,12 +166,12 @@ def count_torn_run(figures: Figures, folder: Path, name: str) -> None:
     for step in (8, 9):
         file = step_folder(folder / "run/checkpoints", step) / name
         TORN["half"](file, file.read_bytes())
-    before = contents(folder / "run/checkpoints")
+    before = tiny.file_hashes(folder / "run/checkpoints")
     code, output = run_job(0, ["train", str(config)], faults=SMALL_EVALUATION_BATCHES, **ENVIRONMENT)
     last = output.splitlines()[-1]
     is_refused = code == 2 and last.startswith("error: ") and "none of the checkpoints is whole" in last
     figures.refused(
-        is_refused and contents(folder / "run/checkpoints") == before,
+        is_refused and tiny.file_hashes(folder / "run/checkpoints") == before,
         f"{name}, all torn: exit code {code}:\n{output[-2000:]}",
     )
 
@@ -194,11 +194,11 @@ def write_foreign_files(folder: Path, generator: random.Random) -> None:
 
 def foreign_contents(folder: Path) -> dict[str, str]:
     """Digests of all files that belong to no checkpoint, and the targets of links."""
-    found = contents(folder.parent / "elsewhere") | {
+    found = tiny.file_hashes(folder.parent / "elsewhere") | {
         "links": str({path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()})
     }
     return found | {
-        name: value for name, value in contents(folder).items() if not re.match(r"(aside-)?step-\d{8}/", name)
+        name: value for name, value in tiny.file_hashes(folder).items() if not re.match(r"(aside-)?step-\d{8}/", name)
     }
 
 

@@ -164,11 +164,11 @@ def waits_for_rank_0() -> list[str]:
     distributed._object_group = distributed.dist.new_group(
         backend="gloo", timeout=timedelta(seconds=2)
     )  # the start may take longer
-    said = [distributed.on_main(work, long_timeout=True)]
+    results = [distributed.on_main(work, long_timeout=True)]
     try:
-        return [*said, distributed.on_main(work)]
+        return [*results, distributed.on_main(work)]
     except PeerError as error:
-        return [*said, str(error)]
+        return [*results, str(error)]
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Real jobs for fault tests: torchrun in the background, its worker processes by rank, signals, exit codes."""
 
-import csv
 import json
 import logging
 import os
@@ -235,8 +234,3 @@ def rows_of_steps(folder: Path) -> dict[int, list[int]]:
         if note["attempt"] == last[note["step"]][1]:
             steps[note["step"]].extend(note["rows"])
     return {step: sorted(rows) for step, rows in steps.items()}
-
-
-def prediction_ids(path: Path, column: str = "row_id") -> list[str]:
-    with open(path, newline="", encoding="utf-8") as stream:
-        return [row[column] for row in csv.DictReader(stream, delimiter="\t")]

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from mmbert_core.config import Config
 from mmbert_core.runtime.ranks import DistContext, read_context
+from mmbert_core.storage.files import sha256_of
 from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.results import Results
 from mmbert_core.training.train import kept_torch_settings, run_training
@@ -110,6 +111,12 @@ def train(config: Config, context: DistContext | None = None) -> Results:
 
 def metrics_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder` except the token cache's, by path."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and folder / "cache" not in path.parents)
+    return {str(path.relative_to(folder)): sha256_of(path) for path in paths}
 
 
 def run_command(
