@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from mmbert_core import cli, predictor
+from mmbert_core import cli
 from mmbert_core.config import Config
+from mmbert_core.inference import new_rows
 from mmbert_core.runtime.errors import InputError
 from tests.support import tiny
 from tests.support.bad_tables import PREDICT_TABLES, TRAINING_FILES, TRAINING_TABLES, as_csv, read_rows
@@ -218,7 +219,7 @@ def assert_predict_refuses(capsys, earlier: Path, words: list[Any], *expected: s
 
 @pytest.mark.parametrize("case", PREDICT_TABLES)
 def test_a_table_that_cannot_be_predicted(tmp_path, capsys, earlier, monkeypatch, case):
-    monkeypatch.setattr(predictor, "WINDOW", 16)  # the mistake comes after predicted rows
+    monkeypatch.setattr(new_rows, "WINDOW", 16)  # the mistake comes after predicted rows
     edit, expected = PREDICT_TABLES[case]
     path = tmp_path / "bad.csv"
     path.write_bytes(as_csv(edit(read_rows(earlier / "test.csv"))))

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("inference",),),
     (("report",),),
     (("hooks",),),
-    (("training",), ("predictor",)),
+    (("training",), ("file_evaluation", "predictor")),
     (("export",), ("serve",), ("ablation",), ("demo",)),
     (("cli_arguments", "console", "cli", "__main__", "train"),),  # train: train.py, next to the package
 )

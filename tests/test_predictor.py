@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mmbert_core import cli, predictor
+from mmbert_core import cli
 from mmbert_core.config import Config
 from mmbert_core.data import encoding
 from mmbert_core.data.prepare import Data, prepare
+from mmbert_core.inference import new_rows
+from mmbert_core.inference.new_rows import encode_chunk
 from mmbert_core.predictor import Predictor
 from mmbert_core.report import results
 from mmbert_core.tables import table
@@ -122,7 +124,7 @@ def test_predictions_are_the_test_files_bytes(tables, several, tmp_path):
 
 def test_a_stream_of_windows_keeps_order_ids_and_labels(tables, tmp_path, monkeypatch):
     whole = predict(tables / "run", tables / "test.csv", tmp_path / "whole.tsv")
-    monkeypatch.setattr(predictor, "WINDOW", 10)
+    monkeypatch.setattr(new_rows, "WINDOW", 10)
     windows = predict(tables / "run", tables / "test.csv", tmp_path / "windows.tsv")
     assert [row["row_id"] for row in windows] == [f"{row:05d}" for row in range(37)]
     assert [row["label"] for row in windows] == read_csv(tables / "test.csv")["label"].tolist()
@@ -208,18 +210,8 @@ def test_probabilities_read_back_to_the_models_float32(tables, several, tmp_path
     for folder in (tables, several):
         rows = predict(folder / "run", folder / "test.csv", tmp_path / "out.tsv")
         scorer = Predictor.from_folder(folder / "run")
-        config, roles = scorer.loaded.config, Roles.from_config(scorer.loaded.config)
-        [chunk] = read_chunks([str(folder / "test.csv")], roles.inputs())
-        dataset = predictor.encode_for_prediction(
-            chunk,
-            roles,
-            scorer.loaded.tokenizer,
-            scorer.loaded.features,
-            scorer.loaded.labels,
-            max_length=config.max_length,
-            max_chunks=config.max_chunks,
-        )
-        computed = scorer.score(dataset).preds
+        [chunk] = read_chunks([str(folder / "test.csv")], Roles.from_config(scorer.loaded.config).inputs())
+        computed = scorer.score(encode_chunk(scorer.loaded, chunk)).preds
         columns = [name for name in rows[0] if name.startswith("prob") and name != "prob_calibrated"]
         read = np.array([[np.float32(row[name]) for name in columns] for row in rows])
         assert computed.dtype == np.float32 and np.array_equal(read.reshape(computed.shape), computed)
@@ -717,7 +709,7 @@ def test_a_number_far_outside_is_limited_and_counted_everywhere(tables, tmp_path
         model.predict(at_limit.iloc[0].to_dict())["prob"], abs=1e-6
     )
     assert caplog.text.count("column 'age': 1 of 1 numbers lie outside") == 1
-    monkeypatch.setattr(predictor, "WINDOW", 10)
+    monkeypatch.setattr(new_rows, "WINDOW", 10)
     line = (
         f"column 'age': 37 of 37 numbers lie outside the training range {lowest:g} to {highest:g} and were limited to "
     )

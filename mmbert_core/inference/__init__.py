@@ -1,5 +1,5 @@
-"""A model folder, and what is computed with it: scores, attributions, importance, the prediction file.
+"""A model folder, and what is computed with it: predictions, attributions, importance, the prediction file.
 
-Modules, each importing only those before it: precision, model_files, model_folder, scoring, attributions,
+Modules, each importing only those before it: precision, model_files, model_folder, scoring, attributions, new_rows,
 permutation_importance, output_file.
 """

@@ -90,7 +90,7 @@ def build_model(config: Config, features: Features) -> MultimodalBert:
 
 
 def check_length(config: Config, encoder: nn.Module) -> None:
-    """Raise `InputError` for chunks longer than the encoder's position embeddings, which would fail inside the encoder."""
+    """Raise `InputError` for chunks of more tokens than the encoder has positions, which would fail inside it."""
     limit = max_tokens(encoder)
     if limit is not None and config.max_length > limit:
         raise InputError(
@@ -166,7 +166,7 @@ def _replace_tensors(
 
 
 def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json: every setting as given, and `resolved`, the values used for those that were "auto"."""
+    """The content of config.json: every setting as given, and `resolved`, the values of those that were "auto"."""
     return {
         "format_version": FORMAT_VERSION,
         "mmbert_core": mmbert_core.__version__,

@@ -89,7 +89,7 @@ Inputs = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # vectors [N, D
 def inputs_to_permute(
     features: Features, vectors: torch.Tensor | None, numbers: torch.Tensor, categories: torch.Tensor, text_name: str
 ) -> Iterator[tuple[str, str, Callable[[np.ndarray], Inputs]]]:
-    """For the text and each column its name, its kind, and a function: order of rows -> all inputs, this one reordered."""
+    """For the text and each column: its name, its kind, and a function that gives all inputs, this one reordered."""
 
     def reorder(values: torch.Tensor, order: np.ndarray, columns: list[int] | None = None) -> torch.Tensor:
         reordered = values[torch.from_numpy(order).to(values.device)]

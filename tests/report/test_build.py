@@ -316,7 +316,7 @@ def test_evaluate_of_a_model_that_overflows_names_the_row_and_leaves_nothing(
     with pytest.raises(RuntimeError):
         cli.main(["evaluate", str(broken), str(files / "test.csv"), "--output", str(output_folder)])
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "test.csv row 1 (line 2)" in line and "its probability is" in line
+    assert line.startswith("error: ") and "test.csv row 1 (line 2)" in line and "its probability is not finite" in line
     assert everything(broken, tmp_path) == before
 
 
