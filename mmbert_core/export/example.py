@@ -1,12 +1,11 @@
 """Score the rows of a CSV file with the exported model: python example.py new.csv predictions.tsv
 
-Needs numpy, tokenizers, onnxruntime and the files beside it: model.onnx, preprocessing.json and, for texts, tokenizer.json.
-Reads CSV in UTF-8, nothing else: convert TSV, JSONL, Parquet and gzipped files first.
+Needs numpy, tokenizers, onnxruntime and the files next to it: model.onnx, preprocessing.json and, for texts,
+tokenizer.json. Reads CSV in UTF-8, nothing else: convert TSV, JSONL, Parquet and gzipped files first.
+
+N rows of a window, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators,
+K categorical columns.
 """
-
-# N rows of a window, B rows of a batch, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categorical columns
-
-from __future__ import annotations
 
 import csv
 import json
@@ -23,7 +22,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 WINDOW = 8192  # rows in memory at a time
-MAX_ROWS, MAX_TOKENS = 256, 8192  # of a batch; tokens with their padding
+MAX_ROWS, MAX_TOKENS = 256, 8192  # of a batch; tokens include padding
+
+OTHER_FORMATS = tuple(
+    ".parquet .jsonl .ndjson .json .xlsx .xls .ods .feather .arrow .gz .zip .bz2 .xz .zst".split()
+)  # that an output's name must not end in
 
 BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
 DIGITS = {"true": "1", "false": "0"}
@@ -50,22 +53,26 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
         blank = False
         for cells in reader:
             if not cells:
-                blank = True  # which only the end of a file may have
+                blank = True  # allowed at the end of the file only
                 continue
             if blank or len(cells) != len(header):
+                found = "a blank line" if blank else len(cells)
                 raise ValueError(
-                    f"{path}, before line {reader.line_num + 1}: expected rows of {len(header)} cells, found {'a blank line' if blank else len(cells)}"
+                    f"{path}, before line {reader.line_num + 1}: expected rows of {len(header)} cells, found {found}"
                 )
             if any("\0" in cell for cell in cells):
                 raise ValueError(f"{path}, before line {reader.line_num + 1}: expected text, found a NUL byte")
-            yield dict(zip(header, cells))
+            yield dict(zip(header, cells, strict=True))
 
 
 # ---- cells to arrays ----
 
 
 def normal_form(cell: str) -> str:
-    """The text by which a category is looked up: composed letters, true and false in lower case, 1.0 as 1, midnight as a date, no zeros after seconds."""
+    """The spelling by which a category is looked up.
+
+    Unicode NFC, true and false in lower case, 1.0 as 1, midnight as a date, fractions of a second without final zeros.
+    """
     cell = BOOLEANS.get(cell, cell)
     if found := WHOLE_FLOAT.fullmatch(cell):
         return "0" if found[1] == "-0" else found[1]
@@ -77,7 +84,7 @@ def normal_form(cell: str) -> str:
 
 
 def index_by_form(index_of: dict[str, int]) -> dict[str, int]:
-    """Index by normal form; a column of true and false is read from 1 and 0 too, and the other way round."""
+    """Index by normal form; where the values are true and false, 1 and 0 are read as them, and the other way round."""
     by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
     if not by_form.keys() & DIGITS.values():
         return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
@@ -104,15 +111,10 @@ def number_of(cell: str, column: str, missing_words: Sequence[str], largest: flo
 
 
 def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
-    """float32 [N, F]: the columns with medians for what is missing, then a 0 or 1 for each column that has an indicator."""
+    """float32 [N, F]: the columns, missing numbers as medians, then a 0 or 1 for each column that has an indicator."""
+    missing_words, largest = numbers["missing_words"], numbers["largest"]
     raw = np.array(
-        [
-            [
-                number_of(row[column], column, numbers["missing_words"], numbers["largest"])
-                for column in numbers["columns"]
-            ]
-            for row in rows
-        ]
+        [[number_of(row[column], column, missing_words, largest) for column in numbers["columns"]] for row in rows]
     )
     missing = np.isnan(raw)
     indicators = missing[:, np.array(numbers["has_indicator"])]
@@ -120,44 +122,39 @@ def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
 
 
 def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray:
-    """int64 [N, K]: an index of its own for each value of the training rows, one for missing and one for unseen cells."""
+    """int64 [N, K]: an index for each value of the training rows, one for missing and one for unseen cells."""
+    unseen = categories["unseen_index"]
     indices = []
-    for column, values in zip(categories["columns"], categories["values"]):
-        index_of = {value: categories["first_index"] + place for place, value in enumerate(values)}
+    for column, values in zip(categories["columns"], categories["values"], strict=True):
+        index_of = {value: index for index, value in enumerate(values, start=categories["first_index"])}
         index_of_form = index_by_form(index_of) | {"": categories["missing_index"]}
-        cells = [
-            row[column] for row in rows
-        ]  # as they stand first: older models hold the spelling of the training file
+        cells = [row[column] for row in rows]
+        # unchanged spelling first: preprocessing.json of older versions has that of the training file
         indices.append(
-            [
-                index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), categories["unseen_index"])
-                for cell in cells
-            ]
+            [index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), unseen) for cell in cells]
         )
     return np.array(indices, dtype=np.int64).T
 
 
 def chunks_of(rows: Sequence[Row], text: dict[str, Any], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """Token ids of each row's text, in one or more chunks; tokenizer.json itself cuts at `max_length`."""
+    """Token ids of each row's text, in one or more chunks; tokenizer.json truncates at `max_length`."""
+    keep_end = text.get("keep_end")
     texts = [text["separator"].join(filter(None, (row[column] for column in text["columns"]))) for row in rows]
-    kept = slice(-text["max_characters"], None) if text.get("keep_end") else slice(text["max_characters"])
+    kept = slice(-text["max_characters"], None) if keep_end else slice(text["max_characters"])
     encodings = tokenizer.encode_batch_fast([joined[kept] for joined in texts])
     chunks = [
-        [each.ids or text["ids_of_nothing"], *(part.ids for part in each.overflowing[: text["max_chunks"] - 1])]
+        [each.ids or text["ids_of_nothing"], *(more.ids for more in each.overflowing[: text["max_chunks"] - 1])]
         for each in encodings
     ]
-    return (
-        [row[::-1] for row in chunks] if text.get("keep_end") else chunks
-    )  # counted from the end, in the text's order
+    if keep_end:  # the tokenizer counts these chunks from the end of the text
+        return [row[::-1] for row in chunks]
+    return chunks
 
 
 def padded(texts: Sequence[list[list[int]]], text: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask, int64 [B, T], or [B, C, T] where a text may have several chunks."""
-    input_ids = np.full(
-        (len(texts), max(map(len, texts)), max(len(ids) for chunks in texts for ids in chunks)),
-        text["pad_token_id"],
-        dtype=np.int64,
-    )
+    num_chunks, num_tokens = max(map(len, texts)), max(len(ids) for chunks in texts for ids in chunks)
+    input_ids = np.full((len(texts), num_chunks, num_tokens), text["pad_token_id"], dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
     for row, chunks in enumerate(texts):
         for chunk, ids in enumerate(chunks):
@@ -179,11 +176,10 @@ def score(
         columns["numbers"] = numbers_of(rows, settings["numbers"])
     if settings["categories"]["columns"]:
         columns["categories"] = categories_of(rows, settings["categories"])
-    sizes = [len(parts) * max(map(len, parts)) for parts in chunks] or [1] * len(rows)
+    sizes = [len(each) * max(map(len, each)) for each in chunks] or [1] * len(rows)  # tokens of a row
     order = sorted(range(len(rows)), key=lambda row: -sizes[row])  # texts of one length together: little padding
-    probabilities = np.empty(
-        len(rows) if settings["is_binary"] else (len(rows), len(settings["classes"])), dtype=np.float32
-    )
+    shape = len(rows) if settings["is_binary"] else (len(rows), len(settings["classes"]))
+    probabilities = np.empty(shape, dtype=np.float32)
     while order:
         count = max(1, min(max_rows, MAX_TOKENS // sizes[order[0]]))
         batch, order = order[:count], order[count:]
@@ -195,19 +191,19 @@ def score(
 
 
 def calibrated(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities of all classes [N, K] whose logits are divided by the temperature; [N] are those of class 1 of two.
+    """Probabilities [N, number of classes] after their logits are divided by the temperature.
 
-    With temperature 1 as they are, else never exactly 0 or 1: those are taken for float32 numbers that were rounded.
+    From probabilities of all classes, or [N] of class 1 of two. Temperature 1 changes none. With another one none is
+    exactly 0 or 1: such an input is taken for a number that float32 rounded.
     """
     p = probabilities.astype(np.float64)
     if temperature == 1:
         return (p if p.ndim == 2 else np.stack([1 - p, p], axis=1)).astype(np.float32)
     if p.ndim == 1:
         logits = np.log(np.maximum(p, 2.0**-150)) - np.log(np.maximum(1 - p, 2.0**-25))
-        power = np.exp(-1 / temperature * np.abs(logits))  # of the less likely class over the other
-        by_class = (
-            np.stack([np.where(logits < 0, 1, power), np.where(logits < 0, power, 1)], axis=1) / (1 + power)[:, None]
-        )
+        power = np.exp(-1 / temperature * np.abs(logits))  # probability ratio of the less likely class to the other
+        by_class = np.stack([np.where(logits < 0, 1, power), np.where(logits < 0, power, 1)], axis=1)
+        by_class = by_class / (1 + power)[:, None]
     else:
         logits = np.log(np.maximum(p, 2.0**-150))
         powers = np.exp(1 / temperature * (logits - logits.max(axis=1, keepdims=True)))
@@ -220,12 +216,12 @@ def load_preprocessing(folder: Path) -> tuple[dict[str, Any], Tokenizer | None]:
     if not settings["text"]:
         return settings, None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = settings["text"]["encode_special_tokens"]  # which tokenizer.json has no place for
+    tokenizer.encode_special_tokens = settings["text"]["encode_special_tokens"]  # tokenizer.json has no field for it
     return settings, tokenizer
 
 
 def load_model(folder: Path) -> Run:
-    import onnxruntime  # not at the top: the functions above serve other runtimes too
+    import onnxruntime  # here and not above: the other functions work without it, for other runtimes
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(["probabilities"], inputs)[0]
@@ -237,22 +233,7 @@ def load_model(folder: Path) -> Run:
 def output_delimiter(output: str) -> str:
     """Comma for an output named .csv, else a tab. Raises ValueError for a name of another format."""
     suffix = Path(output).suffix.lower()
-    if suffix in (
-        ".parquet",
-        ".jsonl",
-        ".ndjson",
-        ".json",
-        ".xlsx",
-        ".xls",
-        ".ods",
-        ".feather",
-        ".arrow",
-        ".gz",
-        ".zip",
-        ".bz2",
-        ".xz",
-        ".zst",
-    ):
+    if suffix in OTHER_FORMATS:
         raise ValueError(f"{output}: expected an output that ends in .tsv or .csv, found {suffix}")
     return "," if suffix == ".csv" else "\t"
 
@@ -260,50 +241,37 @@ def output_delimiter(output: str) -> str:
 def table_line(cells: Sequence[object], delimiter: str) -> str:
     """Cells with the delimiter, tabs, line breaks or quotes are quoted, as the csv module reads them."""
     texts = [str(cell) for cell in cells]
-    return (
-        delimiter.join(
-            '"' + text.replace('"', '""') + '"' if set(text) & {*'\t\n\r"', delimiter} else text for text in texts
-        )
-        + "\n"
-    )
+    special = {*'\t\n\r"', delimiter}
+    quoted = ('"' + text.replace('"', '""') + '"' if set(text) & special else text for text in texts)
+    return delimiter.join(quoted) + "\n"
 
 
 def main(source: str, output: str) -> None:
     folder, delimiter = Path(__file__).parent, output_delimiter(output)
     settings, tokenizer = load_preprocessing(folder)
     run = load_model(folder)
-    classes, ids = settings["classes"], [settings["id"]] if settings["id"] else []
-    columns = [
-        *ids,
-        *(settings["text"] or {"columns": []})["columns"],
-        *settings["numbers"]["columns"],
-        *settings["categories"]["columns"],
-    ]
+    classes, ids, is_binary = settings["classes"], [settings["id"]] if settings["id"] else [], settings["is_binary"]
+    texts = settings["text"]["columns"] if settings["text"] else []
+    columns = [*ids, *texts, *settings["numbers"]["columns"], *settings["categories"]["columns"]]
     rows = read_rows(source, columns)
     if Path(output).exists() and Path(output).samefile(source):
         raise ValueError(f"{output}: is the input file; choose another output")
-    partial = Path(f"{output}.part")  # an earlier output stays until this one is whole
+    partial = Path(f"{output}.part")  # an earlier output stays until this one is complete
     try:
         with open(partial, "w", encoding="utf-8", newline="") as stream:
-            names = ["prob"] if settings["is_binary"] else [f"prob_{name}" for name in classes]
+            names = ["prob"] if is_binary else [f"prob_{name}" for name in classes]
             stream.write(table_line([*ids, *names, "pred", "prob_calibrated"], delimiter))
             while window := list(islice(rows, WINDOW)):
-                scores = score(window, settings, tokenizer, run)
-                chosen = (
-                    (scores > np.float64(settings["threshold"])).astype(int)
-                    if settings["is_binary"]
-                    else scores.argmax(axis=1)
+                preds = score(window, settings, tokenizer, run)
+                # float64: rounded to float32, the threshold could equal a probability
+                predicted = (
+                    (preds > np.float64(settings["threshold"])).astype(int) if is_binary else preds.argmax(axis=1)
                 )
-                shown = calibrated(scores, settings["temperature"])[
-                    np.arange(len(window)), 1 if settings["is_binary"] else chosen
-                ]
-                for row, probability, index, likely in zip(window, scores, chosen, shown):
-                    stream.write(
-                        table_line(
-                            [*(row[name] for name in ids), *np.atleast_1d(probability), classes[index], likely],
-                            delimiter,
-                        )
-                    )
+                by_class = calibrated(preds, settings["temperature"])
+                of_class = by_class[np.arange(len(window)), 1 if is_binary else predicted]
+                for row, pred, index, calibrated_pred in zip(window, preds, predicted, of_class, strict=True):
+                    cells = [*(row[name] for name in ids), *np.atleast_1d(pred), classes[index], calibrated_pred]
+                    stream.write(table_line(cells, delimiter))
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,8 +5,6 @@
 B rows, C chunks of a text, T tokens of a chunk, F numbers with indicators, K categorical columns.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import logging
@@ -38,9 +36,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}  # format -> its file
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LARGEST_PROTOBUF = (
-    2**31 - 2**24
-)  # bytes of weights that a single .onnx file can hold; those of larger models lie beside it
+MAX_PROTOBUF = 2**31 - 2**24  # bytes of weights in model.onnx itself; those of larger models are in a file next to it
 FORMAT_VERSION = 1  # of preprocessing.json
 TOLERANCE = 1e-4  # of a probability
 CHECKED_ROWS, GENERATED_ROWS = 128, 28
@@ -50,12 +46,12 @@ Rows = list[dict[str, str]]
 
 
 def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check: str | None = None) -> float:
-    """Write the folder `output`, whole or not at all; returns by how much its probabilities differ from PyTorch's at most.
+    """Write the folder `output`, complete or not at all; returns the largest difference to PyTorch's probabilities.
 
-    Compared are the first rows of the file `check`, or rows made up of the model's own words and categories; the
+    Compared are the first rows of the file `check`, or generated rows of the model's own words and categories; the
     exported model reads them through preprocessing.json and tokenizer.json, as a user of the folder would.
-    Raises `InputError` for a format, a package or a folder that cannot be, `RunError` for an encoder that cannot be
-    exported and for probabilities that differ by more than 1e-4.
+    Raises `InputError` for an unknown format, a missing package or an unsuitable folder, `RunError` for an encoder that
+    cannot be exported and for probabilities that differ by more than TOLERANCE.
     """
     output = Path(output)
     check_request(output, format)
@@ -71,19 +67,18 @@ def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check:
                 run = export_example.load_model(folder)
             else:
                 run = in_memory(program)
-                program.example_inputs = None  # the one thing in the file that would be pickled
+                program.example_inputs = None  # they would be pickled, and nothing else in the file is
                 torch.export.save(program, folder / MODEL_FILES[format])
         settings, tokenizer = export_example.load_preprocessing(folder)
         found = [export_example.score(rows, settings, tokenizer, run, max_rows=size) for size in CHECKED_BATCHES]
         difference = float(np.abs(np.stack(found) - expected).max())
         if not difference <= TOLERANCE:  # nor NaN
             raise RunError(
-                f"{output}: not written: expected PyTorch's probabilities to {TOLERANCE:g}, found a difference of {difference:.1e}"
+                f"{output}: not written: expected PyTorch's probabilities to {TOLERANCE:g}, "
+                f"found a difference of {difference:.1e}"
             )
-        names, num_bytes = (
-            sorted(path.name for path in folder.iterdir()),
-            sum(path.stat().st_size for path in folder.iterdir()),
-        )
+        names = sorted(path.name for path in folder.iterdir())
+        num_bytes = sum((folder / name).stat().st_size for name in names)
     logger.info("%s: %s; %.1f MB", output, ", ".join(names), num_bytes / MEGABYTE)
     kind = "made-up rows" if check is None else f"rows of {check}"
     logger.info(
@@ -93,7 +88,7 @@ def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check:
 
 
 def check_request(output: Path, format: str) -> None:
-    """Refuse, before anything is loaded, what cannot be written."""
+    """Raise `InputError` for an export that cannot be written; needs no model."""
     if format not in MODEL_FILES:
         raise InputError(f"format: expected one of {', '.join(MODEL_FILES)}, found {format!r}")
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None] if format == "onnx" else []
@@ -107,7 +102,7 @@ def check_request(output: Path, format: str) -> None:
         raise InputError(f"{output}: expected a new or empty folder, found files in it")
 
 
-# ---- what comes before the model ----
+# ---- preprocessing ----
 
 
 def write_preprocessing(folder: Path, loaded: LoadedModel) -> None:
@@ -126,26 +121,24 @@ def write_preprocessing(folder: Path, loaded: LoadedModel) -> None:
 
 
 def write_example(folder: Path) -> None:
-    source = Path(export_example.__file__).read_text(encoding="utf-8")
-    write_text(folder / "example.py", source.replace(" Floor 0; imports nothing of ours.", "", 1))
+    write_text(folder / "example.py", Path(export_example.__file__).read_text(encoding="utf-8"))
 
 
 def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
-    """What preprocessing.json holds. The pooling, the means and the deviations of the columns are in the model itself."""
+    """The contents of preprocessing.json. Pooling and standardisation of the columns are in the model itself."""
     config, features, tokenizer = loaded.config, loaded.features, loaded.tokenizer
     text = None
     if config.text_name:
         text = {
             "columns": list(config.text_name),
             "separator": " ",  # between cells that are not empty
-            "max_length": config.max_length,  # tokens of a chunk; tokenizer.json cuts there
+            "max_length": config.max_length,  # tokens of a chunk; tokenizer.json truncates there
             "max_chunks": config.max_chunks,
-            "max_characters": characters_read(
-                config.max_length, config.max_chunks
-            ),  # of a text; the rest is not tokenised
-            "keep_end": keeps_end(tokenizer),  # of a text that is too long, instead of its beginning
+            # of a text; the rest is not tokenised
+            "max_characters": characters_read(config.max_length, config.max_chunks),
+            "keep_end": keeps_end(tokenizer),  # a text that is too long loses its beginning instead of its end
             "pad_token_id": pad_token_id_of(tokenizer),
-            "ids_of_nothing": [pad_token_id_of(tokenizer)],  # of a text without a token
+            "ids_of_nothing": [pad_token_id_of(tokenizer)],  # the input for a text without a token
             "encode_special_tokens": tokenizer.backend_tokenizer.encode_special_tokens,
         }
     return {
@@ -164,7 +157,7 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "has_indicator": list(features.has_indicator),
             "missing_words": sorted(MISSING_NUMBERS),
             "largest": LARGEST_NUMBER,
-            # for the reader: the graph itself limits numbers to these; null: the training range is not known
+            # for information: the graph itself limits numbers to these; null: the training range is not known
             "limits": None if features.limits is None else np.stack(features.limits, axis=1).tolist(),
         },
         "categories": {
@@ -181,23 +174,23 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def example_inputs(loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, str]]]:
-    """Inputs to trace with, and the names of their dynamic axes. 2 or more of everything: a 1 would be taken for a constant."""
+    """Inputs to trace with, and the names of their dynamic axes.
+
+    Sizes are 2 or more: torch.export takes a 1 for a constant.
+    """
     config, features = loaded.config, loaded.features
     inputs: dict[str, torch.Tensor] = {}
     axes: dict[str, dict[int, str]] = {}
     shape, names = ((3, 2), ("batch", "chunks", "tokens")) if config.max_chunks > 1 else ((3,), ("batch", "tokens"))
     for name in ("input_ids", "attention_mask") if config.text_name else ():
-        inputs[name], axes[name] = (
-            torch.ones(*shape, min(5, config.max_length), dtype=torch.int64),
-            dict(enumerate(names)),
-        )
+        inputs[name] = torch.ones(*shape, min(5, config.max_length), dtype=torch.int64)
+        axes[name] = dict(enumerate(names))
     if features.num_numbers:
-        inputs["numbers"], axes["numbers"] = torch.zeros(3, features.num_numbers), {0: "batch"}
+        inputs["numbers"] = torch.zeros(3, features.num_numbers)
+        axes["numbers"] = {0: "batch"}
     if features.cardinalities:
-        inputs["categories"], axes["categories"] = (
-            torch.zeros(3, len(features.cardinalities), dtype=torch.int64),
-            {0: "batch"},
-        )
+        inputs["categories"] = torch.zeros(3, len(features.cardinalities), dtype=torch.int64)
+        axes["categories"] = {0: "batch"}
     return inputs, axes
 
 
@@ -219,7 +212,10 @@ def trace(loaded: LoadedModel) -> torch.export.ExportedProgram:
 
 
 def input_limits(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Lowest and highest number [F] float32 of the graph's input, indicators included; rounding first or limiting first is the same."""
+    """Lowest and highest number [F] float32 of the graph's input, indicators included; None: not known.
+
+    Limiting after rounding to float32 gives the same numbers as limiting before it.
+    """
     features = loaded.features
     if features.limits is None or not features.num_numbers:
         return None
@@ -229,10 +225,10 @@ def input_limits(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor] | Non
 
 
 def write_onnx(folder: Path, program: torch.export.ExportedProgram, axes: dict[str, dict[int, str]]) -> None:
-    """model.onnx, through the exporter that reads torch.export's graphs: the older one traces, and takes shapes for constants."""
+    """model.onnx, by the exporter of torch.export's graphs: the older, tracing one turns shapes into constants."""
     num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
-    made = torch.onnx.export(program, dynamo=True, output_names=["probabilities"], dynamic_shapes=axes, verbose=False)
-    made.save(folder / MODEL_FILES["onnx"], external_data=num_bytes > LARGEST_PROTOBUF)
+    onnx = torch.onnx.export(program, dynamo=True, output_names=["probabilities"], dynamic_shapes=axes, verbose=False)
+    onnx.save(folder / MODEL_FILES["onnx"], external_data=num_bytes > MAX_PROTOBUF)
 
 
 def in_memory(program: torch.export.ExportedProgram) -> export_example.Run:
@@ -248,16 +244,16 @@ def in_memory(program: torch.export.ExportedProgram) -> export_example.Run:
 
 @contextmanager
 def _one_line(loaded: LoadedModel, format: str) -> Iterator[None]:
-    """PyTorch's exporter without its asides, whole graphs among them; what it cannot do becomes one line."""
+    """Silence the exporter, which logs whole graphs, and turn its errors into a `RunError` of one line."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
-    except OSError:  # a full disk, said as such
+    except OSError:  # such as a full disk
         raise
-    except Exception as error:  # the exporters raise classes of their own
+    except Exception as error:  # the exporters have exception classes of their own
         text = loaded.model.text_subnetwork
         encoder = f"the encoder ({text.encoder.config.model_type}) of this model" if text is not None else "this model"
         message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
@@ -279,28 +275,26 @@ def rows_of_file(loaded: LoadedModel, path: str) -> Rows:
 
 
 def generated_rows(loaded: LoadedModel) -> Rows:
-    """Texts from no word to more than the model reads, numbers and categories with and without values; always the same."""
+    """Texts from no word to more than the model reads, cells with and without values; the same rows in every call."""
     config, features, rng = loaded.config, loaded.features, np.random.default_rng(0)
     limit = config.max_length * config.max_chunks
     lengths = (0, 1, 3, limit // 4, limit // 2, limit, 2 * limit)  # words
-    words = (
-        sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha()) or ["text"]
-        if loaded.tokenizer is not None
-        else []
-    )
+    words = []
+    if loaded.tokenizer is not None:
+        words = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha()) or ["text"]
     choices: dict[str, Sequence[str]] = {}
     far = [] if features.limits is None else ["1e30", "-1e30"]  # limited, as in the package
-    for column, median, mean, std in zip(
-        features.number_names, features.medians, features.means, features.stds
-    ):  # means: of indicators too
+    # not strict: means and deviations continue with those of the indicators
+    columns = zip(features.number_names, features.medians, features.means, features.stds, strict=False)
+    for column, median, mean, std in columns:
         choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std), *far]
     for column, values in zip(features.category_names, features.categories, strict=True):
         choices[column] = ["", "a value that no training row has", *values]
     rows: Rows = []
     for number in range(GENERATED_ROWS):
         row = {column: cells[rng.integers(len(cells))] for column, cells in choices.items()}
-        for place, column in enumerate(config.text_name):
-            picked = rng.integers(len(words), size=lengths[(number + place) % len(lengths)])
+        for shift, column in enumerate(config.text_name):
+            picked = rng.integers(len(words), size=lengths[(number + shift) % len(lengths)])
             row[column] = " ".join(words[index] for index in picked)
         rows.append(row)
     if config.text_name:
@@ -309,7 +303,7 @@ def generated_rows(loaded: LoadedModel) -> Rows:
 
 
 def probabilities_of(loaded: LoadedModel, rows: Rows) -> np.ndarray:
-    """PyTorch's own, float32 on the CPU. Raises `InputError` for a cell that cannot be."""
+    """PyTorch's probabilities, float32 on the CPU. Raises `InputError` for an invalid cell."""
     config = loaded.config
     predictor = Predictor(loaded, DistContext(0, 0, 1, 1, torch.device("cpu")), precision="fp32")
     roles = Roles.from_config(config)
