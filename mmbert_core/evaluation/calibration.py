@@ -1,13 +1,13 @@
-"""Probabilities that mean what they say: one temperature, fitted on validation rows (Guo et al. 2017).
+"""Temperature scaling of probabilities, fitted on validation rows (Guo et al. 2017).
 
-With hard labels, rows that the model tells apart without an error drive the temperature to 0. So 1 / (N + 1) of each
-label is spread evenly over all classes: the weight of the Laplace smoothing of Berta et al. (2025, arXiv 2501.19195), on
-the labels rather than on the calibrated probabilities, so that small ones stay small. The class-wise targets of Platt
-(1999), (n_k + 1) / (n_k + 2), made the temperature of simulated rows up to twice the true one.
+With hard labels, validation rows that the model separates without an error drive the temperature to 0. Therefore
+1 / (N + 1) of each label is spread evenly over all classes. This is the weight of the Laplace smoothing of Berta et al.
+(2025, arXiv 2501.19195), applied to the labels instead of the calibrated probabilities, so that small ones stay small.
+The class-wise targets of Platt (1999), (n_k + 1) / (n_k + 2), were tried: on simulated rows they made the temperature
+up to twice the true one.
+
 N rows, K classes.
 """
-
-from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,13 +20,13 @@ from mmbert_core.storage.schema import nullable, number, record, text, whole
 
 MIN_ROWS, MIN_OF_A_CLASS = 200, 10
 MAX_CELLS = 4_000_000  # rows x classes that a temperature of more than FEW_CLASSES is fitted on: seconds, not minutes
-LOWEST, HIGHEST = 0.05, 20.0  # of the temperature
-# Half a step of float32 next to 0 and next to 1: what a probability that was rounded to 0 or 1 is taken for.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+# Half a float32 step from 0 and from 1: the value assumed for a probability that was rounded to 0 or 1.
 NEXT_TO_0, NEXT_TO_1 = 2.0**-150, 2.0**-25
-SMALLEST, LARGEST = np.float32(2.0**-149), np.float32(1 - 2.0**-24)  # strictly between 0 and 1
+MIN_PROBABILITY, MAX_PROBABILITY = np.float32(2.0**-149), np.float32(1 - 2.0**-24)  # the float32 next to 0 and to 1
 METHOD = "one temperature, fitted to labels of which 1 / (rows + 1) is spread over all classes"
 CALIBRATION_JSON = record(
-    {"temperature": number(LOWEST / 2, 2 * HIGHEST)},
+    {"temperature": number(MIN_TEMPERATURE / 2, 2 * MAX_TEMPERATURE)},
     {
         "rows": whole(0),
         "ece_before": nullable(number(0, 1)),
@@ -39,63 +39,71 @@ CALIBRATION_JSON = record(
 
 @dataclass(frozen=True)
 class Calibration:
-    """Logits are divided by `temperature`; 1 leaves them, with the reason. Expected calibration errors are those of the rows it was fitted on."""
+    """Logits are divided by `temperature`. The calibration errors are those of the rows that it was fitted on."""
 
-    temperature: float = 1.0
-    rows: int = 0
+    temperature: float = 1.0  # 1 changes nothing
+    rows: int = 0  # that it was fitted on
     ece_before: float | None = None
     ece_after: float | None = None
-    reason: str | None = None
-    method: str | None = None  # how it was fitted; None where it was not, and in older folders
+    reason: str | None = None  # why no temperature was fitted
+    method: str | None = None  # how it was fitted; None where it was not, and in older model folders
 
     def apply(self, preds: np.ndarray) -> np.ndarray:
-        """[N] (binary: probability of class 1) or [N, K] -> the same shape, float32, in the same order.
+        """Calibrated probabilities: `preds` [N] (binary: of class 1) or [N, K] -> float32 of the same shape.
 
-        With a temperature other than 1 never exactly 0 or 1.
+        With a temperature other than 1 no result is exactly 0 or 1.
         """
         if self.temperature == 1.0:
             return preds
-        return np.clip(_scaled(_log_odds(preds), 1 / self.temperature).astype(np.float32), SMALLEST, LARGEST)
+        return np.clip(
+            _scaled(_log_odds(preds), 1 / self.temperature).astype(np.float32), MIN_PROBABILITY, MAX_PROBABILITY
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Calibration:
-        """Raises `ValueError` for a temperature that is none."""
+    def from_json(cls, values: dict[str, Any]) -> "Calibration":
+        """Raises `ValueError` for a temperature that is not a number above 0."""
         if not (isinstance(values["temperature"], (int, float)) and 0 < values["temperature"] < float("inf")):
             raise ValueError(f"expected a temperature above 0, found {values['temperature']!r}")
         return cls(**values)
 
 
 def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) -> Calibration:
-    """The temperature at which the smoothed labels of the validation rows are likeliest.
+    """The temperature with the lowest cross entropy of the smoothed labels; `preds` [N] or [N, K], `labels` [N].
 
-    Skipped, with a reason, where the rows are too few, and where no temperature between LOWEST and HIGHEST is the likeliest.
+    Temperature 1 with a reason where there are too few rows, and where the minimum is not between MIN_TEMPERATURE and
+    MAX_TEMPERATURE. Found by bisection.
     """
     preds, labels = np.asarray(preds), np.asarray(labels)
     counts = np.bincount(labels, minlength=num_classes)
     if len(labels) < MIN_ROWS:
         return Calibration(rows=len(labels), reason=f"{len(labels)} validation rows, at least {MIN_ROWS} are needed")
     if counts.min() < MIN_OF_A_CLASS:
-        return Calibration(
-            rows=len(labels),
-            reason=f"a class with {counts.min()} validation rows, at least {MIN_OF_A_CLASS} are needed",
-        )
+        reason = f"a class with {counts.min()} validation rows, at least {MIN_OF_A_CLASS} are needed"
+        return Calibration(rows=len(labels), reason=reason)
     rows = rows_to_fit(len(labels), num_classes)
     preds, labels = preds[rows], labels[rows]
     logits = _log_odds(preds)
-    wanted = _mean_target_logit(logits, labels, num_classes)
-    low, high = 1 / HIGHEST, 1 / LOWEST  # of the inverse temperature: the loss is convex in it, and its slope rises
-    if _slope(logits, wanted, low) >= 0:
-        why = f"the validation rows ask for a temperature above {HIGHEST:g}: their probabilities say next to nothing of their labels"
-        return Calibration(rows=len(labels), reason=why)
-    if _slope(logits, wanted, high) <= 0:
-        why = f"the validation rows ask for a temperature below {LOWEST:g}: their probabilities hardly differ, their labels do"
-        return Calibration(rows=len(labels), reason=why)
-    for _ in range(60):
+    target = _mean_target_logit(logits, labels, num_classes)
+    # of the inverse temperature, in which the loss is convex: its slope only rises
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    if _slope(logits, target, low) >= 0:
+        reason = (
+            f"the validation rows ask for a temperature above {MAX_TEMPERATURE:g}: "
+            "their probabilities say next to nothing of their labels"
+        )
+        return Calibration(rows=len(labels), reason=reason)
+    if _slope(logits, target, high) <= 0:
+        reason = (
+            f"the validation rows ask for a temperature below {MIN_TEMPERATURE:g}: "
+            "their probabilities hardly differ, their labels do"
+        )
+        return Calibration(rows=len(labels), reason=reason)
+    for _ in range(60):  # to the last bit of float64
         middle = (low + high) / 2
-        low, high = (low, middle) if _slope(logits, wanted, middle) > 0 else (middle, high)
+        low, high = (low, middle) if _slope(logits, target, middle) > 0 else (middle, high)
     fitted = Calibration(2 / (low + high), len(labels), method=METHOD)
     return replace(
         fitted, ece_before=_ece(preds, labels, num_classes), ece_after=_ece(fitted.apply(preds), labels, num_classes)
@@ -103,13 +111,13 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
 
 
 def rows_to_fit(num_rows: int, num_classes: int) -> np.ndarray:
-    """Positions of all rows, or, of more than FEW_CLASSES, of as many as MAX_CELLS allow, evenly spread."""
+    """Indices of all rows, or, with more than FEW_CLASSES, of as many as MAX_CELLS allow, evenly spread."""
     num_fitted = min(num_rows, max(MIN_ROWS, MAX_CELLS // num_classes)) if num_classes > FEW_CLASSES else num_rows
     return np.linspace(0, num_rows - 1, num_fitted).round().astype(np.int64)
 
 
 def _mean_target_logit(logits: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
-    """The mean over rows of the logits weighted by the smoothed labels; `logits` [N] or [N, K]."""
+    """Mean over rows of the logits weighted by the smoothed labels; `logits` [N] or [N, K]."""
     spread = 1 / (len(labels) + 1)
     if logits.ndim == 1:
         return float((((1 - spread) * labels + spread / num_classes) * logits).mean())
@@ -118,7 +126,7 @@ def _mean_target_logit(logits: np.ndarray, labels: np.ndarray, num_classes: int)
 
 
 def _log_odds(preds: np.ndarray) -> np.ndarray:
-    """Logits up to a constant, float64: [N] of class 1 over class 0, or [N, K]."""
+    """Logits up to a constant per row, float64: [N] log-odds of class 1, or [N, K]."""
     preds = preds.astype(np.float64)
     if preds.ndim == 1:
         return np.log(np.maximum(preds, NEXT_TO_0)) - np.log(np.maximum(1 - preds, NEXT_TO_1))
@@ -126,21 +134,20 @@ def _log_odds(preds: np.ndarray) -> np.ndarray:
 
 
 def _scaled(logits: np.ndarray, inverse: float) -> np.ndarray:
-    """Probabilities of logits times the inverse temperature, float64; small ones keep all their digits."""
+    """Probabilities of logits times the inverse temperature, float64, without loss of digits of small ones."""
     if logits.ndim == 1:
-        power = np.exp(-inverse * np.abs(logits))  # of the less likely class over the other
+        power = np.exp(-inverse * np.abs(logits))  # probability ratio of the less likely class to the other
         return np.where(logits < 0, power, 1) / (1 + power)
     powers = np.exp(inverse * (logits - logits.max(axis=1, keepdims=True)))
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def _slope(logits: np.ndarray, wanted: float, inverse: float) -> float:
-    """Of the mean cross entropy by the inverse temperature: the mean logit of the model's probabilities less the `wanted` one."""
+def _slope(logits: np.ndarray, target: float, inverse: float) -> float:
+    """Derivative of the mean cross entropy by the inverse temperature: the model's mean logit less the `target` one."""
     weighted = _scaled(logits, inverse) * logits
-    return float((weighted if logits.ndim == 1 else weighted.sum(axis=1)).mean()) - wanted
+    return float((weighted if logits.ndim == 1 else weighted.sum(axis=1)).mean()) - target
 
 
 def _ece(preds: np.ndarray, labels: np.ndarray, num_classes: int) -> float | None:
-    return compute_metrics(
-        preds, labels, ["ece"], "binary" if preds.ndim == 1 else "multiclass", num_classes, "val"
-    ).values["val/ece"]
+    task = "binary" if preds.ndim == 1 else "multiclass"
+    return compute_metrics(preds, labels, ["ece"], task, num_classes, "val").values["val/ece"]

@@ -1,8 +1,7 @@
-"""Accuracy, F1, precision, recall and MCC from three counts of each class, never from a confusion matrix."""
+"""Accuracy, F1, precision, recall and MCC from three counts of each class, without a confusion matrix.
 
-# N rows, K classes
-
-from __future__ import annotations
+N rows, K classes.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,38 +11,39 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """Rows, or weights of rows, of each class, float64 [K]: what these metrics need of a confusion matrix [K, K]."""
+    """Number of rows, or their summed weights, float64 [K]: diagonal and margins of the confusion matrix."""
 
-    right: np.ndarray
+    right: np.ndarray  # labelled and predicted as the class
     labelled: np.ndarray
     predicted: np.ndarray
 
 
 def class_counts(
-    labels: np.ndarray, chosen: np.ndarray, num_classes: int, weights: np.ndarray | None = None
+    labels: np.ndarray, predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None
 ) -> ClassCounts:
-    """Counts of `labels` and predicted classes `chosen`, both int [N]; a row counts as its weight [N], by default 1."""
+    """Counts of `labels` and `predicted` classes, both int [N]; `weights` [N] of the rows, by default 1."""
     weights = np.ones(len(labels)) if weights is None else weights
-    is_right = labels == chosen
+    is_right = labels == predicted
     right = np.bincount(labels[is_right], weights[is_right], num_classes)
-    return ClassCounts(right, np.bincount(labels, weights, num_classes), np.bincount(chosen, weights, num_classes))
+    return ClassCounts(right, np.bincount(labels, weights, num_classes), np.bincount(predicted, weights, num_classes))
 
 
 def value_of(metric: str, counts: ClassCounts, *, is_binary: bool) -> float:
-    """One of COUNT_METRICS; a zero denominator is 0, as in scikit-learn.
+    """The value of one of COUNT_METRICS; 0 where the denominator is 0, as in scikit-learn.
 
-    Binary f1_score, precision and recall are those of class 1, of several classes macro means.
+    f1_score, precision and recall are those of class 1 if `is_binary`, else macro means.
     """
     averages = {"f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}
     return COUNT_METRICS[metric](counts, averages.get(metric, "binary" if is_binary else "macro"))
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros_like(part, dtype=np.float64), where=whole > 0)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """[K], 0 where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=np.float64), where=denominator > 0)
 
 
 def _averaged(values: np.ndarray, counts: ClassCounts, average: str) -> float:
-    """Class 1's, or the mean over classes seen in labels or predictions, or weighted by their labels."""
+    """Of `values` [K]: class 1's, the mean over classes in labels or predictions, or the mean weighted by labels."""
     if average == "binary":
         return float(values[1])
     if average == "weighted":
@@ -52,11 +52,11 @@ def _averaged(values: np.ndarray, counts: ClassCounts, average: str) -> float:
 
 
 def _precision(counts: ClassCounts, average: str) -> float:
-    return _averaged(_share(counts.right, counts.predicted), counts, average)
+    return _averaged(_ratio(counts.right, counts.predicted), counts, average)
 
 
 def _recall(counts: ClassCounts, average: str) -> float:
-    return _averaged(_share(counts.right, counts.labelled), counts, average)
+    return _averaged(_ratio(counts.right, counts.labelled), counts, average)
 
 
 def _accuracy(counts: ClassCounts, average: str) -> float:
@@ -66,13 +66,16 @@ def _accuracy(counts: ClassCounts, average: str) -> float:
 def _f1(counts: ClassCounts, average: str) -> float:
     if average == "micro":
         return _accuracy(counts, average)
-    return _averaged(_share(2 * counts.right, counts.predicted + counts.labelled), counts, average)
+    return _averaged(_ratio(2 * counts.right, counts.predicted + counts.labelled), counts, average)
 
 
 def _mcc(counts: ClassCounts, average: str) -> float:
-    true, found, total = counts.labelled, counts.predicted, counts.labelled.sum()
-    denominator = (total**2 - (found**2).sum()) * (total**2 - (true**2).sum())
-    return float((counts.right.sum() * total - (true * found).sum()) / np.sqrt(denominator)) if denominator > 0 else 0.0
+    """Matthews correlation for K classes (Gorodkin 2004)."""
+    labelled, predicted, total = counts.labelled, counts.predicted, counts.labelled.sum()
+    denominator = (total**2 - (predicted**2).sum()) * (total**2 - (labelled**2).sum())
+    if denominator <= 0:
+        return 0.0
+    return float((counts.right.sum() * total - (labelled * predicted).sum()) / np.sqrt(denominator))
 
 
 COUNT_METRICS: dict[str, Callable[[ClassCounts, str], float]] = {

@@ -1,24 +1,22 @@
-"""AUROC and average precision of classes against the rest: one class of weighted rows, or thousands at once.
+"""AUROC and average precision of one class against the rest: of one class with weighted rows, or of thousands at once.
 
-N rows, K classes, C of them asked for, R rows of these, D draws of weights. A class without
-rows, or with all of them, has nan.
+N rows, K classes, C of them asked for, R rows of these, D draws of weights. A class without rows, or with all of
+them, has nan.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-FEW_CLASSES = 30  # with more, all are ranked at once instead of one after the other, and pages and prints list some
-# Nanoseconds for the weight of a row, on one CPU core: in the sum above one score (a matrix product), and in a sorted
-# cumulative sum.
+FEW_CLASSES = 30  # with more, all classes are ranked in one computation, and pages and messages list some of them
+# Nanoseconds on one CPU core for the weight of one row: in a matrix product with a mask of the rows above a score, and
+# in a cumulative sum over sorted rows.
 PAIR_COST, CURVE_COST = 0.15, 12.0
-RARE_ROWS = int(CURVE_COST / PAIR_COST)  # of a class, up to which the matrix product is cheaper
-BLOCK_CELLS = 4_000_000  # rows of classes x all rows in memory at a time
+RARE_ROWS = int(CURVE_COST / PAIR_COST)  # of a class, up to which the matrix product is faster
+BLOCK_CELLS = 4_000_000  # rows of the classes x all rows in memory at a time
 
-Curve = Callable[[np.ndarray, np.ndarray], float]
+Curve = Callable[[np.ndarray, np.ndarray], float]  # weights of positives and negatives above each score -> its area
 
 
 # ---- one class ----
@@ -26,25 +24,26 @@ Curve = Callable[[np.ndarray, np.ndarray], float]
 
 @dataclass(frozen=True)
 class Ranking:
-    """Rows from the highest score down, of which those with equal scores count as one."""
+    """Rows sorted by descending score; rows with equal scores are one point of a curve."""
 
     order: np.ndarray  # [N]
     ends: np.ndarray  # last row, in that order, of each distinct score
     is_positive: np.ndarray  # [N] float64, in that order
 
     def value_of(self, curve: Curve, weights: np.ndarray) -> float:
-        """`curve` gets the weights of positives and of negatives down to each distinct score; nan without either."""
+        """The area of `curve` for row weights [N]; nan where the positives or the negatives have no weight."""
         true, false = self.sums(weights)
         return curve(true, false) if true[-1] > 0 and false[-1] > 0 else np.nan
 
     def sums(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of positives and of negatives at or above each distinct score."""
         ordered = weights[self.order]
         true = np.cumsum(ordered * self.is_positive)[self.ends]
         return true, np.cumsum(ordered)[self.ends] - true
 
 
 def ranking_of(scores: np.ndarray, is_positive: np.ndarray) -> Ranking:
-    """Of scores [N] and flags [N]."""
+    """The ranking of `scores` [N]; `is_positive` [N] bool."""
     scores = scores.astype(np.float64)
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
@@ -52,17 +51,19 @@ def ranking_of(scores: np.ndarray, is_positive: np.ndarray) -> Ranking:
 
 
 def auroc(true: np.ndarray, false: np.ndarray) -> float:
+    """Area under the ROC curve by the trapezoidal rule, from the sums of `Ranking.sums`."""
     heights = (true + np.append(0, true[:-1])) / 2
     return float(np.diff(false, prepend=0) @ heights / (true[-1] * false[-1]))
 
 
 def average_precision(true: np.ndarray, false: np.ndarray) -> float:
-    found = true + false
-    precision = np.divide(true, found, out=np.zeros_like(true), where=found > 0)
+    """Sum of precision x gain in recall, without interpolation, from the sums of `Ranking.sums`."""
+    predicted = true + false
+    precision = np.divide(true, predicted, out=np.zeros_like(true), where=predicted > 0)
     return float(np.diff(true, prepend=0) @ precision / true[-1])
 
 
-# ---- all classes, every row counted once ----
+# ---- all classes, rows of equal weight ----
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ClassRankings:
 
 
 def class_rankings(preds: np.ndarray, labels: np.ndarray) -> ClassRankings:
-    """Of finite probabilities `preds` [N, K] and `labels` int [N]: a sort for each class, and a search for its rows."""
+    """Of finite probabilities `preds` [N, K], `labels` int [N]: one sort per class and a binary search of its rows."""
     num_rows, num_classes = preds.shape
     areas, precisions = np.full(num_classes, np.nan), np.full(num_classes, np.nan)
     for index, rows in _rows_by_class(labels, num_classes):
@@ -85,7 +86,7 @@ def class_rankings(preds: np.ndarray, labels: np.ndarray) -> ClassRankings:
         above, above_or_equal = _counts_above(np.sort(scores), own)
         own_above, own_above_or_equal = _counts_above(own, own)
         negatives = num_rows - len(rows)
-        # negatives above a row count as errors, those of its own score as half of one
+        # a negative above a positive is an error, one of the same score half an error; counted twice here
         errors = int((above - own_above).sum() + (above_or_equal - own_above_or_equal).sum())
         areas[index] = (2 * len(rows) * negatives - errors) / (2 * len(rows) * negatives)
         precisions[index] = (own_above_or_equal / above_or_equal).mean()
@@ -101,17 +102,16 @@ def _rows_by_class(labels: np.ndarray, num_classes: int) -> Iterator[tuple[int, 
 
 
 def _counts_above(ascending: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many of the scores `ascending` lie above each of `scores`, and how many above or at it."""
-    return len(ascending) - np.searchsorted(ascending, scores, "right"), len(ascending) - np.searchsorted(
-        ascending, scores, "left"
-    )
+    """How many of the sorted scores `ascending` are above each of `scores`, and how many above or equal to it."""
+    above = len(ascending) - np.searchsorted(ascending, scores, "right")
+    return above, len(ascending) - np.searchsorted(ascending, scores, "left")
 
 
 # ---- many classes, many draws of weights ----
 
 
 def cost_per_draw(num_positives: np.ndarray, num_rows: int) -> np.ndarray:
-    """Nanoseconds that `weighted_rankings` takes for one draw of each class of so many rows, about."""
+    """Approximate nanoseconds of `weighted_rankings` for one draw, of each class with `num_positives` rows."""
     return num_rows * np.minimum(num_positives * PAIR_COST, CURVE_COST)
 
 
@@ -141,7 +141,7 @@ def weighted_rankings(
 
 
 def _blocks(columns: Sequence[int], num_positives: np.ndarray, num_rows: int) -> Iterator[list[int]]:
-    """Columns in their order, in blocks whose rows x all rows are BLOCK_CELLS, or one class."""
+    """Columns in their order, in blocks of one class or of at most BLOCK_CELLS rows of the classes x all rows."""
     block: list[int] = []
     cells = 0
     for column, rows in zip(columns, num_positives.tolist(), strict=True):
@@ -157,7 +157,7 @@ def _blocks(columns: Sequence[int], num_positives: np.ndarray, num_rows: int) ->
 def _rare_rankings(
     preds: np.ndarray, labels: np.ndarray, classes: Sequence[int], weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision [C, D] of whole classes with rows, from the weights [N, D] above each of their rows."""
+    """AUROC and average precision [C, D] of classes with few rows, from the weights [N, D] of the rows above each."""
     rows = np.concatenate([np.flatnonzero(labels == index) for index in classes])  # [R], class by class
     own_labels = labels[rows]
     starts = np.flatnonzero(np.diff(own_labels, prepend=-1))
@@ -167,16 +167,16 @@ def _rare_rankings(
     is_own_class = own_labels[:, None] == own_labels  # [R, R]
     own_weights = weights[rows]  # [R, D]
 
-    def negatives(is_counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights [R, D] of the rows of other classes, and of the class itself, that a mask [R, N] counts."""
+    def sums(is_counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [R, D] of the rows of other classes, and of the same class, that a mask [R, N] selects."""
         positive = (is_counted[:, rows] & is_own_class).astype(np.float32) @ own_weights
         return is_counted.astype(np.float32) @ weights - positive, positive
 
-    false, true = negatives(above_or_equal)
-    has_ties = above_or_equal.sum() - above.sum() > len(rows)  # more than that of each row with itself
-    false_above = negatives(above)[0] if has_ties else false
-    found = (true + false).astype(np.float64)
-    precision = np.divide(true, found, out=np.zeros_like(found), where=found > 0)
+    false, true = sums(above_or_equal)
+    has_ties = above_or_equal.sum() - above.sum() > len(rows)  # each row has one with itself
+    false_above = sums(above)[0] if has_ties else false
+    predicted = (true + false).astype(np.float64)
+    precision = np.divide(true, predicted, out=np.zeros_like(predicted), where=predicted > 0)
     positives = np.add.reduceat(own_weights, starts, axis=0).astype(np.float64)  # [C, D]
     others = weights.sum(axis=0) - positives
     errors = np.add.reduceat(own_weights * (false.astype(np.float64) + false_above), starts, axis=0)

@@ -1,9 +1,7 @@
-"""What validation and training rows say of a model, kept with it: threshold, calibration, baselines.
+"""From probabilities to decisions: threshold and calibration from validation rows, and the baselines to compare with.
 
 N rows, K classes.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,29 +10,32 @@ import numpy as np
 
 from mmbert_core.evaluation.baselines import Baselines
 from mmbert_core.evaluation.calibration import Calibration, fit_temperature
-from mmbert_core.evaluation.thresholds import HALF, Threshold, choose_threshold, parse_rule
+from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, HALF, Threshold, choose_threshold, parse_rule
 
-MIN_OF_A_CLASS = 20  # validation rows from which a threshold is chosen
-NOT_FINITE = "probabilities of validation rows that are no numbers"
+MIN_OF_A_CLASS = 20  # validation rows that a threshold needs
+NOT_FINITE = "probabilities of validation rows that are not finite"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How probabilities become classes and what they are worth. Several classes: the largest probability decides."""
+    """Stored with a model: how its probabilities become classes, their calibration, and its baselines.
 
-    threshold: Threshold = Threshold(0.5, HALF, reason="the model folder has none")
+    Of several classes the largest probability decides.
+    """
+
+    threshold: Threshold = Threshold(BINARY_THRESHOLD, HALF, reason="the model folder has none")
     calibration: Calibration = Calibration(reason="the model folder has none")
     baselines: Baselines | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """thresholds.json; the baselines are kept beside it."""
+        """The contents of thresholds.json, without the baselines, which have files of their own."""
         return {"threshold": self.threshold.to_json(), "calibration": self.calibration.to_json()}
 
 
 def fit_threshold_and_calibration(
     preds: np.ndarray | None, labels: np.ndarray | None, *, rule: str, num_classes: int, baselines: Baselines | None
 ) -> Decision:
-    """From the validation rows' `preds` [N] (binary) or [N, K] and `labels` [N]; None: there were none."""
+    """From the validation rows' `preds` [N] (binary) or [N, K] and `labels` [N]; None: there are no such rows."""
     threshold = fit_threshold(preds, labels, rule)
     if preds is None or labels is None:
         return Decision(threshold, Calibration(reason="no validation rows"), baselines)
@@ -44,19 +45,17 @@ def fit_threshold_and_calibration(
 
 
 def fit_threshold(preds: np.ndarray | None, labels: np.ndarray | None, rule: str) -> Threshold:
-    """By the rule, or one half with the reason why the rows cannot tell."""
+    """The threshold of the rule, or one half with the reason why the rows do not allow it."""
     if preds is None or labels is None:
-        return Threshold(0.5, rule, reason="no validation rows")
+        return Threshold(BINARY_THRESHOLD, rule, reason="no validation rows")
     if preds.ndim == 2:
-        return Threshold(0.5, HALF, rows=len(labels), reason="several classes: the largest probability decides")
+        return Threshold(
+            BINARY_THRESHOLD, HALF, rows=len(labels), reason="several classes: the largest probability decides"
+        )
     if not np.isfinite(preds).all():
-        return Threshold(0.5, rule, rows=len(labels), reason=NOT_FINITE)
+        return Threshold(BINARY_THRESHOLD, rule, rows=len(labels), reason=NOT_FINITE)
     fewest = int(np.bincount(labels, minlength=2).min())
     if parse_rule(rule)[0] != HALF and fewest < MIN_OF_A_CLASS:
-        return Threshold(
-            0.5,
-            rule,
-            rows=len(labels),
-            reason=f"a class with {fewest} validation rows, at least {MIN_OF_A_CLASS} are needed",
-        )
+        reason = f"a class with {fewest} validation rows, at least {MIN_OF_A_CLASS} are needed"
+        return Threshold(BINARY_THRESHOLD, rule, rows=len(labels), reason=reason)
     return choose_threshold(preds, labels, rule)

@@ -1,8 +1,7 @@
-"""How sure a metric is: bootstrap intervals from weights of rows, so that a thousand draws take seconds."""
+"""Bootstrap intervals of metrics, by weights of rows, so that a thousand draws take seconds.
 
-# N rows, K classes, D draws
-
-from __future__ import annotations
+N rows, K classes, D draws.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -23,12 +22,12 @@ from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classe
 
 LEVEL = 0.95
 DRAWS, MIN_DRAWS = 1000, 200
-WORK = 4_000_000_000  # rows x draws x curves, about: some minutes. Metrics that would take more have no interval
+WORK = 4_000_000_000  # rows x draws x curves, some minutes; metrics that would take more have no interval
 RANKINGS: dict[str, Curve] = {"auroc": auroc, "average_precision": average_precision}
-WITHOUT = ("ece",)  # biased upwards, and once more in each draw: the true value would lie below its interval
-WORK_OF_CLASSES = 6e9  # nanoseconds, about, that ranking more than FEW_CLASSES classes may take
+WITHOUT = ("ece",)  # it is biased upwards, more so in each draw: the true value would lie below the interval
+WORK_OF_CLASSES = 6e9  # nanoseconds that the ranking of more than FEW_CLASSES classes may take, approximately
 DRAW_CELLS = 1_000_000  # rows x draws in memory at a time
-MAX_UNDEFINED = 0.05  # share of draws without a value (a class has no row in them) from which there is no interval
+MAX_UNDEFINED = 0.05  # share of draws in which a metric may be undefined, as a class has no row in them
 
 Metric = Callable[[np.ndarray], float]  # weights [N] -> value, nan where undefined
 
@@ -44,12 +43,14 @@ def bootstrap_intervals(
     seed: int = 0,
     level: float = LEVEL,
 ) -> dict[str, tuple[float, float] | None]:
-    """Percentile intervals of the metrics `names` of `compute_metrics`; None where too many draws leave one undefined.
+    """Percentile intervals of the metrics `names` of `compute_metrics`; None where there is no interval.
 
-    None too for those of `WITHOUT`, for those that would take too long, and where all draws are equal, which a few rows
-    that are all right are no proof of. `preds` [N] (binary: probability of class 1) or [N, K], `labels` [N]. A draw gives
-    each row a Poisson(1) weight (Hanley and MacGibbon 2006: for more than a hundred rows as good as drawing N rows with
-    replacement, and one pass).
+    `preds` [N] (binary: probability of class 1) or [N, K], `labels` [N]. Each draw gives every row a Poisson(1) weight:
+    one pass over the rows, and for more than a hundred rows as good as drawing N rows with replacement (Hanley and
+    MacGibbon 2006).
+
+    There is no interval for the metrics of WITHOUT, for those that would take too long or are undefined in more than
+    MAX_UNDEFINED of the draws, and where all draws are equal, which does not prove that the metric is certain.
     """
     if len(labels) == 0:
         return dict.fromkeys(names)
@@ -72,7 +73,7 @@ def bootstrap_intervals(
     return intervals
 
 
-# ---- up to FEW_CLASSES: one metric after the other ----
+# ---- up to FEW_CLASSES: metrics one by one ----
 
 
 def _draws_of_few_classes(
@@ -84,7 +85,7 @@ def _draws_of_few_classes(
     draws: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Values [D] of the metrics that can be afforded."""
+    """Values [D] of the metrics that are affordable."""
     affordable, num_draws = affordable_metrics(
         names, len(labels), draws, num_classes=1 if preds.ndim == 1 else len(class_names)
     )
@@ -99,24 +100,26 @@ def _draws_of_few_classes(
 
 
 def affordable_metrics(names: Sequence[str], num_rows: int, draws: int, *, num_classes: int) -> tuple[list[str], int]:
-    """The metrics that MIN_DRAWS can be had of, in their order, the cheap ones first to be chosen; and the draws of all."""
-    curves = {name: num_classes if name in RANKINGS else 1 for name in names}  # a macro mean has one for each class
+    """The metrics for which WORK allows MIN_DRAWS, in their order, and the number of draws of all.
+
+    Where it does not allow all of them, those with few curves come first, and those of single classes last.
+    """
+    curves = {name: num_classes if name in RANKINGS else 1 for name in names}  # a macro mean has one per class
     budget = WORK // (num_rows * min(draws, MIN_DRAWS))
-    chosen: list[str] = []
+    affordable: list[str] = []
     for name in sorted(names, key=lambda name: (curves[name], name.startswith(CLASS_PREFIX))):
         if curves[name] <= budget:
             budget -= curves[name]
-            chosen.append(name)
-    total = sum(curves[name] for name in chosen)
-    return [name for name in names if name in chosen], int(
-        np.clip(WORK // (num_rows * max(1, total)), min(draws, MIN_DRAWS), draws)
-    )
+            affordable.append(name)
+    total = sum(curves[name] for name in affordable)
+    num_draws = int(np.clip(WORK // (num_rows * max(1, total)), min(draws, MIN_DRAWS), draws))
+    return [name for name in names if name in affordable], num_draws
 
 
 def weighted_metric(
     name: str, preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str], threshold: float = BINARY_THRESHOLD
 ) -> Metric:
-    """A metric of `metrics` as a function of the rows' weights, in its range; with all weights 1 it is that metric."""
+    """A metric as a function of row weights [N]; with all weights 1 it equals that of `compute_metrics`."""
     metric = _weighted_metric(name, preds, labels, class_names, threshold)
     return lambda weights: within_range(name, metric(weights))
 
@@ -138,8 +141,8 @@ def _weighted_metric(
     if name == "log_loss":
         losses = _losses(preds, labels)
         return lambda weights: float(weights @ losses / weights.sum())
-    chosen = predicted_classes(preds, threshold=threshold)
-    return lambda weights: value_of(name, class_counts(labels, chosen, num_classes, weights), is_binary=is_binary)
+    predicted = predicted_classes(preds, threshold=threshold)
+    return lambda weights: value_of(name, class_counts(labels, predicted, num_classes, weights), is_binary=is_binary)
 
 
 def _ranking_metric(curve: Curve, scores: np.ndarray, is_positive: np.ndarray) -> Metric:
@@ -149,15 +152,14 @@ def _ranking_metric(curve: Curve, scores: np.ndarray, is_positive: np.ndarray) -
 
 def _losses(preds: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Log loss of each row, float64 [N]."""
-    of_label = (
-        np.where(labels == 1, preds, 1 - preds.astype(np.float64))
-        if preds.ndim == 1
-        else preds[np.arange(len(labels)), labels]
-    )
+    if preds.ndim == 1:
+        of_label = np.where(labels == 1, preds, 1 - preds.astype(np.float64))
+    else:
+        of_label = preds[np.arange(len(labels)), labels]
     return -np.log(np.clip(of_label.astype(np.float64), EPS, 1 - EPS))
 
 
-# ---- hundreds or thousands of classes: counts of a draw serve all metrics, and all classes are ranked at once ----
+# ---- more than FEW_CLASSES: the counts of a draw serve all metrics, and all classes are ranked at once ----
 
 
 def _draws_of_many_classes(
@@ -169,7 +171,7 @@ def _draws_of_many_classes(
     draws: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Values [D] of the metrics that can be afforded. The draws are those of few classes."""
+    """Values [D] of the metrics that are affordable, for the same draws as those of few classes."""
     class_of = {f"{CLASS_PREFIX}{name}": index for index, name in enumerate(class_names)}
     of_classes, means = [name for name in names if name in class_of], [name for name in names if name in RANKINGS]
     num_positives = np.bincount(labels, minlength=len(class_names))
@@ -177,29 +179,29 @@ def _draws_of_many_classes(
         num_positives, [class_of[name] for name in of_classes], draws, with_means=bool(means)
     )
     column_of = {index: column for column, index in enumerate(classes)}
-    chosen, losses = (
-        predicted_classes(preds, threshold=threshold),
-        _losses(preds, labels) if "log_loss" in names else None,
-    )
+    predicted = predicted_classes(preds, threshold=threshold)
+    losses = _losses(preds, labels) if "log_loss" in names else None
     values: dict[str, np.ndarray] = {}
     generator = np.random.default_rng(seed)
     for start in range(0, num_draws, block := max(1, DRAW_CELLS // len(labels))):
         weights = generator.poisson(1.0, (min(block, num_draws - start), len(labels))).astype(np.float64)
-        draw_rows = start + np.flatnonzero(weights.any(axis=1))  # a draw of no rows defines nothing
+        draw_rows = start + np.flatnonzero(weights.any(axis=1))  # in a draw without rows all metrics are undefined
         weights = weights[draw_rows - start]
-        counts = [class_counts(labels, chosen, len(class_names), row) for row in weights]
-        made = {
+        counts = [class_counts(labels, predicted, len(class_names), row) for row in weights]
+        block_values = {
             name: [within_range(name, value_of(name, of_draw, is_binary=False)) for of_draw in counts]
             for name in names
             if name in COUNT_METRICS
         }
         if losses is not None:
-            made["log_loss"] = weights @ losses / weights.sum(axis=1)
+            block_values["log_loss"] = weights @ losses / weights.sum(axis=1)
         areas, precisions = weighted_rankings(preds, labels, classes, weights)
-        made |= {name: precisions[:, column_of[class_of[name]]] for name in of_classes if class_of[name] in column_of}
+        for name in of_classes:
+            if class_of[name] in column_of:
+                block_values[name] = precisions[:, column_of[class_of[name]]]
         if has_all:
-            made |= {name: (areas if name == "auroc" else precisions).mean(axis=1) for name in means}
-        for name, of_draws in made.items():
+            block_values |= {name: (areas if name == "auroc" else precisions).mean(axis=1) for name in means}
+        for name, of_draws in block_values.items():
             values.setdefault(name, np.full(num_draws, np.nan))[draw_rows] = of_draws
     return values
 
@@ -207,18 +209,18 @@ def _draws_of_many_classes(
 def affordable_classes(
     num_positives: np.ndarray, wanted: Sequence[int], draws: int, *, with_means: bool
 ) -> tuple[list[int], bool, int]:
-    """Classes to rank, whether these are all (for a macro mean), and the draws; of classes with `num_positives` [K] rows.
+    """Classes to rank, whether these are all (for a macro mean), and the number of draws.
 
-    A class without a row in more than MAX_UNDEFINED of the draws is left out, for it would have no interval; likewise
-    the macro means when that is to be expected of any class. Where MIN_DRAWS take longer than WORK_OF_CLASSES, the
-    means are left out first, then the rarest classes.
+    `num_positives` [K] rows of each class, `wanted` classes whose own metric is asked for. A class that has no row in
+    more than MAX_UNDEFINED of the draws is left out, since it would have no interval; so are the macro means where
+    this is expected of any class. Where MIN_DRAWS take longer than WORK_OF_CLASSES, the means are left out first, then
+    the rarest classes.
     """
-    num_rows, fewest = int(num_positives.sum()), min(draws, MIN_DRAWS)
-    chance_of_none = np.exp(-num_positives.astype(np.float64))
+    num_rows, min_draws = int(num_positives.sum()), min(draws, MIN_DRAWS)
+    chance_of_none = np.exp(-num_positives.astype(np.float64))  # Poisson: that all rows of a class have weight 0
     costs = cost_per_draw(num_positives, num_rows)
-    has_all = with_means and bool(
-        1 - np.prod(1 - chance_of_none) <= MAX_UNDEFINED and costs.sum() * fewest <= WORK_OF_CLASSES
-    )
+    is_defined = 1 - np.prod(1 - chance_of_none) <= MAX_UNDEFINED
+    has_all = with_means and bool(is_defined and costs.sum() * min_draws <= WORK_OF_CLASSES)
     if has_all:
         classes = list(range(len(num_positives)))
     else:
@@ -226,6 +228,6 @@ def affordable_classes(
             (index for index in wanted if chance_of_none[index] <= MAX_UNDEFINED),
             key=lambda index: -num_positives[index],
         )
-        classes = by_rows[: int(np.searchsorted(np.cumsum(costs[by_rows]) * fewest, WORK_OF_CLASSES, side="right"))]
+        classes = by_rows[: int(np.searchsorted(np.cumsum(costs[by_rows]) * min_draws, WORK_OF_CLASSES, side="right"))]
     total = float(costs[classes].sum()) or 1.0
-    return sorted(classes), has_all, int(np.clip(WORK_OF_CLASSES / total, fewest, draws))
+    return sorted(classes), has_all, int(np.clip(WORK_OF_CLASSES / total, min_draws, draws))

@@ -37,7 +37,7 @@ THRESHOLD_JSON = record(
 
 
 def predicted_classes(preds: np.ndarray, *, threshold: float = BINARY_THRESHOLD) -> np.ndarray:
-    """Class index [N] int64: 1 where the probability of class 1 [N] is above the threshold; of [N, K] the first largest."""
+    """Class index [N] int64: of probabilities [N] of class 1, 1 above the threshold; of [N, K] the first largest."""
     if preds.ndim == 2:
         return preds.argmax(axis=1)
     # compared in float64: rounded to float32, a threshold between two neighbouring float32 would equal one of them
@@ -112,7 +112,7 @@ def threshold_curve(preds: np.ndarray, labels: np.ndarray) -> ThresholdCurve:
     distinct = scores[ends]
     upper, lower = distinct[:-1], distinct[1:]
     halfway = (upper + lower) / 2
-    # Adjacent float64 have no number between them; the lower of the two separates them too, as it is not above itself.
+    # Between adjacent float64 there is none; the lower of the two separates them too, as it is not above itself.
     between = np.where(halfway < upper, halfway, lower)
     lowest = distinct[-1] / 2 if distinct[-1] > 0 else EVERY_ROW
     thresholds = np.concatenate([[(1 + distinct[0]) / 2], between, [lowest]])

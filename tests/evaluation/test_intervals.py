@@ -14,7 +14,7 @@ from mmbert_core.evaluation.metrics import compute_metrics
 METRICS = [name for name in ALL if name not in WITHOUT]
 
 
-def scored(num_rows: int, num_classes: int, seed: int, *, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def random_rows(num_rows: int, num_classes: int, seed: int, *, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes, num_rows)
     logits = rng.normal(size=(num_rows, num_classes)) + 1.0 * np.eye(num_classes)[labels]
@@ -26,7 +26,7 @@ def scored(num_rows: int, num_classes: int, seed: int, *, ties: bool = False) ->
 @pytest.mark.parametrize("num_classes", [2, 4])
 @pytest.mark.parametrize("ties", [False, True])
 def test_with_all_weights_one_it_is_the_metric(num_classes: int, ties: bool) -> None:
-    preds, labels = scored(500, num_classes, 0, ties=ties)
+    preds, labels = random_rows(500, num_classes, 0, ties=ties)
     names = [str(index) for index in range(num_classes)]
     wanted = [*METRICS, *(f"average_precision_class_{name}" for name in names)]
     expected = compute_metrics(
@@ -39,7 +39,7 @@ def test_with_all_weights_one_it_is_the_metric(num_classes: int, ties: bool) -> 
 
 
 def test_weights_are_repeated_rows() -> None:
-    preds, labels = scored(300, 2, 1, ties=True)
+    preds, labels = random_rows(300, 2, 1, ties=True)
     weights = np.random.default_rng(0).poisson(1, 300)
     rows = np.repeat(np.arange(300), weights)
     expected = compute_metrics(preds[rows], labels[rows], METRICS, "binary", 2, "test").values
@@ -50,7 +50,7 @@ def test_weights_are_repeated_rows() -> None:
 
 
 def test_against_an_oracle_with_weights() -> None:
-    preds, labels = scored(300, 2, 2)
+    preds, labels = random_rows(300, 2, 2)
     weights = np.random.default_rng(0).poisson(1, 300).astype(float)
     assert weighted_metric("auroc", preds, labels, ["0", "1"])(weights) == pytest.approx(
         oracle.roc_auc_score(labels, preds, sample_weight=weights)
@@ -61,7 +61,7 @@ def test_against_an_oracle_with_weights() -> None:
 
 
 def test_intervals_cover_at_their_rate() -> None:
-    """300 samples of 400 rows from a population whose AUROC is that of two normals one apart: Phi(1 / sqrt 2) = .760."""
+    """300 samples of 400 rows; normal scores of means one apart: AUROC is Phi(1 / sqrt 2) = .760."""
     rng, truth, covered = np.random.default_rng(0), 0.7602, 0
     for sample in range(300):
         labels = rng.integers(0, 2, 400)
@@ -73,20 +73,20 @@ def test_intervals_cover_at_their_rate() -> None:
 
 
 def test_a_biased_metric_has_no_interval_and_neither_have_few_rows_that_are_all_right() -> None:
-    preds, labels = scored(300, 2, 4)
+    preds, labels = random_rows(300, 2, 4)
     assert bootstrap_intervals(preds, labels, ["ece", "auroc"], class_names=["0", "1"])["ece"] is None
-    made = bootstrap_intervals(
+    found = bootstrap_intervals(
         labels.astype(np.float32), labels, ["accuracy", "auroc", "log_loss"], class_names=["0", "1"]
     )
-    assert made["accuracy"] is None and made["auroc"] is None
+    assert found["accuracy"] is None and found["auroc"] is None
 
 
 def test_too_few_rows_of_a_class_give_no_interval() -> None:
-    preds, labels = scored(200, 2, 3)
+    preds, labels = random_rows(200, 2, 3)
     labels[:] = 0
     labels[0] = 1  # missing in 37 % of the draws
-    made = bootstrap_intervals(preds, labels, ["auroc", "accuracy"], class_names=["0", "1"])
-    assert made["auroc"] is None and made["accuracy"] is not None
+    found = bootstrap_intervals(preds, labels, ["auroc", "accuracy"], class_names=["0", "1"])
+    assert found["auroc"] is None and found["accuracy"] is not None
     assert bootstrap_intervals(preds[:0], labels[:0], ["auroc"], class_names=["0", "1"]) == {"auroc": None}
 
 
@@ -111,15 +111,14 @@ def rows_of_many(
 def test_many_classes_have_the_intervals_of_one_metric_after_the_other(
     shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preds, labels, names = rows_of_many(
-        320, 32, most_frequent=shift
-    )  # 10 rows of a class; with 150 more the first has a sorted sum of its own
+    # 10 rows of a class; with 150 more the first class is ranked by a sorted sum instead of a matrix product
+    preds, labels, names = rows_of_many(320, 32, most_frequent=shift)
     wanted = [*METRICS, *(f"average_precision_class_{name}" for name in names)]
-    made = bootstrap_intervals(preds, labels, wanted, class_names=names, draws=200, seed=3)
+    found = bootstrap_intervals(preds, labels, wanted, class_names=names, draws=200, seed=3)
     monkeypatch.setattr(intervals, "FEW_CLASSES", 32)
     expected = bootstrap_intervals(preds, labels, wanted, class_names=names, draws=200, seed=3)
-    assert None not in made.values() and list(made) == wanted
-    assert all(made[name] == pytest.approx(expected[name], abs=1e-12) for name in wanted)
+    assert None not in found.values() and list(found) == wanted
+    assert all(found[name] == pytest.approx(expected[name], abs=1e-12) for name in wanted)
 
 
 def test_classes_that_few_draws_have_are_not_ranked_and_rare_ones_go_first_when_work_is_short(
@@ -137,8 +136,8 @@ def test_classes_that_few_draws_have_are_not_ranked_and_rare_ones_go_first_when_
 
 def test_one_row_of_each_of_many_classes_gives_intervals_of_what_is_defined() -> None:
     preds, labels, names = rows_of_many(100, 100)
-    made = bootstrap_intervals(preds, labels, [*METRICS, "average_precision_class_c7"], class_names=names)
-    assert {name for name, pair in made.items() if pair is None} == {
+    found = bootstrap_intervals(preds, labels, [*METRICS, "average_precision_class_c7"], class_names=names)
+    assert {name for name, pair in found.items() if pair is None} == {
         "auroc",
         "average_precision",
         "average_precision_class_c7",

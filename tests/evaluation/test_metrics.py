@@ -218,7 +218,7 @@ def test_arrays_that_do_not_fit(preds, labels, task, num_classes, words):
 
 @pytest.mark.parametrize("seed", [32, 48, 58, 60, 126, 162])  # whose sums in float32 come to 1.0000001
 def test_no_metric_leaves_its_range(seed: int) -> None:
-    """A perfect ranking has an AUROC of at most 1, in figures, draws of an interval and the search for leaks; a reversed one at least 0."""
+    """A perfect ranking has an AUROC of at most 1, a reversed one of at least 0, in metrics, draws and leaks."""
     rng = np.random.default_rng(seed)
     num_rows = int(rng.integers(20, 3000))
     labels = (rng.random(num_rows) < rng.random()).astype(np.int64)

@@ -20,7 +20,7 @@ from mmbert_core.evaluation.thresholds import (
 from mmbert_core.runtime.errors import InputError
 
 
-def scored(seed: int, num_rows: int = 200, *, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def random_rows(seed: int, num_rows: int = 200, *, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = (rng.random(num_rows) < 0.3).astype(int)
     preds = 1 / (1 + np.exp(-(rng.normal(size=num_rows) + 1.5 * labels)))
@@ -47,7 +47,7 @@ def brute_force(preds: np.ndarray, labels: np.ndarray) -> list[tuple[float, floa
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_each_rule_finds_the_best_cut(seed: int, ties: bool) -> None:
-    preds, labels = scored(seed, ties=ties)
+    preds, labels = random_rows(seed, ties=ties)
     tried = brute_force(preds, labels)
     chosen = choose_threshold(preds, labels, "best_f1")
     assert chosen.f1 == pytest.approx(max(f1 for f1, *_ in tried))
@@ -64,7 +64,7 @@ def test_each_rule_finds_the_best_cut(seed: int, ties: bool) -> None:
 
 
 def test_figures_are_those_of_the_rows_above() -> None:
-    preds, labels = scored(7)
+    preds, labels = random_rows(7)
     chosen = choose_threshold(preds, labels, "best_f1")
     above = (preds > chosen.value).astype(int)
     assert (chosen.precision, chosen.recall, chosen.f1) == pytest.approx(
@@ -74,11 +74,11 @@ def test_figures_are_those_of_the_rows_above() -> None:
     assert choose_threshold(preds, labels, "half").value == 0.5
 
 
-def test_cuts_run_from_none_to_all() -> None:
+def test_thresholds_run_from_none_to_all() -> None:
     preds, labels = np.array([0.2, 0.9, 0.9, 0.4], np.float32), np.array([0, 1, 0, 1])
-    cuts = threshold_curve(preds, labels)
-    assert cuts.predicted_positives.tolist() == [0, 2, 3, 4] and cuts.true_positives.tolist() == [0, 1, 2, 2]
-    assert [int((preds > value).sum()) for value in cuts.thresholds] == [0, 2, 3, 4]
+    curve = threshold_curve(preds, labels)
+    assert curve.predicted_positives.tolist() == [0, 2, 3, 4] and curve.true_positives.tolist() == [0, 1, 2, 2]
+    assert [int((preds > value).sum()) for value in curve.thresholds] == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_the_promise_of_a_rule_holds_whatever_the_probabilities(
 @given(hard_rows())
 def test_each_cut_separates_what_it_counts(rows: tuple[np.ndarray, np.ndarray]) -> None:
     preds, labels = rows
-    cuts = threshold_curve(preds, labels)
-    assert [int((preds > np.float64(value)).sum()) for value in cuts.thresholds] == cuts.predicted_positives.tolist()
-    assert [int(labels[preds > np.float64(value)].sum()) for value in cuts.thresholds] == cuts.true_positives.tolist()
+    curve = threshold_curve(preds, labels)
+    assert [int((preds > np.float64(value)).sum()) for value in curve.thresholds] == curve.predicted_positives.tolist()
+    assert [int(labels[preds > np.float64(value)].sum()) for value in curve.thresholds] == curve.true_positives.tolist()
 
 
 def test_all_rows_are_those_of_probability_zero_too() -> None:
