@@ -81,10 +81,10 @@ def assign_to_ranks(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(indices) for indices in indices_by_rank]
 
 
-def resolve_micro_batches(asked: int | str, *, batch_size: int, num_ranks: int, rows_at_once: int) -> int:
+def resolve_micro_batches(configured: int | str, *, batch_size: int, num_ranks: int, rows_at_once: int) -> int:
     """Micro-batches of a step: as configured; for `auto` a multiple of the ranks, of about `rows_at_once` rows each."""
-    if asked != "auto":
-        return int(asked)
+    if configured != "auto":
+        return int(configured)
     wanted = max(num_ranks, -(-batch_size // rows_at_once))
     return -(-wanted // num_ranks) * num_ranks
 
