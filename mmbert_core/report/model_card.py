@@ -37,7 +37,7 @@ def decimals(value: float | None) -> str:
 
 # `finalize` turns every value of the template into escaped Markdown, so that the HTML escape has nothing left to do.
 TEMPLATES = environment(__package__, finalize=markdown)
-TEMPLATES.filters |= {"count": "{:,}".format, "decimals": decimals}
+TEMPLATES.filters |= {"thousands": "{:,}".format, "decimals": decimals}
 
 
 def write_card(

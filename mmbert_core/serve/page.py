@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from markupsafe import Markup
-
 from mmbert_core.config import Config
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
@@ -64,8 +62,6 @@ def render_page(
             "texts": config.text_name,
             "min_highlight": HIGHLIGHT_LEVELS[0],
         },
-        css=_own_file("serve.css"),
-        javascript=_own_file("serve.js"),
     )
 
 
@@ -82,9 +78,3 @@ def form_fields(config: Config, features: Features) -> list[FormField]:
     if config.id_name is not None and config.id_name not in fields:
         fields[config.id_name] = FormField(config.id_name, "id", "id; comes back as it is")
     return list(fields.values())
-
-
-def _own_file(name: str) -> Markup:
-    """A file of `templates` that is not a template: it is placed in the page as it is."""
-    source, _, _ = TEMPLATES.loader.get_source(TEMPLATES, name)
-    return Markup(source)
