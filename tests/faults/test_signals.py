@@ -127,9 +127,10 @@ def count_stop(figures: Figures, case: str, job: Job, run: Path, since: float, *
     figures.count("error: " not in own_lines(job), f"{case}: {own_lines(job)[-3000:]}")
     figures.count(not [*run.rglob(".tmp-*")], f"{case}: {[*run.rglob('.tmp-*')]} left")
     saved, step = steps_saved(run), last_step(run)
-    if step:
-        is_saved = saved[-1:] == [step] and why_invalid(step_folder(run / "checkpoints", step)) is None
-    figures.count(is_saved if step else not saved, f"{case}: checkpoints {saved} after {step} steps")
+    is_right = saved[-1:] == ([step] if step else [])
+    if step and is_right:
+        is_right = why_invalid(step_folder(run / "checkpoints", step)) is None
+    figures.count(is_right, f"{case}: checkpoints {saved} after {step} steps")
 
 
 def own_lines(job: Job) -> str:
