@@ -1,4 +1,6 @@
-"""A tokenizer that keeps the end of a text does so in training, prediction, explanation and export; pooling: last in all of them too."""
+"""A tokenizer that keeps the end of a text does so in training, prediction, explanation and export; pooling: last in
+all of them too.
+"""
 
 import csv
 import json
@@ -96,7 +98,7 @@ def test_the_last_token_of_a_text_does_not_depend_on_its_neighbours_also_in_8_bi
         np.testing.assert_allclose([row["prob"] for row in together], [row["prob"] for row in alone], atol=1e-5)
 
 
-def test_folders_of_before_cut_at_the_end_as_they_were_trained(trained, tmp_path):
+def test_folders_of_older_versions_truncate_at_the_end_as_they_were_trained(trained, tmp_path):
     folder, _ = trained
     old = tmp_path / "run"
     shutil.copytree(folder / "run", old, ignore=shutil.ignore_patterns(MANIFEST, "checkpoints", "cache"))

@@ -86,13 +86,13 @@ def test_what_decides_the_label_is_on_top_and_noise_is_near_zero(tmp_path, monke
             seed=0,
         )
 
-    made = measure(data.test)
-    first, *others = made["items"]
+    importance = measure(data.test)
+    first, *others = importance["items"]
     name = "amount" if decides == "missing" else decides
     kinds = {"age": "numeric", "amount": "numeric", "kind": "categorical", "colour": "categorical"} | (
         {"text": "text"} if decides == "text" else {}
     )
-    assert {item["name"]: item["kind"] for item in made["items"]} == kinds and made["rows"] == 200
+    assert {item["name"]: item["kind"] for item in importance["items"]} == kinds and importance["rows"] == 200
     assert first["name"] == name and 0.35 < first["drop"] < 0.65  # without it the model guesses: an AUROC of one half
     assert all(abs(item["drop"]) < 0.05 for item in others), others
-    assert measure(data.test) == made  # the same seed, the same permutations
+    assert measure(data.test) == importance  # the same seed, the same permutations

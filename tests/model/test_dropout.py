@@ -40,10 +40,10 @@ def test_survivors_are_scaled_by_the_rounded_rate() -> None:
     torch.manual_seed(0)
     layer = Dropout(0.1)
     values = torch.full((COUNT,), 2.0, requires_grad=True)
-    made = layer(values)
-    assert set(made.unique().tolist()) == {0.0, torch.tensor(2 * scale).item()}
-    made.sum().backward()
-    assert torch.equal(values.grad, made.detach() / 2)  # the same mask
+    output = layer(values)
+    assert set(output.unique().tolist()) == {0.0, torch.tensor(2 * scale).item()}
+    output.sum().backward()
+    assert torch.equal(values.grad, output.detach() / 2)  # the same mask
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, 1.0), (1.0, 0.0)])

@@ -29,7 +29,7 @@ def test_close_to_the_full_layer_whatever_the_size_of_weights_and_inputs(bias: b
     assert 0 < deviation.max() < (0.02 if torch.cpu._is_vnni_supported() else 0.04)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+def test_a_row_does_not_depend_on_the_other_rows() -> None:
     torch.manual_seed(0)
     layer, inputs = Int8Linear(nn.Linear(64, 48)), torch.randn(40, 64)
     inputs[20:] *= 1000

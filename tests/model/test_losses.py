@@ -20,11 +20,11 @@ def test_equals_torchs_mean(weights):
     torch.testing.assert_close(mean(build_loss_op(weights)), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_parts_of_a_step_add_up():
+def test_micro_batches_of_a_step_add_up():
     loss_op = build_loss_op((0.2, 5.0, 1.7))
-    parts = [slice(0, 9), slice(9, 10), slice(10, 23)]
-    loss_sum = sum(row_losses(loss_op, LOGITS[part], LABELS[part]).sum() for part in parts)
-    weight_sum = sum(row_weights(loss_op, LABELS[part]).sum() for part in parts)
+    micro_batches = [slice(0, 9), slice(9, 10), slice(10, 23)]
+    loss_sum = sum(row_losses(loss_op, LOGITS[rows], LABELS[rows]).sum() for rows in micro_batches)
+    weight_sum = sum(row_weights(loss_op, LABELS[rows]).sum() for rows in micro_batches)
     torch.testing.assert_close(loss_sum / weight_sum, mean(loss_op), rtol=1e-6, atol=1e-7)
 
 

@@ -162,7 +162,10 @@ def test_name_in_the_local_cache_needs_no_network(saved_encoder, tmp_path):
     (snapshot / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
-    code = "from mmbert_core.model.pretrained import *; print(load_pretrained_encoder('someone/tiny')[1], sentence_pooling('someone/tiny'))"
+    code = (
+        "from mmbert_core.model.pretrained import *; "
+        "print(load_pretrained_encoder('someone/tiny')[1], sentence_pooling('someone/tiny'))"
+    )
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
         env.pop(name, None)

@@ -1,4 +1,6 @@
-"""Encoders that do not fit their tokenizer, length or pooling are refused before step 1; those that do are left as they were."""
+"""Encoders that do not fit their tokenizer, length or pooling are refused before step 1; those that do are left as they
+were.
+"""
 
 import copy
 import json
@@ -142,7 +144,7 @@ def test_ids_without_an_embedding_and_weights_that_are_not_finite():
     assert "not finite" in refusal(encoder, "cls")
 
 
-def test_rounding_is_told_from_neighbours_in_float64(monkeypatch):
+def test_rounding_is_distinguished_from_other_rows_in_float64(monkeypatch):
     """A deep encoder's rounding may pass the tolerance in float32; weights come back bit for bit."""
     monkeypatch.setattr(probe, "TOLERANCE", 1e-12)
     text = TextBertBase(encoder_of("Roberta", {}), pooling="mean", hidden_common_dim=4)

@@ -120,7 +120,7 @@ def test_constructor_keeps_the_mode_it_finds(make_encoder):
 
 
 @pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
-def test_mean_over_real_chunks_alone_and_beside_longer_rows(make_encoder, pooling):
+def test_mean_over_real_chunks_alone_and_next_to_longer_rows(make_encoder, pooling):
     model = text_model(make_encoder("Bert"), pooling)
     ids = torch.zeros(3, 4, 12, dtype=torch.long)
     mask = torch.zeros_like(ids)
