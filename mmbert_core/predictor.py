@@ -126,9 +126,7 @@ class Predictor:
     # ---- copies, and other processes ----
 
     def __reduce__(self) -> tuple[Callable[..., "Predictor"], tuple[str, dict[str, Any]]]:
-        """A pickled Predictor holds its folder's path and its options: unpickling loads the folder, on the device
-        there.
-        """
+        """A pickled Predictor is its folder's path and options: unpickling loads the folder, on the device there."""
         if self.folder is None:
             raise InputError("a Predictor without a model folder cannot be pickled: load it with Predictor.from_folder")
         return load_predictor, (str(self.folder.absolute()), self._options)
@@ -227,8 +225,7 @@ class Predictor:
         slice_columns: Sequence[str] = (),
         tsv_quoting: str | None = None,
     ) -> tuple[dict[str, Any], Path]:
-        """Collective. Evaluate labelled rows into a new folder in `parent`: predictions, figures and report, as a run's
-        test.
+        """Collective. Evaluate labelled rows: predictions, figures and report in a new folder in `parent`, as of a test.
 
         `slice_columns`: columns by whose values the figures are also computed; without any those of the training
         config. Returns the figures of test_metrics.json and the folder. Raises `InputError` for input that cannot be
@@ -317,9 +314,7 @@ class Predictor:
     # ---- encoded rows ----
 
     def score(self, dataset: Dataset) -> EpochResult:
-        """Collective. Probabilities and ids of all rows, in order. Raises `RunError` for a probability that is not
-        finite.
-        """
+        """Collective. Probabilities and ids of all rows, in order. Raises `RunError` where one is not finite."""
         outputs = []
         text_encoder = self.loaded.model.text_subnetwork
         if text_encoder is not None and (num_ids := num_embedding_rows(text_encoder.encoder)) is not None:

@@ -35,8 +35,7 @@ def explain_rows(
     texts: Sequence[str],
     task: Task,
 ) -> list[Attributions]:
-    """The attributions of the rows at `positions`, each -1 to 1 and above 0 where a span contributed to the predicted
-    class.
+    """For each row of `positions` its spans with attributions -1 to 1, above 0 where a span contributed to `predicted`.
 
     `predicted`: class index of each row; of two classes the threshold chooses it, not the larger logit. `texts`: the
     whole text of each row, as it was encoded. A row's spans joined are its text as far as the model read it; what is

@@ -176,9 +176,7 @@ def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model_folder(folder: str | Path) -> LoadedModel:
-    """Read a model folder. Raises `InputError`, one line, for a file that is missing, changed or does not fit the
-    others.
-    """
+    """Read a model folder. Raises `InputError`, one line, for a file that is missing, changed or does not fit."""
     folder = Path(folder)
     check_complete(folder)
     for name in (*prediction_files(folder), *((MANIFEST,) if (folder / MANIFEST).is_file() else ())):

@@ -103,8 +103,7 @@ def table_line(cells: Iterable[str | np.float32], *, delimiter: str = "\t", shee
 
 @contextmanager
 def open_output(output: str | Path, inputs: Sequence[str], context: DistContext) -> Iterator[TextIO]:
-    """Collective. A text stream to a prediction file, which appears under its name when the block ends without an
-    error.
+    """Collective. A text stream to a prediction file, which gets its name when the block ends without an error.
 
     "-" is standard output. Ranks other than 0 write to nothing. Raises `InputError` for an output that cannot be
     written.
@@ -132,9 +131,7 @@ def open_output(output: str | Path, inputs: Sequence[str], context: DistContext)
 
 
 def check_output(inputs: Sequence[str], output: Path) -> None:
-    """Raise `InputError` for an output that is an input, a folder or a device, is not UTF-8, or whose folder is
-    missing.
-    """
+    """Raise `InputError` for an output that is an input, a folder or a device, is not UTF-8 or has no folder."""
     check_path(output)
     if not output.parent.is_dir():
         raise InputError(f"{output}: the folder {output.parent} does not exist")

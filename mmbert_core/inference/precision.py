@@ -10,9 +10,7 @@ AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """The precision to use, "fp32", "bf16" or "fp16" for the config's setting `asked`; a warning where the device lacks
-    what was asked for.
-    """
+    """The precision, "fp32", "bf16" or "fp16", for the config's setting `asked`; warns where the device lacks it."""
     if device.type != "cuda":
         if asked in ("bf16", "fp16"):
             logger.warning("precision %s asked for, but there is no GPU: fp32 is used", asked)

@@ -58,8 +58,7 @@ def non_finite_rows(preds: np.ndarray) -> np.ndarray:
 
 
 def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch] | None]:
-    """This rank's evaluation batches with their indices; whole batches, so that no shape depends on the number of
-    ranks.
+    """This rank's evaluation batches with their indices; no batch's shape depends on the number of ranks.
 
     Yields equally often on every rank, None after a rank's own batches, so that the caller can synchronise at each.
     """

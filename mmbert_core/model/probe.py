@@ -49,8 +49,7 @@ class ProbeTokens:
 
 
 def check_text_encoder(text: TextBertBase, tokens: ProbeTokens, *, max_length: int, name: str) -> None:
-    """Raise `InputError`, one line, where the encoder `name` fails for texts of `max_length` tokens or encodes them
-    wrongly.
+    """Raise `InputError`, one line, where the encoder `name` fails for texts of `max_length` tokens or is wrong.
 
     Checked are the token ids that have an embedding, the longest text, a text alone and next to a longer one, packed
     and padded texts, and two texts that differ in their last token only.

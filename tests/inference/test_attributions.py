@@ -58,9 +58,7 @@ def write_signal(path: Path, num_rows: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Predictor:
-    """A model that has learned the planted word and is so confident that the gradient at the text itself has the wrong
-    sign.
-    """
+    """A model so confident of the planted word that the gradient at the text itself has the wrong sign."""
     folder = tmp_path_factory.mktemp("signal")
     tiny.write_encoder(folder / "encoder")
     paths = {

@@ -1,6 +1,4 @@
-"""Encoders that do not fit their tokenizer, length or pooling are refused before step 1; those that do are left as they
-were.
-"""
+"""Encoders that do not fit their tokenizer, length or pooling are refused before step 1; others are unchanged."""
 
 import copy
 import json

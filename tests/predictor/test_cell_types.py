@@ -16,9 +16,7 @@ from tests.predictor.tables import predict, train_in
 
 
 def same_cells(num_rows: int, seed: int) -> pd.DataFrame:
-    """Booleans, whole numbers, dates and letters that formats and frames write in different ways; the label follows
-    them.
-    """
+    """Booleans, integers, dates and letters that formats and frames write in different ways; the label follows them."""
     rng = np.random.default_rng(seed)
     frame = pd.DataFrame(
         {"row_id": np.arange(num_rows), "vip": rng.random(num_rows) < 0.5, "zone": rng.integers(1, 5, num_rows)}

@@ -14,9 +14,7 @@ from tests.support import tiny
 
 
 def test_a_number_far_outside_is_limited_and_counted_everywhere(tables, tmp_path, capsys, caplog, monkeypatch):
-    """A cell of 1e6 has the probability of one at the limit: in a file, in several windows, in dicts, in an
-    explanation, in a report.
-    """
+    """A cell of 1e6 has the probability of one at the limit: in files, windows, dicts, attributions and a report."""
     rows = read_csv(tables / "test.csv")
     model = Predictor.from_folder(tables / "run")
     features = model.loaded.features
@@ -108,9 +106,7 @@ def test_an_older_folder_limits_what_its_cache_knows_and_else_says_so(tables, tm
 
 
 def test_a_stored_threshold_of_every_row_is_the_same_everywhere(tables, tmp_path, capsys):
-    """Predictions, figures, report, card and inspect: all rows are class 1, in words. It cannot be asked for: a given
-    one is 0 to 1.
-    """
+    """Predictions, figures, report, card and inspect say that all rows are class 1. A given threshold is 0 to 1."""
     run = tiny.without_manifest(shutil.copytree(tables / "run", tmp_path / "run"))
     record = json.loads((run / "thresholds.json").read_text())
     record["threshold"] = {
