@@ -169,7 +169,7 @@ def stage_finish(folder: Path, num_rows: int) -> dict[str, float]:
     config = config_for(folder, "first")
     data, context = prepare(config), read_context()
     model = prepare_model(config, data)
-    return {"steps": loop.fit(config, data, model, context)["steps"]}
+    return {"steps": loop.fit(config, data, model, context).steps}
 
 
 def stage_predict(folder: Path, num_rows: int) -> dict[str, float]:
