@@ -13,7 +13,7 @@ FILL_AND_SUBMIT = """(() => {
   for (const field of document.querySelectorAll("[data-kind]")) field.value = %s[field.name];
   document.querySelector("form").requestSubmit();
 })()"""
-NOT_SHOWN = "!document.getElementById('summary').textContent && !document.getElementById('error').textContent"
+IS_PENDING = "!document.getElementById('summary').textContent && !document.getElementById('error').textContent"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_a_row_is_classified_and_its_words_are_marked(server, browser, width):
     browser.open(server.url)
     assert browser.value("document.getElementById('result').hidden") is True
     browser.value(FILL_AND_SUBMIT % ROW)
-    wait_for(lambda: not browser.value(NOT_SHOWN))
+    wait_for(lambda: not browser.value(IS_PENDING))
     prediction = server.predictor.predict(ROW)
     shares = [1 - prediction["prob"], prediction["prob"]]
     assert text_of(browser, "error") == ""
@@ -51,6 +51,6 @@ def test_a_row_is_classified_and_its_words_are_marked(server, browser, width):
 def test_what_the_server_refuses_is_shown(server, browser):
     browser.open(server.url)
     browser.value(FILL_AND_SUBMIT % {**ROW, "text": "x" * 1_100_000})
-    wait_for(lambda: not browser.value(NOT_SHOWN))
+    wait_for(lambda: not browser.value(IS_PENDING))
     assert "expected a body of at most 1000000 bytes" in text_of(browser, "error")
     assert browser.value("document.getElementById('result').hidden") is True
