@@ -225,7 +225,7 @@ class Predictor:
         slice_columns: Sequence[str] = (),
         tsv_quoting: str | None = None,
     ) -> tuple[dict[str, Any], Path]:
-        """Collective. Evaluate labelled rows: predictions, figures and report in a new folder in `parent`, as of a test.
+        """Collective. Evaluate labelled rows: predictions, figures and report in a new folder in `parent`.
 
         `slice_columns`: columns by whose values the figures are also computed; without any those of the training
         config. Returns the figures of test_metrics.json and the folder. Raises `InputError` for input that cannot be

@@ -36,7 +36,7 @@ SIZES = {
 }
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
 DECODER = {"num_key_value_heads": 2, **SPECIAL}
-BIDIRECTIONAL = {  # -> whether positions start behind the padding's
+BIDIRECTIONAL = {  # -> whether positions start after the padding's
     "Bert": ({}, False),
     "Roberta": ({}, True),
     "XLMRoberta": ({}, True),
@@ -92,7 +92,7 @@ def refusal(encoder, pooling: str, **options) -> str:
 
 
 @pytest.mark.parametrize("family", BIDIRECTIONAL)
-def test_sound_families_pass_with_every_pooling(family):
+def test_valid_families_pass_with_every_pooling(family):
     encoder = encoder_of(family, BIDIRECTIONAL[family][0])
     assert not is_causal(encoder)
     for pooling in ("cls", "mean", "last", *(["pooler"] if getattr(encoder, "pooler", None) is not None else [])):
@@ -140,6 +140,13 @@ def test_ids_without_an_embedding_and_weights_that_are_not_finite():
     with torch.no_grad():
         encoder.encoder.layer[0].output.dense.bias.fill_(torch.nan)
     assert "not finite" in refusal(encoder, "cls")
+
+
+def test_an_encoder_that_fails_for_padded_texts_alone_is_refused():
+    """Without a padding token RoBERTa cannot count positions itself, which packed texts do not need."""
+    assert "gives no vector of a text of one word: TypeError" in refusal(
+        encoder_of("Roberta", {"pad_token_id": None}), "cls"
+    )
 
 
 def test_rounding_is_distinguished_from_other_rows_in_float64(monkeypatch):
