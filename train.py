@@ -1,4 +1,9 @@
-"""torchrun --standalone --nproc_per_node=4 train.py run.yaml   |   python train.py run.yaml   |   python train.py (built-in sample)"""
+"""Train from a config: `mmbert train`.
+
+torchrun --standalone --nproc_per_node=4 train.py run.yaml     # several processes
+python train.py run.yaml                                       # one process
+python train.py                                                # the built-in sample, a minute on a CPU
+"""
 
 import sys
 

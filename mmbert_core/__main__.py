@@ -1,4 +1,4 @@
-"""`python -m mmbert_core COMMAND`, the same as `mmbert COMMAND`; also what torchrun starts with -m."""
+"""`python -m mmbert_core COMMAND`, the same as `mmbert COMMAND`; under torchrun: `torchrun ... -m mmbert_core`."""
 
 from mmbert_core.cli import run
 

@@ -1,4 +1,4 @@
-"""What the text and the columns each bring: text only, columns only and both, under the same settings and seeds."""
+"""Ablation of the inputs: text only, columns only and both, with the same settings and seeds."""
 
 import logging
 import statistics
@@ -18,20 +18,20 @@ from mmbert_core.training.train import run_training
 logger = logging.getLogger(__name__)
 
 RESULTS = "ablation.json"
-SHOWN = ("auroc", "average_precision", "f1_score", "accuracy")
+METRICS = ("auroc", "average_precision", "f1_score", "accuracy")
 
 
-def parts_of(config: Config) -> dict[str, dict[str, Any]]:
-    """Name -> the settings that take an input away. Raises `InputError` where there is only one kind."""
+def variants_of(config: Config) -> dict[str, dict[str, Any]]:
+    """Name -> the settings that remove an input. Raises `InputError` when the config has only one kind of input."""
     if not config.text_name or not (config.tab_field_list or config.cat_field_list):
         raise InputError("ablate: expected a config with text and columns, found one kind of input only")
     return {"text only": {"tab_field_list": (), "cat_field_list": ()}, "columns only": {"text_name": ()}, "both": {}}
 
 
 def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> dict[str, Any]:
-    """Collective. Train every part with every seed into `model_path`/<part>-seed-<n>; returns what ablation.json holds.
+    """Collective. Train every variant with every seed into `model_path`/<variant>-seed-<n>; returns ablation.json.
 
-    Stopped, it goes on where it was with the same command. Raises `InputError` without labelled test rows.
+    The same call continues after an interruption. Raises `InputError` without labelled test rows.
     """
     if not config.test_path:
         raise InputError("ablate: expected a test_path, found none")
@@ -39,55 +39,55 @@ def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> 
     cache = config.cache_path or str(folder / "cache")
     runs = [
         (
-            part,
+            variant,
             replace(
                 config,
                 **changes,
                 seed=seed,
-                model_path=str(folder / f"{part.replace(' ', '-')}-seed-{seed}"),
+                model_path=str(folder / f"{variant.replace(' ', '-')}-seed-{seed}"),
                 cache_path=cache,
             ),
         )
-        for part, changes in parts_of(config).items()
+        for variant, changes in variants_of(config).items()
         for seed in dict.fromkeys(seeds)
     ]
-    data = prepare(runs[-1][1])  # both: a column that cannot be read is found before anything is trained
+    data = prepare(runs[-1][1])  # of `both`: finds a column that cannot be read before anything is trained
     if data.test is None or not data.test.has_labels:
         raise InputError("ablate: expected labels in test_path, found none")
-    figures: dict[str, list[dict[str, Any]]] = {part: [] for part, _ in runs}
-    for part, own in runs:
-        logger.info("---- %s, seed %d ----", part, own.seed)
+    figures: dict[str, list[dict[str, Any]]] = {variant: [] for variant, _ in runs}
+    for variant, own in runs:
+        logger.info("---- %s, seed %d ----", variant, own.seed)
         metrics = run_training(own, context).metrics
-        figures[part].append({"seed": own.seed, **{name: metrics[name] for name in SHOWN}})
-    results = {"parts": figures, "summary": {part: summary_of(rows) for part, rows in figures.items()}}
+        figures[variant].append({"seed": own.seed, **{name: metrics[name] for name in METRICS}})
+    results = {"parts": figures, "summary": {variant: summary_of(rows) for variant, rows in figures.items()}}
     distributed.on_main(lambda: write_json(folder / RESULTS, results))
     return results
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Metric -> mean and standard deviation (of a sample) over the seeds; None where a seed has none."""
-    made = {}
-    for name in SHOWN:
+    """Metric -> mean and sample standard deviation over the seeds; None where it is undefined for one of them."""
+    summary = {}
+    for name in METRICS:
         values = [row[name] for row in rows]
         if None in values:
-            made[name] = {"mean": None, "spread": None}
+            summary[name] = {"mean": None, "spread": None}
         else:
-            made[name] = {
+            summary[name] = {
                 "mean": statistics.fmean(values),
                 "spread": statistics.stdev(values) if len(values) > 1 else None,
             }
-    return made
+    return summary
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean and spread of each part, for people."""
-    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in SHOWN)]
-    for part, summary in results["summary"].items():
-        lines.append(f"{part:<14}" + "".join(f"{shown(summary[name]):>24}" for name in SHOWN))
+    """Mean and spread of each variant, to be printed."""
+    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in METRICS)]
+    for variant, summary in results["summary"].items():
+        lines.append(f"{variant:<14}" + "".join(f"{format_spread(summary[name]):>24}" for name in METRICS))
     return "\n".join(lines)
 
 
-def shown(value: dict[str, float | None]) -> str:
+def format_spread(value: dict[str, float | None]) -> str:
     if value["mean"] is None:
         return "undefined"
     return f"{value['mean']:.4f}" + (f" +- {value['spread']:.4f}" if value["spread"] is not None else "")

@@ -1,14 +1,14 @@
-"""The command line: `train` (also `train.py`), `predict`, `evaluate`, `serve` and what looks at a model.
+"""The commands and their exit codes: `train` (also `train.py`), `predict`, `evaluate`, `serve` and others.
 
     torchrun --standalone --nproc_per_node=4 train.py run.yaml --lr 3e-5
     python train.py run.yaml                                   # one process
     python train.py                                            # built-in sample, no download
     mmbert predict MODEL_PATH new.csv predictions.tsv          # `mmbert` is also `python -m mmbert_core`
     mmbert evaluate MODEL_PATH labelled.csv                    # also: ablate inspect report export
-    mmbert serve MODEL_PATH                                    # a page and JSON on this machine
+    mmbert serve MODEL_PATH                                    # a web page and JSON, for this machine
 
 Exit codes of a process: 0 done, 1 failure, 2 bad config or input (one line says what), 75 stopped by a signal with
-nothing lost (`serve` once it listens: 0, a signal is how it ends). torchrun itself makes 1 of all but 0.
+a checkpoint (`serve` once it listens: 0, as only a signal ends it). torchrun itself exits with 1 for all but 0.
 """
 
 import argparse
@@ -28,7 +28,14 @@ from mmbert_core.ablation import run_ablation, table
 from mmbert_core.cli_arguments import overrides_from, parse
 from mmbert_core.config import Config
 from mmbert_core.config_reader import read_config
-from mmbert_core.console import place, print_figures, say_error, set_up_logging, tell, warn_of_idle_gpus
+from mmbert_core.console import (
+    error_prefix,
+    print_error,
+    print_failure,
+    print_figures,
+    set_up_logging,
+    warn_of_idle_gpus,
+)
 from mmbert_core.demo import run as demo
 from mmbert_core.export.exporter import check_request, export_model
 from mmbert_core.inference.model_folder import load_model_folder
@@ -48,19 +55,20 @@ from mmbert_core.training.train import prepare_training, run_training
 
 logger = logging.getLogger("mmbert_core")
 
-SECONDS_FOR_THE_LAUNCHER = 5.0  # to end a rank that lost another one; after that it says so itself
+# A rank that has lost another one waits so long for torchrun to end it, before it prints its own error line.
+SECONDS_FOR_THE_LAUNCHER = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. The message of a user's mistake is one line on stderr, once per node.
+    """Run one command; returns the exit code. A mistake of the user is one line on stderr, once per node.
 
-    Any other failure is raised, after this rank has told it; a rank that only hears of it stays quiet.
+    Any other failure is raised after the rank on which it happened has printed it; the other ranks print nothing.
     """
     open_closed_streams()
     try:
         context = ranks.read_context()
     except InputError as error:
-        say_error(str(error))
+        print_error(str(error))
         return 2
     set_up_logging(context)
     warn_of_idle_gpus(context)
@@ -68,23 +76,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(argv)
         exit_code = COMMANDS[arguments.command](arguments, context)
-        sys.stdout.flush()  # here, where a full disk behind it is still told
+        sys.stdout.flush()  # here, where the error of a full disk is still printed
         return exit_code
     except InputError as error:
         workers.wait_for_local_main()
-        say_error(str(error))
+        print_error(str(error))
         return 2
     except Stopped as stopped:
         logger.info("%s", stopped)
         return signals.EXIT_STOPPED
     except PeerError as error:
-        if signals.requested() is None:  # else the launcher knows already
+        if signals.requested() is None:  # else torchrun has sent it and ends this rank
             signals.restore_defaults()
-            time.sleep(SECONDS_FOR_THE_LAUNCHER + context.local_rank)  # ranks that gave up together: one line
-            say_error(place(error, context) + str(error))
+            time.sleep(SECONDS_FOR_THE_LAUNCHER + context.local_rank)  # not all ranks at once: the first line counts
+            print_error(error_prefix(error, context) + str(error))
         raise
     except Exception as error:
-        tell(error, context)
+        print_failure(error, context)
         raise
 
 
@@ -105,7 +113,7 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
 
 
 def check(config: Config, context: DistContext) -> int:
-    """All that `train` would refuse before its first step, without a process group. Writes nothing to the run's folder."""
+    """All that `train` checks before its first step, without a process group. Writes nothing to the run's folder."""
     data, model = prepare_training(config, context)
     if os.environ.get("NODE_RANK", "0") == "0":  # torchrun.sh checks on every node; the run may be on the first alone
         read_for_all_ranks(config, data, model, context)  # a resume that must be refused
@@ -130,12 +138,12 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
             num_rows = predictor.predict_file(
                 [path], arguments.output, sheet_safe=arguments.sheet_safe, tsv_quoting=arguments.tsv_quoting
             )
-            say_positive_class(predictor)  # once the input is known to be sound: an error stands alone
+            log_positive_class(predictor)  # after the input is read: an error is the only line
             logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
     return 0
 
 
-def say_positive_class(predictor: Predictor) -> None:
+def log_positive_class(predictor: Predictor) -> None:
     """Which of two classes prob, F1 and threshold are about."""
     if predictor.positive_class_line is not None:
         logger.info("%s", predictor.positive_class_line)
@@ -147,15 +155,14 @@ def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Pred
         arguments.model_path, context, precision=arguments.precision, threshold=arguments.threshold
     )
     if arguments.threshold is not None and not predictor.loaded.config.is_binary:
-        raise InputError(
-            f"--threshold: expected a model of two classes, found {len(predictor.loaded.labels.names)} in {arguments.model_path}"
-        )
+        found = f"{len(predictor.loaded.labels.names)} in {arguments.model_path}"
+        raise InputError(f"--threshold: expected a model of two classes, found {found}")
     return predictor
 
 
 @contextmanager
 def spooled(arguments: argparse.Namespace) -> Iterator[str]:
-    """The path of the input; standard input is first copied to disk, for it is read more than once, and may be larger than memory."""
+    """The path of the input. Standard input is copied to disk first: it is read twice and may be larger than memory."""
     if arguments.input != STANDARD:
         yield arguments.input
         return
@@ -165,7 +172,7 @@ def spooled(arguments: argparse.Namespace) -> Iterator[str]:
             shutil.copyfileobj(sys.stdin.buffer, stream)
         try:
             yield str(path)
-        except (InputError, RunError) as error:  # the copy is gone when this is read
+        except (InputError, RunError) as error:  # the copy is removed before the user reads this
             raise type(error)(str(error).replace(str(path), "standard input")) from None
 
 
@@ -181,7 +188,7 @@ def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
             [arguments.input], output, slice_columns=arguments.slices, tsv_quoting=arguments.tsv_quoting
         )
     if context.is_main:
-        say_positive_class(predictor)
+        log_positive_class(predictor)
         print_figures(figures, predictor.loaded.config, advice=False)
         page = folder / PAGE
         logger.info("report: %s", page if page.exists() else f"none; the figures are in {folder}")
@@ -219,12 +226,8 @@ def serve(arguments: argparse.Namespace, context: DistContext) -> int:
     if context.world_size > 1:
         raise InputError(f"serve: expected one process, found {context.world_size} (start it without torchrun)")
     ranks.set_threads(arguments.num_threads or "auto", context)
-    run_server(
-        Predictor.from_folder(arguments.model_path, context),
-        arguments.model_path,
-        host=arguments.host,
-        port=arguments.port,
-    )
+    predictor = Predictor.from_folder(arguments.model_path, context)
+    run_server(predictor, arguments.model_path, host=arguments.host, port=arguments.port)
     return 0
 
 
@@ -234,9 +237,8 @@ def export(arguments: argparse.Namespace, context: DistContext) -> int:
     ranks.set_threads("auto", context)
     check_request(Path(arguments.output), arguments.format)
     with phase("export"):
-        export_model(
-            load_model_folder(arguments.model_path), arguments.output, format=arguments.format, check=arguments.check
-        )
+        loaded = load_model_folder(arguments.model_path)
+        export_model(loaded, arguments.output, format=arguments.format, check=arguments.check)
     return 0
 
 
@@ -253,15 +255,15 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
 
 
 def run() -> NoReturn:
-    """Entry point of a process. torchrun's report gets rank and traceback of a failure by `record`; nothing is said twice."""
+    """Entry point of a process. `record` passes a failure's traceback to torchrun; `main` has printed the failure."""
     exit_code = 1
     protect_streams()
     with signals.caught():
         try:
             exit_code = workers.record(main)() or 0  # None: `record` has swallowed the SystemExit of --help
-        except Exception:  # noqa: BLE001 - main has told it
+        except Exception:  # main has printed it
             pass
-        except Stopped as stopped:  # outside of a command: nothing had begun
+        except Stopped as stopped:  # before a command has begun
             logger.info("%s", stopped)
             exit_code = signals.EXIT_STOPPED
         signals.ignore()

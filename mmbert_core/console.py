@@ -1,4 +1,4 @@
-"""What commands print: the log's lines, warnings, tables of figures, the error line."""
+"""What commands print: the error line, warnings, the table of figures."""
 
 import logging
 import sys
@@ -18,28 +18,28 @@ from mmbert_core.training.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 
-def tell(error: Exception, context: DistContext) -> None:
-    """One line, before it the traceback of what is no plain failure; once, from the rank on which it happened."""
+def print_failure(error: Exception, context: DistContext) -> None:
+    """The error line; before it a traceback, unless the line explains the failure."""
+    prefix = error_prefix(error, context)
     if is_out_of_memory(error):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        say_error(
-            f"{place(error, context)}out of memory ({reason}); raise microbatches_per_step, or use a smaller max_length or encoder"
-        )
+        advice = "raise microbatches_per_step, or use a smaller max_length or encoder"
+        print_error(f"{prefix}out of memory ({reason}); {advice}")
     elif isinstance(error, (RunError, OSError)):
-        say_error(place(error, context) + str(error))
+        print_error(prefix + str(error))
     else:
         traceback.print_exception(error)
-        say_error(f"{place(error, context)}{type(error).__name__}: {error}")
+        print_error(f"{prefix}{type(error).__name__}: {error}")
 
 
-def place(error: Exception, context: DistContext) -> str:
-    """Rank, where there are several, and phase."""
-    parts = [f"rank {context.rank}"] if context.world_size > 1 else []
-    parts += [error.phase] if hasattr(error, "phase") else []
-    return f"{', '.join(parts)}: " if parts else ""
+def error_prefix(error: Exception, context: DistContext) -> str:
+    """`rank 1, save: `: the rank, where there are several, and the phase in which the error happened."""
+    origin = [f"rank {context.rank}"] if context.world_size > 1 else []
+    origin += [error.phase] if hasattr(error, "phase") else []
+    return f"{', '.join(origin)}: " if origin else ""
 
 
-def say_error(message: str) -> None:
+def print_error(message: str) -> None:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
@@ -61,7 +61,7 @@ def warn_of_idle_gpus(context: DistContext) -> None:
 
 
 def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = True) -> None:
-    """Metrics with their intervals, the baselines beside them, and what to make of it; `advice` on training is for who trains."""
+    """Metrics with intervals next to the baselines, and the conclusion; `advice`: also what to try in training."""
     listed, num_left_out = listed_figures(figures, "test", config)
     baselines = listed.get("baselines", {})
     if baselines:
@@ -69,13 +69,14 @@ def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = Tru
     for name, value in listed.items():
         if not name.startswith("test"):
             continue
-        shown = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
-        low_high = figures.get("intervals", {}).get(name)
-        interval = f"{low_high[0]:.4f} - {low_high[1]:.4f}" if low_high else ""
-        rivals = "".join(
-            f"{values[name]:>21.4f}" if values.get(name) is not None else f"{'':21}" for values in baselines.values()
-        )
-        print(f"{name:34} {shown:>10}  {interval:<17}{rivals if name in figures.get('intervals', {}) else ''}".rstrip())
+        formatted = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+        line = f"{name:34} {formatted:>10}  "
+        intervals = figures.get("intervals", {})
+        if name in intervals:
+            line += f"{'{:.4f} - {:.4f}'.format(*intervals[name]) if intervals[name] else '':<17}"
+            of_baselines = (values.get(name) for values in baselines.values())
+            line += "".join(f"{'' if value is None else format(value, '.4f'):>21}" for value in of_baselines)
+        print(line.rstrip())
     if num_left_out:
         print(
             f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision"

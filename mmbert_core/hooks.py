@@ -1,8 +1,11 @@
-"""The original module's hooks as plain functions of the same names: what happens, while `loop` says when.
+"""The original module's hooks as plain functions of the same names: what happens. `training.loop` decides when.
 
-A hook takes what it uses and returns what it made.
-B rows of a batch, N rows of the evaluated table, K classes.
-`configure_optimizers` is in `optim`, `add_loss_op` in `model.losses`, `build_merge_subnetwork` in `model.fusion`.
+A hook takes what it uses as arguments and returns its result. B rows of a batch, N rows of the evaluated table,
+K classes.
+
+Hooks that stand elsewhere: `configure_optimizers` in `training.optim`, `add_loss_op` in `model.losses`,
+`build_merge_subnetwork` in `model.fusion`, `forward` in `model.multimodal_bert`, `combine_tab_data` in
+`model.tabular_encoder`, `compute_metrics` in `evaluation.metrics`.
 """
 
 import logging
@@ -36,10 +39,10 @@ MODEL_CLASS = "multimodal_bert"
 def run_epoch(
     model: nn.Module, batch: Batch, stage: str, *, task: Task, weight_sum: float | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """In spite of its name one batch: `(loss, preds, labels)`; stage `pred` has neither loss nor labels.
+    """One batch, although the original's name says epoch: `(loss, preds, labels)`. Stage `pred` has no loss and labels.
 
-    The loss is the weighted losses over `weight_sum`, by default the batch's own, as `nn.CrossEntropyLoss(weight)` has it.
-    preds: softmax probability of class 1 [B] when binary, else [B, K].
+    The loss is the sum of the weighted losses over `weight_sum`, by default the weights of the batch, which is what
+    `nn.CrossEntropyLoss(weight)` computes. preds: softmax probability of class 1 [B] when binary, else of all [B, K].
     """
     batch = batch.to(task.device)
     with autocast(task.precision, task.device):
@@ -56,9 +59,9 @@ def run_epoch(
 def training_step(
     model: nn.Module, batch: Batch, batch_idx: int, *, task: Task, weight_sum: float | None = None
 ) -> dict[str, torch.Tensor]:
-    """`{'loss': loss}` of one micro-batch as its share of the step: over the weight sum of all rows of the step.
+    """`{'loss': loss}` of one micro-batch: its share of the step's loss, over the weights of all rows of the step.
 
-    The shares of all micro-batches and ranks add up to `train_loss`. The original took the mean of rank means.
+    The shares of all micro-batches and ranks add up to `train_loss`. The original averages the means of the ranks.
     """
     loss, _, _ = run_epoch(model, batch, "train", task=task, weight_sum=weight_sum)
     return {"loss": loss}
@@ -81,16 +84,16 @@ def on_validation_epoch_start() -> list[BatchResult]:
 
 
 def validation_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: list[BatchResult], *, task: Task) -> None:
-    """Extend `outputs` by the batch's results, on the CPU."""
+    """Append the batch's results to `outputs`, on the CPU."""
     outputs.append(_evaluate_batch(model, batch, batch_idx, "val", task))
 
 
 def on_validation_epoch_end(
     outputs: list[BatchResult], num_rows: int, *, config: Config, class_names: Sequence[str]
 ) -> tuple[dict[str, Any], EpochResult]:
-    """Collective. `val_loss` and `val/<metric>` over all rows of all ranks, the same on every rank, and the rows themselves.
+    """Collective. `val_loss` and `val/<metric>` over all N rows, the same on every rank; and the rows themselves.
 
-    None: undefined, its reason under `undefined`.
+    None: an undefined metric, with its reason in `undefined`.
     """
     result = gather_results(outputs, num_rows)
     choices = dict.fromkeys([*config.metric_choices, config.early_stop_metric.removeprefix("val/")])
@@ -98,7 +101,7 @@ def on_validation_epoch_end(
     metrics = compute_metrics(
         result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names
     )
-    # rank 0's figures for all: a last bit that differs between machines must not stop some ranks and not others
+    # those of rank 0 for all: a last bit that differs between machines must not stop some ranks and not others
     values = {
         "val_loss": result.loss,
         **metrics.values,
@@ -111,14 +114,17 @@ def on_validation_epoch_end(
 
 
 def choose_test_folder(model_path: str | Path) -> str:
-    """Collective. The name of a run's own test folder, chosen by rank 0 and kept in the run's state: a test that is done once more replaces it."""
+    """Collective. A new name for the run's test folder, chosen by rank 0.
+
+    It is kept in the run's state, so that a test that is repeated replaces the folder.
+    """
     return distributed.on_main(lambda: next(names_by_time(Path(model_path), MODEL_CLASS)).name)
 
 
 def on_test_epoch_start(model_path: str | Path, name: str | None = None) -> tuple[list[BatchResult], Path]:
-    """Collective. The empty list, and the new folder `multimodal_bert-<time>` that rank 0 chose and made.
+    """Collective. The empty list, and the folder `multimodal_bert-<time>`, which rank 0 has created.
 
-    `name`: of `choose_test_folder`; what a killed test of the same run left there is removed.
+    `name`: from `choose_test_folder`; what a killed test of the same run has left there is removed.
     """
 
     def make_folder() -> Path:
@@ -135,7 +141,7 @@ def on_test_epoch_start(model_path: str | Path, name: str | None = None) -> tupl
 def test_step(
     model: nn.Module, batch: Batch, batch_idx: int, outputs: list[BatchResult], *, task: Task, has_labels: bool
 ) -> None:
-    """Extend `outputs`; stage `test` with labels, else `pred`. Which one is decided once, from the table's columns."""
+    """Append to `outputs`. `has_labels` is decided once, from the table's columns: stage `test`, else stage `pred`."""
     outputs.append(_evaluate_batch(model, batch, batch_idx, "test" if has_labels else "pred", task))
 
 
@@ -148,9 +154,9 @@ def on_test_epoch_end(
     class_names: Sequence[str],
     decision: Decision | None,
 ) -> tuple[dict[str, Any], EpochResult]:
-    """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; all ranks get the figures and the rows.
+    """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; returns figures and rows.
 
-    `decision` is rank 0's: the others may not have it.
+    `decision` is used on rank 0 only; the others may pass None.
     """
     result = gather_results(outputs, len(dataset))
 
@@ -164,7 +170,7 @@ def on_test_epoch_end(
 
 
 def _evaluate_batch(model: nn.Module, batch: Batch, batch_idx: int, stage: str, task: Task) -> BatchResult:
-    """Run one batch without gradients and bring its results to the CPU."""
+    """Results of one batch on the CPU. The caller turns gradients off."""
     loss, preds, labels = run_epoch(model, batch, stage, task=task)
     weight_sum = 0.0 if labels is None else float(row_weights(task.loss_op, labels).sum())
     return BatchResult(

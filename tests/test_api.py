@@ -23,7 +23,8 @@ import sys, pandas
 from mmbert_core import Predictor, read_config, train
 results = train(read_config(sys.argv[1]))
 print("auroc", results.metrics["auroc"])
-print(Predictor.from_folder(results.folder).predict(pandas.read_csv(sys.argv[2], dtype=str, keep_default_na=False)).head(2))
+frame = pandas.read_csv(sys.argv[2], dtype=str, keep_default_na=False)
+print(Predictor.from_folder(results.folder).predict(frame).head(2))
 """
 
 

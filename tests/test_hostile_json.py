@@ -26,7 +26,8 @@ from mmbert_core.report.run_sections import training_section
 from mmbert_core.runtime.errors import InputError, RunError
 from mmbert_core.runtime.versions import VERSIONS
 from mmbert_core.storage.manifest import MANIFEST
-from mmbert_core.training.checkpoint import check_resumable, read_checkpoint, train_state_from, why_invalid
+from mmbert_core.training.checkpoint import read_checkpoint, train_state_from, why_invalid
+from mmbert_core.training.resume import check_resumable
 from mmbert_core.training.run_folder import RESULTS, already_finished
 from mmbert_core.training.saved_state import check_progress, check_run_state, check_schedule
 from tests.support import tiny

@@ -23,7 +23,7 @@ class LineHandler(logging.StreamHandler):
 
 
 def log_to_stderr(*, is_main: bool) -> None:
-    """For a command: the package's lines go to standard error, and nowhere else. Ranks other than 0 log errors alone."""
+    """For a command: the package's lines go to standard error alone; those of ranks other than 0 are errors only."""
     package_logger.handlers[:] = [LineHandler(sys.stderr)]
     package_logger.setLevel(logging.INFO if is_main else logging.ERROR)
     package_logger.propagate = False

@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or not there: written aside, synced, manifest last, renamed.
+"""Checkpoints that are complete or absent: written to a temporary folder, synced, the manifest last, renamed.
 
     checkpoints/step-00000400/  model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
 
-Nothing is pickled. Only rank 0 calls this file; `loop` spreads what was read to the other ranks.
+Nothing is pickled. Only one rank reads and writes; `resume` broadcasts what was read to the others.
 """
 
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass
-from itertools import count, zip_longest
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mmbert_core.config import SETTINGS
 from mmbert_core.runtime.errors import InputError, RunError, shorten
 from mmbert_core.storage.files import (
     MEGABYTE,
@@ -38,7 +37,7 @@ from mmbert_core.training.saved_state import FORMAT_VERSION, READABLE_STATE, SIN
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("model.safetensors", "optimizer.safetensors", STATE)
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", STATE)
 ASIDE_PREFIX = "aside-"
 DUE = "due"  # in state.json: false where only a signal asked for the checkpoint; older ones have no such key
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
@@ -47,26 +46,22 @@ TEMPORARY_FOLDER = re.compile(re.escape(TEMPORARY_PREFIX) + r"(step-[0-9]{8,})-[
 
 @dataclass
 class TrainState:
-    """Where a run stands; all of it is in `state.json`. Counts are absolute, from the first start of the run."""
+    """The progress of a run; all of it is in `state.json`. Counts are from the first start of the run, over resumes."""
 
-    step: int = 0  # optimizer steps of the plan that are behind us
+    step: int = 0  # optimizer steps that are done
     epoch: int = 0
-    rows_consumed: int = 0  # rows of this epoch's permutation that are behind us
-    skipped_steps: int = 0  # steps whose gradient overflowed in fp16: neither optimizer nor schedule moved
+    rows_consumed: int = 0  # of this epoch's permutation
+    skipped_steps: int = 0  # without an update: overflowed in fp16, or left out (on_nonfinite)
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None
-    best_val_loss: float | None = (
-        None  # of the best step; of equal values of the metric the lower one is the better; older checkpoints have none
-    )
+    best_val_loss: float | None = None  # of the best step; decides between equal values of the metric
     bad_validations: int = 0
     validation_pending: bool = False  # stopped by a signal before or in this step's validation
     finished: bool = False
     train_seconds: float = 0.0
     rows_trained: int = 0
-    test_folder: str | None = (
-        None  # name in the run's folder, from the last step on; none: no test, or an older checkpoint
-    )
+    test_folder: str | None = None  # its name in the run's folder, from the last step on
 
 
 @dataclass(frozen=True)
@@ -106,11 +101,11 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, torch.Tensor]) -> None:
-    """Put the moments back by name, never by position."""
+    """Restore the moments by the parameters' names, never by position."""
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
         name, entry = key.rsplit(".", 1)
-        by_parameter.setdefault(name, {})[entry] = value.clone()  # not the file itself, which is mapped into memory
+        by_parameter.setdefault(name, {})[entry] = value.clone()  # else a view of the file, which is mapped into memory
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
@@ -124,10 +119,10 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
 def save_checkpoint(
     folder: Path, *, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Rank 0 only. Write `step-<step>` whole; an existing folder of that step is replaced only by a complete one.
+    """Rank 0 only. Write the folder `step-<step>`; one that exists is replaced when the new one is complete.
 
-    Raises `RunError` for weights that are not finite, and when the disk does not take it; then nothing of it is left, and
-    the older checkpoints are as they were.
+    Raises `RunError` for weights that are not finite and when the disk is full; then nothing of it is left, and the
+    older checkpoints are unchanged.
     """
     if not_finite := [
         name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
@@ -138,22 +133,21 @@ def save_checkpoint(
     try:
         _write(final, weights, moments, state)
     except OSError as error:
-        raise RunError(
-            f"the checkpoint of step {state['step']} could not be written: {_space(folder, weights, moments)} ({error})"
-        ) from error
+        message = f"the checkpoint of step {state['step']} could not be written"
+        raise RunError(f"{message}: {_space(folder, weights, moments)} ({error})") from error
     return final
 
 
 def check_space(
     folder: Path, step: int, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
 ) -> None:
-    """Raise `RunError` when a checkpoint of these tensors has no place on the disk."""
+    """Raise `RunError` when the disk has too little space for a checkpoint of these tensors."""
     if free_bytes(folder) < _size(weights, moments):
-        raise RunError(f"no place for the checkpoint of step {step}: {_space(folder, weights, moments)}")
+        raise RunError(f"no space for the checkpoint of step {step}: {_space(folder, weights, moments)}")
 
 
 def _size(weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> int:
-    """Bytes on the disk, with a twentieth and a megabyte for headers, JSON and blocks."""
+    """Bytes on the disk: the tensors, and 5 % and a megabyte for headers, JSON and blocks."""
     return sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())) * 21 // 20 + MEGABYTE
 
 
@@ -168,31 +162,29 @@ def _write(
         save_tensors(weights, temporary / "model.safetensors")
         save_tensors(moments, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
-        for name in PARTS:  # before the manifest
+        for name in CHECKPOINT_FILES:  # before the manifest
             sync_path(temporary / name)
-        write_json(temporary / MANIFEST, manifest_of(temporary, PARTS, version=FORMAT_VERSION))
+        write_json(temporary / MANIFEST, manifest_of(temporary, CHECKPOINT_FILES, version=FORMAT_VERSION))
 
 
 def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> None:
-    """Rank 0 only. Of the checkpoints up to step `newest`, which is written, remove all but it, the best and the last `keep` that were due.
+    """Rank 0 only. Of the checkpoints up to step `newest`, keep it, the best step and the last `keep` that were due.
 
-    One that only a signal asked for does not count among the `keep`, and goes when a later one is there: in the end a
-    stopped run has the checkpoints of one that never stopped.
-    Higher steps, from before a resume, are damaged ones that were passed over; the run replaces them when it gets there.
+    One that was written only because of a signal does not count among the `keep` and is removed after the next one:
+    in the end an interrupted run has the same checkpoints as one that was not interrupted.
+    Higher steps are damaged ones that a resume has skipped; the run replaces them when it gets there.
     """
     steps = sorted(step for step in list_steps(folder) if step <= newest)
     due = [step for step in steps if was_due(step_folder(folder, step))]
     for step in set(steps) - set(due[-keep:]) - {newest, best_step}:
         try:
             remove_path(step_folder(folder, step))
-        except (
-            OSError
-        ) as error:  # no reason to end a run whose newest checkpoint is whole; the next rotation tries again
+        except OSError as error:  # the run can continue; the next rotation tries again
             logger.warning("the old checkpoint of step %d could not be removed: %s", step, error)
 
 
 def was_due(path: Path) -> bool:
-    """Whether a checkpoint was written for its step, and not only because a signal stopped the run there."""
+    """Whether a checkpoint was written because of its step, and not only because of a signal."""
     try:
         return read_json(path / "state.json").get(DUE, True) is not False
     except (OSError, ValueError, AttributeError):
@@ -200,7 +192,7 @@ def was_due(path: Path) -> bool:
 
 
 def set_aside(folder: Path, newest: int) -> None:
-    """Rank 0 only. A run that was told to go on from step `newest` takes another way: whole checkpoints of later steps get names that no start looks at."""
+    """Rank 0 only. For a `resume` from step `newest`: rename later checkpoints, so that no start resumes from them."""
     for step in list_steps(folder):
         if step > newest:
             path = step_folder(folder, step)
@@ -210,14 +202,14 @@ def set_aside(folder: Path, newest: int) -> None:
                 if not (name := path.with_name(f"{ASIDE_PREFIX}{path.name}{f'-{n}' if n else ''}")).exists()
             )
             path.rename(aside)
-            logger.info("the checkpoint of step %d, which this run leaves behind, is now %s", step, aside)
+            logger.info("the checkpoint of step %d, later than the one resumed from, is now %s", step, aside)
 
 
 # ---- reading ----
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps that have a folder, whether valid or not, newest first. Links and names that no step would get are passed by."""
+    """Steps that have a folder, valid or not, newest first. Links and other names are ignored."""
     if not Path(folder).is_dir():
         return []
     names = [path.name for path in Path(folder).iterdir() if path.is_dir() and not path.is_symlink()]
@@ -226,7 +218,7 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def why_invalid(path: Path) -> str | None:
-    """The first reason not to believe a checkpoint folder, naming the file; None when it is whole."""
+    """Why a checkpoint folder cannot be used, naming the file; None when it is complete and unchanged."""
     try:
         entries = read_manifest(path, version=FORMAT_VERSION)
     except FileNotFoundError:
@@ -235,9 +227,9 @@ def why_invalid(path: Path) -> str | None:
         return f"{MANIFEST}: cannot be read: {error.strerror}"
     except InputError as error:
         return str(error).removeprefix(f"{path}/")
-    if set(entries) != set(PARTS):
-        return f"{MANIFEST}: expected {', '.join(PARTS)} in it, found {', '.join(sorted(entries))[:80]!r}"
-    for name in PARTS:
+    if set(entries) != set(CHECKPOINT_FILES):
+        return f"{MANIFEST}: expected {', '.join(CHECKPOINT_FILES)} in it, found {', '.join(sorted(entries))[:80]!r}"
+    for name in CHECKPOINT_FILES:
         reason = "missing" if (path / name).is_symlink() else why_different(path / name, entries[name])
         if reason:
             return f"{name}: {reason}"
@@ -245,23 +237,21 @@ def why_invalid(path: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
-    """The checkpoint to go on from: the newest whole one, or the asked step. None: a fresh start.
+    """The checkpoint to resume from: the newest complete one, or that of step `resume`. None: a new run.
 
-    Warns for each newer checkpoint it passes over. Raises `InputError` when `resume` cannot be met, or when there are
-    checkpoints but none is whole: starting anew would silently lose the run.
+    Warns of each newer checkpoint that is damaged. Raises `InputError` when `resume` is not possible, and when there
+    are checkpoints but all are damaged: a new run would silently lose the old one.
     """
     steps = list_steps(folder)
     if resume == "never":
         if steps:
-            raise InputError(
-                f"resume is never, but {folder} has checkpoints up to step {steps[0]}: choose another model_path, or resume: auto"
-            )
+            advice = "choose another model_path, or resume: auto"
+            raise InputError(f"resume is never, but {folder} has checkpoints up to step {steps[0]}: {advice}")
         return None
     if isinstance(resume, int):
         if resume not in steps:
-            raise InputError(
-                f"resume: expected a step that has a checkpoint in {folder} ({', '.join(map(str, sorted(steps))) or 'none'}), found {resume}"
-            )
+            existing = ", ".join(map(str, sorted(steps))) or "none"
+            raise InputError(f"resume: expected a step that has a checkpoint in {folder} ({existing}), found {resume}")
         steps = [resume]
     for step in steps:
         reason = why_invalid(step_folder(folder, step))
@@ -299,82 +289,26 @@ def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def clean_up(folder: Path) -> None:
-    """Rank 0 only, at the start, in a folder that is locked: end what a killed write had all but ended, and remove the rest of it."""
+    """Rank 0 only, at the start, in a locked folder: remove what killed writes have left.
+
+    A checkpoint that was complete but not yet renamed gets its name.
+    """
     for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
         match = TEMPORARY_FOLDER.fullmatch(path.name)
         if match and not path.is_symlink() and why_invalid(path) is None:
             final = Path(folder) / match.group(1)
-            if (
-                why_invalid(final) is not None
-            ):  # killed before the rename, or while it removed the checkpoint that this one replaces
+            if why_invalid(final) is not None:  # killed before the rename, or while the old one was removed
                 remove_path(final)
                 path.rename(final)
                 sync_path(folder)
     remove_stale_temporaries(folder)
 
 
-# ---- what a resume must agree with ----
-
-
-def check_resumable(
-    state: Mapping[str, Any],
-    *,
-    config: Mapping[str, Any],
-    fingerprints: Mapping[str, Any],
-    parameters: list[list[Any]],
-    versions: Mapping[str, str],
-    free_keys: frozenset[str],
-) -> None:
-    """Raise `InputError` naming key, old and new value when config, data or model differ from the checkpoint's.
-
-    Other versions of the packages are allowed, with a warning: the same bits are not promised across them.
-    """
-    for key, new in config.items():
-        old = state["config"].get(key, _default_of(key))  # a key that is newer than the checkpoint had its default
-        if key == "pooling" and new == state["resolved"]["pooling"]:  # what `auto` meant
-            continue
-        if key not in free_keys and (type(old), old) != (
-            type(new),
-            new,
-        ):  # val_check_interval: 1.0 is an epoch, 1 a step
-            raise InputError(
-                f"{key} was {old!r:.200} in the checkpoint at step {state['step']} and is {new!r:.200} now: set it back, or choose another model_path"
-            )
-    for path in {**state["fingerprints"], **fingerprints}:  # the paths of globs may come and go
-        old, new = state["fingerprints"].get(path), fingerprints.get(path)
-        if old != new:
-            raise InputError(
-                f"{path} has changed since the checkpoint at step {state['step']} ({_shown(old)} then, {_shown(new)} now): restore it, or choose another model_path"
-            )
-    for old, new in zip_longest(
-        state["parameters"], parameters
-    ):  # an encoder folder may hold another model under the same name
-        if old != new:
-            raise InputError(
-                f"encoder: expected a model whose parameter is {old!s:.200} as in the checkpoint at step {state['step']}, found {new!s:.200}: restore it, or choose another model_path"
-            )
-    for package, new in versions.items():
-        if (old := state["versions"].get(package)) != new:
-            logger.warning(
-                "%s was %.40s at the checkpoint and is %s now: numbers may differ in their last digits",
-                package,
-                old,
-                new,
-            )
-
-
-def _default_of(key: str) -> Any:
-    """As `Config.to_dict` has it; None for a key that is required or unknown."""
-    default = SETTINGS[key].default if key in SETTINGS else MISSING
-    return None if default is MISSING else list(default) if isinstance(default, tuple) else default
-
-
-def _shown(fingerprint: Mapping[str, Any] | None) -> str:
-    return f"sha256 {fingerprint['sha256'][:12]}" if fingerprint else "not read"
+# ---- the state that a run resumes with ----
 
 
 def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """`state`, without its best step where that checkpoint is gone: then the next validation is the best so far."""
+    """`state`, without its best step where that checkpoint is damaged: the next validation is then the best so far."""
     best = state["best_step"]
     if best is None or best == state["step"]:
         return state

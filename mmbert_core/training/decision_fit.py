@@ -1,4 +1,4 @@
-"""What a result is worth: metrics with intervals, beside those of simple models on the same rows.
+"""What is fitted after training and kept with the model: threshold and calibration, and the baselines to compare with.
 
 N rows, K classes.
 """
@@ -27,33 +27,33 @@ from mmbert_core.runtime.progress import slow_step
 logger = logging.getLogger(__name__)
 
 
-# ---- what is kept with the model ----
-
-
 def fit_decision(data: Data, config: Config, val_preds: np.ndarray | None) -> Decision:
-    """Rank 0 only, for it takes seconds. Threshold and calibration from the validation rows, baselines from the training rows."""
+    """Rank 0 only. Threshold and calibration from the validation rows, baselines from the training rows; takes seconds.
+
+    `val_preds` [N] or [N, K]; None without validation rows.
+    """
     val_labels = None if val_preds is None or data.val is None else data.val.label_index
     try:
         with slow_step("baselines"):
             fitted = fit_baselines(data, config)
-    except Exception as error:  # noqa: BLE001 - memory, say: the model is worth more than what stands beside it
+    except Exception as error:  # such as too little memory: the model can do without baselines
         logger.warning("no baselines: %s: %s", type(error).__name__, error)
         fitted = None
     with slow_step("threshold and calibration"):
-        made = fit_threshold_and_calibration(
+        decision = fit_threshold_and_calibration(
             val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted
         )
-    if config.is_binary and made.threshold.reason:
+    if config.is_binary and decision.threshold.reason:
         logger.warning(
             "threshold_rule %s could not be followed, the threshold is 0.5: %s",
             config.threshold_rule,
-            made.threshold.reason,
+            decision.threshold.reason,
         )
-    return made
+    return decision
 
 
 def fit_baselines(data: Data, config: Config) -> Baselines:
-    """On a seeded sample of the training rows; the validation rows choose the penalty, and the threshold as they choose the model's."""
+    """Fitted on a seeded sample of the training rows; the validation rows choose penalty and threshold."""
     rows, labels = sample(data.train, config.seed, config.num_classes)
     val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed, config.num_classes)
     models, thresholds, reasons = {}, {}, {}
@@ -83,16 +83,6 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
 def sample(dataset: Dataset, seed: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of all rows, or of as many as MAX_ROWS, MAX_CELLS and MAX_TOKENS allow, ascending, and their labels."""
     rows = np.random.default_rng(seed).permutation(len(dataset))
-    rows = np.sort(
-        rows[
-            : min(
-                MAX_ROWS,
-                MAX_CELLS // num_classes,
-                int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MAX_TOKENS, side="right")) + 1,
-            )
-        ]
-    )
+    within_max_tokens = int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MAX_TOKENS, side="right")) + 1
+    rows = np.sort(rows[: min(MAX_ROWS, MAX_CELLS // num_classes, within_max_tokens)])
     return rows, dataset.label_index[rows]
-
-
-# ---- figures of evaluated rows ----

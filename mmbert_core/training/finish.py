@@ -29,14 +29,14 @@ from mmbert_core.training.validation import evaluate
 
 logger = logging.getLogger(__name__)
 
-
-ROWS_TO_CHECK = 32  # training rows that stand in for validation rows where there are none
+ROWS_TO_CHECK = 32  # training rows whose probabilities are checked where there are no validation rows
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Collective. The best step's weights -> model folder -> test rows -> train_results.json.
+    """Collective. Best weights -> decision -> model folder -> test -> train_results.json, which is returned.
 
-    Raises `RunError`, before anything of the model is written, for one that no step has moved or whose probabilities are not finite.
+    Raises `RunError`, before anything of the model is written, when every step was skipped or when the model's
+    probabilities are not finite.
     """
     distributed.on_main(lambda: check_some_steps_counted(run.state))
     best = run.state.best_step or run.state.step
@@ -56,8 +56,18 @@ def finish(run: Run) -> dict[str, Any]:
             run.folder, loaded, data=to_json(data_section(run.data)), best=best_figures, test=test_figures
         )
     )
+    results = results_record(run, best, test_figures, test_folder)
+    distributed.on_main(lambda: remove_old_checkpoints(run))
+    distributed.on_main(lambda: write_json(run.folder / RESULTS, results))
+    return results
+
+
+def results_record(
+    run: Run, best: int, test_figures: dict[str, Any] | None, test_folder: Path | None
+) -> dict[str, Any]:
+    """What train_results.json holds."""
     state = run.state
-    results = {
+    return {
         "steps": state.step,
         "epochs": state.rows_trained / len(run.data.train),
         "best_step": best,
@@ -74,13 +84,13 @@ def finish(run: Run) -> dict[str, Any]:
         "test_folder": str(test_folder) if test_folder else None,
         "test_metrics": test_figures,
     }
-    distributed.on_main(lambda: remove_old_checkpoints(run))
-    distributed.on_main(lambda: write_json(run.folder / RESULTS, results))
-    return results
 
 
 def validation_of_best(run: Run) -> np.ndarray | None:
-    """Collective. The best step's predictions of the validation rows: as it was validated, or, in a later life of the run, once more."""
+    """Collective. The best step's predictions of the validation rows [N] or [N, K]; None without validation rows.
+
+    After a resume they are computed again, with the weights that the model now has.
+    """
     if run.data.val is None or run.best_validation is not None:
         return run.best_validation
     outputs = hooks.on_validation_epoch_start()
@@ -89,13 +99,13 @@ def validation_of_best(run: Run) -> np.ndarray | None:
     ):
         signals.ignore()
         raise Stopped(
-            "stopped by a signal while the validation rows were scored; the same command (resume: auto) goes on with that"
+            "stopped by a signal while the validation rows were evaluated; the same command (resume: auto) repeats that"
         )
     return scoring.gather_results(outputs, len(run.data.val)).preds
 
 
 def remove_old_checkpoints(run: Run) -> None:
-    """Rank 0 only. Once more, for what could not be removed after the last save."""
+    """Rank 0 only. Try again to remove what could not be removed after the last save."""
     rotate_checkpoints(run)
     remove_stale_temporaries(run.checkpoints)
 
@@ -104,40 +114,40 @@ def check_some_steps_counted(state: TrainState) -> None:
     """Rank 0 only. Raise `RunError` when every step was left out; warn when some were."""
     what = "because their loss or gradient was not finite"
     if state.skipped_steps >= state.step:
-        raise RunError(
-            f"all {state.step} steps were left out {what}: nothing was trained, and no model is written; see the first of these errors"
-        )
+        nothing = "nothing was trained, and no model is written; see the first of these errors"
+        raise RunError(f"all {state.step} steps were left out {what}: {nothing}")
     if state.skipped_steps:
         logger.warning("%d of %d steps were left out %s", state.skipped_steps, state.step, what)
 
 
 def check_finite_predictions(run: Run, step: int, val_preds: np.ndarray | None) -> None:
-    """Rank 0 only. Raise `RunError` unless the model of `step` gives every validation row, `val_preds` [N] or [N, K], finite probabilities.
+    """Rank 0 only. Raise `RunError` unless all predictions of the model of `step` are finite.
 
-    Without validation rows the first training rows are scored instead.
+    `val_preds` [N] or [N, K] are those of the validation rows; without them the first training rows are evaluated.
     """
     dataset, preds = (run.data.train, first_predictions(run)) if val_preds is None else (run.data.val, val_preds)
     non_finite_rows = scoring.non_finite_rows(preds)
     if len(non_finite_rows):
+        first = dataset.row_location(int(non_finite_rows[0]))
+        found = f"{len(non_finite_rows)} of {len(preds)} {dataset.name} rows, first {first}"
+        advice = "choose another model_path with a lower lr, or gradient_clip_val: 1.0"
         raise RunError(
-            f"the model of step {step} gives probabilities that are not finite: {len(non_finite_rows)} of {len(preds)} {dataset.name} rows, first "
-            f"{dataset.row_location(int(non_finite_rows[0]))}; no model is written: choose another model_path with a lower lr, or gradient_clip_val: 1.0"
+            f"the model of step {step} gives probabilities that are not finite: {found}; no model is written: {advice}"
         )
 
 
 def first_predictions(run: Run) -> np.ndarray:
-    """Probabilities [N] or [N, K] of the first `ROWS_TO_CHECK` training rows, by the weights as they are now."""
+    """Probabilities [N] or [N, K] of the first `ROWS_TO_CHECK` training rows, with the current weights."""
+    batch = run.data.train.batch(np.arange(min(ROWS_TO_CHECK, len(run.data.train))))
     run.model.eval()
     with torch.no_grad():
-        _, preds, _ = hooks.run_epoch(
-            run.model, run.data.train.batch(np.arange(min(ROWS_TO_CHECK, len(run.data.train)))), "pred", task=run.task
-        )
+        _, preds, _ = hooks.run_epoch(run.model, batch, "pred", task=run.task)
     run.model.train()
     return preds.numpy(force=True)
 
 
 def model_with_decision(run: Run, val_preds: np.ndarray | None) -> LoadedModel:
-    """Rank 0 only."""
+    """Rank 0 only. The trained model with its threshold, calibration and baselines."""
     decision = fit_decision(run.data, run.config, val_preds)
     data = run.data
     return LoadedModel(run.model, run.config, data.features, data.labels, data.tokenizer, run.resolved, decision)
@@ -150,7 +160,10 @@ def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
 
 
 def test(run: Run, loaded: LoadedModel | None) -> tuple[dict[str, Any], Path]:
-    """Collective. Score the test rows with the model as it is; returns the figures and the folder they are in. `loaded` is rank 0's."""
+    """Collective. Evaluate the test rows with the current weights; returns the figures and their folder.
+
+    `loaded` is used on rank 0 only.
+    """
     dataset = run.data.test
     outputs, folder = hooks.on_test_epoch_start(run.folder, run.state.test_folder)
     has_labels = dataset.has_labels
@@ -162,31 +175,25 @@ def test(run: Run, loaded: LoadedModel | None) -> tuple[dict[str, Any], Path]:
         distributed.on_main(folder.rmdir)
         signals.ignore()
         raise Stopped(
-            "stopped by a signal while the test rows were scored; the model is written, and the same command (resume: auto) goes on with the test"
+            "stopped by a signal while the test rows were evaluated; the model is written, and the same command "
+            "(resume: auto) repeats the test"
         )
     decision = loaded.decision if loaded else None
     figures, result = hooks.on_test_epoch_end(
         outputs, dataset, folder, config=run.config, class_names=run.data.labels.names, decision=decision
     )
     distributed.on_main(lambda: report(run, loaded, result, figures, folder), long_timeout=True)
-    run.log.record(
-        {
-            "step": run.state.step,
-            **{
-                name: value
-                for name, value in listed_figures(figures, "test", run.config)[0].items()
-                if name.startswith("test")
-            },
-        }
-    )
+    listed, _ = listed_figures(figures, "test", run.config)
+    test_values = {name: value for name, value in listed.items() if name.startswith("test")}
+    run.log.record({"step": run.state.step, **test_values})
     run.log.say(f"{len(dataset)} test rows scored: {folder / 'test_result_0.tsv'}")
     return figures, folder
 
 
 def report(run: Run, loaded: LoadedModel, result: scoring.EpochResult, figures: dict[str, Any], folder: Path) -> None:
-    """Rank 0 only. The page about the test."""
+    """Rank 0 only. report.html and report.json of the test rows."""
 
-    def scored() -> EvaluatedRows:
+    def evaluated_rows() -> EvaluatedRows:
         training = training_section(run.folder, run.state.best_step, run.state.best_metric)
         return EvaluatedRows(
             loaded,
@@ -203,6 +210,6 @@ def report(run: Run, loaded: LoadedModel, result: scoring.EpochResult, figures: 
         )
 
     run.model.eval()
-    if write_report(scored, folder):
+    if write_report(evaluated_rows, folder):
         run.log.say(f"report: {folder / PAGE}")
     run.model.train()

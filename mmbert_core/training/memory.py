@@ -1,10 +1,11 @@
-"""Whether a step fits into memory, tried before the first one."""
+"""Whether a step fits into memory, tried before the first one; and what the C library keeps of freed memory."""
 
 import ctypes
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -22,51 +23,60 @@ from mmbert_core.runtime.memory import peak_mb, reset_peak
 
 logger = logging.getLogger(__name__)
 
-ROWS_LOOKED_AT = 5_000_000  # whole epochs, at least one: a permutation of 10^7 rows takes a second
-CANDIDATES = 64  # steps that are looked at closely: those with the most tokens, and those with the longest texts
+ROWS_LOOKED_AT = 5_000_000  # in whole epochs, at least one: a permutation of 10^7 rows takes a second
+CANDIDATES = 64  # steps that are examined: those with the most tokens, and those with the longest texts
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # names of mallopt(3)
-# the last is what oneDNN makes of a failed allocation, and hardly ever of anything else
+# the last is oneDNN's message, nearly always for a failed allocation
 OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive", re.IGNORECASE
 )
 
 
-def resolve_by_trial(asked: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, config: Config) -> int:
-    """Collective. The micro-batches of a step: `asked`, or doubled until the largest one of the run fits on every rank.
+def resolve_by_trial(configured: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, config: Config) -> int:
+    """Collective. Micro-batches per step: `configured`, or doubled until the largest of the run fits on every rank.
 
-    Raises `RunError` when not even a row alone fits. Leaves no gradients behind.
+    Raises `RunError` when not even a single row fits. Leaves no gradients.
     """
-    batch_size, limit_mb = config.batch_size, config.memory_limit_mb
+    batch_size = config.batch_size
     epochs = min(config.max_epochs, max(1, ROWS_LOOKED_AT // len(dataset)))
     orders = (epoch_order(len(dataset), config.seed, epoch) for epoch in range(epochs))
     steps = heaviest_steps(orders, dataset.lengths, batch_size)
-    count = asked
-    while True:
-        largest = largest_micro_batches(steps, dataset, count)
-        with phase("the trial of the largest micro-batch"):
-            reason = why_not(
-                lambda: [compute(ddp_model, dataset, rows, task) for rows in largest], task.device, limit_mb
-            )
-        ddp_model.zero_grad(set_to_none=True)
-        [num_failed] = distributed.all_reduce_sum([reason is not None])
-        if not num_failed:
-            break
+    count = configured
+    while reason := why_not_on_all_ranks(steps, count, ddp_model, dataset, task, config.memory_limit_mb):
         if count >= batch_size:
-            distributed.on_main(lambda: refuse(int(dataset.lengths[largest[0]].max()), reason or "on another rank"))
+            num_tokens = int(dataset.lengths[largest_micro_batches(steps, dataset, count)[0]].max())
+            distributed.on_main(partial(refuse, num_tokens, reason))
         count = min(2 * count, batch_size)
-    if count != asked:
-        logger.warning("microbatches_per_step %d does not fit into memory: %d are used for this run", asked, count)
+    if count != configured:
+        message = "microbatches_per_step %d does not fit into memory: %d are used for this run"
+        logger.warning(message, configured, count)
     return count
 
 
+def why_not_on_all_ranks(
+    steps: list[np.ndarray], count: int, ddp_model: nn.Module, dataset: Dataset, task: Task, limit_mb: int | None
+) -> str | None:
+    """Collective. Why `steps`, in `count` micro-batches, do not fit into memory on every rank; None when they do."""
+    largest = largest_micro_batches(steps, dataset, count)
+
+    def compute_all() -> None:
+        for rows in largest:
+            compute(ddp_model, dataset, rows, task)
+
+    with phase("the trial of the largest micro-batch"):
+        reason = why_not(compute_all, task.device, limit_mb)
+    ddp_model.zero_grad(set_to_none=True)
+    [num_failed] = distributed.all_reduce_sum([reason is not None])
+    return (reason or "on another rank") if num_failed else None
+
+
 def refuse(num_tokens: int, reason: str) -> NoReturn:
-    raise RunError(
-        f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): use a smaller max_length, max_chunks or encoder"
-    )
+    advice = "use a smaller max_length, max_chunks or encoder"
+    raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): {advice}")
 
 
 def heaviest_steps(orders: Iterable[np.ndarray], lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Of all steps of these epochs, as rows: those with the most tokens and those with the longest texts."""
+    """The rows of those steps of all epochs that have the most tokens or the longest texts."""
     steps: list[np.ndarray] = []
     for order in orders:
         starts = np.arange(0, len(order), batch_size)
@@ -79,24 +89,29 @@ def heaviest_steps(orders: Iterable[np.ndarray], lengths: np.ndarray, batch_size
 
 
 def heaviest(weights: Sequence[int] | np.ndarray) -> set[int]:
-    """Places of the CANDIDATES largest."""
+    """Indices of the CANDIDATES largest."""
     return set(np.argsort(-np.array(weights), kind="stable")[:CANDIDATES].tolist())
 
 
 def largest_micro_batches(steps: list[np.ndarray], dataset: Dataset, count: int) -> list[np.ndarray]:
-    """Of all parts when each step is cut into `count`, those that cost most, with the most tokens, the most when padded, and the most pairs of tokens."""
-    parts = [
-        part for rows in steps for part in micro_batches(rows, dataset.lengths[rows], count, packed=dataset.packed)
+    """Of the steps in `count` micro-batches each: those that can need the most memory.
+
+    They have the highest cost, the most tokens, the most tokens when padded, or the most pairs of tokens.
+    """
+    candidates = [
+        micro_batch
+        for rows in steps
+        for micro_batch in micro_batches(rows, dataset.lengths[rows], count, packed=dataset.packed)
     ]
     sizes = [
-        (dataset.cost(part), lengths.sum(), len(lengths) * lengths.max(), (lengths**2).sum())
-        for part, lengths in ((part, dataset.lengths[part]) for part in parts)
+        (dataset.cost(micro_batch), lengths.sum(), len(lengths) * lengths.max(), (lengths**2).sum())
+        for micro_batch, lengths in ((micro_batch, dataset.lengths[micro_batch]) for micro_batch in candidates)
     ]
-    return [parts[index] for index in dict.fromkeys(np.argmax(sizes, axis=0).tolist())]
+    return [candidates[index] for index in dict.fromkeys(np.argmax(sizes, axis=0).tolist())]
 
 
 def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task) -> None:
-    """Forward and backward of `rows` without synchronisation, beside stand-ins for AdamW's two moments."""
+    """Forward and backward of `rows` without synchronisation, with as much memory taken as AdamW's two moments will."""
     moments = [
         torch.ones_like(parameter) for parameter in ddp_model.parameters() if parameter.requires_grad for _ in range(2)
     ]
@@ -107,7 +122,7 @@ def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of this machine as PyTorch and Python report it; not what this file makes of it."""
+    """Whether PyTorch or Python report that memory ran out, of a GPU or of the machine. Not `RunError` of this file."""
     if isinstance(error, RunError):
         return False
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -116,7 +131,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def why_not(action: Callable[[], object], device: torch.device, limit_mb: int | None) -> str | None:
-    """Run `action`; None when it fits. Else memory ran out, or, on the CPU, the process's resident memory passed the limit."""
+    """Run `action`; None when it fits. Else why not: memory ran out, or on the CPU more than the limit was resident."""
     return_freed_memory()
     reset_peak()
     try:
@@ -133,15 +148,15 @@ def why_not(action: Callable[[], object], device: torch.device, limit_mb: int | 
 
 
 def return_freed_memory() -> None:
-    """What is freed but kept, by `keep_freed_memory` or the C library itself, goes back to the system; using it again costs a fifth of a second a gigabyte."""
+    """Return freed memory to the system, that of `keep_freed_memory` too. To use it again costs 0.2 s per gigabyte."""
     call_glibc("malloc_trim", 0)
 
 
 def keep_freed_memory() -> None:
-    """From now on this process keeps the memory that it frees: a step takes the same sizes again.
+    """Keep freed memory in this process from now on: every step allocates the same sizes again.
 
-    Left alone, glibc gives blocks beyond 32 MB, and the top of the heap, back at every free, and the kernel hands them
-    out anew page by page and zeroed: a sixth of a step. Settings of the user's (MALLOC_...) stay.
+    By default glibc returns blocks beyond 32 MB and the top of the heap to the system at every free, and the kernel
+    maps and zeroes them again page by page: a sixth of a step. Settings of the user (MALLOC_...) are kept.
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         call_glibc("mallopt", TRIM_THRESHOLD, 2**31 - 1)
@@ -149,7 +164,7 @@ def keep_freed_memory() -> None:
 
 
 def call_glibc(function: str, *arguments: int) -> None:
-    """A function of glibc's own; nothing where the C library is another."""
+    """Call a function of glibc; with another C library do nothing."""
     try:
         getattr(ctypes.CDLL(None), function)(*arguments)
     except (OSError, AttributeError):

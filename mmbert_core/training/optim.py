@@ -1,4 +1,4 @@
-"""Optimizer, schedule, precision, and the one order of an optimizer step."""
+"""Optimizer, schedule, and the order of an optimizer step."""
 
 import logging
 from collections.abc import Iterable
@@ -14,10 +14,7 @@ from mmbert_core.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below its start: gradients that still overflow are broken
-
-
-# ---- precision: no-op objects instead of branches ----
+SMALLEST_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below its start: gradients that still overflow will not recover
 
 
 # ---- optimizer and schedule ----
@@ -42,9 +39,9 @@ def names_without_decay(model: nn.Module) -> set[str]:
 
 
 def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> tuple[Optimizer, LambdaLR]:
-    """Hook `configure_optimizers`: AdamW in two groups (with and without weight decay) and a schedule by optimizer step.
+    """Hook `configure_optimizers`: AdamW in two groups, with and without weight decay; a schedule by optimizer step.
 
-    With `head_lr` each group is split once more, into encoder and the rest. Every trainable parameter is in exactly one.
+    With `head_lr` each group is split into encoder and the rest. Every trainable parameter is in exactly one group.
     """
     undecayed = names_without_decay(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -87,9 +84,9 @@ def optimizer_step(
     max_norm: float,
     skip_nonfinite: bool = False,
 ) -> tuple[bool, float]:
-    """Unscale, clip, step, update the scaler, schedule, zero the gradients: always in this order, only here.
+    """Unscale, clip, step, update the scaler, schedule, zero the gradients: in this order, only here.
 
-    Returns whether the optimizer moved (fp16 overflow skips it, and the schedule with it) and the gradient norm before
+    Returns whether the weights were updated (an fp16 overflow skips update and schedule) and the gradient norm before
     clipping. Raises `RunError` for a non-finite norm without loss scaling, unless told to skip the step, or when loss
     scaling no longer helps; gradients are synchronised by then, so every rank does the same.
     """

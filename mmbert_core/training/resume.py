@@ -1,8 +1,10 @@
-"""Continue from a checkpoint: the same one on every rank, the settings it was trained with."""
+"""Resume from a checkpoint: which one, the same on every rank, and only with the settings it was trained with."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmbert_core.config import FREE_BETWEEN_NODES, FREE_ON_RESUME, Config
+from mmbert_core.config import FREE_BETWEEN_NODES, FREE_ON_RESUME, SETTINGS, Config
 from mmbert_core.data.prepare import Data
-from mmbert_core.inference.model_files import (
-    WEIGHTS,
-)
+from mmbert_core.inference.model_files import WEIGHTS
 from mmbert_core.runtime import distributed, ranks
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.runtime.ranks import DistContext
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, found: Checkpoint) -> None:
-    """The checkpoint's weights into the model. Raises `InputError` when they are another model's."""
+    """Load the checkpoint's weights into the model. Raises `InputError` when they are of another model."""
     with naming_checkpoint(found.path):
         check_tensors(found.weights, model.state_dict(), file="model.safetensors")
     model.load_state_dict(found.weights)
@@ -44,15 +44,18 @@ def load_weights(model: nn.Module, found: Checkpoint) -> None:
 
 @contextmanager
 def naming_checkpoint(path: Path) -> Iterator[None]:
-    """A message on a checkpoint's content begins with its folder."""
+    """Put the checkpoint's folder in front of an `InputError` about its content."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def changed_parts(config: Config, state: dict[str, Any]) -> dict[str, int]:
-    """Another number of micro-batches than the checkpoint's, when the config has changed to it: the way out when memory gave out in mid-run."""
+def changed_micro_batches(config: Config, state: dict[str, Any]) -> dict[str, int]:
+    """What replaces the resolved micro-batches when the config now says another number than at the checkpoint.
+
+    This may change on resume: a run that ran out of memory continues with more, smaller micro-batches.
+    """
     new, old = config.microbatches_per_step, state["config"]["microbatches_per_step"]
     if new in ("auto", old, state["resolved"]["microbatches_per_step"]):
         return {}
@@ -64,32 +67,99 @@ def changed_parts(config: Config, state: dict[str, Any]) -> dict[str, int]:
     return {"microbatches_asked": new, "microbatches_per_step": new}
 
 
-def check_agreement(config: Config, data: Data, pooling: str | None, context: DistContext) -> None:
-    """Collective. All ranks must have read the same config and data, or their plans would part; a node may hold old copies."""
+# ---- settings, data and model must be those of the checkpoint ----
+
+
+def check_resumable(
+    state: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    fingerprints: Mapping[str, Any],
+    parameters: list[list[Any]],
+    versions: Mapping[str, str],
+    free_keys: frozenset[str],
+) -> None:
+    """Raise `InputError` with key, old and new value when config, data or model differ from the checkpoint's.
+
+    Other versions of the packages are a warning: results are not promised to be bit-equal across them.
+    """
+    step = state["step"]
+    other_folder = "choose another model_path"
+    for key, new in config.items():
+        old = state["config"].get(key, _default_of(key))  # an older checkpoint lacks newer keys
+        if key == "pooling" and new == state["resolved"]["pooling"]:  # to which `auto` was resolved
+            continue
+        if key not in free_keys and (type(old), old) != (type(new), new):  # val_check_interval: 1.0 epoch, 1 step
+            raise InputError(
+                f"{key} was {old!r:.200} in the checkpoint at step {step} and is {new!r:.200} now: "
+                f"set it back, or {other_folder}"
+            )
+    for path in {**state["fingerprints"], **fingerprints}:  # in the order of the checkpoint, then new files of globs
+        old, new = state["fingerprints"].get(path), fingerprints.get(path)
+        if old != new:
+            raise InputError(
+                f"{path} has changed since the checkpoint at step {step} "
+                f"({_format_fingerprint(old)} then, {_format_fingerprint(new)} now): restore it, or {other_folder}"
+            )
+    for old, new in zip_longest(state["parameters"], parameters):  # the encoder's folder may hold another model now
+        if old != new:
+            raise InputError(
+                f"encoder: expected a model whose parameter is {old!s:.200} as in the checkpoint at step {step}, "
+                f"found {new!s:.200}: restore it, or {other_folder}"
+            )
+    for package, new in versions.items():
+        if (old := state["versions"].get(package)) != new:
+            message = "%s was %.40s at the checkpoint and is %s now: numbers may differ in their last digits"
+            logger.warning(message, package, old, new)
+
+
+def check_pooling(found: Checkpoint, pooling: str | None) -> None:
+    """Raise `InputError` when `auto` is resolved to another pooling than at the start of the run."""
+    old = found.state["resolved"]["pooling"]
+    if old != pooling:
+        step = found.state["step"]
+        raise InputError(f"pooling was {old} in the checkpoint at step {step} and is {pooling} now: set it back")
+
+
+def _default_of(key: str) -> Any:
+    """As `Config.to_dict` has it; None for a key that is required or unknown."""
+    default = SETTINGS[key].default if key in SETTINGS else MISSING
+    return None if default is MISSING else list(default) if isinstance(default, tuple) else default
+
+
+def _format_fingerprint(fingerprint: Mapping[str, Any] | None) -> str:
+    return f"sha256 {fingerprint['sha256'][:12]}" if fingerprint else "not read"
+
+
+def check_same_on_all_ranks(config: Config, data: Data, pooling: str | None, context: DistContext) -> None:
+    """Collective. Raise `InputError` unless all ranks have read the same config and data.
+
+    A node may have old copies of the files; its ranks would plan other steps than the rest.
+    """
     here = {
         **config.to_dict(),
         "pooling": pooling,
         "device": context.device.type,
         **{path: value["sha256"] for path, value in data.fingerprints.items()},
     }
-    for rank, there in enumerate(item for part in distributed.all_gather_objects([here]) for item in part):
+    settings_by_rank = [item for [item] in distributed.all_gather_objects([here])]
+    for rank, there in enumerate(settings_by_rank):
         for key in sorted({*here, *there} - FREE_BETWEEN_NODES):
             if here.get(key) != there.get(key):
-                raise InputError(
-                    f"{key}: expected the same on all ranks, found {here.get(key)!r} on rank {context.rank} and {there.get(key)!r} on rank {rank}"
-                )
+                found = f"{here.get(key)!r} on rank {context.rank} and {there.get(key)!r} on rank {rank}"
+                raise InputError(f"{key}: expected the same on all ranks, found {found}")
 
 
 def read_for_all_ranks(
     config: Config, data: Data, model: nn.Module, context: DistContext
 ) -> tuple[Checkpoint | None, int]:
-    """Collective. The checkpoint to go on from, on all ranks, and the rank that read it; (None, 0): a fresh start.
+    """Collective. The checkpoint to resume from, on all ranks, and the rank that read it; (None, 0): a new run.
 
-    The first rank of every node looks into its own disk and the newest one counts, so that no shared disk is needed and
-    a restart that numbers the nodes anew loses nothing. The others get step and tensors by broadcast.
+    The first rank of every node looks on its own disk and the newest checkpoint is used: the nodes need no shared
+    disk, and after a restart another node may be the first. The other ranks receive step and tensors by broadcast.
     """
     folder = Path(config.model_path) / "checkpoints"
-    # torchrun repeats the arguments of the first start; of several nodes it may count the restart on some only
+    # a restart by torchrun has the arguments of the first start, and only some nodes may count it
     resume = "auto" if any(distributed.on_all(ranks.restart_count)) else config.resume
 
     def look() -> tuple[int, str] | None:
@@ -97,9 +167,8 @@ def read_for_all_ranks(
         looks = context.is_main or (context.local_rank == 0 and resume == "auto")
         path = checkpoint.find_checkpoint(folder, resume) if looks else None
         if path is None and context.is_main and (folder.parent / WEIGHTS).exists():
-            raise InputError(
-                f"{folder.parent}: expected an empty folder or a run to go on from, found a trained model without checkpoints: choose another model_path"
-            )
+            found = "found a trained model without checkpoints: choose another model_path"
+            raise InputError(f"{folder.parent}: expected an empty folder or a run to resume, {found}")
         return None if path is None else (checkpoint.step_of(path), str(path))
 
     answers = distributed.on_all(look)
@@ -113,7 +182,7 @@ def read_for_all_ranks(
         found = checkpoint.read_checkpoint(Path(answers[source][1]))
         with naming_checkpoint(found.path):
             check_run_state(found.state)
-        checkpoint.check_resumable(
+        check_resumable(
             found.state,
             config=config.to_dict(),
             fingerprints=data.fingerprints,
@@ -137,13 +206,13 @@ def read_for_all_ranks(
 def restore(
     found: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler
 ) -> TrainState:
-    """Optimizer, schedule and loss scale as they were; the model's weights were loaded before DDP took them."""
+    """Restore optimizer, schedule and loss scale. The weights are loaded earlier, before DDP wraps the model."""
     with naming_checkpoint(found.path):
         check_moments(found.moments, dict(model.named_parameters()), file="optimizer.safetensors")
         check_schedule(found.state["scheduler"], num_groups=len(optimizer.param_groups))
     checkpoint.restore_moments(model, optimizer, found.moments)
     scheduler.load_state_dict({**scheduler.state_dict(), **{key: found.state["scheduler"][key] for key in SCHEDULER}})
-    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
     if found.state["scaler"]:
         scaler.load_state_dict(found.state["scaler"])

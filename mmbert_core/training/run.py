@@ -1,4 +1,4 @@
-"""The state of a training run, its plan in steps, and its checkpoints."""
+"""A training run on one rank: model, optimizer, state, its plan in steps, its checkpoints."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,14 +40,13 @@ class Plan:
 
 @dataclass
 class Run:
-    """All parts of a training run on this rank."""
+    """What a training run needs on this rank."""
 
     config: Config
     data: Data
     context: DistContext
-    folder: Path
     model: MultimodalBert  # the raw module: evaluated and saved
-    ddp_model: nn.Module  # the same module as training sees it
+    ddp_model: nn.Module  # the same module behind DDP; in a single process the module itself
     task: Task
     optimizer: Optimizer
     scheduler: LambdaLR
@@ -56,15 +55,22 @@ class Run:
     state: TrainState
     log: RunLog
     resolved: dict[str, Any]
-    class_weights: np.ndarray  # [K] float64, as the loss weighs rows
-    train_labels: np.ndarray  # [N] int64
-    used_rows: UsedRows | None  # of the token embedding; none: DDP sums all of it
-    best_validation: np.ndarray | None = (
-        None  # [N] or [N, K] predictions of the best step, if this life of the run validated it
-    )
+    class_weights: np.ndarray  # [K] float64, of the loss
+    used_rows: UsedRows | None  # of the token embedding; None: DDP sums its whole gradient
+    # [N] or [N, K] predictions of the best step, when it was validated since the last resume
+    best_validation: np.ndarray | None = None
     folder_lock: Claim | None = None  # rank 0 only
-    stopping: bool = False  # all ranks have agreed to stop: one of them had a signal
+    stopping: bool = False  # the same on all ranks: one of them has received a signal
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.model_path)
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """Class indices of the training rows, int64 [N]."""
+        return np.asarray(self.data.train.label_index)
 
     @property
     def checkpoints(self) -> Path:
@@ -72,7 +78,7 @@ class Run:
 
 
 def make_plan(config: Config, num_rows: int, micro_batches: int) -> Plan:
-    """Epochs and shares of an epoch as optimizer steps."""
+    """Convert epochs and shares of an epoch to optimizer steps."""
     per_epoch = steps_per_epoch(num_rows, config.batch_size)
     by_epoch = isinstance(config.val_check_interval, float)
     every = max(1, int(config.val_check_interval * per_epoch)) if by_epoch else int(config.val_check_interval)
@@ -85,16 +91,18 @@ def parameter_shapes(model: nn.Module) -> list[list[Any]]:
 
 
 def save(run: Run, *, is_due: bool = True) -> None:
-    """Collective. A checkpoint of this step, written by rank 0; on failure every rank raises. `is_due`: not only because of a signal."""
+    """Collective. Rank 0 writes a checkpoint of this step; when that fails, every rank raises.
+
+    `is_due`: the step would have one without a signal too.
+    """
 
     def write() -> None:
         if run.folder_lock is not None:
             run.folder_lock.check()
         if not (run.folder / LOCK).exists():
-            raise RunError(
-                f"the run's folder {run.folder} is gone; the checkpoint of step {run.state.step} was not written"
-            )
-        run.log.sync()  # the lines of the steps that this checkpoint has
+            not_written = f"the checkpoint of step {run.state.step} was not written"
+            raise RunError(f"the run's folder {run.folder} is gone; {not_written}")
+        run.log.sync()  # before the checkpoint: it must not be ahead of metrics.jsonl
         weights, moments = checkpoint.weights_of(run.model), checkpoint.moments_of(run.model, run.optimizer)
         checkpoint.save_checkpoint(
             run.checkpoints, weights=weights, moments=moments, state={**state_record(run), checkpoint.DUE: is_due}

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, nothing in it that the run did not write."""
+"""The folder of a run: locked by one run at a time, without links, without the leftovers of killed writes."""
 
 import os
 from collections.abc import Iterator
@@ -28,13 +28,7 @@ from mmbert_core.storage.schema import nullable, record, whole
 from mmbert_core.training import checkpoint
 
 RESULTS = "train_results.json"
-
-
-RESULTS_JSON = record(
-    {"steps": whole(0), "test_metrics": nullable(FIGURES_JSON)}, others=True
-)  # what is told of a finished run
-
-
+RESULTS_JSON = record({"steps": whole(0), "test_metrics": nullable(FIGURES_JSON)}, others=True)
 WRITTEN = (
     "config.json",
     WEIGHTS,
@@ -58,19 +52,19 @@ WRITTEN = (
 
 
 def already_finished(config: Config) -> dict[str, Any] | None:
-    """Collective. The results of the run in `model_path`, once all of it is written; else None."""
+    """Collective. The content of train_results.json, which is written last; None when the run is not finished."""
 
     def read() -> dict[str, Any] | None:
         try:
             return read_json(Path(config.model_path) / RESULTS, RESULTS_JSON)
-        except (OSError, ValueError):  # not there, or torn: the end of the run is done once more
+        except (OSError, ValueError):  # absent or damaged: the end of the run is repeated
             return None
 
     return distributed.on_main(read)
 
 
 def check_folders(config: Config) -> None:
-    """What the run will write has a place: no file or link in the way, and the right to write. Makes nothing."""
+    """Raise `InputError` unless the run can write its folder and its cache. Creates nothing."""
     for key in ("model_path", "cache_path"):
         if getattr(config, key) is not None:
             check_folder(key, getattr(config, key))
@@ -78,41 +72,45 @@ def check_folders(config: Config) -> None:
 
 
 def check_folder(key: str, folder: str) -> None:
+    """Raise `InputError`, about the setting `key`, unless `folder` exists and is writable, or can be created."""
     try:
-        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        nearest = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     except OSError as error:  # a name that is too long
         raise InputError(f"{key}: {format_for_message(folder)}: {error.strerror}") from None
-    if not there.is_dir():
-        raise InputError(f"{key}: {there}: expected a folder, found a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{key}: {there}: cannot be written to")
+    if not nearest.is_dir():
+        raise InputError(f"{key}: {nearest}: expected a folder, found a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {nearest}: cannot be written to")
 
 
 def check_no_links(folder: Path) -> None:
-    """Raise `InputError` when a link would lead what a run writes out of its folder; the folder itself may be one. Makes nothing."""
-    for part in (*map(folder.joinpath, WRITTEN), *sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))):
-        # os.walk: what another process removes meanwhile is no error
-        inside = (Path(root) / name for root, folders, files in os.walk(part) for name in (*folders, *files))
-        for path in (part, *(() if part.is_symlink() else inside)):
+    """Raise `InputError` for a link under a name that the run writes: it would write outside of its folder.
+
+    The folder itself may be a link. Creates nothing.
+    """
+    for written in (*map(folder.joinpath, WRITTEN), *sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))):
+        # os.walk: a file that another process removes meanwhile is no error
+        inside = (Path(root) / name for root, folders, files in os.walk(written) for name in (*folders, *files))
+        for path in (written, *(() if written.is_symlink() else inside)):
             if path.is_symlink():
                 raise InputError(f"{path}: expected no links in the folder of a run, found one to {os.readlink(path)}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Rank 0 only, in a locked folder: the halves of files that a killed run was writing; a prediction may write beside them."""
+    """Rank 0 only, in a locked folder: remove temporary files of killed runs, not those of running predictions."""
     checkpoint.clean_up(folder / "checkpoints")
     remove_stale_temporaries(folder, WRITTEN)
     for tested in folder.glob(f"{MODEL_CLASS}-*"):
-        if not tested.is_symlink():  # which may lead out of the run's folder
+        if not tested.is_symlink():  # a link may lead out of the run's folder
             remove_stale_temporaries(tested)
 
 
 @contextmanager
 def locked_folder(config: Config) -> Iterator[Claim | None]:
-    """Collective. Inside, `model_path` of rank 0 belongs to this run alone; what a killed write left there is cleaned up.
+    """Collective. Inside, rank 0 holds the lock of `model_path`; leftovers of killed writes are removed first.
 
-    Yields the claim, on rank 0. Raises `InputError` when another run has the folder, and `RunError`, instead of the error of a
-    file that is suddenly gone, when another run has taken it meanwhile.
+    Yields the lock, on rank 0. Raises `InputError` when another run holds it, and `RunError`, in place of the error of
+    a missing file, when another run has taken it meanwhile.
     """
     folder = Path(config.model_path)
 
@@ -139,8 +137,8 @@ def locked_folder(config: Config) -> Iterator[Claim | None]:
 
 
 def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh: bool, finished: bool) -> None:
-    """Rank 0 only, after every check: the first thing a run writes."""
-    if not finished:  # results of an earlier life, which would pass for this one's
+    """Rank 0 only, after every check: the first file that a run writes."""
+    if not finished:  # an older result would be taken for this one's
         (folder / RESULTS).unlink(missing_ok=True)
-    if fresh or not (folder / "config.json").exists():  # which another node may have had
+    if fresh or not (folder / "config.json").exists():  # another node may have written the one of this run
         write_json(folder / "config.json", config_record(config, resolved))

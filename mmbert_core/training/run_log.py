@@ -1,4 +1,4 @@
-"""What a run tells while it works: metrics.jsonl, TensorBoard when installed, a bar in a terminal, else lines.
+"""The log of a run: metrics.jsonl, TensorBoard when installed, a progress bar in a terminal or else log lines.
 
 Only rank 0 writes; on the other ranks every method does nothing.
 """
@@ -26,9 +26,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class RunLog:
-    """Lines of `metrics.jsonl`, one object each; on resume those of what is still to come, or to be done once more, are dropped.
+    """Lines of `metrics.jsonl`, one object each. On resume the lines of steps after `first_step` are removed.
 
-    `validated`, `tested`: the validation of `first_step`, if one is due there, and the test are done.
+    `validated`, `tested`: whether the validation of `first_step`, if one is due there, and the test are done; if not,
+    their lines are removed too, as both are repeated.
     """
 
     def __init__(
@@ -58,41 +59,39 @@ class RunLog:
         )
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """One object with `step` and figures; a None is an undefined figure, with its reason in the object `undefined`."""
+        """Write one object with `step` and figures. None is an undefined figure; `undefined` has its reason."""
         if not self.is_main:
             return
         with path_in_errors(self._path):
             self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
             self._stream.flush()
-        if not self._has_curves:  # not before: a finished run that is started again gets no more files
-            self._has_curves, self._tensorboard = (
-                True,
-                _open_tensorboard(self._path.parent / "tensorboard", self._first_step),
-            )
+        if not self._has_curves:  # not at the start: a finished run that is started again writes no files
+            self._has_curves = True
+            self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", self._first_step)
         if self._tensorboard is not None:
             try:
                 for name, value in values.items():
                     if name not in ("step", "epoch") and isinstance(value, (int, float)):
                         self._tensorboard.add_scalar(name, value, values["step"])
-            except OSError as error:  # of an earlier line: it writes in a thread
+            except OSError as error:  # of an earlier call: TensorBoard writes in a thread
                 logger.warning("no more curves for TensorBoard: %s", error)
                 self._tensorboard = None
 
     def sync(self) -> None:
-        """Rank 0 only. What was recorded survives a power cut."""
+        """Rank 0 only. Wait until what was recorded is on the disk."""
         os.fsync(self._stream.fileno())
 
-    def progress(self, step: int, shown: str) -> None:
+    def progress(self, step: int, figures: str) -> None:
         """Advance the bar, or print a plain line every few seconds and at the last step."""
         if not self.is_main:
             return
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.set_postfix_str(figures, refresh=False)
         if self._bar.disable and (self._throttle.is_due() or step == self.total_steps):
-            logger.info("step %d/%d  %s", step, self.total_steps, shown)
+            logger.info("step %d/%d  %s", step, self.total_steps, figures)
 
     def say(self, line: str) -> None:
-        """A line that stays, above the bar."""
+        """Log a line above the bar."""
         if self.is_main:
             self._bar.clear()
             logger.info("%s", line)
@@ -101,9 +100,9 @@ class RunLog:
     def close(self) -> None:
         if self.is_main:
             self._bar.close()
-            with suppress(OSError):  # a line that found no place: `record` has told it
+            with suppress(OSError):  # a full disk: `record` has raised it
                 self._stream.close()
-            with suppress(OSError):  # never instead of an error that ends the run
+            with suppress(OSError):  # must not replace an error that ends the run
                 if self._tensorboard is not None:
                     self._tensorboard.close()
 
@@ -120,6 +119,6 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
 
 
 def _thread_failed(plain: Callable[[Any], object], failure: Any) -> None:
-    """TensorBoard's thread hands what it could not write to the next `add_scalar`; its traceback would stand in the middle of our line."""
+    """Drop the traceback of a failed write in TensorBoard's thread: the next `add_scalar` raises the same error."""
     if not (type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
         plain(failure)

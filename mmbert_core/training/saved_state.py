@@ -1,4 +1,4 @@
-"""What a checkpoint's state.json and tensors may hold, checked before a run takes any of it.
+"""What a checkpoint's state.json and tensors may hold, checked before a run uses any of it.
 
 N training rows. Every value decides rows, folders or sizes, so a value that no run writes is refused, never repaired.
 """
@@ -28,9 +28,9 @@ from mmbert_core.storage.schema import (
 
 FORMAT_VERSION = 2
 STATE = "state.json"
-TEST_FOLDER = r"[a-z_]+-[0-9]{4}(-[0-9]{2}){5}"  # which the run's test replaces
+TEST_FOLDER = r"[a-z_]+-[0-9]{4}(-[0-9]{2}){5}"  # a folder that the run's test replaces
 MAX_MICRO_BATCHES = 1_000_000
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter that it has moved
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter that has had a gradient
 
 PROGRESS: dict[str, Check] = {
     "epoch": whole(0),
@@ -45,7 +45,7 @@ PROGRESS: dict[str, Check] = {
     "train_seconds": number(0),
     "rows_trained": whole(0),
 }
-# PyTorch's own keys, of which its versions have more or fewer; only these four are taken over.
+# Keys of PyTorch, whose versions have more or fewer of them; only these four are restored.
 SCHEDULER = {
     "base_lrs": array(number(0)),
     "_last_lr": array(number(0)),
@@ -90,10 +90,11 @@ RUN_STATE = record({"step": whole(0), **PROGRESS, **SURROUNDINGS}, SINCE, others
 
 
 def check_steps(state: Mapping[str, Any], step: int) -> None:
-    """Raise `InputError` unless the step is `step`, that of the folder's name, and the best step is none after it."""
+    """Raise `InputError` unless the step is `step`, that of the folder's name, and the best step is not later."""
     if state["step"] != step or (state.get("best_step") or 0) > step:
         raise InputError(
-            f"{STATE}: expected step {step} as in the folder's name, and no later best_step, found {state['step']} and {state.get('best_step')}"
+            f"{STATE}: expected step {step} as in the folder's name, and no later best_step, "
+            f"found {state['step']} and {state.get('best_step')}"
         )
 
 
@@ -103,7 +104,7 @@ def check_run_state(state: Mapping[str, Any]) -> None:
 
 
 def check_progress(state: Mapping[str, Any], *, num_rows: int, batch_size: int) -> None:
-    """Raise `InputError` unless a run of N rows has this epoch and these rows behind it at the state's step."""
+    """Raise `InputError` unless epoch and rows are those of a run of N rows at the state's step."""
     steps_per_epoch = -(-num_rows // batch_size)
     epoch, step_of_epoch = divmod(state["step"], steps_per_epoch)
     wanted = {
@@ -114,7 +115,8 @@ def check_progress(state: Mapping[str, Any], *, num_rows: int, batch_size: int) 
     for key, value in wanted.items():
         if state[key] != value:
             raise InputError(
-                f"{STATE}: {key}: expected {value}, as {num_rows} rows have it after step {state['step']}, found {state[key]}"
+                f"{STATE}: {key}: expected {value}, as {num_rows} rows have it after step {state['step']}, "
+                f"found {state[key]}"
             )
 
 
@@ -132,9 +134,9 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 def check_moments(moments: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], *, file: str) -> None:
     """Raise `InputError` unless each parameter has all of MOMENTS, in its own shape, or none of them."""
-    moved = {key.rpartition(".")[0] for key in moments}
+    names = {key.rpartition(".")[0] for key in moments}
     scalar = torch.zeros(())
-    known = {name: parameter for name, parameter in parameters.items() if name in moved}
+    known = {name: parameter for name, parameter in parameters.items() if name in names}
     check_tensors(
         moments,
         {

@@ -1,10 +1,11 @@
-"""Everything of a run put together before its first step: a fresh start or the continuation of a checkpoint."""
+"""The start of a run: everything that the first step needs, new or from a checkpoint."""
 
 import logging
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,32 +27,39 @@ from mmbert_core.model.probe import ProbeTokens, check_text_encoder
 from mmbert_core.model.text_encoder import POOLINGS
 from mmbert_core.runtime import ddp, distributed
 from mmbert_core.runtime.ddp import UsedRows
-from mmbert_core.runtime.errors import InputError, phase
+from mmbert_core.runtime.errors import phase
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import read_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.memory import keep_freed_memory, resolve_by_trial
 from mmbert_core.training.optim import configure_optimizers
-from mmbert_core.training.resume import changed_parts, check_agreement, load_weights, read_for_all_ranks, restore
-from mmbert_core.training.run import Run, make_plan, rotate_checkpoints, save
+from mmbert_core.training.resume import (
+    changed_micro_batches,
+    check_pooling,
+    check_same_on_all_ranks,
+    load_weights,
+    read_for_all_ranks,
+    restore,
+)
+from mmbert_core.training.run import Plan, Run, make_plan, rotate_checkpoints, save
 from mmbert_core.training.run_folder import already_finished, open_folder
 from mmbert_core.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
-# Of a micro-batch when microbatches_per_step is auto: where texts are packed, more of them cost time (each has its own gradient
-# of the embeddings); where they are padded, fewer of them cost padding.
+# Size of a micro-batch when microbatches_per_step is auto. Packed texts: smaller ones cost time, as each computes its
+# own gradient of the embeddings. Padded texts: larger ones cost padding.
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
 ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
-# ---- before the process group: what a user's mistake can break ----
+# ---- before the process group ----
 
 
 def prepare_model(config: Config, data: Data) -> MultimodalBert:
-    """Check the metric names and the threshold's rule, build the model, and try its encoder on made-up texts.
+    """Check the metric names and the threshold rule, build the model, and try its encoder on short texts of its tokens.
 
-    Raises `InputError`; needs no process group.
+    Needs no process group. Raises `InputError`.
     """
     parse_rule(config.threshold_rule)
     check_metric_choices(config.metric_choices, data.labels.names)
@@ -67,7 +75,10 @@ def prepare_model(config: Config, data: Data) -> MultimodalBert:
 
 
 def resolve_stored_pooling(config: Config) -> str:
-    """As asked; for `auto` what it meant when the run in `model_path` began, if it did: the encoder's files may say more by now."""
+    """The config's pooling; for `auto`, where `model_path` has a run, what that run resolved it to.
+
+    The encoder's folder may have changed since and resolve `auto` to something else.
+    """
     if config.pooling != "auto" or config.resume == "never":
         return config.pooling
     try:
@@ -80,7 +91,7 @@ def resolve_stored_pooling(config: Config) -> str:
 
 
 def resolve_class_weights(config: Config, data: Data) -> list[float] | None:
-    """One weight per class: none, as given, or `balanced` = rows / (classes * rows of the class), from the training rows."""
+    """One weight per class, or None. `balanced`: training rows / (classes * training rows of the class)."""
     if config.class_weights == "balanced":
         counts = np.bincount(data.train.label_index, minlength=config.num_classes)
         return (len(data.train) / (config.num_classes * counts)).tolist()
@@ -91,58 +102,100 @@ def resolve_class_weights(config: Config, data: Data) -> list[float] | None:
 
 
 def start_run(
-    config: Config,
-    data: Data,
-    model: MultimodalBert,
-    context: DistContext,
-    *,
-    loss_op: LossOp | None = None,
+    config: Config, data: Data, model: MultimodalBert, context: DistContext, *, loss_op: LossOp | None = None
 ) -> Run:
-    """Collective. A run at its first step, or at the step of the newest whole checkpoint. `loss_op` replaces cross entropy."""
-    folder = Path(config.model_path)
-    for part in (data.train, data.val, data.test):
-        if part is not None:
-            part.packed = model.text_subnetwork is not None and model.text_subnetwork.is_packed
-    if context.device.type == "cpu":
-        keep_freed_memory()
-    check_agreement(config, data, model.pooling, context)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
-        torch.use_deterministic_algorithms(True)
+    """Collective. A run before its first step, or at the step of the newest complete checkpoint.
+
+    `loss_op` replaces cross entropy. Raises `InputError` when the checkpoint is of other settings, data or model.
+    """
+    set_up_process(config, data, model, context)
+    check_same_on_all_ranks(config, data, model.pooling, context)
+
+    # ---- the checkpoint, if there is one ----
     with phase("load"):
         found, source = read_for_all_ranks(config, data, model, context)
-    if found and found.state["resolved"]["pooling"] != model.pooling:
-        raise InputError(
-            f"pooling was {found.state['resolved']['pooling']} in the checkpoint at step {found.state['step']} and is {model.pooling} now: set it back"
-        )
-    precision = resolve_precision(found.state["resolved"]["precision"] if found else config.precision, context.device)
-    task, class_weights = make_task(config, data, precision, context, loss_op)
-    used_rows = rows_to_sum(model, context)
-    ddp_model = place_model(model, found, data, task, context, used_rows)
     if found:
-        resolved = {**found.state["resolved"], "precision": precision, **changed_parts(config, found.state)}
+        check_pooling(found, model.pooling)
+    saved = found.state["resolved"] if found else None
+    precision = resolve_precision(saved["precision"] if saved else config.precision, context.device)
+
+    # ---- the model on its device, behind DDP ----
+    task, class_weights = make_task(config, data, precision, context, loss_op)
+    used_rows = used_embedding_rows(model, context)
+    ddp_model = to_device(model, found, data, task, context, used_rows)
+    if found:
+        resolved = {**saved, "precision": precision, **changed_micro_batches(config, found.state)}
     else:
-        sides = (
-            {"truncation_side": "left"} if keeps_end(data.tokenizer) else {}
-        )  # else right, which folders of before all mean
-        resolved = {
-            "pooling": model.pooling,
-            "precision": precision,
-            **sides,
-            **resolve_batching(config, data, ddp_model, task, context),
-        }
+        resolved = resolve_new(config, data, model, ddp_model, task, context)
     warm_up(ddp_model, data, task)
+
+    # ---- optimizer and state ----
     plan = make_plan(config, len(data.train), resolved["microbatches_per_step"])
     optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)
     scaler = build_scaler(precision, context.device)
     with phase("load"):
-        state = distributed.on_all(
+        states = distributed.on_all(
             lambda: restore(found, model, optimizer, scheduler, scaler) if found else TrainState()
-        )[context.rank]
-    distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=found is None, finished=state.finished))
-    if found and config.resume == state.step:
+        )
+
+    # ---- the first files of the run ----
+    state = states[context.rank]
+    log = open_run(config, resolved, plan, state, context, is_resumed=found is not None)
+    run = Run(
+        config=config,
+        data=data,
+        context=context,
+        model=model,
+        ddp_model=ddp_model,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        plan=plan,
+        state=state,
+        log=log,
+        resolved=resolved,
+        class_weights=class_weights,
+        used_rows=used_rows,
+    )
+    if source != 0:  # the checkpoint is on another node: from now on rank 0's disk has the run
+        save(run)
+    elif found:
+        distributed.on_main(lambda: rotate_checkpoints(run))  # the run was killed before the last save had done it
+    return run
+
+
+def set_up_process(config: Config, data: Data, model: MultimodalBert, context: DistContext) -> None:
+    """Settings of this process: packed batches, the memory allocator, deterministic kernels."""
+    for dataset in (data.train, data.val, data.test):
+        if dataset is not None:
+            dataset.packed = model.text_subnetwork is not None and model.text_subnetwork.is_packed
+    if context.device.type == "cpu":
+        keep_freed_memory()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
+        torch.use_deterministic_algorithms(True)
+
+
+def resolve_new(
+    config: Config, data: Data, model: MultimodalBert, ddp_model: nn.Module, task: Task, context: DistContext
+) -> dict[str, Any]:
+    """Collective. For a new run, what its `auto` settings mean; kept in config.json and the checkpoints."""
+    resolved = {"pooling": model.pooling, "precision": task.precision}
+    if keeps_end(data.tokenizer):
+        resolved["truncation_side"] = "left"  # without the key: right
+    return resolved | resolve_batching(config, data, ddp_model, task, context)
+
+
+def open_run(
+    config: Config, resolved: dict[str, Any], plan: Plan, state: TrainState, context: DistContext, *, is_resumed: bool
+) -> RunLog:
+    """Collective. Write config.json, rename the checkpoints that the run was sent back from, and open the log."""
+    folder = Path(config.model_path)
+    distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=not is_resumed, finished=state.finished))
+    if is_resumed and config.resume == state.step:
         distributed.on_main(lambda: checkpoint.set_aside(folder / "checkpoints", state.step))
-    log = RunLog(
+    return RunLog(
         folder,
         is_main=context.is_main,
         first_step=state.step,
@@ -150,50 +203,29 @@ def start_run(
         validated=not state.validation_pending,
         tested=state.finished and already_finished(config) is not None,
     )
-    run = Run(
-        config,
-        data,
-        context,
-        folder,
-        model,
-        ddp_model,
-        task,
-        optimizer,
-        scheduler,
-        scaler,
-        plan,
-        state,
-        log,
-        resolved,
-        class_weights,
-        np.asarray(data.train.label_index),
-        used_rows,
-    )
-    if source != 0:  # another node had it: from now on it is where the run is written
-        save(run)
-    elif found:
-        distributed.on_main(lambda: rotate_checkpoints(run))  # killed before or in the rotation after the last save
-    return run
 
 
 def make_task(
     config: Config, data: Data, precision: str, context: DistContext, loss_op: LossOp | None
 ) -> tuple[Task, np.ndarray]:
-    """What every step needs, and the loss's weight of each class [K]."""
+    """What every batch needs, and the weight of each class in the loss, float64 [K]."""
     loss_op = build_loss_op(resolve_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
     class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
     loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
     return Task(config.is_binary, loss_op, precision, context.device), class_weights
 
 
-def rows_to_sum(model: MultimodalBert, context: DistContext) -> UsedRows | None:
-    """Where ranks sum gradients on the CPU, and the tokens of a step are all that its encoder looks up, as a packed one does."""
+def used_embedding_rows(model: MultimodalBert, context: DistContext) -> UsedRows | None:
+    """For `ddp.wrap_ddp`: the token embedding, of which only the rows of a step's tokens have a gradient.
+
+    None, for all rows, on a GPU, and where the encoder may look up other tokens than those of the step (not packed).
+    """
     if context.device.type != "cpu" or model.text_subnetwork is None or not model.text_subnetwork.is_packed:
         return None
     return UsedRows(model.text_subnetwork.encoder.get_input_embeddings().weight)
 
 
-def place_model(
+def to_device(
     model: MultimodalBert,
     found: Checkpoint | None,
     data: Data,
@@ -201,7 +233,7 @@ def place_model(
     context: DistContext,
     used_rows: UsedRows | None,
 ) -> nn.Module:
-    """Collective. The model on its device with the checkpoint's weights, as training sees it."""
+    """Collective. Move the model to the rank's device, load the checkpoint's weights, wrap it in DDP."""
     model.to(context.device).train()
     if found:
         with phase("load"):
@@ -213,7 +245,7 @@ def place_model(
 def resolve_batching(
     config: Config, data: Data, ddp_model: nn.Module, task: Task, context: DistContext
 ) -> dict[str, int]:
-    """Collective. The micro-batches of a step as asked (or `auto`), and as they fit into memory."""
+    """Collective. Micro-batches per step, as configured (or `auto`) and as they fit into memory."""
     device, train = context.device.type, data.train
     if train.packed:
         rows_at_once = max(1, int(TOKENS_AT_ONCE[device] / max(1.0, train.lengths.mean())))
@@ -227,15 +259,13 @@ def resolve_batching(
     )
     used = resolve_by_trial(asked, ddp_model, data.train, task=task, config=config)
     if config.microbatches_per_step == "auto":
-        logger.info(
-            "microbatches_per_step is auto; to repeat this run on another number of processes: --microbatches_per_step %d",
-            used,
-        )
+        repeat = "to repeat this run on another number of processes"
+        logger.info("microbatches_per_step is auto; %s: --microbatches_per_step %d", repeat, used)
     return {"microbatches_asked": asked, "microbatches_per_step": used}
 
 
 def freeze_unused(model: nn.Module, data: Data, task: Task) -> None:
-    """Freeze parameters that no loss reaches (an encoder's unused parts): DDP would wait for their gradients for ever."""
+    """Freeze parameters that have no influence on the loss: DDP would wait for their gradients forever."""
     _, preds, _ = run_epoch(model, data.train.batch(np.arange(1)), "pred", task=task)
     preds.sum().backward()
     unused = {
@@ -255,16 +285,14 @@ def freeze_unused(model: nn.Module, data: Data, task: Task) -> None:
 
 
 def warm_up(ddp_model: nn.Module, data: Data, task: Task) -> None:
-    """Collective. One row that weighs nothing, forward and backward: a resumed run then adds gradients in the order of a straight one.
+    """Collective. Under DDP, a forward and backward of one row with weight 0.
 
-    DDP lays out its buckets anew after its first backward, and the layout decides the order in which three and more
-    ranks are summed.
+    DDP rebuilds its buckets after its first backward, and the buckets decide the order in which the gradients of three
+    and more ranks are summed. Without this, the first step after a resume would sum in another order than the same
+    step of a run that was not interrupted.
     """
     if ddp_model is not getattr(ddp_model, "module", ddp_model):
         with distributed.as_peer_error():
             loss, _, _ = run_epoch(ddp_model, data.train.batch(np.arange(1)), "train", task=task, weight_sum=math.inf)
             loss.backward()
         ddp_model.zero_grad(set_to_none=True)
-
-
-# ---- saving ----

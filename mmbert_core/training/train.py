@@ -1,4 +1,4 @@
-"""A training from a `Config` to `Results`: read the data, build the model, fit, test. What every command and script calls."""
+"""A training from a `Config` to `Results`: read the data, build the model, fit, test."""
 
 import logging
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, *, loss_op: LossOp | None = None) -> Results:
-    """Train, keep the best step, write the model folder, test: what `train.py run.yaml` does, from a script or notebook.
+    """Train, keep the best step, write the model folder, test: `train.py run.yaml` from a script or notebook.
 
         results = train(read_config("run.yaml"))
         print(results.metrics["auroc"], results.folder)
@@ -74,9 +74,9 @@ def run_training(
 
 
 def prepare_training(config: Config, context: DistContext) -> tuple[Data, MultimodalBert]:
-    """All that needs no other rank and that a user's mistake can break: folders, threads, data, model. Writes nothing to the run's folder.
+    """What needs no other rank: check the folders, set the threads, read the data, build the model, log what they are.
 
-    Raises InputError.
+    Writes nothing to the run's folder. Raises InputError.
     """
     check_folders(config)
     ranks.set_threads(config.num_threads, context)
@@ -88,11 +88,11 @@ def prepare_training(config: Config, context: DistContext) -> tuple[Data, Multim
 
 
 def describe(config: Config, data: Data) -> None:
-    """What will be learned from what, in two lines; which of two classes is class 1; and what chooses the best step."""
-    parts = {"train": data.train, "validation": data.val, "test": data.test}
+    """Log rows and classes, class 1 of two classes, the inputs, and the metric that chooses the best step."""
+    datasets = {"train": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(
         f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}"
-        for name, dataset in parts.items()
+        for name, dataset in datasets.items()
         if dataset is not None
     )
     shares = [

@@ -1,4 +1,4 @@
-"""Validation: the best step and the early stop, decided from figures that are the same on all ranks."""
+"""Validation: the best step and the early stop. The figures are the same on all ranks, so they all decide alike."""
 
 import logging
 from collections.abc import Callable
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_validation_due(run: Run) -> bool:
-    """After this many steps, counted from the epoch's start for shares of an epoch, and after the last step of all."""
+    """Every `validate_every` steps, counted from the epoch's start for a share of an epoch, and after the last step."""
     if run.data.val is None:
         return False
     step, plan = run.state.step, run.plan
@@ -28,7 +28,10 @@ def is_validation_due(run: Run) -> bool:
 
 
 def validate(run: Run) -> bool:
-    """Collective. Score the validation rows; True when this step is the best so far. May end the run early, or be stopped by a signal."""
+    """Collective. Evaluate the validation rows; True when this step is the best so far.
+
+    May set `run.state.finished` (early stop). A signal ends it with False and leaves the validation pending.
+    """
     outputs = hooks.on_validation_epoch_start()
     if not evaluate(
         run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)
@@ -42,12 +45,12 @@ def validate(run: Run) -> bool:
     improved = update_best_step(run, values)
     if improved:
         run.best_validation = result.preds
-    shown = "  ".join(
+    figures = "  ".join(
         f"{name} {'undefined' if value is None else format(value, '.4f')}"
         for name, value in values.items()
         if name != "undefined"
     )
-    run.log.say(f"step {run.state.step}/{run.plan.total_steps}  {shown}{'  (best so far)' if improved else ''}")
+    run.log.say(f"step {run.state.step}/{run.plan.total_steps}  {figures}{'  (best so far)' if improved else ''}")
     return improved
 
 
@@ -63,11 +66,11 @@ def update_best_step(run: Run, values: dict[str, Any]) -> bool:
         name = "val_loss"
     value = values[name]
     if value is None:
-        logger.warning("there is no figure to compare step %d by: it cannot be the best", state.step)
+        logger.warning("step %d has no defined validation metric to compare: it cannot be the best", state.step)
         better = False
     elif state.best_value is None:
         better = True
-    elif state.best_metric != name:  # the one that was asked for counts more
+    elif state.best_metric != name:  # a value of the configured metric replaces one of val_loss
         better = name == run.config.early_stop_metric
     elif value == state.best_value:
         better = has_lower_loss(values["val_loss"], state.best_val_loss)
@@ -86,21 +89,23 @@ def update_best_step(run: Run, values: dict[str, Any]) -> bool:
 
 
 def has_lower_loss(val_loss: float | None, best_val_loss: float | None) -> bool:
-    """Among equal values of the metric. A best step without a loss (not finite, or of an older checkpoint) stays the best."""
+    """Of two steps with equal values of the metric: whether the new one has the lower loss.
+
+    A best step without a loss (not finite, or from an older checkpoint) stays the best.
+    """
     return val_loss is not None and best_val_loss is not None and val_loss < best_val_loss
 
 
 def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> bool:
-    """Collective. Run `step(batch, index)` on this rank's share of whole batches, on the raw module, without gradients.
+    """Collective. Call `step(batch, index)` for every batch assigned to this rank, in eval mode, without gradients.
 
+    `step` uses the module itself: DDP's forward is a collective, and ranks may have different numbers of batches.
     False, with `run.stopping` set, when a signal to any rank ended it before the last batch.
     """
     stop_flag = distributed.AsyncFlag()
     run.model.eval()
-    with (
-        torch.no_grad(),
-        phase(f"the evaluation at step {run.state.step}"),
-    ):  # not inference_mode: an encoder may keep a table it makes here for training steps
+    # not inference_mode: an encoder may cache a table here and use it in training steps
+    with torch.no_grad(), phase(f"the evaluation at step {run.state.step}"):
         for item in scoring.own_batches(dataset, run.context):
             run.stopping = stop_flag.any_rank(signals.requested() is not None)
             if run.stopping:

@@ -12,7 +12,7 @@ from typing import Any
 from mmbert_core.cli import main
 from mmbert_core.storage.files import sha256_of
 from mmbert_core.storage.manifest import MANIFEST
-from mmbert_core.training.checkpoint import PARTS
+from mmbert_core.training.checkpoint import CHECKPOINT_FILES
 from tests.support import tiny
 from tests.support.fault_matrix import Figures
 
@@ -69,7 +69,7 @@ def write_manifest(checkpoint: Path, **changes: Any) -> None:
     """A manifest that fits the current files, so that only their content can be refused."""
     files = {
         name: {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256_of(checkpoint / name)}
-        for name in PARTS
+        for name in CHECKPOINT_FILES
         if (checkpoint / name).is_file()
     }
     version = (

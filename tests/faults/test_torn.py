@@ -14,7 +14,7 @@ import pytest
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training.checkpoint import (
-    PARTS,
+    CHECKPOINT_FILES,
     find_checkpoint,
     list_steps,
     rotate,
@@ -63,7 +63,7 @@ def save(folder: Path, step: int, version: int = 0) -> Path:
 
 def torn_copies(folder: Path, work: Path) -> Iterator[tuple[str, str, Path]]:
     """Name of a file, its damage, and a copy of the checkpoints in which the newest one has it."""
-    for name in (*PARTS, MANIFEST):
+    for name in (*CHECKPOINT_FILES, MANIFEST):
         for damage, tear in TORN.items():
             copy = work / "torn"
             shutil.rmtree(copy, ignore_errors=True)
@@ -77,7 +77,7 @@ def torn_copies(folder: Path, work: Path) -> Iterator[tuple[str, str, Path]]:
     "F9",
     f"each file of a checkpoint: {', '.join(TORN)}",
     "never loaded; the one before is used, with one warning that names the file; refused when none is complete",
-    full={"random_bits": 200, "in_jobs": (*PARTS, MANIFEST)},
+    full={"random_bits": 200, "in_jobs": (*CHECKPOINT_FILES, MANIFEST)},
 )
 def test_F9_torn_files(
     tmp_path: Path, random_bits: int = 20, in_jobs: tuple[str, ...] = ("model.safetensors",)
@@ -90,7 +90,7 @@ def test_F9_torn_files(
         with captured_warnings() as warnings:
             found = find_checkpoint(copy, "auto")
         # a flipped bit of a checksum in the manifest: the warning names the file of that checksum
-        names = PARTS if (name, damage) == (MANIFEST, "a flipped bit") else ()
+        names = CHECKPOINT_FILES if (name, damage) == (MANIFEST, "a flipped bit") else ()
         is_warned = (
             len(warnings) == 1
             and any(word in warnings[0] for word in (name, *names))
@@ -109,7 +109,7 @@ def test_F9_torn_files(
     for name in in_jobs:
         count_torn_run(figures, tmp_path / f"run-{name}", name)
     figures.notes.append(
-        f"{len(PARTS) + 1} files x {len(TORN)} damages with and without an older checkpoint, "
+        f"{len(CHECKPOINT_FILES) + 1} files x {len(TORN)} damages with and without an older checkpoint, "
         f"{random_bits} random bits, {len(in_jobs)} real runs"
     )
     return figures
@@ -122,7 +122,7 @@ def count_random_bits(figures: Figures, whole: Path, work: Path, count: int) -> 
         copy = work / "bits"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(whole, copy)
-        file = step_folder(copy, 20) / generator.choice((*PARTS, MANIFEST))
+        file = step_folder(copy, 20) / generator.choice((*CHECKPOINT_FILES, MANIFEST))
         data = bytearray(file.read_bytes())
         index, bit = generator.randrange(len(data)), generator.randrange(8)
         data[index] ^= 1 << bit

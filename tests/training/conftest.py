@@ -89,7 +89,7 @@ def warnings_in(caplog) -> list[str]:
 
 
 def save_encoder(family: str, folder: Path, files: Path) -> Path:
-    """An encoder of another family beside the tokenizer of the shared files."""
+    """An encoder of another family with the tokenizer of the shared files."""
     if family == "Luke":  # parts of it are for entities, which texts here have none of
         torch.manual_seed(0)
         encoder = AutoModel.from_config(

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, restored by name, kept and removed by rule."""
+"""Checkpoints: complete or skipped, restored by name, kept and removed by rule."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from mmbert_core.storage.files import sha256_of
 from mmbert_core.storage.manifest import MANIFEST
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import (
-    PARTS,
+    CHECKPOINT_FILES,
     TrainState,
     clean_up,
     find_checkpoint,
@@ -85,7 +85,7 @@ def test_weights_and_moments_come_back_by_name(tmp_path):
         model.step(optimizer)
     path = save(tmp_path, 3, model=model, optimizer=optimizer, epoch=1)
     assert path == tmp_path / "step-00000003" and sorted(file.name for file in path.iterdir()) == sorted(
-        [*PARTS, MANIFEST]
+        [*CHECKPOINT_FILES, MANIFEST]
     )
 
     found = read_checkpoint(path)
@@ -145,9 +145,9 @@ def test_manifest_names_every_file_with_size_and_hash(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest["files"] == {
-        name: {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)} for name in PARTS
+        name: {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)} for name in CHECKPOINT_FILES
     }
-    assert (path / MANIFEST).stat().st_mtime_ns >= max((path / name).stat().st_mtime_ns for name in PARTS)
+    assert (path / MANIFEST).stat().st_mtime_ns >= max((path / name).stat().st_mtime_ns for name in CHECKPOINT_FILES)
     assert why_invalid(path) is None
 
 
@@ -158,7 +158,7 @@ def test_the_same_state_is_the_same_bytes(tmp_path):
         model.step(optimizer)
         save(tmp_path / folder, 1, model=model, optimizer=optimizer)
     assert content(tmp_path / "a") == content(tmp_path / "b")
-    for name in PARTS[:2]:
+    for name in CHECKPOINT_FILES[:2]:
         with safe_open(tmp_path / "a/step-00000001" / name, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
 
@@ -178,7 +178,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", (*PARTS, MANIFEST))
+@pytest.mark.parametrize("name", (*CHECKPOINT_FILES, MANIFEST))
 def test_a_damaged_file_sends_the_resume_to_the_previous_checkpoint(tmp_path, caplog, name, damage):
     for step in (10, 20):
         save(tmp_path, step)
@@ -193,12 +193,12 @@ def test_a_damaged_file_sends_the_resume_to_the_previous_checkpoint(tmp_path, ca
         find_checkpoint(tmp_path, 20)
 
 
-@pytest.mark.parametrize("name", (*PARTS, MANIFEST))
+@pytest.mark.parametrize("name", (*CHECKPOINT_FILES, MANIFEST))
 def test_a_part_that_is_a_link_is_not_followed(tmp_path, name):
     path = save(tmp_path, 1)
     (path / name).rename(tmp_path / name)
     (path / name).symlink_to(tmp_path / name)
-    # a manifest is judged by what it says, wherever it lies
+    # a link to a manifest of the same content is accepted
     assert (why_invalid(path) is None) == (name == MANIFEST)
 
 
@@ -206,9 +206,9 @@ def test_a_part_that_is_a_link_is_not_followed(tmp_path, name):
 def test_no_flipped_bit_of_a_manifest_passes(tmp_path, bit):
     path = save(tmp_path, 1)
     data = (path / MANIFEST).read_bytes().rstrip(b"\n")
-    for place in range(len(data)):
-        (path / MANIFEST).write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
-        assert why_invalid(path), f"byte {place}: {data[place : place + 1]!r}"
+    for index in range(len(data)):
+        (path / MANIFEST).write_bytes(data[:index] + bytes([data[index] ^ 1 << bit]) + data[index + 1 :])
+        assert why_invalid(path), f"byte {index}: {data[index : index + 1]!r}"
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_a_step_written_again_replaces_the_old_folder(tmp_path):
     (save(tmp_path, 1) / "state.json").unlink()
     (step_folder(tmp_path, 1) / "stranger").write_text("x")
     path = save(tmp_path, 1, model=Network(seed=5))
-    assert why_invalid(path) is None and sorted(os.listdir(path)) == sorted([*PARTS, MANIFEST])
+    assert why_invalid(path) is None and sorted(os.listdir(path)) == sorted([*CHECKPOINT_FILES, MANIFEST])
     assert torch.equal(read_weights(tmp_path, 1)["first.weight"], Network(seed=5).first.weight)
 
 
@@ -458,11 +458,11 @@ def test_a_write_killed_while_it_replaced_a_checkpoint_is_ended_at_the_start(tmp
     assert os.listdir(tmp_path) == ["step-00000001"] and content(step_folder(tmp_path, 1)) == before
 
 
-def test_a_checkpoint_that_has_no_place_is_not_begun(tmp_path, monkeypatch):
+def test_a_checkpoint_without_disk_space_is_not_begun(tmp_path, monkeypatch):
     save(tmp_path, 1)
     before = content(tmp_path)
     for module in (checkpoint, project_files):
         monkeypatch.setattr(module, "free_bytes", lambda folder: 1000)
-    with pytest.raises(RunError, match=r"no place for the checkpoint of step 2: need 1\.\d MB, have 0\.0 MB at "):
+    with pytest.raises(RunError, match=r"no space for the checkpoint of step 2: need 1\.\d MB, have 0\.0 MB at "):
         save(tmp_path, 2)
     assert content(tmp_path) == before

@@ -150,10 +150,10 @@ def test_warmup_is_a_number_of_steps_or_a_share_of_all(asked, total, steps):
 # ---- one optimizer step ----
 
 
-def parts_of(
+def optimizer_for(
     *values: float, max_scale: float | None = None
 ) -> tuple[nn.Parameter, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR, torch.amp.GradScaler]:
-    """One parameter of ones with gradient `values`, SGD of rate 1, a rate that falls by 1 % a step, a scaler (off without `max_scale`)."""
+    """Ones as a parameter with gradient `values`, SGD with lr 1, 1 % less a step, a scaler (off without `max_scale`)."""
     parameter = nn.Parameter(torch.ones(len(values)))
     parameter.grad = torch.tensor(values)
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -163,7 +163,7 @@ def parts_of(
 
 
 def test_order_of_a_step(monkeypatch):
-    parameter, optimizer, scheduler, scaler = parts_of(3.0, 4.0)
+    parameter, optimizer, scheduler, scaler = optimizer_for(3.0, 4.0)
     calls = []
 
     def note(name, plain):
@@ -193,7 +193,7 @@ def test_order_of_a_step(monkeypatch):
 @pytest.mark.parametrize("scale", (None, 256.0))
 def test_clipping_sees_unscaled_gradients(max_norm, expected, scale):
     """Clipping before unscaling would move the weights 256 times less."""
-    parameter, optimizer, scheduler, scaler = parts_of(3.0, 4.0, max_scale=scale)
+    parameter, optimizer, scheduler, scaler = optimizer_for(3.0, 4.0, max_scale=scale)
     parameter.grad *= scaler.scale(torch.ones(()))
     stepped, grad_norm = optimizer_step([parameter], optimizer, scheduler, scaler, max_norm=max_norm)
     assert stepped and grad_norm == pytest.approx(5.0)
@@ -203,14 +203,14 @@ def test_clipping_sees_unscaled_gradients(max_norm, expected, scale):
 @pytest.mark.parametrize("max_norm", (0.0, 1.0))
 @pytest.mark.parametrize("bad", (NAN, INF, -INF))
 def test_non_finite_gradient_raises_before_the_weights_move(bad, max_norm):
-    parameter, optimizer, scheduler, scaler = parts_of(3.0, bad)
+    parameter, optimizer, scheduler, scaler = optimizer_for(3.0, bad)
     with pytest.raises(RunError, match="gradient norm is (nan|inf)"):
         optimizer_step([parameter], optimizer, scheduler, scaler, max_norm=max_norm)
     assert parameter.tolist() == [1.0, 1.0] and scheduler.get_last_lr() == [1.0]
 
 
 def test_parameters_without_gradient_are_left_alone():
-    parameter, optimizer, scheduler, scaler = parts_of(3.0, 4.0)
+    parameter, optimizer, scheduler, scaler = optimizer_for(3.0, 4.0)
     other = nn.Parameter(torch.ones(2))
     assert optimizer_step([parameter, other], optimizer, scheduler, scaler, max_norm=0.0) == (True, 5.0)
     assert other.tolist() == [1.0, 1.0]
@@ -218,7 +218,7 @@ def test_parameters_without_gradient_are_left_alone():
 
 def test_overflow_skips_optimizer_and_schedule_together():
     """A loss scale of 2**127 overflows twice (gradient 4), then fits; its state goes through JSON in between."""
-    parameter, optimizer, scheduler, scaler = parts_of(0.0, max_scale=2.0**127)
+    parameter, optimizer, scheduler, scaler = optimizer_for(0.0, max_scale=2.0**127)
     seen = []
     for _ in range(3):
         optimizer.zero_grad()
@@ -238,7 +238,7 @@ def test_overflow_skips_optimizer_and_schedule_together():
 
 
 def test_gradients_that_no_loss_scale_helps_stop_the_run():
-    parameter, optimizer, scheduler, scaler = parts_of(NAN, max_scale=2.0**16)
+    parameter, optimizer, scheduler, scaler = optimizer_for(NAN, max_scale=2.0**16)
     with pytest.raises(RunError, match="at any loss scale"):
         for _ in range(100):
             scaler.scale(NAN * parameter.sum()).backward()

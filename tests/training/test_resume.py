@@ -18,7 +18,7 @@ from mmbert_core.inference import model_folder
 from mmbert_core.runtime import signals
 from mmbert_core.runtime.errors import InputError, Stopped
 from mmbert_core.training import checkpoint, finish, resume, start
-from mmbert_core.training.checkpoint import check_resumable
+from mmbert_core.training.resume import check_resumable
 from mmbert_core.training.run_log import RunLog
 from tests.support import tiny
 from tests.training.conftest import (
@@ -181,11 +181,11 @@ ALLOWED = {"log_every": 7, "save_every": 1, "keep_checkpoints": 9, "num_threads"
 
 def test_auto_pooling_stays_what_it_was_when_the_run_began(finished, monkeypatch):
     """Files that say how a sentence encoder was trained may come into its folder later."""
-    settled = json.loads((Path(finished.model_path) / "config.json").read_text())["resolved"]["pooling"]
+    resolved = json.loads((Path(finished.model_path) / "config.json").read_text())["resolved"]["pooling"]
     monkeypatch.setattr(model_folder, "sentence_pooling", lambda name: "mean")
     before = content(Path(finished.model_path))
     assert (
-        (finished.pooling, settled) == ("auto", "pooler")
+        (finished.pooling, resolved) == ("auto", "pooler")
         and train(finished)
         and train(replace(finished, pooling="pooler"))
     )
@@ -243,7 +243,7 @@ def test_a_changed_setting_stops_a_started_run_before_it_writes(finished, key):
 
 
 @pytest.mark.parametrize("key", ALLOWED)
-def test_a_setting_that_changes_no_number_may_change(finished, tmp_path, key):
+def test_a_setting_that_changes_no_result_may_change(finished, tmp_path, key):
     new = str(tmp_path / "cache") if key == "cache_path" else ALLOWED[key]
     results, _, _ = train(replace(finished, **{key: new}))
     assert results.steps == 5
@@ -265,7 +265,7 @@ def test_micro_batches_may_change_for_a_run_that_ran_out_of_memory(config_of, ca
     assert sum("other dropout" in message for message in caplog.messages) == 1
 
 
-def test_a_restart_goes_on_from_where_a_run_was_sent_back_to(config_of, monkeypatch):
+def test_a_restart_resumes_from_the_step_that_a_run_was_sent_back_to(config_of, monkeypatch):
     """Steps beyond the asked one are of another life: a restart, which looks for the newest, must not find them."""
     config = config_of(save_every=2, keep_checkpoints=100)
     train(config)
@@ -304,7 +304,7 @@ def test_changed_data_stop_a_started_run(finished):
     assert train(finished)[0].steps == 5
 
 
-# ---- going on ----
+# ---- resuming ----
 
 
 def figures_of(config: Config) -> list[tuple]:
@@ -338,7 +338,7 @@ def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(config_of, tmp_p
 
 @pytest.mark.parametrize("where", ("between steps", "before the model is written"))
 def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp_path, monkeypatch, where):
-    """Also when the best step was validated in an earlier life, so that its validation rows are scored once more."""
+    """Also when the best step was validated before the resume, so that its validation rows are evaluated again."""
     val = tiny.write_table(tmp_path / "val.csv", 220, seed=6)
     straight = config_of(
         save_every=3,
@@ -351,10 +351,10 @@ def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp
     results, _, _ = train(straight)
     kept = (Path(straight.model_path) / "thresholds.json").read_bytes()
     assert (
-        all(part["reason"] is None for part in json.loads(kept).values())
+        all(entry["reason"] is None for entry in json.loads(kept).values())
         and json.loads(kept)["threshold"]["value"] != 0.5
     )
-    assert results.best_step < STEPS  # the weights at the end are not those that are judged
+    assert results.best_step < STEPS  # the weights at the end are not those that are evaluated
     config = replace(straight, model_path=str(tmp_path / "killed"))
 
     def die(*_, **__):
@@ -370,7 +370,7 @@ def test_a_resumed_run_chooses_the_same_threshold_and_calibration(config_of, tmp
         assert (Path(config.model_path) / name).read_bytes() == (Path(straight.model_path) / name).read_bytes()
 
 
-def test_going_on_from_an_earlier_step(config_of, caplog):
+def test_resuming_from_an_earlier_step(config_of, caplog):
     config = config_of(save_every=2, keep_checkpoints=100)
     train(config)
     before, figures = weights_in(config), figures_of(config)
@@ -380,7 +380,7 @@ def test_going_on_from_an_earlier_step(config_of, caplog):
 
 
 def test_a_best_checkpoint_that_is_lost_does_not_stop_the_run(config_of, caplog):
-    """Going on from a step whose best checkpoint has gone: the best is chosen among what follows."""
+    """Resuming from a step whose best checkpoint is gone: the best is chosen among what follows."""
     config = config_of(save_every=1, keep_checkpoints=100, val_check_interval=1)
     train(config)
     folder = Path(config.model_path) / "checkpoints"
@@ -452,7 +452,7 @@ def test_halves_of_files_are_cleared_by_the_next_start(config_of, files):
     ]
     elsewhere = run.parent / "elsewhere"
     (run / "multimodal_bert-link").symlink_to(elsewhere)
-    # predictions into this folder go on
+    # predictions into this folder may be running
     others = [
         run / ".tmp-out.tsv-77",
         run / ".tmp-cache_out.tsv-77",
@@ -469,9 +469,9 @@ def test_halves_of_files_are_cleared_by_the_next_start(config_of, files):
     ] == [] and all(path.exists() for path in others)
 
 
-@pytest.mark.parametrize("part", ("save_model_folder", "write_json"))
-def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, files, monkeypatch, part):
-    """Its results, of which an earlier life may have left some, appear last."""
+@pytest.mark.parametrize("function", ("save_model_folder", "write_json"))
+def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, files, monkeypatch, function):
+    """Its results, of which an interrupted start may have left some, are written last."""
     config = config_of(test_path=(str(files / "test.csv"),), save_every=5)
     expected, _, _ = train(config)
     weights = weights_in(config)
@@ -480,7 +480,7 @@ def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, fil
         raise Interrupted
 
     with monkeypatch.context() as patches, pytest.raises(Interrupted):
-        patches.setattr(finish, part, die)
+        patches.setattr(finish, function, die)
         train(replace(config, resume=5))
     assert not (Path(config.model_path) / "train_results.json").exists()
     die_before(monkeypatch, step=STEPS + 1)  # nothing is left to train
@@ -491,7 +491,7 @@ def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, fil
 
 @pytest.mark.parametrize("where", ("on_test_epoch_end", "write_json", "close"))
 def test_a_run_has_one_test_folder_wherever_its_end_was_killed(config_of, files, monkeypatch, where):
-    """`mmbert evaluate` may have made others in the same folder: they stay. `close`: killed after the last file, nothing is done once more."""
+    """Folders of `mmbert evaluate` in the run's folder stay. `close`: killed after the last file, nothing is repeated."""
     config = config_of(test_path=(str(files / "test.csv"),), max_epochs=1)
     evaluated = Path(config.model_path) / "multimodal_bert-2026-01-01-00-00-00"
     evaluated.mkdir(parents=True)

@@ -95,7 +95,7 @@ def test_lines_of_what_is_done_once_more_are_dropped(tmp_path, validated, tested
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:left]
 
 
-def test_curves_that_find_no_folder_are_told_once_and_in_one_line(tmp_path, monkeypatch, capfd, caplog):
+def test_curves_without_a_folder_are_one_warning(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's; put back afterwards
     log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=9)
     log.record({"step": 1, "train_loss": 0.5})
