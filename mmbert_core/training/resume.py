@@ -204,9 +204,18 @@ def read_for_all_ranks(
 
 
 def restore(
-    found: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler
+    found: Checkpoint | None,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
+    scaler: torch.amp.GradScaler,
 ) -> TrainState:
-    """Restore optimizer, schedule and loss scale. The weights are loaded earlier, before DDP wraps the model."""
+    """Restore optimizer, schedule and loss scale and return the state; without a checkpoint the state of a new run.
+
+    The weights are loaded earlier, before DDP wraps the model.
+    """
+    if found is None:
+        return TrainState()
     with naming_checkpoint(found.path):
         check_moments(found.moments, dict(model.named_parameters()), file="optimizer.safetensors")
         check_schedule(found.state["scheduler"], num_groups=len(optimizer.param_groups))

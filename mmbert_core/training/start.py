@@ -134,9 +134,7 @@ def start_run(
     optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)
     scaler = build_scaler(precision, context.device)
     with phase("load"):
-        states = distributed.on_all(
-            lambda: restore(found, model, optimizer, scheduler, scaler) if found else TrainState()
-        )
+        states = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler))
 
     # ---- the first files of the run ----
     state = states[context.rank]
