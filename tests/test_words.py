@@ -200,6 +200,10 @@ def all_hits(paths: list[Path]) -> list[str]:
     return [hit for path in paths for hit in hits(path)]
 
 
+def test_no_banned_word_is_left():
+    assert all_hits(files()) == []
+
+
 # ---- every word is found where it is used, and nothing else is ----
 
 
