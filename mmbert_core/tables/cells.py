@@ -18,7 +18,7 @@ import pandas as pd
 BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
 DIGITS = {"true": "1", "false": "0"}
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
-WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # 1.0: pandas writes 1 so in a column with missing values
+WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # such as 1.0, which pandas writes for 1 if cells are missing
 # date, time, fraction of a second, time zone; pandas pads the fractions of a column to the same number of digits
 TIMESTAMP = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?"
@@ -50,7 +50,7 @@ def normal_form(cell: str) -> str:
 
 
 def _drop_zero_time(days: str, time: str, fraction: str) -> str:
-    """A timestamp or a duration; only its date or days where the rest is 0."""
+    """A timestamp or a duration as text; only its date or its days where the time is zero."""
     time += _drop_zeros(fraction)
     return days if time in ("", "00:00:00") else f"{days} {time}"
 
@@ -63,15 +63,14 @@ def index_by_form(index_of: Mapping[str, int]) -> dict[str, int]:
     """Normal form -> index of the first value of `index_of` that has it.
 
     A column of true and false is often stored as 1 and 0, or the other way round: where `index_of` has one of these
-    pairs, the other is added with the same indices. 1 and 0 next to other whole numbers are counts or codes, and are
-    not taken for true and false.
+    pairs, the other is added with the same indices. Where 1 and 0 occur with other whole numbers, they are counts or
+    codes, and true and false are not added.
     """
     by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
     if not by_form.keys() & DIGITS.values():
         return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
-    if not by_form.keys() & DIGITS.keys() and not any(
-        WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form
-    ):
+    has_other_numbers = any(WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form)
+    if not by_form.keys() & DIGITS.keys() and not has_other_numbers:
         return by_form | {word: by_form[digit] for word, digit in DIGITS.items() if digit in by_form}
     return by_form
 
@@ -88,7 +87,7 @@ def text_of(value: Any) -> str:
         return value if type(value) is str else str(value)  # a numpy string as a plain str
     if value is None:
         return ""
-    kind = type(value)  # the exact types first: they are nearly all cells, and this runs once a cell
+    kind = type(value)  # exact types first, for speed: this runs once a cell
     if kind is int:
         return str(value)
     if kind is float:
@@ -104,7 +103,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, (int, np.integer)) and not isinstance(value, np.timedelta64):  # a subclass of np.integer
         return str(int(value))
     if isinstance(value, (float, np.floating)):
-        return repr(float(value)) if isinstance(value, float) else str(value)  # of float32 its own shortest decimal
+        return repr(float(value)) if isinstance(value, float) else str(value)  # float32: its own shortest decimal
     if isinstance(value, bytes):
         return text_of(value.decode("utf-8"))
     if isinstance(value, (np.datetime64, datetime)):
@@ -124,9 +123,9 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, (np.datetime64, np.timedelta64)) and bool(np.isnat(value))
 
 
-def _text_by_pandas(kind: type, value: Any) -> str:
-    """A timestamp or a duration as pandas writes it into a CSV; outside pandas' range as its own type writes it."""
+def _text_by_pandas(pandas_type: type, value: Any) -> str:
+    """A timestamp or a duration as pandas writes it into a CSV; outside pandas' range, `str(value)`."""
     try:
-        return str(kind(value))
+        return str(pandas_type(value))
     except (ValueError, OverflowError):
         return str(value)

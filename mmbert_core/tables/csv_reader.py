@@ -1,4 +1,7 @@
-"""Records of a CSV or TSV file: checked row lengths, spreadsheet leftovers, quotes that do not quote."""
+"""Records of a CSV or TSV file, with checks of row lengths and quoting.
+
+What spreadsheets add is handled too: a first line `sep=;`, columns without a name, and rows of separators at the end.
+"""
 
 import csv
 import logging
@@ -10,7 +13,7 @@ from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, BadLine, row_location,
 
 AUTO, STANDARD, NONE = "auto", "standard", "none"  # values of tsv_quoting
 TAB = "\t"
-SEPARATORS = {  # one that the file seems to have instead of its own -> name, advice
+SEPARATORS = {  # separator that a file may have instead of the expected one -> its name, advice
     ";": ("semicolons", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
     "\t": ("tabs", "name the file .tsv"),
     "|": ("vertical bars", "save the file with commas (CSV UTF-8), or with tabs as .tsv"),
@@ -25,7 +28,7 @@ Record = tuple[int, list[str]]  # line on which it begins, cells
 def csv_header(path: str, delimiter: str, tsv_quoting: str) -> list[str] | None:
     """Column names, without empty ones at the end; None for an empty file.
 
-    Raises `InputError` for an unreadable header, and for a line `sep=;` in its place, which Excel writes.
+    Raises `InputError` for an unreadable header, and for a first line `sep=;`, which Excel writes.
     """
     first = next(_records(path, delimiter, tsv_quoting), None)
     if first is None:
@@ -43,8 +46,8 @@ def csv_rows(
 ) -> Iterator[tuple[int, Sequence[str]]]:
     """(line, cells of `columns`) of each row.
 
-    Raises `InputError` for a row of another length than the header, broken quoting, and a blank line or a line of
-    separators alone between rows.
+    Raises `InputError` for a row of another length than the header, broken quoting, and a line between rows that
+    is blank or has separators only.
     """
     records = _records(path, delimiter, tsv_quoting)
     _, header = next(records)
@@ -75,14 +78,19 @@ def _strip_unnamed(header: list[str]) -> list[str]:
 
 
 def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
-    """The header, then the rows. Blank lines and (with several columns) separators alone only at the end."""
+    """The header, then the rows. Raises `InputError`.
+
+    Blank lines and, with several columns, lines of separators alone are allowed only at the end.
+    """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     is_auto = delimiter == TAB and tsv_quoting == AUTO
     quoting = csv.QUOTE_NONE if delimiter == TAB and tsv_quoting == NONE else csv.QUOTE_MINIMAL
-    line_cells: list[int] = []  # for each line of the current record: its cells if it were a record of its own
+    line_cells: list[int] = []  # of each line of the current record, without quoting: its cells
     lines = _count_cells(text_lines(path), line_cells) if is_auto else text_lines(path)
     reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
-    row, num_columns, num_blank, blank_line, blank_kind = 0, 0, 0, 0, ""
+    row = num_columns = 0
+    blank_line, blank_kind = 0, ""  # the first line without cells
+    num_separator_rows = 0
     while True:
         line = reader.line_num + 1
         line_cells.clear()
@@ -98,7 +106,7 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
         if not cells or (num_columns > 1 and not any(cells)):
             if not blank_line:
                 blank_line, blank_kind = line, "separators alone" if cells else "a blank line"
-            num_blank += bool(cells)
+            num_separator_rows += bool(cells)
             continue
         if blank_line:
             hints = {0: "remove it", 1: 'an empty cell alone is written ""'}
@@ -109,19 +117,19 @@ def _records(path: str, delimiter: str, tsv_quoting: str) -> Iterator[Record]:
         yield line, cells
         num_columns = num_columns or len(cells)
         row += 1
-    if num_blank:
-        logger.info("%s: %d rows of separators alone at the end are ignored", path, num_blank)
+    if num_separator_rows:
+        logger.info("%s: %d rows of separators alone at the end are ignored", path, num_separator_rows)
 
 
 def _count_cells(lines: Iterator[str], line_cells: list[int]) -> Iterator[str]:
-    """The same lines; appends to `line_cells` the cells that each would have without quoting, 0 for a blank line."""
+    """The same lines; appends to `line_cells` how many cells each has without quoting, 0 for a blank line."""
     for text in lines:
         line_cells.append(0 if text[0] in "\r\n" else text.count(TAB) + 1)
         yield text
 
 
 def _check_quoted_lines(line_cells: Sequence[int], num_columns: int, prefix: str) -> None:
-    """Raise `InputError` for a quoted cell of several lines that may be rows: its quote may be only a character."""
+    """Raise `InputError` if the lines of a quoted cell may be rows, so that its quote may be an ordinary character."""
     if num_columns == 1:
         is_ambiguous = 0 not in line_cells  # a blank line cannot be a row
     else:
@@ -135,7 +143,7 @@ def _check_quoted_lines(line_cells: Sequence[int], num_columns: int, prefix: str
 
 
 def _other_separator(path: str, delimiter: str) -> str | None:
-    """The problem of a header that cannot be read, where its quoted names have another separator between them."""
+    """A message for an unreadable header whose quoted names have another separator between them; None for others."""
     header = next(text_lines(path))
     if f'"{delimiter}"' in header:
         return None

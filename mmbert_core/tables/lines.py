@@ -1,4 +1,4 @@
-"""The lines of a text file, decoded and of bounded length; what kind of file it is where it is not text."""
+"""Lines of a text file, decoded and of bounded length. Files that are not text are recognised, for the message."""
 
 import gzip
 import zlib
@@ -11,13 +11,13 @@ from mmbert_core.tables.cells import text_of
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LATIN = "Windows-1252"  # Latin-1 with curly quotes: the usual encoding of text that is not Unicode
-MAX_LINE_BYTES = 2**27  # without a limit a file without line breaks would fill the memory before it is refused
-MAX_CELL_CHARACTERS = 2**26  # a book has a few millions
+MAX_LINE_BYTES = 2**27  # without a limit, a file without line breaks would fill the memory
+MAX_CELL_CHARACTERS = 2**26  # a book has a few million
 
 EXCEL = "the file is an Excel workbook: save the sheet as CSV UTF-8"
 OPEN_DOCUMENT = "the file is an OpenDocument spreadsheet: save the sheet as CSV UTF-8"
 ZIP = "the file is a ZIP archive: unpack it"
-SIGNATURES = {  # first bytes of a file -> its kind and what to do; no header can begin with them
+SIGNATURES = {  # first bytes of a file -> its kind and what to do; no header begins with them
     b"\x1f\x8b": "the file is packed by gzip: its name should end in .gz",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": EXCEL,  # .xls
     b"PK\x05\x06": ZIP,
@@ -48,8 +48,8 @@ class BadLine(Exception):
     """A line that cannot be read as text. The reader that catches it adds the row and the line number."""
 
 
-def short_text_of(value: Any) -> str:
-    """`text_of` for a value from a file. Raises `ValueError` also for more than MAX_CELL_CHARACTERS."""
+def bounded_text_of(value: Any) -> str:
+    """`text_of`, which also raises `ValueError` for more than MAX_CELL_CHARACTERS."""
     text = text_of(value)
     if len(text) > MAX_CELL_CHARACTERS:
         raise ValueError(f"{len(text):,} characters, more than {MAX_CELL_CHARACTERS:,}")
@@ -84,7 +84,7 @@ def text_lines(path: str) -> Iterator[str]:
     MAX_LINE_BYTES, of which no more is read.
     """
     offset = 0  # bytes of the decompressed file before this line
-    other_encoding = LATIN  # for the advice, where bytes are not UTF-8
+    other_encoding = LATIN  # named in the advice if a line is not UTF-8
     with open_bytes(path) as stream:
         try:
             for raw in iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""):

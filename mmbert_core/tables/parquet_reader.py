@@ -8,14 +8,14 @@ import numpy as np
 
 from mmbert_core.runtime.errors import InputError, shorten
 from mmbert_core.tables.cells import text_of
-from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, kind_of, row_location, short_text_of
+from mmbert_core.tables.lines import MAX_CELL_CHARACTERS, bounded_text_of, kind_of, row_location
 
 MAX_BATCH_ROWS = 4096
 MAX_BATCH_BYTES = 2**24  # decompressed, of all columns of a batch
-MAX_DICTIONARY_BYTES = 2**16  # of a text, mean over the rows, up to which its column is read as a dictionary
+MAX_DICTIONARY_BYTES = 2**16  # mean bytes of a text, up to which its column is read as a dictionary
 MAX_ERROR_CHARACTERS = 120  # of pyarrow's message in ours
 READ_BYTES = 2**20  # of a column at a time; without a limit pyarrow reads a whole column of a row group
-# bases of all errors of pyarrow; ValueError also for text that is not UTF-8
+# base classes of all of pyarrow's errors; ValueError also for text that is not UTF-8
 READ_ERRORS = (OSError, ValueError, OverflowError, LookupError, NotImplementedError, TypeError)
 
 
@@ -41,8 +41,9 @@ def parquet_header(path: str) -> list[str]:
 
 
 def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
-    """Rows of `columns`, which the file must have. Raises `InputError` with path, row and column.
+    """Rows of `columns`, which the file must have.
 
+    Raises `InputError` with path, row and column for what cannot be read, and for a cell that is too long.
     Memory: a batch, and what pyarrow takes to decode a page (1,024 values or more, at most 2 GiB by the format).
     """
     file = open_parquet(path)
@@ -57,7 +58,8 @@ def parquet_rows(path: str, columns: Sequence[str]) -> Iterator[list[str]]:
     file = open_parquet(path, metadata=file.metadata, **options)
     row = 0
     for group, size_of in enumerate(sizes):
-        if (column := next((name for name, size in size_of.items() if size > MAX_CELL_CHARACTERS), None)) is not None:
+        column = next((name for name, size in size_of.items() if size > MAX_CELL_CHARACTERS), None)
+        if column is not None:
             expected = f"expected cells of at most {MAX_CELL_CHARACTERS:,} characters, found longer ones"
             raise InputError(f"{row_location(path, row + 1)} or after, column {column!r}: {expected}")
         batch_rows = int(max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES / max(1.0, sum(size_of.values())))))
@@ -91,9 +93,9 @@ def _other_kind(path: str) -> str:
 
 
 def _bytes_per_row(group: Any, columns: Sequence[str]) -> dict[str, float]:
-    """Column -> decompressed bytes of a row, mean over the row group, from its metadata.
+    """Column -> mean decompressed bytes of a row of the row group, from its metadata.
 
-    Values that a dictionary holds once count once.
+    Repeated values that a dictionary stores once count once.
     """
     sizes = dict.fromkeys(columns, 0.0)
     for index in range(group.num_columns):
@@ -106,9 +108,9 @@ def _bytes_per_row(group: Any, columns: Sequence[str]) -> dict[str, float]:
 
 
 def _dictionary_columns(file: Any, columns: Sequence[str], sizes: Sequence[Mapping[str, float]]) -> list[str]:
-    """Text columns to read as dictionaries, so that a text which many rows share is in memory once.
+    """Text columns to read as dictionaries, so that a text of many rows is in memory once.
 
-    Not columns of long texts: where these differ, a dictionary keeps several copies in memory.
+    Columns of long texts are excluded: if their texts differ, a dictionary takes several times the memory.
     """
     import pyarrow
 
@@ -118,6 +120,7 @@ def _dictionary_columns(file: Any, columns: Sequence[str], sizes: Sequence[Mappi
 
 
 def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
+    """The cells of a column as text; the batch begins with row `first_row` of the file. Raises `InputError`."""
     values = batch.column(batch.schema.get_field_index(column))
     try:
         found = _python_values(values)
@@ -132,7 +135,7 @@ def _cells(batch: Any, column: str, *, first_row: int, path: str) -> list[str]:
     cells = []
     for value in found:
         try:
-            cells.append(short_text_of(value))
+            cells.append(bounded_text_of(value))
         except ValueError as error:
             error_prefix = f"{row_location(path, first_row + len(cells))}, column {column!r}"
             raise InputError(f"{error_prefix}: expected a single value, found {error}") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmbert_core.runtime.errors import InputError, format_for_message
 from mmbert_core.tables.csv_reader import AUTO, csv_header, csv_rows
-from mmbert_core.tables.lines import BadLine, is_gzip_name, row_location, short_text_of, text_lines
+from mmbert_core.tables.lines import BadLine, bounded_text_of, is_gzip_name, row_location, text_lines
 from mmbert_core.tables.parquet_reader import open_parquet, parquet_header, parquet_rows
 
 # suffix -> delimiter, None: one JSON object a line. All may end in .gz too.
@@ -48,7 +48,7 @@ def check_unique_columns(path: str, names: Sequence[str]) -> None:
     """Raise `InputError` for a column name that occurs twice: it would be ambiguous."""
     name, count = max(Counter(names).items(), key=itemgetter(1), default=("", 0))
     if count > 1:
-        raise InputError(f"{path}: column {name!r} stands {count} times in the header, expected once")
+        raise InputError(f"{path}: column {name!r} occurs {count} times in the header, expected once")
 
 
 def rows_of(path: str, columns: Sequence[str], *, absent: Sequence[str] = (), tsv_quoting: str = AUTO) -> Iterator[Row]:
@@ -93,12 +93,14 @@ def format_of(path: str) -> str:
     """The suffix, without .gz, that decides how a file is read. Raises `InputError` for an unknown one."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     is_compressed = suffixes[-1:] == [".gz"]
-    [kind] = (suffixes[:-1] if is_compressed else suffixes)[-1:] or [""]
+    if is_compressed:
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
     if kind in TEXT_FORMATS or (kind == ".parquet" and not is_compressed):
         return kind
     advice = f"; {JSON_LINES}" if kind == ".json" else ""
     if kind in WORKBOOKS:
-        advice = "; of a workbook save the sheet as CSV UTF-8"
+        advice = "; save the sheet of a workbook as CSV UTF-8"
     raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)} (text formats also with .gz){advice}")
 
 
@@ -153,7 +155,7 @@ def _json_cell(record: dict[str, Any], column: str, error_prefix: str) -> str:
     if column not in record:
         raise InputError(f"{error_prefix}: key {column!r} is not there; a missing value is written null")
     try:
-        return short_text_of(record[column])
+        return bounded_text_of(record[column])
     except ValueError as error:
         expected = "expected text, a number, true, false or null"
         raise InputError(f"{error_prefix}, column {column!r}: {expected}, found {error}") from None

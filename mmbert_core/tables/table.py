@@ -1,4 +1,4 @@
-"""Rows of files or of memory in chunks: the columns of a config's roles, each row with its file and line."""
+"""Rows of files or of objects in memory, in chunks: the columns of a config, and the file and line of each row."""
 
 import glob
 import os
@@ -21,7 +21,7 @@ from mmbert_core.tables.readers import check_unique_columns, header_of, rows_of
 CHUNK_ROWS = 8192
 MAX_MISSING_NAMED = 10  # missing columns in a message
 MAX_CHUNK_CHARACTERS = 2**24  # of the cells that are kept; bounds the memory of a chunk
-# of a header, compared with a missing column: difflib takes 6 s for 60,000 names
+# column names that are compared with a missing one, and their length: difflib takes 6 s for 60,000 names
 MAX_COMPARED_NAMES, MAX_COMPARED_CHARACTERS = 1000, 100
 OTHER_SEPARATOR = ": cells seem to be separated by"
 MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # in messages instead of a path, for rows in memory
@@ -29,7 +29,7 @@ MEMORY_PATH, RECORDS_PATH = "data frame", "data"  # in messages instead of a pat
 
 @dataclass(frozen=True)
 class Roles:
-    """Which column is what. A column's type follows from its role, never from its cells."""
+    """The columns by their roles. A column's type follows from its role, never from its cells."""
 
     text: tuple[str, ...]
     numbers: tuple[str, ...]
@@ -77,9 +77,10 @@ class Chunk:
 
 
 def expand_paths(paths: Sequence[str]) -> list[str]:
-    """Files in the given order: a glob as its matches, sorted; a folder of Parquet files as these, by their numbers.
+    """The files in the given order, with globs and folders of Parquet files expanded.
 
-    Raises `InputError` for a missing file, another folder, a pipe, a glob without a match, a file that is named twice
+    The matches of a glob are sorted by name, the files of a folder by the numbers in their names.
+    Raises `InputError` for a missing file, another folder, a pipe, a glob without a match, a file that is given twice
     and a name that is not UTF-8.
     """
     files: list[str] = []
@@ -113,17 +114,18 @@ def check_path(path: str | os.PathLike[str]) -> None:
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
-        written = os.fsencode(path).decode("utf-8", "backslashreplace")
+        escaped = os.fsencode(path).decode("utf-8", "backslashreplace")
         expected = "expected a name in UTF-8, found other bytes in it (here as \\x..)"
-        raise InputError(f"{written}: {expected}: rename it") from None
+        raise InputError(f"{escaped}: {expected}: rename it") from None
 
 
 def _parquet_files(folder: str) -> list[str]:
-    """The files of a folder as Spark, Dask and pandas write them: Parquet, hidden files, markers as _SUCCESS."""
+    """Parquet files of a folder that Spark, Dask or pandas wrote, without hidden files and markers such as _SUCCESS."""
     names = sorted((name for name in os.listdir(folder) if not name.startswith(("_", "."))), key=_numeric_sort_key)
     others = [name for name in names if not name.endswith(".parquet")]
     if len(others) == len(names):
-        if (partition := next((name for name in names if "=" in name), None)) is not None:
+        partition = next((name for name in names if "=" in name), None)
+        if partition is not None:
             found = f"found folders such as {format_for_message(partition)}, whose names hold a column"
             raise InputError(f"{folder}: expected Parquet files, {found}: write files with all columns")
         raise InputError(f"{folder}: expected a file, found a folder (all its files: {os.path.join(folder, '*.csv')})")
@@ -135,7 +137,7 @@ def _parquet_files(folder: str) -> list[str]:
 
 def _numeric_sort_key(name: str) -> list[tuple[int, str]]:
     """Puts part.2 before part.10: Dask writes numbers without leading zeros."""
-    pieces = re.split("([0-9]+)", name)  # text and digits by turns
+    pieces = re.split("([0-9]+)", name)  # text and digits alternate
     return [(int(piece), "") if index % 2 else (-1, piece) for index, piece in enumerate(pieces)]
 
 
@@ -234,7 +236,7 @@ def _values_of(column: pd.Series) -> list[object]:
 def records_to_chunk(
     records: Sequence[Mapping[str, object]], columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Chunk:
-    """Rows as dicts as one chunk; an optional column that one row has must be in all.
+    """Rows given as dicts, as one chunk. An optional column that one row has must be in all rows.
 
     Raises `InputError` for a row without a column and a cell that is not a single value.
     """
@@ -260,6 +262,7 @@ def _chunk_in_memory(path: str, values: Mapping[str, Sequence[object]], num_rows
 
 
 def _columns_of(path: str, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    """`columns`, then those of `optional` that the header has, each once. Raises `InputError` for a missing column."""
     if problem := _missing_columns(header, columns):
         raise InputError(f"{path}: {problem}")
     known = set(header)
@@ -281,7 +284,7 @@ def join_problems(problems: Mapping[str, Sequence[str]]) -> str:
 
 
 def _missing_columns(header: Sequence[str], columns: Sequence[str]) -> str | None:
-    """A line about the `columns` that the header lacks, each with a guess of what was meant; None where it has all."""
+    """A line about the `columns` that the header lacks, each with a possible reason; None where it has all."""
     known = set(header)
     missing = [column for column in columns if column not in known]
     if not missing:
@@ -296,7 +299,7 @@ def _missing_columns(header: Sequence[str], columns: Sequence[str]) -> str | Non
 
 
 def _missing_hint(column: str, header: Sequence[str]) -> str:
-    """A guess why a column was not found: composed or decomposed letters, another separator, else the nearest name."""
+    """A possible reason for a missing column: composed or decomposed letters, another separator, or a similar name."""
     same = next((name for name in header if normalize("NFC", name) == normalize("NFC", column)), None)
     if same is not None:
         here, there = ("composed", "decomposed") if is_normalized("NFC", column) else ("decomposed", "composed")
@@ -304,7 +307,8 @@ def _missing_hint(column: str, header: Sequence[str]) -> str:
         return f": {written} ({ascii(column)} and {ascii(same)}); write both in composed letters (Unicode NFC)"
     for separator, (kind, advice) in SEPARATORS.items():
         split = [cell.strip(' "') for cell in ",".join(header).split(separator)]
-        if column in split and any(separator in name for name in header) and (separator != "," or len(header) == 1):
+        is_in_names = any(separator in name for name in header)
+        if column in split and is_in_names and (separator != "," or len(header) == 1):
             return f"{OTHER_SEPARATOR} {kind}; {advice}"
     by_lower = {name.lower(): name for name in header[:MAX_COMPARED_NAMES] if len(name) <= MAX_COMPARED_CHARACTERS}
     if len(column) > MAX_COMPARED_CHARACTERS:
@@ -314,7 +318,7 @@ def _missing_hint(column: str, header: Sequence[str]) -> str:
 
 
 def _truncate_cells(cells: Sequence[str], limits: Sequence[tuple[int, slice]]) -> Sequence[str]:
-    """The cells; of those at an index of `limits` only these characters. The same object where no cell is longer."""
+    """The cells, truncated as in `limits` (index, kept characters); the same object where no cell is longer."""
     for index, kept in limits:
         truncated = cells[index][kept]
         if len(truncated) < len(cells[index]):
@@ -329,6 +333,7 @@ def _chunk_of(
     lines: list[int],
     starts: list[tuple[int, int, int]],
 ) -> Chunk:
+    """`lines` of each row; `starts` of each file in the chunk: its first index in `rows`, file, row in the file."""
     line = np.array(lines, dtype=np.int64)
     first, file, first_row = np.array(starts, dtype=np.int64).T
     counts = np.diff(first, append=len(rows))

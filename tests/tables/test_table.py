@@ -130,7 +130,7 @@ BROKEN = [
     (b"", "FILE: the file is empty"),
     (b"\xef\xbb\xbf", "FILE: the file is empty"),
     (b"\n1,2\n", "FILE header (line 1): expected a row, found a blank line"),
-    (b"a,b,a\n1,2,3\n", "FILE: column 'a' stands 2 times"),
+    (b"a,b,a\n1,2,3\n", "FILE: column 'a' occurs 2 times"),
     (b"a,b\n1,2\n1,2,3\n", "FILE row 2 (line 3): expected 2 cells as in the header, found 3"),
     (b'a,b\n"x\ny",2\n1\n', "FILE row 2 (line 4): expected 2 cells as in the header, found 1"),
     (b"a,b\n1,2\n\n3,4\n", "FILE row 2 (line 3): expected a row, found a blank line"),
@@ -311,7 +311,7 @@ def test_a_frame_in_memory_gives_the_same_chunk():
         assert cells == ["0.1", "2.0", ""]
     with pytest.raises(InputError, match="data frame: column 'x' not found"):
         frame_to_chunk(frame, ["x"])
-    with pytest.raises(InputError, match="data frame: column 'n' stands 2 times"):
+    with pytest.raises(InputError, match="data frame: column 'n' occurs 2 times"):
         frame_to_chunk(pd.concat([frame, frame[["n"]]], axis=1), ["n"])
     with pytest.raises(InputError, match="data frame row 2, column 'a': expected a single value, found a list"):
         frame_to_chunk(pd.DataFrame({"a": ["x", [1]]}), ["a"])
