@@ -1,5 +1,5 @@
 #!/bin/sh
-# Start a training on all GPUs of this machine, or of several: check the config and the data, then call torchrun.
+# Start a training on all GPUs of one or several machines: check the config and the data, then call torchrun.
 #
 #   ./torchrun.sh                                          built-in sample, no download
 #   ./torchrun.sh run.yaml                                 every GPU of this machine; without a GPU one process
@@ -13,16 +13,16 @@
 # Environment, each optional:
 #   NPROC         processes on this machine              number of GPUs, else 1
 #   NNODES        machines                               those of the SLURM step, else 1
-#   NODE_RANK     which of them this is, from 0          that of SLURM; required when NNODES > 1
+#   NODE_RANK     number of this machine, from 0         that of SLURM; required when NNODES > 1
 #   MASTER_ADDR   name of the machine with NODE_RANK=0   first of the SLURM step; required when NNODES > 1
-#   MASTER_PORT   a free port there                      29500
-#   LOCAL_ADDR    with NODE_RANK=0: the address at which the workers of the others reach it      MASTER_ADDR
+#   MASTER_PORT   a free port of that machine            29500
+#   LOCAL_ADDR    with NODE_RANK=0: the address at which the other machines reach this one       MASTER_ADDR
 #   RDZV_ID       a name that only this job has          that of the SLURM job, else mmbert
 #   MAX_RESTARTS  restarts after a failed worker         0; a restart resumes from the newest checkpoint
 #   PYTHON        interpreter                            python
 #   PET_SIGNALS_TO_HANDLE           signals that torchrun passes on   SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds until it kills after one  120
-#   (PyTorch before 2.13 knows neither: the first four signals, and 30 s)
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds from a signal to a kill   120
+#   (PyTorch before 2.13 ignores both: it passes on the first four signals and kills after 30 s)
 #
 # Bad config or data: one line and exit code 2, before any worker starts.
 #
@@ -30,8 +30,8 @@
 # command, started again, resumes from the newest checkpoint. SLURM sends such a signal 3 minutes before its limit with
 #   #SBATCH --signal=TERM@180                              or USR1@180
 #
-# One machine: every socket listens on 127.0.0.1 alone. (Those of `torchrun --standalone` listen on all addresses, and
-# anybody who can connect to them can run code: use it on a trusted network only. The same holds for several machines.)
+# One machine: every socket listens on 127.0.0.1 only. With `torchrun --standalone`, and with several machines, sockets
+# listen on all addresses, and anybody who can connect to them can run code: use those on a trusted network only.
 #
 # Several machines need no shared folder. Each needs its own copy of the data and of the encoder, at the paths in the
 # config (relative to the working folder). The machine with NODE_RANK=0 writes the run. A resume takes the newest
@@ -46,7 +46,7 @@ set -eu
 PYTHON=${PYTHON:-python}
 train=$(dirname -- "$0")/train.py
 
-# print with DRY_RUN=1, else run
+# print the command with DRY_RUN=1, else run it
 run() {
     if [ "${DRY_RUN:-0}" = 1 ]; then echo "$@"; else "$@"; fi
 }
@@ -87,7 +87,7 @@ if [ "$NNODES" -gt 1 ]; then
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     fi
     [ -n "${MASTER_ADDR:-}" ] || refuse MASTER_ADDR "the name of the machine with NODE_RANK=0"
-    export NODE_RANK # the check looks for checkpoints on the first machine alone
+    export NODE_RANK # the check reads checkpoints on the machine with NODE_RANK=0 only
 fi
 
 # ---- check first: torchrun would turn exit code 2 into 1 and a long report ----
@@ -98,7 +98,7 @@ fi
 # ---- run ----
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
-# The workers open a store of their own for each start; on one machine it listens on 127.0.0.1, torchrun's does not.
+# The workers open their own store at each start; on one machine it listens on 127.0.0.1, torchrun's on all addresses.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # torchrun would set it too, with a warning; train.py sets its threads from num_threads.
 if [ "$NPROC" -gt 1 ]; then

@@ -29,58 +29,50 @@ def variants_of(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> dict[str, Any]:
-    """Collective. Train every variant with every seed into `model_path`/<variant>-seed-<n>; returns ablation.json.
+    """Collective. Train every variant with every seed into `model_path`/<variant>-seed-<n>.
 
-    The same call continues after an interruption. Raises `InputError` without labelled test rows.
+    Returns what ablation.json holds. The same call continues after an interruption. Raises `InputError` when there are
+    no labelled test rows.
     """
     if not config.test_path:
         raise InputError("ablate: expected a test_path, found none")
     folder = Path(config.model_path)
     cache = config.cache_path or str(folder / "cache")
-    runs = [
-        (
-            variant,
-            replace(
-                config,
-                **changes,
-                seed=seed,
-                model_path=str(folder / f"{variant.replace(' ', '-')}-seed-{seed}"),
-                cache_path=cache,
-            ),
-        )
-        for variant, changes in variants_of(config).items()
-        for seed in dict.fromkeys(seeds)
-    ]
-    data = prepare(runs[-1][1])  # of `both`: finds a column that cannot be read before anything is trained
+    runs = []
+    for variant, changes in variants_of(config).items():
+        for seed in dict.fromkeys(seeds):
+            model_path = str(folder / f"{variant.replace(' ', '-')}-seed-{seed}")
+            runs.append((variant, replace(config, **changes, seed=seed, model_path=model_path, cache_path=cache)))
+    data = prepare(runs[-1][1])  # of `both`: raises for a column that cannot be read before anything is trained
     if data.test is None or not data.test.has_labels:
         raise InputError("ablate: expected labels in test_path, found none")
     figures: dict[str, list[dict[str, Any]]] = {variant: [] for variant, _ in runs}
-    for variant, own in runs:
-        logger.info("---- %s, seed %d ----", variant, own.seed)
-        metrics = run_training(own, context).metrics
-        figures[variant].append({"seed": own.seed, **{name: metrics[name] for name in METRICS}})
+    for variant, run_config in runs:
+        logger.info("---- %s, seed %d ----", variant, run_config.seed)
+        metrics = run_training(run_config, context).metrics
+        figures[variant].append({"seed": run_config.seed, **{name: metrics[name] for name in METRICS}})
     results = {"parts": figures, "summary": {variant: summary_of(rows) for variant, rows in figures.items()}}
     distributed.on_main(lambda: write_json(folder / RESULTS, results))
     return results
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Metric -> mean and sample standard deviation over the seeds; None where it is undefined for one of them."""
+    """Metric -> mean and sample standard deviation over the seeds; None when the metric is undefined for a seed.
+
+    The standard deviation of a single seed is None too.
+    """
     summary = {}
     for name in METRICS:
         values = [row[name] for row in rows]
-        if None in values:
-            summary[name] = {"mean": None, "spread": None}
-        else:
-            summary[name] = {
-                "mean": statistics.fmean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else None,
-            }
+        is_defined = None not in values
+        mean = statistics.fmean(values) if is_defined else None
+        spread = statistics.stdev(values) if is_defined and len(values) > 1 else None
+        summary[name] = {"mean": mean, "spread": spread}
     return summary
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean and spread of each variant, to be printed."""
+    """A printable table: one line a variant, mean and standard deviation of each metric."""
     lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in METRICS)]
     for variant, summary in results["summary"].items():
         lines.append(f"{variant:<14}" + "".join(f"{format_spread(summary[name]):>24}" for name in METRICS))

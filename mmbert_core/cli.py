@@ -55,12 +55,12 @@ from mmbert_core.training.train import prepare_training, run_training
 
 logger = logging.getLogger("mmbert_core")
 
-# A rank that has lost another one waits so long for torchrun to end it, before it prints its own error line.
-SECONDS_FOR_THE_LAUNCHER = 5.0
+# How long a rank that has lost another one waits for torchrun to end it, before it prints its own error line.
+SECONDS_FOR_TORCHRUN = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A mistake of the user is one line on stderr, once per node.
+    """Run one command and return the exit code. A mistake of the user is printed as one line on stderr, once per node.
 
     Any other failure is raised after the rank on which it happened has printed it; the other ranks print nothing.
     """
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(argv)
         exit_code = COMMANDS[arguments.command](arguments, context)
-        sys.stdout.flush()  # here, where the error of a full disk is still printed
+        sys.stdout.flush()  # while the error of a full disk can still be printed
         return exit_code
     except InputError as error:
         workers.wait_for_local_main()
@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%s", stopped)
         return signals.EXIT_STOPPED
     except PeerError as error:
-        if signals.requested() is None:  # else torchrun has sent it and ends this rank
+        if signals.requested() is None:  # else torchrun has sent the signal and ends this rank
             signals.restore_defaults()
-            time.sleep(SECONDS_FOR_THE_LAUNCHER + context.local_rank)  # not all ranks at once: the first line counts
+            time.sleep(SECONDS_FOR_TORCHRUN + context.local_rank)  # one rank after the other: the first ends the rest
             print_error(error_prefix(error, context) + str(error))
         raise
     except Exception as error:
@@ -113,10 +113,10 @@ def train(arguments: argparse.Namespace, context: DistContext) -> int:
 
 
 def check(config: Config, context: DistContext) -> int:
-    """All that `train` checks before its first step, without a process group. Writes nothing to the run's folder."""
+    """Check what `train` checks before its first step, without a process group; write nothing to the run's folder."""
     data, model = prepare_training(config, context)
-    if os.environ.get("NODE_RANK", "0") == "0":  # torchrun.sh checks on every node; the run may be on the first alone
-        read_for_all_ranks(config, data, model, context)  # a resume that must be refused
+    if os.environ.get("NODE_RANK", "0") == "0":  # torchrun.sh checks on every node; the others may have no checkpoints
+        read_for_all_ranks(config, data, model, context)  # raises for a checkpoint that the run cannot resume from
     num_warnings = sum(handler.num_warnings for handler in package_logger.handlers if isinstance(handler, LineHandler))
     warnings_above = f"; {num_warnings} warning{'s'[: num_warnings > 1]} above" if num_warnings else ""
     logger.info("the check found nothing wrong%s", warnings_above)
@@ -133,18 +133,18 @@ def predict(arguments: argparse.Namespace, context: DistContext) -> int:
         raise InputError(
             f"command line: - as {' and '.join(standard)} is for one process, found {context.world_size}: name files"
         )
-    with workers.process_group(context), phase("prediction"), spooled(arguments) as path:
+    with workers.process_group(context), phase("prediction"), input_path(arguments) as path:
         with until_reader_closes():
             num_rows = predictor.predict_file(
                 [path], arguments.output, sheet_safe=arguments.sheet_safe, tsv_quoting=arguments.tsv_quoting
             )
-            log_positive_class(predictor)  # after the input is read: an error is the only line
+            log_positive_class(predictor)  # after the input is read: an input error stays the only line
             logger.info("%d rows scored%s", num_rows, "" if arguments.output == STANDARD else f": {arguments.output}")
     return 0
 
 
 def log_positive_class(predictor: Predictor) -> None:
-    """Which of two classes prob, F1 and threshold are about."""
+    """Log which of two classes is the positive one of prob, F1 and threshold."""
     if predictor.positive_class_line is not None:
         logger.info("%s", predictor.positive_class_line)
 
@@ -161,8 +161,8 @@ def build_predictor(arguments: argparse.Namespace, context: DistContext) -> Pred
 
 
 @contextmanager
-def spooled(arguments: argparse.Namespace) -> Iterator[str]:
-    """The path of the input. Standard input is copied to disk first: it is read twice and may be larger than memory."""
+def input_path(arguments: argparse.Namespace) -> Iterator[str]:
+    """The path of the input; standard input is copied to a file first, as it is read twice and may exceed memory."""
     if arguments.input != STANDARD:
         yield arguments.input
         return
@@ -172,11 +172,11 @@ def spooled(arguments: argparse.Namespace) -> Iterator[str]:
             shutil.copyfileobj(sys.stdin.buffer, stream)
         try:
             yield str(path)
-        except (InputError, RunError) as error:  # the copy is removed before the user reads this
+        except (InputError, RunError) as error:  # the user does not know the copy, which is removed
             raise type(error)(str(error).replace(str(path), "standard input")) from None
 
 
-# ---- evaluate, ablate, inspect, report, export ----
+# ---- evaluate, ablate, inspect, report ----
 
 
 def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
@@ -219,7 +219,7 @@ def report(arguments: argparse.Namespace, context: DistContext) -> int:
     return 0
 
 
-# ---- serve ----
+# ---- serve, export ----
 
 
 def serve(arguments: argparse.Namespace, context: DistContext) -> int:
@@ -242,6 +242,8 @@ def export(arguments: argparse.Namespace, context: DistContext) -> int:
     return 0
 
 
+# ---- the process ----
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
     "train": train,
     "predict": predict,
@@ -255,13 +257,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
 
 
 def run() -> NoReturn:
-    """Entry point of a process. `record` passes a failure's traceback to torchrun; `main` has printed the failure."""
+    """Run a command and end the process with its exit code. `record` passes a failure's traceback to torchrun."""
     exit_code = 1
     protect_streams()
     with signals.caught():
         try:
-            exit_code = workers.record(main)() or 0  # None: `record` has swallowed the SystemExit of --help
-        except Exception:  # main has printed it
+            exit_code = workers.record(main)() or 0  # None: `record` returns it for the SystemExit of --help
+        except Exception:  # `main` has printed it
             pass
         except Stopped as stopped:  # before a command has begun
             logger.info("%s", stopped)

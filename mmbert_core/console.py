@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def print_failure(error: Exception, context: DistContext) -> None:
-    """The error line; before it a traceback, unless the line explains the failure."""
+    """Print the error line, after a traceback unless the line explains the failure."""
     prefix = error_prefix(error, context)
     if is_out_of_memory(error):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -33,7 +33,7 @@ def print_failure(error: Exception, context: DistContext) -> None:
 
 
 def error_prefix(error: Exception, context: DistContext) -> str:
-    """`rank 1, save: `: the rank, where there are several, and the phase in which the error happened."""
+    """Such as `rank 1, save: `: the rank, if there are several, and the phase in which the error happened."""
     origin = [f"rank {context.rank}"] if context.world_size > 1 else []
     origin += [error.phase] if hasattr(error, "phase") else []
     return f"{', '.join(origin)}: " if origin else ""
@@ -44,14 +44,14 @@ def print_error(message: str) -> None:
 
 
 def set_up_logging(context: DistContext) -> None:
-    """Rank 0 logs everything, the others errors alone; transformers logs errors alone, without progress bars."""
+    """Rank 0 logs everything, the other ranks only errors. transformers logs only errors and shows no progress bars."""
     log_to_stderr(is_main=context.is_main)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def warn_of_idle_gpus(context: DistContext) -> None:
-    """More processes than GPUs all compute on the CPU, which the user can hardly want."""
+    """Warn when there are GPUs but fewer than processes, as then all processes compute on the CPU."""
     if context.device.type == "cpu" and 0 < torch.cuda.device_count() < context.local_world_size:
         logger.warning(
             "%d processes for %d GPUs: all compute on the CPU; start no more processes than GPUs",
@@ -61,19 +61,20 @@ def warn_of_idle_gpus(context: DistContext) -> None:
 
 
 def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = True) -> None:
-    """Metrics with intervals next to the baselines, and the conclusion; `advice`: also what to try in training."""
+    """Print metrics with intervals and baselines, and the conclusion; with `advice` also what to try in training."""
     listed, num_left_out = listed_figures(figures, "test", config)
     baselines = listed.get("baselines", {})
     if baselines:
         print(f"{'':34} {'model':>10}  {'95 % interval':<17}" + "".join(f"{name:>21}" for name in baselines))
+    intervals = figures.get("intervals", {})
     for name, value in listed.items():
         if not name.startswith("test"):
             continue
         formatted = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
         line = f"{name:34} {formatted:>10}  "
-        intervals = figures.get("intervals", {})
         if name in intervals:
-            line += f"{'{:.4f} - {:.4f}'.format(*intervals[name]) if intervals[name] else '':<17}"
+            interval = "{:.4f} - {:.4f}".format(*intervals[name]) if intervals[name] else ""
+            line += f"{interval:<17}"
             of_baselines = (values.get(name) for values in baselines.values())
             line += "".join(f"{'' if value is None else format(value, '.4f'):>21}" for value in of_baselines)
         print(line.rstrip())

@@ -1,9 +1,9 @@
-"""The original module's hooks as plain functions of the same names: what happens. `training.loop` decides when.
+"""The original LightningModule's hooks as plain functions of the same names; `training.loop` calls them.
 
 A hook takes what it uses as arguments and returns its result. B rows of a batch, N rows of the evaluated table,
 K classes.
 
-Hooks that stand elsewhere: `configure_optimizers` in `training.optim`, `add_loss_op` in `model.losses`,
+Hooks in other modules: `configure_optimizers` in `training.optim`, `add_loss_op` in `model.losses`,
 `build_merge_subnetwork` in `model.fusion`, `forward` in `model.multimodal_bert`, `combine_tab_data` in
 `model.tabular_encoder`, `compute_metrics` in `evaluation.metrics`.
 """
@@ -39,10 +39,11 @@ MODEL_CLASS = "multimodal_bert"
 def run_epoch(
     model: nn.Module, batch: Batch, stage: str, *, task: Task, weight_sum: float | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """One batch, although the original's name says epoch: `(loss, preds, labels)`. Stage `pred` has no loss and labels.
+    """`(loss, preds, labels)` of one batch, although the original's name says epoch.
 
-    The loss is the sum of the weighted losses over `weight_sum`, by default the weights of the batch, which is what
-    `nn.CrossEntropyLoss(weight)` computes. preds: softmax probability of class 1 [B] when binary, else of all [B, K].
+    loss: the sum of the weighted losses divided by `weight_sum`; by default that is the sum of the batch's weights, as
+    in `nn.CrossEntropyLoss(weight)`. preds: softmax probability of class 1 [B] when binary, else of all [B, K].
+    labels [B]. Loss and labels are None in stage `pred` and for a batch without labels.
     """
     batch = batch.to(task.device)
     with autocast(task.precision, task.device):
@@ -59,9 +60,9 @@ def run_epoch(
 def training_step(
     model: nn.Module, batch: Batch, batch_idx: int, *, task: Task, weight_sum: float | None = None
 ) -> dict[str, torch.Tensor]:
-    """`{'loss': loss}` of one micro-batch: its share of the step's loss, over the weights of all rows of the step.
+    """`{'loss': loss}` of one micro-batch, divided by `weight_sum`: the class weights of all rows of the step.
 
-    The shares of all micro-batches and ranks add up to `train_loss`. The original averages the means of the ranks.
+    So the losses of all micro-batches and ranks add up to `train_loss`. The original averages the means of the ranks.
     """
     loss, _, _ = run_epoch(model, batch, "train", task=task, weight_sum=weight_sum)
     return {"loss": loss}
@@ -70,7 +71,7 @@ def training_step(
 def predict_step(
     model: nn.Module, batch: Batch, batch_idx: int, *, task: Task
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """preds, or `(preds, labels)` where the batch has labels."""
+    """`preds`, or `(preds, labels)` when the batch has labels."""
     _, preds, _ = run_epoch(model, batch, "pred", task=task)
     return preds if batch.labels is None else (preds, batch.labels)
 
@@ -91,9 +92,9 @@ def validation_step(model: nn.Module, batch: Batch, batch_idx: int, outputs: lis
 def on_validation_epoch_end(
     outputs: list[BatchResult], num_rows: int, *, config: Config, class_names: Sequence[str]
 ) -> tuple[dict[str, Any], EpochResult]:
-    """Collective. `val_loss` and `val/<metric>` over all N rows, the same on every rank; and the rows themselves.
+    """Collective. `val_loss` and `val/<metric>` over all N rows, the same on every rank, and the results by row.
 
-    None: an undefined metric, with its reason in `undefined`.
+    An undefined metric is None; `undefined` maps its name to the reason.
     """
     result = gather_results(outputs, num_rows)
     choices = dict.fromkeys([*config.metric_choices, config.early_stop_metric.removeprefix("val/")])
@@ -101,12 +102,9 @@ def on_validation_epoch_end(
     metrics = compute_metrics(
         result.preds, result.labels, tuple(choices), config.task, config.num_classes, "val", class_names=class_names
     )
-    # those of rank 0 for all: a last bit that differs between machines must not stop some ranks and not others
-    values = {
-        "val_loss": result.loss,
-        **metrics.values,
-        **({"undefined": metrics.undefined} if metrics.undefined else {}),
-    }
+    undefined = {"undefined": metrics.undefined} if metrics.undefined else {}
+    values = {"val_loss": result.loss, **metrics.values, **undefined}
+    # those of rank 0: values that differ in the last bit between machines must not stop some ranks early and not others
     return distributed.broadcast_object(values), result
 
 
@@ -116,7 +114,7 @@ def on_validation_epoch_end(
 def choose_test_folder(model_path: str | Path) -> str:
     """Collective. A new name for the run's test folder, chosen by rank 0.
 
-    It is kept in the run's state, so that a test that is repeated replaces the folder.
+    The run's state keeps it, so that a repeated test replaces the folder of the first.
     """
     return distributed.on_main(lambda: next(names_by_time(Path(model_path), MODEL_CLASS)).name)
 
@@ -124,7 +122,7 @@ def choose_test_folder(model_path: str | Path) -> str:
 def on_test_epoch_start(model_path: str | Path, name: str | None = None) -> tuple[list[BatchResult], Path]:
     """Collective. The empty list, and the folder `multimodal_bert-<time>`, which rank 0 has created.
 
-    `name`: from `choose_test_folder`; what a killed test of the same run has left there is removed.
+    `name`: from `choose_test_folder`; the folder of a killed test of the same run is replaced. None: a new name.
     """
 
     def make_folder() -> Path:
@@ -141,7 +139,7 @@ def on_test_epoch_start(model_path: str | Path, name: str | None = None) -> tupl
 def test_step(
     model: nn.Module, batch: Batch, batch_idx: int, outputs: list[BatchResult], *, task: Task, has_labels: bool
 ) -> None:
-    """Append to `outputs`. `has_labels` is decided once, from the table's columns: stage `test`, else stage `pred`."""
+    """Append the batch's results to `outputs`, on the CPU. `has_labels`: whether the test table has a label column."""
     outputs.append(_evaluate_batch(model, batch, batch_idx, "test" if has_labels else "pred", task))
 
 
@@ -154,9 +152,10 @@ def on_test_epoch_end(
     class_names: Sequence[str],
     decision: Decision | None,
 ) -> tuple[dict[str, Any], EpochResult]:
-    """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`; returns figures and rows.
+    """Collective. Rank 0 writes `test_result_0.tsv` in input order and `test_metrics.json`.
 
-    `decision` is used on rank 0 only; the others may pass None.
+    Returns what test_metrics.json holds, and the results by row. `decision` is used on rank 0 only; the other ranks may
+    pass None.
     """
     result = gather_results(outputs, len(dataset))
 
@@ -166,7 +165,7 @@ def on_test_epoch_end(
     return distributed.on_main(write, long_timeout=True), result
 
 
-# ---- both ----
+# ---- validation and test ----
 
 
 def _evaluate_batch(model: nn.Module, batch: Batch, batch_idx: int, stage: str, task: Task) -> BatchResult:

@@ -1,4 +1,4 @@
-"""A model folder behind HTTP: one page for people, JSON for programs.
+"""An HTTP server for a model folder: a web page, and JSON for programs.
 
 Modules, each importing only those before it: connections, page, server.
 """

@@ -1,7 +1,7 @@
 """The page of `mmbert serve`: a form with the model's columns, the probabilities, the words that contributed to them.
 
-One HTML text with its style sheet and script in it; a nonce allows those two and nothing else. It fetches no resource,
-and names and values of a model folder are escaped.
+A single HTML document with an inline style sheet and script. A nonce lets the browser use those two and nothing else,
+and names and values from the model folder are escaped.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mmbert_core.data.labels import Labels
 from mmbert_core.inference.attributions import HIGHLIGHT_LEVELS
 from mmbert_core.runtime.templates import environment
 
-MAX_SUGGESTIONS = 1000  # values of one category that the form suggests
+MAX_SUGGESTIONS = 1000  # values of one column that the form suggests
 
 TEMPLATES = environment(__package__)
 
@@ -46,13 +46,13 @@ def render_page(
     *,
     threshold: float,
     nonce: str,
-    class_words: str | None = None,
+    positive_class_line: str | None = None,
 ) -> str:
-    """The HTML. `nonce` must be new for each answer and the one of its `content_security_policy`."""
+    """The HTML of the page. `nonce`: new for each answer, and the same in its `content_security_policy`."""
     return TEMPLATES.get_template("form.html").render(
         nonce=nonce,
         title=Path(model_path).name or model_path,
-        class_words=class_words,
+        positive_class_line=positive_class_line,
         fields=form_fields(config, features),
         model={
             "labels": labels.names,
@@ -76,5 +76,5 @@ def form_fields(config: Config, features: Features) -> list[FormField]:
         hint = f"one of {len(values)} known values, or another"
         fields[name] = FormField(name, "category", hint, tuple(values[:MAX_SUGGESTIONS]))
     if config.id_name is not None and config.id_name not in fields:
-        fields[config.id_name] = FormField(config.id_name, "id", "id; comes back as it is")
+        fields[config.id_name] = FormField(config.id_name, "id", "id; returned unchanged")
     return list(fields.values())

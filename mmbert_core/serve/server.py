@@ -1,10 +1,10 @@
-"""A model folder behind HTTP on this machine: a page to try rows by hand, and JSON for programs.
+"""An HTTP server for a model folder: a web page to classify single rows, and JSON for programs.
 
     GET /   GET /health   POST /predict (a row or a list of rows)   POST /explain (a row)
 
 One request per connection (HTTP/1.0), one thread per connection; the model computes one request at a time.
-There is no authentication. While the address is one that only this machine reaches, requests of web pages from
-elsewhere that are open in the same browser are refused (`Handler._check_host`).
+There is no authentication. While only this machine can connect to the address, requests from web pages of other sites
+that are open in a browser on this machine are refused (`Handler._check_host`).
 """
 
 import copy
@@ -36,7 +36,7 @@ from mmbert_core.tables.table import Roles
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1_000_000  # of a request's body
-MAX_DISCARDED = 16_000_000  # bytes read of a refused body: a client that is still sending would not read the answer
+MAX_DISCARDED = 16_000_000  # bytes of a refused body that `_discard_body` reads
 MAX_ROWS = 10_000  # of a request
 MAX_OTHER_KEYS = 1_000  # of a row: keys that are not columns of the model
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -45,10 +45,11 @@ METHODS = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/predict": ("POST"
 
 
 def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -> None:
-    """Serve until a stop signal; requests sent before it are answered. Main thread only. Port 0: any free one.
+    """Serve until a stop signal; requests sent before it are answered. Main thread only. Port 0: a free port is chosen.
 
-    After the signal a client has `Limits.stop_seconds` (5) to send the rest of its request, and to take its answer.
-    Raises `InputError` when host and port cannot be listened on.
+    After the signal a client has `Limits.stop_seconds` (5) to send the rest of its request, and as long to read the
+    answer.
+    Raises `InputError` when the server cannot listen on host and port.
     """
     with signals.deferred(), Server(predictor, model_path, host=host, port=port) as server:
         if server.local_names is None:
@@ -57,14 +58,14 @@ def run_server(predictor: Predictor, model_path: str, *, host: str, port: int) -
                 "and so can web pages open in their browsers",
                 server.url,
             )
-        class_words = f"; {predictor.positive_class_line}" if predictor.positive_class_line else ""
-        logger.info("serving %s on %s%s", model_path, server.url, class_words)
+        positive_class = f"; {predictor.positive_class_line}" if predictor.positive_class_line else ""
+        logger.info("serving %s on %s%s", model_path, server.url, positive_class)
         server.serve_until(lambda: signals.requested() is not None)
         logger.info("%s: every request under way is answered", signals.requested())
 
 
 class Server(BoundedServer):
-    """Listens from the start. Raises `InputError` when it cannot."""
+    """Listens as soon as it is constructed. The constructor raises `InputError` when it cannot listen."""
 
     def __init__(
         self, predictor: Predictor, model_path: str, *, host: str, port: int, limits: Limits = DEFAULT_LIMITS
@@ -86,14 +87,14 @@ class Server(BoundedServer):
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
     def server_bind(self) -> None:
-        """Without the base class's DNS look-up of the host's full name, which can take a minute."""
+        """Bind without looking up the host's full name in DNS, as the base class does: that can take a minute."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that disconnects is not logged as an error; the base class would print a traceback."""
-        is_client = isinstance(sys.exc_info()[1], OSError)
-        logger.log(logging.DEBUG if is_client else logging.ERROR, "a connection broke", exc_info=True)
+        has_disconnected = isinstance(sys.exc_info()[1], OSError)
+        logger.log(logging.DEBUG if has_disconnected else logging.ERROR, "a connection failed", exc_info=True)
 
 
 class Refusal(Exception):
@@ -106,7 +107,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer."""
+    """An HTTP response."""
 
     status: HTTPStatus
     body: bytes
@@ -119,10 +120,10 @@ class Answer:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Answers one request."""
 
     server: Server
-    unread: int | None  # bytes of the body that are still to be read; None: the length is not known
+    unread: int | None  # bytes of the body that are not read yet; None: no valid Content-Length
     server_version, sys_version = "mmbert", ""
 
     def setup(self) -> None:
@@ -151,26 +152,25 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def _answer_or_error(self, path: str) -> Answer:
-        """Raises only when the client has disconnected or is too slow."""
+        """The answer, with an error status when the request fails. Raises when the client disconnected or is slow."""
         try:
             return self._answer_to(path)
         except Refusal as refusal:
             self._discard_body()
-            is_method = refusal.status == HTTPStatus.METHOD_NOT_ALLOWED
-            return Answer.error(
-                refusal.status, str(refusal), **({"Allow": ", ".join(METHODS[path])} if is_method else {})
-            )
+            is_wrong_method = refusal.status == HTTPStatus.METHOD_NOT_ALLOWED
+            headers = {"Allow": ", ".join(METHODS[path])} if is_wrong_method else {}
+            return Answer.error(refusal.status, str(refusal), **headers)
         except InputError as error:
             return Answer.error(HTTPStatus.BAD_REQUEST, one_line(error))
         except (ConnectionError, TimeoutError):
             raise
         except Exception as error:
             logger.exception("%s %s failed", self.command, path)
-            reason = one_line(error) if isinstance(error, RunError) else "internal error; the server's log has it"
+            reason = one_line(error) if isinstance(error, RunError) else "internal error; see the server's log"
             return Answer.error(HTTPStatus.INTERNAL_SERVER_ERROR, reason)
 
     def _answer_to(self, path: str) -> Answer:
-        """Raises `Refusal` and what the predictor raises."""
+        """The answer of status 200. Raises `Refusal`, and the errors of the predictor."""
         self._check_host()
         if path not in METHODS:
             known = ", ".join(METHODS)
@@ -197,13 +197,13 @@ class Handler(BaseHTTPRequestHandler):
             loaded.labels,
             threshold=loaded.decision.threshold.value,
             nonce=nonce,
-            class_words=self.server.predictor.positive_class_line,
+            positive_class_line=self.server.predictor.positive_class_line,
         )
         headers = {"Content-Security-Policy": content_security_policy(nonce)}
         return Answer(HTTPStatus.OK, page.encode("utf-8"), "text/html; charset=utf-8", headers)
 
     def _check_host(self) -> None:
-        """Against DNS rebinding: a page whose host name now resolves to this machine still sends that name as Host."""
+        """Against DNS rebinding: a web page whose host name now resolves to this machine still sends it as Host."""
         if self.server.local_names is None:
             return
         try:
@@ -215,10 +215,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.FORBIDDEN, f"expected a Host header of this machine ({names})")
 
     def _read_json(self) -> Any:
-        """The body's value.
+        """The request's body, parsed.
 
-        Requires Content-Type application/json: a form of another web page cannot send it, and a script of one only
-        after a CORS preflight request, which is refused.
+        Requires Content-Type application/json: a form on a web page of another site cannot send it, and a script there
+        can only after a CORS preflight request, which is refused.
         """
         if self.unread is None:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length")
@@ -246,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
             raise InputError(f"expected JSON, found something else: {error}") from None
 
     def _discard_body(self) -> None:
-        """Read the rest of a refused body, so that the client gets to reading the answer."""
+        """Read the rest of a refused body: a client that is still sending would not read the answer."""
         unread = min(self.unread or 0, MAX_DISCARDED)
         with suppress(TimeoutError):
             while unread > 0 and (block := self.rfile.read(min(unread, 65536))):
@@ -265,19 +265,19 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses by itself: an invalid request line, an unknown method."""
+        """The base class calls this for an invalid request line and for an unknown method."""
         status = HTTPStatus(code)
         self._send(Answer.error(status, f"{status.phrase}: {message or ''}"))
         logger.info("an invalid HTTP request: %d", status)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: the base class's lines contain text of the client."""
+        """Log nothing: the base class's lines contain text that the client sent."""
 
 
 def classes_of(predictor: Predictor) -> dict[str, Any]:
-    """The classes in /health: all labels in order, the one that `prob` is about, and its share of the training rows.
+    """The classes in /health: all labels by class index, the one whose probability `prob` is, and its training share.
 
-    The share is None where the model folder does not have it.
+    The share of the training rows, 0 to 1, is None where the model folder does not have it.
     """
     return {
         "labels": list(predictor.loaded.labels.names),
@@ -304,7 +304,7 @@ def explanation_of(predictor: Predictor, row: Any) -> dict[str, Any]:
 
 
 def max_keys_of(predictor: Predictor) -> int:
-    """How many keys a row may have: the model's columns and MAX_OTHER_KEYS that it does not read."""
+    """How many keys a row may have: the model's columns and MAX_OTHER_KEYS more."""
     return MAX_OTHER_KEYS + len(Roles.from_config(predictor.loaded.config).inputs())
 
 
@@ -322,7 +322,8 @@ def json_type(value: Any) -> str:
 
 
 def refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON (a missing number is null)")
+    """For NaN and Infinity, which Python's parser would accept."""
+    raise ValueError(f"{word} is not JSON (a missing number is null)")
 
 
 def as_json(value: dict[str, Any]) -> bytes:

@@ -29,7 +29,7 @@ def page_of(name: str, *, other: str = "c") -> str:
     )
     features = Features((f"n{name}",), (1.5,), (0.0,), (1.0,), (False,), (other,), ((name, f"{name}2"),))
     return render_page(
-        f"runs/{name}", config, features, Labels(("0", name)), threshold=0.5, nonce="n0nce", class_words=name
+        f"runs/{name}", config, features, Labels(("0", name)), threshold=0.5, nonce="n0nce", positive_class_line=name
     )
 
 

@@ -109,7 +109,7 @@ def test_many_at_once_get_their_own_answers(server):
         ("/predict", {"body": b'{"text": '}, 400, "expected JSON"),
         ("/predict", {"body": b"\xff\xfe\x00"}, 400, "expected JSON"),
         ("/predict", {"body": b"[" * 100_000}, 400, "expected JSON"),
-        ("/predict", {"body": b'{"age": NaN}'}, 400, "NaN is no JSON"),
+        ("/predict", {"body": b'{"age": NaN}'}, 400, "NaN is not JSON"),
         ("/predict", {"body": b'{"text": "a", "text": "b"}'}, 400, "a key stands in it twice"),
         (
             "/predict",
@@ -182,7 +182,7 @@ def test_our_failures_are_one_line_and_the_log_has_the_traceback(server, monkeyp
 
     monkeypatch.setattr(server.predictor, "predict", fail(KeyError("inner secret")))
     answer = ask(server, "/predict", ROW)
-    assert answer.status == 500 and answer.json == {"error": "internal error; the server's log has it"}
+    assert answer.status == 500 and answer.json == {"error": "internal error; see the server's log"}
     assert "inner secret" in caplog.text and "Traceback" in caplog.text
     monkeypatch.setattr(server.predictor, "predict", fail(RunError("its probability is not finite")))
     assert ask(server, "/predict", ROW).json == {"error": "its probability is not finite"}

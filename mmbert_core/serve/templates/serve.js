@@ -9,7 +9,7 @@ function element(tag, text, className) {
   return created;
 }
 
-// column -> cell, as a program would send it: null for a number that is left empty
+// column -> cell, as a program would send it: an empty number is null
 function readRow() {
   const cells = Object.create(null);
   for (const field of byId("form").querySelectorAll("[data-kind]")) {
@@ -32,33 +32,33 @@ function thresholdText() {
   if (!model.is_binary) return "";
   const label = model.labels[1];
   if (model.threshold < 0) return `every row is ${label}; `;
-  return `${label} is what lies above ${percent(model.threshold)}; `;
+  return `${label} is predicted above ${percent(model.threshold)}; `;
 }
 
-function classBar(label, share) {
+function classBar(label, probability) {
   const line = element("div", "", "class"), track = element("div", "", "track"), bar = element("div", "");
   track.setAttribute("aria-hidden", "true");
-  bar.style.width = percent(share).replace(" ", "");
+  bar.style.width = percent(probability).replace(" ", "");
   track.append(bar);
-  line.append(element("span", label), track, element("span", percent(share)));
+  line.append(element("span", label), track, element("span", percent(probability)));
   return line;
 }
 
 function showClasses(prediction) {
-  const shares = probabilities(prediction);
-  const share = shares[model.labels.indexOf(prediction.pred)];
-  byId("summary").textContent = `${model.label_name}: ${prediction.pred} (${percent(share)})`;
+  const byClass = probabilities(prediction);
+  const predicted = byClass[model.labels.indexOf(prediction.pred)];
+  byId("summary").textContent = `${model.label_name}: ${prediction.pred} (${percent(predicted)})`;
   const calibratedClass = model.is_binary ? model.labels[1] : prediction.pred;
   byId("detail").textContent = thresholdText() +
     `calibrated probability of ${calibratedClass}: ${percent(prediction.prob_calibrated)}`;
-  byId("bars").replaceChildren(...model.labels.map((label, index) => classBar(label, shares[index])));
+  byId("bars").replaceChildren(...model.labels.map((label, index) => classBar(label, byClass[index])));
 }
 
-// attribution: -1 to 1, a share of the strongest of the text
-function highlighted(span, attribution) {
+// attribution: -1 to 1, relative to the strongest of the text
+function highlighted(piece, attribution) {
   const strength = Math.abs(attribution);
-  if (strength < model.min_highlight) return document.createTextNode(span);
-  const word = element("span", span, attribution > 0 ? "for" : "against");
+  if (strength < model.min_highlight) return document.createTextNode(piece);
+  const word = element("span", piece, attribution > 0 ? "for" : "against");
   word.style.backgroundColor = `rgb(var(--${word.className}) / ${(0.1 + 0.35 * strength).toFixed(3)})`;
   word.title = (attribution > 0 ? "+" : "\u2212") + strength.toFixed(2);
   return word;
@@ -66,13 +66,13 @@ function highlighted(span, attribution) {
 
 function showWords(tokens, cells) {
   byId("words").hidden = tokens.length === 0;
-  byId("text").replaceChildren(...tokens.map(([span, attribution]) => highlighted(span, attribution)));
+  byId("text").replaceChildren(...tokens.map(([piece, attribution]) => highlighted(piece, attribution)));
   const text = model.texts.map(name => cells[name]).filter(Boolean).join(" ");
-  const read = tokens.map(([span]) => span).join("");
-  if (text.startsWith(read) && text.length > read.length) {
+  const textRead = tokens.map(([piece]) => piece).join("");
+  if (text.startsWith(textRead) && text.length > textRead.length) {
     byId("text").append(
-      element("span", text.slice(read.length), "unread"),
-      element("small", " (the grey end was too long and not read)"),
+      element("span", text.slice(textRead.length), "unread"),
+      element("small", " (the text is too long; the model did not read the grey end)"),
     );
   }
 }
