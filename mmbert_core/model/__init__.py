@@ -1,4 +1,4 @@
-"""Tensors to logits: text encoder, tabular encoder, fusion, loss. Reads no files but pretrained encoders.
+"""Tensors to logits: text encoder, tabular encoder, fusion, loss. Pretrained encoders are the only files it reads.
 
 Modules, each importing only those before it: fusion, losses, tabular_encoder, positions, pretrained, dropout, int8,
 packing, packed_attention, text_encoder, probe, multimodal_bert, padded.

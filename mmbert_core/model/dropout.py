@@ -10,7 +10,7 @@ LEVELS = 2**16  # values of a 16-bit draw
 
 
 def rounded_rate(rate: float) -> tuple[int, float]:
-    """How many of the LEVELS are dropped, and the factor of the kept elements, with which the mean stays exact."""
+    """How many of the LEVELS are dropped, and the factor of the kept elements that preserves the mean exactly."""
     num_dropped = round(rate * LEVELS)
     return num_dropped, LEVELS / (LEVELS - num_dropped) if num_dropped < LEVELS else 0.0
 
@@ -18,9 +18,9 @@ def rounded_rate(rate: float) -> tuple[int, float]:
 def draw_keep_mask(shape: torch.Size | tuple[int, ...], rate: float) -> torch.Tensor:
     """int8 of this shape on the CPU, 1 where an element is kept, 0 where it is dropped; from torch's global generator.
 
-    One full-range 64-bit integer is four draws of 16 bits, each at a quarter of `bernoulli_`'s cost. `random_()`
-    without bounds leaves the sign bit zero; with the lower bound given it draws all 64. No bool: its kernels are not
-    vectorised.
+    Each 64-bit integer supplies four draws of 16 bits; a draw costs a quarter of one by `bernoulli_`. `random_()`
+    without bounds leaves the sign bit zero; with a lower bound it draws all 64 bits. int8 rather than bool, whose
+    kernels are not vectorised.
     """
     count = torch.Size(shape).numel()
     draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
@@ -29,7 +29,7 @@ def draw_keep_mask(shape: torch.Size | tuple[int, ...], rate: float) -> torch.Te
 
 
 def apply_keep_mask(values: torch.Tensor, keep_mask: torch.Tensor, rate: float) -> torch.Tensor:
-    """The kept values, scaled, and 0 elsewhere: both dropout's forward and its backward."""
+    """Kept values times their factor, 0 elsewhere: the forward of dropout and, applied to a gradient, its backward."""
     return torch.addcmul(values.new_zeros(()), values, keep_mask.to(values.dtype), value=rounded_rate(rate)[1])
 
 

@@ -4,7 +4,10 @@ from torch import nn
 
 
 def build_merge_subnetwork(input_merge_dim: int, output_merge_dim: int) -> nn.Sequential:
-    """The original's final network: `relu_layer_final`, then `linear_layer_final`, [B, input] -> [B, output]."""
+    """`relu_layer_final`, then `linear_layer_final`: [B, input_merge_dim] -> [B, output_merge_dim], logits.
+
+    The original's network, with its names of the layers.
+    """
     network = nn.Sequential()
     network.add_module("relu_layer_final", nn.ReLU())
     network.add_module("linear_layer_final", nn.Linear(input_merge_dim, output_merge_dim))

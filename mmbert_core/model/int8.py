@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 MIN_SCALE = 1e-12  # an all-zero row must not divide by zero
-LEVELS = 127
+LEVELS = 127  # the largest quantised value
 
 
 class Int8Linear(nn.Module):
@@ -26,7 +26,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., in] float32 -> [..., out] float32"""
-        if torch.is_grad_enabled() and inputs.requires_grad:  # for attributions: rounding has no gradient
+        if torch.is_grad_enabled() and inputs.requires_grad:  # attributions need a gradient, which rounding has not
             return F.linear(inputs, self.weight.t() * self.scales[:, None], self.bias)
         scales = inputs.abs().amax(-1, keepdim=True).clamp_(min=MIN_SCALE).div_(self.input_levels)  # [..., 1]
         quantised = (inputs / scales).round_().to(torch.int8)

@@ -1,4 +1,4 @@
-"""One loss and one weight per row, so that a mean can be taken once, over all rows of an optimizer step.
+"""One loss and one weight per row: the mean is taken once, over all rows of an optimizer step.
 
 B rows, K classes.
 """
@@ -21,8 +21,8 @@ def build_loss_op(class_weights: Sequence[float] | None = None) -> nn.CrossEntro
 def add_loss_op(loss_op: LossOp) -> LossOp:
     """A user's `loss_op(logits [B, K], labels [B])` that returns one loss per row, [B].
 
-    A loss with a `reduction`, as torch's own, is copied with reduction "none"; any other must return [B] itself, which
-    `row_losses` checks at each use.
+    A loss with a `reduction` (torch's own have one) is copied with reduction "none". Any other must return [B] itself,
+    which `row_losses` checks in every call.
     """
     if not hasattr(loss_op, "reduction"):
         return loss_op
@@ -41,10 +41,10 @@ def row_losses(loss_op: LossOp, logits: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def row_weights(loss_op: LossOp, labels: torch.Tensor) -> torch.Tensor:
-    """Weights [B] float32 by whose sum the summed losses are divided, as with torch's reduction "mean".
+    """Weights [B] float32: the sum of losses is divided by their sum, as torch's reduction "mean" does.
 
-    For CrossEntropyLoss and NLLLoss, whose "mean" is weighted, the class weight of each row's label, and 0 for their
-    `ignore_index`; 1 for every other loss.
+    The "mean" of CrossEntropyLoss and NLLLoss is weighted: the weight is that of the row's class, 0 for the label
+    `ignore_index`. Every other loss has weight 1 for each row.
     """
     weights = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
     if not isinstance(loss_op, (nn.CrossEntropyLoss, nn.NLLLoss)):

@@ -54,10 +54,10 @@ class MultimodalBert(nn.Module):
     def merge(
         self, text_vectors: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None
     ) -> torch.Tensor:
-        """Text vectors [B, D], numbers [B, F], categories [B, K] -> logits: all but the text encoder, at little cost.
+        """Text vectors [B, D], numbers [B, F], categories [B, K] -> logits float32 [B, num_classes].
 
-        Computed in float32, also inside autocast: a standardised outlier of 1e4 would overflow fp16 in the linear
-        layers.
+        Everything after the text encoder; cheap. Computed in float32 even inside autocast: a standardised outlier of
+        1e4 would overflow fp16 in the linear layers.
         """
         vectors = [] if text_vectors is None else [text_vectors.float()]
         with _without_autocast(self.final_merge_network.linear_layer_final.weight.device.type):

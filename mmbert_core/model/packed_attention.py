@@ -1,11 +1,11 @@
-"""Attention over packed texts, each of which attends to itself alone.
+"""Attention over packed texts: a token attends only to tokens of its own text.
 
 N texts, T tokens of the longest, S tokens of all, h heads, d size of a head, H = h x d, P = sum of squared lengths.
 A group's tensors: g texts of l tokens each.
 
-`use_packed_attention` registers `packed_attention` with transformers, whose encoders pass `packing=...` of their
-forward on to the attention function. The ways to attend below give the same result; which one is fastest depends on the
-device, the precision and dropout.
+`packed_attention` is registered with transformers. Its encoders pass the argument `packing` of their forward on to the
+attention function. The implementations below give the same result; which one is fastest depends on the device, the
+precision and dropout.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,10 @@ BERT_LAYERS = frozenset("bert electra roberta xlm-roberta camembert".split())  #
 
 
 def use_packed_attention(encoder: nn.Module) -> bool:
-    """Set `packed_attention` in the encoder; False where packing is not exact. Padded calls compute what they did."""
+    """Make the encoder use `packed_attention`; False where packing would not be exact or cannot be set.
+
+    Calls of the encoder without `packing` compute the same as before.
+    """
     config = encoder.config
     if config.model_type not in FAMILIES or getattr(config, "is_decoder", False):
         return False
@@ -42,10 +45,10 @@ def use_packed_attention(encoder: nn.Module) -> bool:
 
 
 def end_at_first_tokens(encoder: nn.Module) -> bool:
-    """Let the last layer compute the first token of each packed text alone; False for other layers than BERT's.
+    """Make the last layer compute only the first token of each packed text; False for other layers than BERT's.
 
-    Exact for the poolings that read only that token: the others are still its keys and values. Saves most of a layer,
-    forward and backward.
+    Exact for the poolings that read only that token: the keys and values are still those of all tokens. Saves most of
+    a layer, forward and backward.
     """
     if encoder.config.model_type not in BERT_LAYERS or encoder.config.num_hidden_layers == 0:
         return False
@@ -55,7 +58,7 @@ def end_at_first_tokens(encoder: nn.Module) -> bool:
 
 
 class _FirstTokens(nn.Module):
-    """Mixed in before the class of a BERT layer by `end_at_first_tokens`."""
+    """Mixin for the class of a BERT layer, added by `end_at_first_tokens`."""
 
     def forward(
         self, hidden_states: torch.Tensor, *arguments: Any, packing: Packing | None = None, **others: Any
@@ -114,13 +117,13 @@ AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-# ---- ways to attend: query, key, value [S, h, d] -> [S, h, d] ----
+# ---- implementations: query, key, value [S, h, d] -> [S, h, d] ----
 
 
 def attend_by_group(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, window: int | None
 ) -> torch.Tensor:
-    """One call for each group of texts; without dropout torch's fused kernel is the fastest on the CPU."""
+    """One call of torch's fused kernel for each group of texts: the fastest on the CPU without dropout."""
     outputs = []
     for group in packing.groups:
         states = [_heads_first(tensor, group) for tensor in (query, key, value)]  # [g, h, l, d]
@@ -169,11 +172,11 @@ def attend_padded(
     dropout: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Query, key and value are padded for the attention alone."""
+    """Pads query, key and value, for the attention only."""
     mask = packing.is_token[:, None, None, :]  # [N, 1, 1, T]
     window_mask = _window_mask(max(packing.lengths), window, query.device)
     if window_mask is not None:
-        # padding attends to everything: a softmax over no token at all would be NaN
+        # padding tokens attend to everything: a softmax over no token would be NaN
         mask = (mask & window_mask) | ~packing.is_token[:, None, :, None]  # [N, 1, T, T]
     query, key, value = (_pad(states, packing) for states in (query, key, value))  # [N, h, T, d]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
@@ -183,7 +186,7 @@ def attend_padded(
 def attend_first_tokens(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scaling: float, dropout: float
 ) -> torch.Tensor:
-    """Queries [N, h, d] of the first tokens, over all keys of their texts -> [N, h, d]. The keys are padded."""
+    """Queries [N, h, d] of the first tokens, keys and values [S, h, d] of all -> [N, h, d]. Pads keys and values."""
     mask = packing.is_token[:, None, None, :]  # [N, 1, 1, T]
     key, value = (_pad(states, packing) for states in (key, value))  # [N, h, T, d]
     return F.scaled_dot_product_attention(
@@ -199,9 +202,9 @@ def _pad(states: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 
 class AttentionWithDropout(torch.autograd.Function):
-    """Attention group by group, with one draw of dropout masks for all groups (Vaswani et al. 2017).
+    """Attention with dropout (Vaswani et al. 2017), one group at a time; the masks of all groups are one draw.
 
-    Written out because torch's fused kernels for the CPU have no dropout; the gradients are derived by hand.
+    torch's fused kernels for the CPU have no dropout. The gradients are derived by hand.
     """
 
     @staticmethod
@@ -219,10 +222,10 @@ class AttentionWithDropout(torch.autograd.Function):
         weights = query.new_empty(num_heads * sum(group.num_pairs for group in packing.groups))  # [h P], by group
         keep_mask = draw_keep_mask(weights.shape, rate)  # [h P]
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        # all passes over one group follow each other, so that its tensors stay in the processor's caches
+        # one group after the other, so that a group's tensors stay in the processor's caches
         for group, group_weights, group_mask in _split_by_group(packing, num_heads, weights, keep_mask):
             keys = _group_batch(key, group).transpose(1, 2)  # [g h, d, l]
-            # scores [g h, l, l]; with beta=0 the old content is ignored
+            # scores [g h, l, l]; beta=0: the old content is ignored
             torch.baddbmm(group_weights, _group_batch(query, group), keys, beta=0, alpha=scaling, out=group_weights)
             if (window_mask := _window_mask(group.length, window, query.device)) is not None:
                 group_weights.masked_fill_(~window_mask, -torch.inf)
@@ -272,7 +275,7 @@ def _write_group(target: torch.Tensor, group: Group, batch: torch.Tensor) -> Non
 
 
 def _split_by_group(packing: Packing, num_heads: int, *flat: torch.Tensor) -> Iterator[tuple[Any, ...]]:
-    """Tensors [h P] -> for each group the group and its [g h, l, l] of each tensor, as views."""
+    """For each group: the group, and of each tensor [h P] in `flat` a view of the group's elements, [g h, l, l]."""
     sizes = [num_heads * group.num_pairs for group in packing.groups]
     for group, *views in zip(packing.groups, *(tensor.split(sizes) for tensor in flat), strict=True):
         yield group, *(view.view(-1, group.length, group.length) for view in views)

@@ -93,15 +93,15 @@ def pack(
 ) -> tuple[dict[str, Any], Packing]:
     """Arguments of the encoder's forward for a padded batch [N, T] and its mask, and the layout of the packed tokens.
 
-    `position_offset`: of the encoder (model/positions.py). A batch on a GPU costs a wait for the GPU, one on the CPU
-    none.
+    `position_offset`: of the encoder (model/positions.py). The lengths are read on the CPU: for a batch on a GPU this
+    waits for the GPU.
     """
     device = encoder.get_input_embeddings().weight.device
     is_token = attention_mask != 0  # [N, T]
-    is_token[:, 0] |= ~is_token.any(1)  # a text without a token would have no vector
+    is_token[:, 0] |= ~is_token.any(1)  # a text without tokens keeps its first one, as it needs a vector
     packing = Packing(tuple(is_token.sum(1).tolist()), device)
     is_counted = is_token
-    if position_offset:  # RoBERTa and its relatives give a pad token within a text the position of the padding
+    if position_offset:  # RoBERTa's families give a pad token inside a text the position of padding
         is_counted = is_token & (input_ids != encoder.config.pad_token_id)
     positions = is_counted.cumsum(1) * is_counted + position_offset - 1  # [N, T]
     arguments = {
@@ -109,7 +109,7 @@ def pack(
         "position_ids": to_device(positions[is_token][None], device),  # [1, S]
         "packing": packing,
     }
-    if encoder.config.model_type == "modernbert":  # without these it builds masks of S x S
+    if encoder.config.model_type == "modernbert":  # otherwise it builds masks [S, S]
         arguments["attention_mask"] = {"full_attention": None, "sliding_attention": None}
     return arguments, packing
 

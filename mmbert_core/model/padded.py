@@ -1,4 +1,4 @@
-"""The model in a form that a graph can hold, for export: padded batches to probabilities.
+"""The model in a form that torch.export can trace: padded batches to probabilities.
 
 B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim.
 """
@@ -12,10 +12,9 @@ from mmbert_core.model.multimodal_bert import MultimodalBert
 
 
 class PaddedModel(nn.Module):
-    """A copy of the model without packing, whose tensor shapes depend on the lengths of the texts.
+    """A copy of the model without packing: the shapes of packed tensors depend on the texts' lengths.
 
-    `limits`: the lowest and the highest number [F] of each column that the model is given; numbers beyond are clipped.
-    None: numbers are not clipped.
+    `limits`: lowest and highest number of each numeric input, [F] each; numbers are clipped to them. None: no clipping.
     """
 
     def __init__(
@@ -45,10 +44,10 @@ class PaddedModel(nn.Module):
         numbers: torch.Tensor | None = None,
         categories: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Ids and mask [B, T] or [B, C, T], numbers [B, F], categories [B, K] -> probabilities.
+        """Ids and mask [B, T] or [B, C, T], numbers [B, F], categories [B, K] -> probabilities float32.
 
-        Of class 1, [B], when binary, else of all classes, [B, num_classes]. Inputs that the model does not have are
-        left out.
+        Of class 1, [B], when binary, else of all classes, [B, num_classes]. None for inputs that the model does not
+        have.
         """
         if numbers is None and categories is not None:
             numbers = torch.zeros_like(categories[:, :0], dtype=torch.float32)  # [B, 0]
@@ -59,7 +58,7 @@ class PaddedModel(nn.Module):
 
 
 class AllChunks(nn.Module):
-    """The text encoder for a graph: it encodes every chunk of [B, C, T], also padding, which the mean leaves out."""
+    """The text encoder without shapes that depend on the data: chunks of padding are encoded, but not in the mean."""
 
     def __init__(self, text: nn.Module) -> None:
         super().__init__()
@@ -69,11 +68,11 @@ class AllChunks(nn.Module):
         """[B, C, T] twice -> [B, D]"""
         num_rows, num_chunks, num_tokens = attention_mask.shape
         is_chunk = attention_mask.any(dim=2)  # [B, C]
-        is_first = torch.arange(num_tokens) == 0  # [T]; a chunk in which no token is seen would be NaN
+        is_first = torch.arange(num_tokens) == 0  # [T]; padding gets one token: attention over none would be NaN
         mask = torch.where(is_first, 1, attention_mask)
         vectors = self.text(input_ids.flatten(0, 1), mask.flatten(0, 1))  # [B C, D]
         # by an index, not a reshape: a graph with that reshape is refused where all texts have one chunk
         vectors = vectors[torch.arange(num_rows)[:, None] * num_chunks + torch.arange(num_chunks)]  # [B, C, D]
         weights = is_chunk / is_chunk.sum(dim=1, keepdim=True).clamp(min=1)  # [B, C]
-        # here the projection precedes the mean, which is the same: it is linear and the weights add up to 1
+        # TextBertBase projects after the mean; the result is the same, as the projection is linear and weights sum to 1
         return (vectors * weights.unsqueeze(2)).sum(dim=1)

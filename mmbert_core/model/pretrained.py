@@ -1,4 +1,4 @@
-"""Pretrained encoders from a folder or the hub: safetensors only, no code of their own."""
+"""Pretrained encoders from a folder or the hub. Only safetensors are loaded, and no code that comes with an encoder."""
 
 import json
 import logging
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 SENTENCE_POOLING = "1_Pooling/config.json"
 SENTENCE_MODULES = "modules.json"
 SENTENCE_CONFIG = "config_sentence_transformers.json"
-SENTENCE_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # its names for the poolings that exist here
+SENTENCE_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # its name of a mode -> the pooling here
 POOLING_FLAG = "pooling_mode_"  # prefix of the older form's keys, one for each mode
-# Keys of a config.json with which transformers would run code or load weights that are never wanted.
+# Keys of a config.json with which transformers would run an encoder's own code or load other weights, and the message.
 REFUSED_KEYS = {
     "auto_map": "it needs code of its own (auto_map), which is never run; choose one that transformers knows",
     "quantization_config": "its weights are quantised and cannot be fine-tuned; choose the full-precision one",
@@ -54,7 +54,7 @@ def load_pretrained_encoder(name_or_folder: str) -> tuple[nn.Module, bool]:
 
     A name is looked up in the local cache first and on the hub only if it is not there, so that a second start needs
     no network. `has_stored_pooler`: the encoder has a pooler and its weights came from the file. Many checkpoints, such
-    as RoBERTa's, leave them out, and transformers then draws them at random.
+    as RoBERTa's, have no weights of the pooler, and transformers then draws them at random.
 
     Raises `InputError` (one line) when the folder or name does not exist, holds only pickled weights, needs code of its
     own, lacks weights of the encoder, or cannot be fetched.
@@ -81,9 +81,8 @@ def sentence_pooling(name_or_folder: str) -> str | None:
     """The pooling with which an encoder was trained to make sentence vectors, from files of sentence-transformers.
 
     "mean", "cls" or "last"; None for an encoder without such files in its folder or in the hub's local cache. Reads
-    both forms of the file: a flag for each mode, or one key `pooling_mode`. Such training does not involve a stored
-    pooler. Raises `InputError` (one line) for settings that cannot be followed: several or unknown modes, or vectors
-    without the tokens of a prompt.
+    both forms of the file: a flag for each mode, or one key `pooling_mode`. Raises `InputError` (one line) for settings
+    that this project does not have: several or unknown modes, or vectors without the tokens of a prompt.
     """
     name = os.fspath(name_or_folder)
     path = _cached_path(name, _pooling_file(name))
@@ -129,7 +128,7 @@ def _pooling_modes(settings: Mapping[str, Any]) -> list[str]:
     for key, is_used in settings.items():
         if key.startswith(POOLING_FLAG) and is_used not in (False, None):
             mode = key.removeprefix(POOLING_FLAG).removesuffix("_tokens").removesuffix("_token")
-            modes.append(mode if is_used in (True,) else f"{key}: {is_used}")
+            modes.append(mode if is_used in (True,) else f"{key}: {is_used}")  # 1 and 0 count as true and false
     return list(dict.fromkeys(modes))
 
 
@@ -155,7 +154,7 @@ def build_encoder(folder: str, shapes: Shapes | None = None) -> nn.Module:
     """An encoder with random weights, float32, eval mode, from the config.json of a model folder.
 
     `shapes`: tensor -> shape of the weights to be loaded later, under the encoder's own names. Raises `InputError`
-    before anything large is allocated where the config implies other shapes.
+    where the config implies other shapes, before memory is allocated for them.
     """
     name = os.fspath(folder)
     check_encoder_files(name)
@@ -169,6 +168,7 @@ class _NotCached(InputError):
 
 
 def _load(name: str, *, local_files_only: bool, shapes: Shapes | None = None) -> tuple[nn.Module, bool]:
+    """`load_pretrained_encoder` from one source. Raises `_NotCached` where the hub's local cache lacks the files."""
     with _quiet_transformers(), _one_line(name, not_cached=local_files_only and not os.path.isdir(name)):
         _checked_config(name, local_files_only=local_files_only, shapes=shapes or {})
         encoder, report = AutoModel.from_pretrained(
@@ -184,7 +184,7 @@ def _load(name: str, *, local_files_only: bool, shapes: Shapes | None = None) ->
     missing = sorted(report["missing_keys"])
     missing_pooler = [key for key in missing if "pooler" in key.split(".")]
     if len(missing) > len(missing_pooler):
-        # transformers draws these at random: the model would only look pretrained
+        # transformers draws missing weights at random: the encoder would not be pretrained
         key = next(key for key in missing if key not in missing_pooler)
         raise InputError(
             f"encoder {name!r}: its weight file lacks {len(missing) - len(missing_pooler)} tensors of "
@@ -212,9 +212,9 @@ def _check_weight_files(folder: str) -> None:
 
 
 def _checked_config(name: str, *, local_files_only: bool, shapes: Shapes) -> PretrainedConfig:
-    """The config of an encoder. Raises `InputError` where it would run code or allocate more than the weights hold.
+    """The config of an encoder. Raises `InputError` where it would run code or does not fit the weights' `shapes`.
 
-    `shapes`: of the weights, {} if not known.
+    `shapes`: tensor -> shape; {}: not known, and not checked.
     """
     settings, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
     for key, value in settings_in(settings):
@@ -233,14 +233,14 @@ def _checked_config(name: str, *, local_files_only: bool, shapes: Shapes) -> Pre
     if shapes:
         with torch.device("meta"):  # names and shapes without memory
             empty = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        expected = {own: tuple(parameter.shape) for own, parameter in empty.named_parameters()}
+        expected = {tensor: tuple(parameter.shape) for tensor, parameter in empty.named_parameters()}
         check_shapes(expected, shapes, error_prefix=error_prefix)
     return config
 
 
 @contextmanager
 def _naming_encoder(name: str) -> Iterator[None]:
-    """Let the message of an `InputError` about a file of the folder `name` begin with the encoder."""
+    """Put "encoder NAME" before the message of an `InputError` about a file of the folder `name`."""
     try:
         yield
     except InputError as error:
@@ -260,7 +260,7 @@ def _one_line(name: str, *, not_cached: bool = False) -> Iterator[None]:
     except Exception as error:  # the hub, JSON, safetensors and transformers each raise classes of their own
         message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         error_class = _NotCached if not_cached and isinstance(error, OSError) else InputError
-        if "above report" in str(error):  # _quiet_transformers silences it; it names tensors of other shapes
+        if "above report" in str(error):  # a list of tensors of other shapes, which _quiet_transformers silences
             message = (
                 "weights of its model.safetensors have other shapes than its config.json says, "
                 "or cannot be converted to what the model needs"

@@ -1,4 +1,4 @@
-"""Checks before a run that an encoder fits its tokenizer and settings, by encoding short texts of token ids.
+"""Checks before a run that an encoder fits its tokenizer and settings, made by encoding texts of chosen token ids.
 
 N texts, T tokens, H hidden size. For a model on the CPU; draws from no generator and leaves the model unchanged.
 """
@@ -13,14 +13,14 @@ from torch import nn
 from mmbert_core.model.text_encoder import TextBertBase, is_causal
 from mmbert_core.runtime.errors import InputError, shorten
 
-# Differences of text vectors, in units of their largest value, or of 1 where that is smaller.
-TOLERANCE = 1e-5  # two vectors of the same text
+# Differences of text vectors, relative to their largest absolute value, or to 1 where that is smaller.
+TOLERANCE = 1e-5  # the largest difference of two vectors of the same text
 SAME = 1e-7  # vectors of different texts differ by more: those of a narrow MobileBERT by 3e-7
 CERTAIN = 1e-3  # more than rounding in float32; smaller differences are computed again in float64
 NOT_FINITE = "its values are not finite"
 # Raised by encoders for settings or token ids that do not fit them; NotImplementedError is a RuntimeError.
 ENCODER_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, AttributeError, KeyError)
-SHORT_WORDS, LONG_WORDS = (1, 3), 28  # ordinary tokens of the texts encoded next to another, and of that other text
+SHORT_WORDS, LONG_WORDS = (1, 3), 28  # ordinary tokens of the short texts, and of the long one in the same batch
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class ProbeTokens:
 
 
 def check_text_encoder(text: TextBertBase, tokens: ProbeTokens, *, max_length: int, name: str) -> None:
-    """Raise `InputError`, one line, where the encoder `name` fails for texts of `max_length` tokens or is wrong.
+    """Raise `InputError`, one line, where the encoder `name` fails for a text or gives wrong vectors.
 
-    Checked are the token ids that have an embedding, the longest text, a text alone and next to a longer one, packed
-    and padded texts, and two texts that differ in their last token only.
+    Every token id must have an embedding and a text of `max_length` tokens must be encoded. A text's vector must be the
+    same alone, next to a longer text, packed and padded. Texts that differ only in their last word must have different
+    vectors.
     """
     check_token_ids(text.encoder, tokens.highest, name=name)
     max_words = max(1, max_length - tokens.num_special)
@@ -102,7 +103,7 @@ def num_embedding_rows(encoder: nn.Module) -> int | None:
 
 
 def _check_runs(text: TextBertBase, tokens: ProbeTokens, *, name: str) -> None:
-    """A text of one token, then one with the highest token id; packed, if the encoder is, and padded."""
+    """A text of one word, then one with the highest token id; packed if the encoder can be, and padded."""
     for ids, description in (
         (tokens.text(1), "a text of one word"),
         (tokens.text(1, first=tokens.highest), f"a text with the token id {tokens.highest}"),
@@ -169,9 +170,9 @@ def _check_mask(text: TextBertBase, short: Sequence[int], long: Sequence[int], p
 
 
 def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *, name: str) -> None:
-    """Two texts that differ in their last word differ in their vectors.
+    """Two texts that differ in their last word have different vectors.
 
-    One call for each, so that both are computed by the same operations in the same order.
+    Each is encoded in its own call, so that both are computed by the same operations in the same order.
     """
     first, second = (
         _vectors(text, [tokens.text(num_words, last=word)], tokens.pad) for word in (tokens.words[0], tokens.words[-1])
@@ -197,7 +198,7 @@ def _check_last_word(text: TextBertBase, tokens: ProbeTokens, num_words: int, *,
 def _vectors(
     text: TextBertBase, texts: Sequence[Sequence[int]], pad: int, *, is_packed: bool | None = None
 ) -> torch.Tensor:
-    """Ids of N texts -> [N, H]; `is_packed` None: as the model itself does."""
+    """Ids of N texts -> [N, H]; `is_packed` None: as the model is set."""
     longest = max(map(len, texts))
     input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in texts])  # [N, T]
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts])
@@ -221,7 +222,7 @@ def _failure(text: TextBertBase, ids: Sequence[int], *, is_packed: bool | None =
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest difference of the vectors' elements, in units of the largest element, at least of 1."""
+    """The largest absolute difference of two elements, relative to the largest element, or to 1 if that is smaller."""
     return float((first - second).abs().max() / second.abs().max().clamp(min=1.0))
 
 

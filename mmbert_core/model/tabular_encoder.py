@@ -22,7 +22,7 @@ class TabAE(nn.Module):
     """Numeric and categorical columns to one vector of `hidden_common_dim` per row.
 
     `means`, `stds`: one each per numeric input, fitted on the training rows; they are buffers, saved with the weights.
-    The original's BatchNorm made a row's output depend on the other rows of its batch.
+    They replace the original's BatchNorm, with which a row's output depended on the other rows of its batch.
     `cardinalities`: rows of each column's embedding, the two reserved indices included. The row of UNSEEN is zero and
     gets no gradient, so an unseen category adds nothing; the row of a missing cell starts at zero and is learned.
 

@@ -18,8 +18,9 @@ from mmbert_core.runtime.errors import InputError
 logger = logging.getLogger(__name__)
 
 POOLINGS = ("auto", "pooler", "cls", "mean", "last")
-CAUSAL_TOLERANCE = 5e-7  # of the largest value, at least of 1: rounding of equal vectors, as in mixtures of experts
-NUM_CAUSAL_TOKENS = 4  # of the two texts by which a causal encoder is recognised
+# Equal vectors may differ by rounding, as in mixtures of experts: relative to the largest value, or to 1 if smaller.
+CAUSAL_TOLERANCE = 5e-7
+NUM_CAUSAL_TOKENS = 4  # of each of the two texts that `is_causal` compares
 
 
 def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, trained: str | None = None) -> str:
@@ -27,7 +28,7 @@ def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, tra
 
     "auto" is the pooling the encoder was `trained` with as a sentence encoder, else last for a causal encoder, else the
     pooler if its weights were stored with the encoder, else cls; the choice is logged.
-    Raises `InputError` for an unknown word, and for "pooler" where the encoder has none.
+    Raises `InputError` for an unknown setting, and for "pooler" where the encoder has none.
     """
     if asked not in POOLINGS:
         raise InputError(f"pooling: expected one of {', '.join(POOLINGS)}, found {asked!r}")
@@ -53,10 +54,10 @@ def resolve_pooling(asked: str, encoder: nn.Module, has_stored_pooler: bool, tra
 
 
 def is_causal(encoder: nn.Module) -> bool:
-    """Whether the first token's vector ignores the tokens after it, as in decoders. For eval mode on the CPU.
+    """Whether the first token's vector ignores the tokens after it, as in decoders.
 
-    Encodes two texts that differ in their last token; draws from no generator. False for an encoder that cannot run
-    this way: the checks before training report why.
+    Encodes two texts that differ in their last token; draws from no generator. The encoder must be in eval mode and on
+    the CPU. False for an encoder that fails for these texts: the checks before training (model/probe.py) report why.
     """
     try:
         rows = encoder.get_input_embeddings().weight.shape[0]
@@ -76,7 +77,7 @@ def is_causal(encoder: nn.Module) -> bool:
 def reinitialise(encoder: nn.Module, *, pooler: bool, layers: int) -> None:
     """Re-draw the pooler and the last `layers` layers in place, with the encoder's own initialiser.
 
-    Draws from torch's global generator. An encoder without a pooler costs a warning where one is asked for.
+    Draws from torch's global generator. `pooler` for an encoder without one is logged as a warning.
     Raises `InputError` when the encoder has fewer layers, or no list of separate layers (ALBERT shares one among all).
     """
     targets: list[tuple[str, nn.Module]] = []
@@ -147,7 +148,7 @@ class TextBertBase(nn.Module):
         self.ends_at_first_tokens = (
             self.is_packed and reads_first_tokens and packed_attention.end_at_first_tokens(encoder)
         )
-        # as Longformer's: the token that the text's vector is read from must attend to the whole text
+        # such as Longformer: the token from which the text's vector is read must attend to the whole text
         self.has_global_attention = "global_attention_mask" in inspect.signature(encoder.forward).parameters
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(encoder.config.hidden_size, hidden_common_dim)
@@ -164,10 +165,8 @@ class TextBertBase(nn.Module):
         else:
             is_chunk = attention_mask.any(dim=2)  # [B, C]
             chunks = self.pool(input_ids[is_chunk], attention_mask[is_chunk])  # [N, H]
-            index, counts = (
-                packing.to_device(tensor, chunks.device)
-                for tensor in (is_chunk.flatten().nonzero()[:, 0], is_chunk.sum(dim=1, keepdim=True).clamp(min=1))
-            )
+            index = packing.to_device(is_chunk.flatten().nonzero()[:, 0], chunks.device)  # [N], in the flat [B C]
+            counts = packing.to_device(is_chunk.sum(dim=1, keepdim=True).clamp(min=1), chunks.device)  # [B, 1]
             # index_copy rather than index_add: each slot is written once, so the order of the sum is fixed
             by_row = chunks.new_zeros(is_chunk.numel(), chunks.shape[-1]).index_copy(0, index, chunks)  # [B C, H]
             pooled = by_row.unflatten(0, is_chunk.shape).sum(dim=1) / counts  # [B, H]
@@ -201,7 +200,7 @@ class TextBertBase(nn.Module):
     def _pool_packed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[N, T] -> [N, H]"""
         arguments, layout = packing.pack(self.encoder, input_ids, attention_mask, position_offset=self.position_offset)
-        # [S, H], or [N, H] where the last layer computes first tokens alone
+        # [S, H], or [N, H] where the last layer computes first tokens only
         hidden = self.encoder(**arguments, return_dict=True).last_hidden_state.squeeze(0)
         if self.pooling == "mean":
             return layout.means(hidden)
