@@ -2,10 +2,10 @@
 
 B rows, C chunks, T tokens, S tokens of all rows, E size of a word embedding, K classes.
 
-Gradient x input at the text itself is not enough: where the model is confident the softmax is flat, layer normalisation
-removes the rest, and a planted word that decides the class came out against it. So gradients are averaged on the path
-from embeddings of zero to the text's own (Sundararajan et al. 2017). The attributions are a hint at what the model
-looked at, no proof of a cause.
+Gradient x input at the text alone is unreliable: the softmax is flat where the model is confident, and layer
+normalisation removes the rest. In a test it gave a word that decided the class a negative attribution. Gradients are
+therefore averaged along the path from zero embeddings to the text's own (Sundararajan et al. 2017). Attributions hint
+at what the model used; they do not prove a cause.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from mmbert_core.model.tabular_encoder import TabAE
 
 Attributions = list[tuple[str, float]]  # spans of one text, in order, each with its attribution, -1 to 1
 HIGHLIGHT_LEVELS = (0.1, 0.3, 0.6)  # absolute attributions from which a span is highlighted: weakly, clearly, strongly
-STEPS = 16  # forward and backward passes of one explanation; with 8 a planted word was missed now and then
+STEPS = 16  # forward and backward passes of one explanation; 8 sometimes missed a word that decided the class
 
 
 def explain_rows(
@@ -37,10 +37,10 @@ def explain_rows(
 ) -> list[Attributions]:
     """For each row of `positions` its spans with attributions -1 to 1, above 0 where a span contributed to `predicted`.
 
-    `predicted`: class index of each row; of two classes the threshold chooses it, not the larger logit. `texts`: the
-    whole text of each row, as it was encoded. A row's spans joined are its text as far as the model read it; what is
-    between tokens has attribution 0. Each row's attributions are divided by the largest. A columns-only model has no
-    spans. All rows are one batch.
+    `predicted`: class index of each row; with two classes it depends on the threshold, not on the larger logit.
+    `texts`: the whole text of each row, as it was encoded. A row's spans joined are the part of its text that the model
+    read; a span between tokens has attribution 0. Attributions are divided by the row's largest absolute value. A
+    columns-only model has no spans. All rows are one batch.
     """
     if loaded.model.text_subnetwork is None:
         return [[] for _ in positions]
@@ -59,12 +59,11 @@ def token_attributions(model: MultimodalBert, batch: Batch, predicted: torch.Ten
     """[S] float32 by row, then chunk: each token's share of the logit of class `predicted` [B] minus the others' mean.
 
     The shares add up to about that difference minus its value for a text of zero embeddings. Computed in float32
-    whatever the task's precision: small gradients would be 0 in fp16. For a model in eval mode, which is left
-    unchanged.
+    whatever the task's precision: small gradients would be 0 in fp16. The model must be in eval mode.
     """
     batch, predicted = batch.to(task.device), predicted.to(task.device)[:, None]
-    # [1, S] if packed, else [B or real chunks, T], or wider where the encoder pads to a multiple of its own
-    products = torch.zeros(())
+    # Embeddings are [1, S, E] if packed, else [B or chunks with tokens, T, E]; some encoders pad T to a multiple.
+    products = torch.zeros(())  # summed over E, so [1, S] or [B or chunks with tokens, T]
     for step in range(STEPS):
         with (
             torch.enable_grad(),
@@ -84,7 +83,7 @@ def token_attributions(model: MultimodalBert, batch: Batch, predicted: torch.Ten
 
 
 class _ScaledEmbeddings:
-    """Inside, the encoder reads its word embeddings times `factor`.
+    """Context in which the encoder's word embeddings are multiplied by `factor`.
 
     `original`: the embeddings of the last forward; `scaled`: the same times `factor`, a leaf of the graph.
     """

@@ -40,7 +40,7 @@ TOKENIZER_NAMES = re.compile(
 )
 CARD_MARK = "<!-- model card of mmbert_core, sha256 of the lines above: {} -->\n"
 MAX_CARD_BYTES = 2**24
-MAX_FEATURES_BYTES = 2**28  # categories of millions of values
+MAX_FEATURES_BYTES = 2**28  # enough for columns with millions of categories
 
 RESOLVED = record(
     {"pooling": nullable(text(choices=POOLINGS[1:])), "precision": text(choices=("fp32", "bf16", "fp16"))},
@@ -56,7 +56,7 @@ CONFIG_JSON = record(
     {"mmbert_core": text()},
 )
 THRESHOLDS_JSON = record({"threshold": THRESHOLD_JSON, "calibration": CALIBRATION_JSON})
-# Figures of evaluated rows: metrics by name, and these keys.
+# Results on evaluated rows: metrics by name, and these keys.
 FIGURES_JSON = record(
     {},
     {
@@ -68,7 +68,7 @@ FIGURES_JSON = record(
     },
     others=nullable(number()),
 )
-# Of the rows of a split; versions differ in their keys.
+# Description of a split's rows; versions differ in their keys.
 SPLIT_JSON = record(
     {"rows": whole(0)}, {"classes": nullable(mapping(whole(0))), "mean_tokens": nullable(number(0))}, others=True
 )
@@ -98,17 +98,15 @@ class ModelSettings:
 
 
 def prediction_files(folder: Path) -> list[str]:
-    """The folder's files that decide a prediction, without the manifest, as paths below the folder."""
+    """The folder's files on which a prediction depends, except the manifest, as paths below the folder."""
     present = [name for name in PREDICTION_FILES if (folder / name).is_file()]
-    encoder = sorted(
-        path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES and path.is_file()
-    )
-    names = [path.relative_to(folder).as_posix() for path in encoder]
-    return [*present, *(name for name in names if not _is_hidden(name))]
+    paths = sorted(path for path in (folder / ENCODER).rglob("*") if path.suffix in ENCODER_SUFFIXES)
+    encoder_files = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return [*present, *(name for name in encoder_files if not _is_hidden(name))]
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether file managers, editors, notebooks or version control wrote it, such as `.ipynb_checkpoints/`."""
+    """Whether it is a file of file managers, editors, notebooks or version control, as in `.ipynb_checkpoints/`."""
     return any(folder_or_file.startswith(".") or folder_or_file == "__MACOSX" for folder_or_file in name.split("/"))
 
 
@@ -138,7 +136,8 @@ def check_manifest(folder: Path) -> None:
             f"found {len(entries)} files"
         )
     advice = "copy the whole folder again, or train once more"
-    if added := sorted(name for name in present - set(entries) if name in PREDICTION_FILES or _is_tokenizer_file(name)):
+    unlisted = present - set(entries)
+    if added := sorted(name for name in unlisted if name in PREDICTION_FILES or _is_tokenizer_file(name)):
         raise InputError(
             f"{folder / added[0]}: is no file of this model ({MANIFEST} does not name it): remove it, or {advice}"
         )
@@ -156,7 +155,7 @@ def _is_encoder_file(name: str) -> bool:
 
 
 def _is_tokenizer_file(name: str) -> bool:
-    """Whether a tokenizer would read this file if it were added to the folder; it would not read a user's notes."""
+    """Whether a tokenizer reads a file of this name if it exists; it does not read a user's notes, for example."""
     return name.startswith(f"{ENCODER}/") and TOKENIZER_NAMES.fullmatch(name.removeprefix(f"{ENCODER}/")) is not None
 
 
@@ -164,20 +163,20 @@ def _is_tokenizer_file(name: str) -> bool:
 
 
 def with_card_mark(text: str) -> str:
-    """The card with a last line, its hash, by which a later run knows that the card was not edited."""
+    """The card and a last line with its hash, by which a later run recognises that the card was not edited."""
     return text + CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a README.md is an unedited card of a run: a user's own or an edited one is never replaced or removed."""
+    """Whether a README.md is an unedited card of a run; any other README.md is never replaced or removed."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
             return False
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-    head, found, _ = text.rpartition(CARD_MARK.split("{}")[0])
-    return bool(found) and text == with_card_mark(head)
+    card, mark, _ = text.rpartition(CARD_MARK.split("{}")[0])
+    return bool(mark) and text == with_card_mark(card)
 
 
 # ---- reading ----
@@ -218,7 +217,7 @@ def read_settings(folder: Path) -> ModelSettings:
 
 
 def read_decision(folder: Path, settings: ModelSettings) -> Decision:
-    """Threshold, calibration and baselines. A folder of version 0.2 or older has none: its threshold is one half."""
+    """Threshold, calibration and baselines. A folder of version 0.2 or older has none of them: the threshold is 0.5."""
     if not (folder / THRESHOLDS).is_file():
         return Decision()
     values = read_folder_json(folder / THRESHOLDS, THRESHOLDS_JSON)
@@ -237,7 +236,7 @@ def read_decision(folder: Path, settings: ModelSettings) -> Decision:
 
 
 def read_summary(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`data` and `best` of summary.json: the run's rows and files, and its best step; both {} where there is none."""
+    """`data` and `best` of summary.json: the run's rows and files, its best step; {} and {} without a valid file."""
     if folder is None:
         return {}, {}
     try:
@@ -256,13 +255,12 @@ def read_folder_json(path: Path, check: Check, **bounds: int) -> Any:
 
 
 def _build_from(path: Path, build: Callable[[], Any]) -> Any:
-    """The result of `build`, whose errors become an `InputError` of one line that names the file."""
+    """The result of `build`; its errors become an `InputError` of one line that names the file."""
     try:
         return build()
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing") from None
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)  # safetensors gives it no strerror
-        raise InputError(
-            f"{path}: {'is missing' if missing else f'cannot be read: {error.strerror or error}'}"
-        ) from None
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{path}: {shorten(str(error).removeprefix(f'{path}: '), 300)}") from None

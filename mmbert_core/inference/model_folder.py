@@ -3,7 +3,7 @@
     config.json  model.safetensors  encoder/ (config and tokenizer)  features.json  labels.json
     thresholds.json  baselines.json  baselines.safetensors  MANIFEST.json (older folders have none of the last four)
 
-Texts, columns and classes are those of the training run.
+Without text columns there is no encoder/, and baselines are optional.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ from mmbert_core.storage.files import TEMPORARY_PREFIX, missing_space, save_tens
 from mmbert_core.storage.manifest import MANIFEST
 
 ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
-PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tested with: no chunk size but 1 and 11 divides it
+PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tested with: a prime, so no multiple of a chunk size
 LAST_LAYER = "final_merge_network.linear_layer_final.weight"  # [num_classes, width of the text and the tabular vector]
 
 
@@ -72,7 +72,7 @@ class LoadedModel:
 
 
 def build_model(config: Config, features: Features) -> MultimodalBert:
-    """The model of a new run with pretrained encoder weights. Random weights come from `config.seed`.
+    """The model of a new run, with pretrained encoder weights; the other weights are drawn with `config.seed`.
 
     Raises `InputError` when the encoder cannot be loaded.
     """
@@ -90,7 +90,7 @@ def build_model(config: Config, features: Features) -> MultimodalBert:
 
 
 def check_length(config: Config, encoder: nn.Module) -> None:
-    """Raise `InputError` for chunks of more tokens than the encoder has positions, which would fail inside it."""
+    """Raise `InputError` for a `max_length` above the encoder's number of positions: its forward would fail."""
     limit = max_tokens(encoder)
     if limit is not None and config.max_length > limit:
         raise InputError(
@@ -120,7 +120,7 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], loaded: Lo
     Raises `RunError` when the disk is full or refuses a file.
     """
     folder = Path(folder)
-    _remove_old_model(folder, keeps_baselines=loaded.decision.baselines is not None)
+    _remove_old_model(folder, replaces_baselines=loaded.decision.baselines is not None)
     temporaries = {name: folder / f"{TEMPORARY_PREFIX}{name}" for name in (BASELINE_WEIGHTS, WEIGHTS)}
     try:
         if loaded.model.text_subnetwork is not None:
@@ -135,7 +135,7 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], loaded: Lo
         if (baselines := loaded.decision.baselines) is not None:
             write_json(folder / BASELINES, baselines.to_json())
             _replace_tensors(baselines.tensors(), temporaries[BASELINE_WEIGHTS], folder / BASELINE_WEIGHTS)
-        _replace_tensors(weights, temporaries[WEIGHTS], folder / WEIGHTS, manifest_of=folder)
+        _replace_tensors(weights, temporaries[WEIGHTS], folder / WEIGHTS, manifest_folder=folder)
     except OSError as error:
         num_bytes = sum(tensor.nbytes for tensor in weights.values())
         raise RunError(f"the model could not be written: {missing_space(folder, num_bytes)} ({error})") from error
@@ -144,29 +144,32 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], loaded: Lo
             temporary.unlink(missing_ok=True)
 
 
-def _remove_old_model(folder: Path, *, keeps_baselines: bool) -> None:
-    """Remove the files that must not stay next to those of a new model, the weights first; a user's README.md stays."""
+def _remove_old_model(folder: Path, *, replaces_baselines: bool) -> None:
+    """Remove an earlier model's weights, manifest, summary, unedited card, and baselines that no new ones replace.
+
+    The weights are removed first: without them the folder counts as incomplete.
+    """
     names = [WEIGHTS, MANIFEST, SUMMARY]
     names += [CARD] if is_own_card(folder / CARD) else []
-    names += [] if keeps_baselines else [BASELINES, BASELINE_WEIGHTS]
+    names += [] if replaces_baselines else [BASELINES, BASELINE_WEIGHTS]
     for name in names:
         (folder / name).unlink(missing_ok=True)
 
 
 def _replace_tensors(
-    tensors: dict[str, torch.Tensor], temporary: Path, final: Path, *, manifest_of: Path | None = None
+    tensors: dict[str, torch.Tensor], temporary: Path, final: Path, *, manifest_folder: Path | None = None
 ) -> None:
-    """Write the tensors to `temporary` and rename it to `final`; before that, write the manifest of `manifest_of`."""
+    """Write the tensors to `temporary`, the manifest into `manifest_folder` if given, then rename to `final`."""
     save_tensors(tensors, temporary)
     sync_path(temporary)
-    if manifest_of is not None:
-        write_json(manifest_of / MANIFEST, manifest_record(manifest_of, temporary))
+    if manifest_folder is not None:
+        write_json(manifest_folder / MANIFEST, manifest_record(manifest_folder, temporary))
     temporary.replace(final)
     sync_path(final.parent)
 
 
 def config_record(config: Config, resolved: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json: every setting as given, and `resolved`, the values of those that were "auto"."""
+    """The content of config.json: every setting as given, and `resolved`, the values used for those set to "auto"."""
     return {
         "format_version": FORMAT_VERSION,
         "mmbert_core": mmbert_core.__version__,
@@ -221,7 +224,7 @@ def _encoder_shapes(shapes: Shapes) -> Shapes:
 
 
 def _check_head(path: Path, config: Config, shapes: Shapes) -> None:
-    """Raise `InputError` for widths in the config that the weights do not have, before memory is allocated for them."""
+    """Raise `InputError` where the config's widths are not those of the weights, before they are allocated."""
     num_vectors = bool(config.text_name) + bool(config.tab_field_list or config.cat_field_list)
     expected = (config.num_classes, config.hidden_common_dim * num_vectors)
     if (shape := shapes.get(LAST_LAYER)) != expected:

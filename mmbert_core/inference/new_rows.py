@@ -49,20 +49,20 @@ def encode_files(
 def rows_to_chunk(loaded: LoadedModel, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> Chunk:
     """A data frame or a list of dicts as a chunk of a table; label and id may be left out.
 
-    Raises `InputError` for a missing column, an invalid cell, and for what is neither.
+    Raises `InputError` for a missing column, an invalid cell or rows of another type.
     """
     if not isinstance(rows, pd.DataFrame) and not (
         isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)
     ):
         raise InputError(f"rows: expected a dict, a list of dicts or a data frame, found {type(rows).__name__}")
     roles = Roles.from_config(loaded.config)
-    features, optional = roles.features(), [name for name in (roles.id, roles.label) if name is not None]
+    optional = [name for name in (roles.id, roles.label) if name is not None]
     to_chunk = frame_to_chunk if isinstance(rows, pd.DataFrame) else records_to_chunk
-    return to_chunk(rows, features, optional)
+    return to_chunk(rows, roles.features(), optional)
 
 
 def encode_chunk(loaded: LoadedModel, chunk: Chunk) -> Dataset:
-    """The rows of a chunk, encoded; uses the tokenizer."""
+    """The rows of a chunk, encoded. Not thread-safe: uses the tokenizer."""
     config = loaded.config
     return encode_for_prediction(
         chunk,

@@ -26,7 +26,7 @@ NEEDS_QUOTES = frozenset('\t\n\r"')  # in TSV and CSV alike
 OTHER_FORMATS = frozenset(
     ".parquet .jsonl .ndjson .json .xlsx .xls .ods .feather .arrow .gz .zip .bz2 .xz .zst".split()
 )
-# Spreadsheets compute a cell that begins with one of these, unless it is a number.
+# Spreadsheets evaluate a cell that begins with one of these as a formula, unless it is a number.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -36,13 +36,8 @@ Columns = dict[str, Sequence[str] | np.ndarray]
 def header(class_names: Sequence[str], *, is_binary: bool, id_name: str | None, has_labels: bool) -> list[str]:
     """Column names of a prediction file."""
     probabilities = ["prob"] if is_binary else [f"prob_{name}" for name in class_names]
-    return [
-        *([id_name] if id_name else []),
-        *probabilities,
-        *(["label"] if has_labels else []),
-        "pred",
-        "prob_calibrated",
-    ]
+    ids, labels = [id_name] if id_name else [], ["label"] if has_labels else []
+    return [*ids, *probabilities, *labels, "pred", "prob_calibrated"]
 
 
 def prediction_columns(
@@ -58,7 +53,8 @@ def prediction_columns(
 ) -> Columns:
     """The columns of a prediction file by name: ids and labels unchanged, probabilities float32 [N], predicted classes.
 
-    `calibrated`: the probabilities `preds` [N] or [N, K] after calibration. `preds` and the threshold decide the class.
+    `preds`: probabilities [N] of class 1, or [N, K]; they and the threshold decide the class. `calibrated`: the same
+    after calibration, only written.
     """
     shape = (len(preds), 1 if is_binary else len(class_names))
     preds, calibrated = (np.asarray(values, dtype=np.float32).reshape(shape) for values in (preds, calibrated))
@@ -123,7 +119,8 @@ def open_output(output: str | Path, inputs: Sequence[str], context: DistContext)
         ):
             yield stream
             stream.flush()
-            os.fsync(stream.fileno()) if context.is_main else None
+            if context.is_main:
+                os.fsync(stream.fileno())
         distributed.on_main(lambda: _publish(temporary, output))
     finally:
         if context.is_main:

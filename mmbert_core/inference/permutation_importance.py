@@ -17,7 +17,10 @@ from mmbert_core.inference.precision import autocast
 from mmbert_core.inference.scoring import TOKEN_BUDGETS, Task
 from mmbert_core.model.multimodal_bert import MultimodalBert
 
-MAX_ROWS, MIN_ROWS, REPEATS = 1000, 200, 5
+MAX_ROWS, MIN_ROWS = 1000, 200  # of the sample on which drops are measured
+REPEATS = 5  # shuffles of each column
+
+Inputs = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # vectors [N, D], numbers [N, F], categories [N, K]
 
 
 def permutation_importance(
@@ -33,7 +36,7 @@ def permutation_importance(
 ) -> dict[str, Any]:
     """Drops of the metric on a sample of the labelled rows, the largest first, or the `reason` why there are none.
 
-    The text is encoded once and its vectors are shuffled, so that every drop costs one pass through the head.
+    Each text is encoded once; a shuffle reorders the text vectors and costs one pass through the other layers.
     """
     num_rows = min(MAX_ROWS, max(MIN_ROWS, len(dataset) // 4))  # so encoding costs at most a quarter of the evaluation
     positions = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num_rows])
@@ -44,9 +47,10 @@ def permutation_importance(
         probabilities = torch.softmax(model.merge(vectors, numbers, categories), dim=1).numpy(force=True)
         preds = probabilities[:, 1] if task.is_binary else probabilities
         kind = "binary" if task.is_binary else "multiclass"
-        return compute_metrics(
+        metrics = compute_metrics(
             preds, labels, [metric], kind, len(class_names), "x", class_names=class_names, threshold=threshold
-        ).values[f"x/{metric}"]
+        )
+        return metrics.values[f"x/{metric}"]
 
     with torch.no_grad():
         baseline = score(vectors, numbers, categories)
@@ -65,10 +69,8 @@ def permutation_importance(
     }
 
 
-def encode(
-    model: MultimodalBert, dataset: Dataset, positions: np.ndarray, task: Task
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Text vectors [N, D] (None for a columns-only model), numbers [N, F], categories [N, K], on the device."""
+def encode(model: MultimodalBert, dataset: Dataset, positions: np.ndarray, task: Task) -> Inputs:
+    """Text vectors [N, D] (None for a columns-only model), numbers [N, F], categories [N, K], on the task's device."""
     vectors = None
     if model.text_subnetwork is not None:
         plan = evaluation_batches(dataset.lengths[positions], token_budget=TOKEN_BUDGETS[task.device.type])
@@ -83,13 +85,13 @@ def encode(
     return vectors, numbers, categories
 
 
-Inputs = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # vectors [N, D], numbers [N, F], categories [N, K]
-
-
 def inputs_to_permute(
     features: Features, vectors: torch.Tensor | None, numbers: torch.Tensor, categories: torch.Tensor, text_name: str
 ) -> Iterator[tuple[str, str, Callable[[np.ndarray], Inputs]]]:
-    """For the text and each column: its name, its kind, and a function that gives all inputs, this one reordered."""
+    """For the text and each column: its name, its kind, and a function from a row order [N] to inputs so reordered.
+
+    A numeric column is reordered together with its missing indicator.
+    """
 
     def reorder(values: torch.Tensor, order: np.ndarray, columns: list[int] | None = None) -> torch.Tensor:
         reordered = values[torch.from_numpy(order).to(values.device)]
@@ -99,16 +101,18 @@ def inputs_to_permute(
         copy[:, columns] = reordered[:, columns]
         return copy
 
+    def permute_numbers(columns: list[int]) -> Callable[[np.ndarray], Inputs]:
+        return lambda order: (vectors, reorder(numbers, order, columns), categories)
+
+    def permute_category(column: int) -> Callable[[np.ndarray], Inputs]:
+        return lambda order: (vectors, numbers, reorder(categories, order, [column]))
+
     if vectors is not None:
         yield text_name, "text", lambda order: (reorder(vectors, order), numbers, categories)
-    indicator = len(features.number_names)  # index of the next missing indicator, behind the numbers
+    indicator = len(features.number_names)  # index of the next missing indicator; they follow the numbers
     for column, name in enumerate(features.number_names):
         columns = [column, indicator] if features.has_indicator[column] else [column]
         indicator += features.has_indicator[column]
-        yield name, "numeric", lambda order, columns=columns: (vectors, reorder(numbers, order, columns), categories)
+        yield name, "numeric", permute_numbers(columns)
     for column, name in enumerate(features.category_names):
-        yield (
-            name,
-            "categorical",
-            lambda order, column=column: (vectors, numbers, reorder(categories, order, [column])),
-        )
+        yield name, "categorical", permute_category(column)

@@ -30,5 +30,5 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for fp16; does nothing else."""
+    """The loss scaler for fp16; does nothing for the other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

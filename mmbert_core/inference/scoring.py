@@ -49,7 +49,7 @@ class EpochResult:
     preds: np.ndarray  # [N] or [N, K]
     labels: np.ndarray | None  # [N]
     ids: list[str] | None
-    loss: float | None  # sum of the weighted losses over the weight sum, of all rows; None if not finite
+    loss: float | None  # over all rows, the sum of weighted losses / the sum of weights; None if not finite
 
 
 def non_finite_rows(preds: np.ndarray) -> np.ndarray:
@@ -58,9 +58,10 @@ def non_finite_rows(preds: np.ndarray) -> np.ndarray:
 
 
 def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch] | None]:
-    """This rank's evaluation batches with their indices; no batch's shape depends on the number of ranks.
+    """This rank's evaluation batches with their indices; the batches do not depend on the number of ranks.
 
-    Yields equally often on every rank, None after a rank's own batches, so that the caller can synchronise at each.
+    Every rank yields the same number of items, so that the caller can synchronise at each: a rank with fewer batches
+    yields None after them.
     """
     plan = evaluation_batches(dataset.lengths, token_budget=TOKEN_BUDGETS[context.device.type])
     batches_by_rank = assign_to_ranks([dataset.cost(rows) for rows in plan], context.world_size)
