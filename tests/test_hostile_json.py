@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mmbert_core.config import FREE_ON_RESUME, Config
-from mmbert_core.data.cache import META, is_whole
+from mmbert_core.data.cache import META, is_complete
 from mmbert_core.inference.model_files import check_complete, check_manifest, read_decision, read_settings
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
 from mmbert_core.predictor import Predictor
@@ -145,7 +145,7 @@ class HostileRun:
             self.checkpoint / MANIFEST: lambda: why_invalid(self.checkpoint),
             self.run / RESULTS: lambda: already_finished(self.config),
             self.run / "metrics.jsonl": lambda: training_section(self.run),
-            self.store / META: lambda: is_whole(self.store),
+            self.store / META: lambda: is_complete(self.store),
         }
 
     def read_model(self) -> Any:

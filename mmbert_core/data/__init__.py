@@ -1,4 +1,4 @@
-"""Rows of text cells to batches of tensors: labels, splits, features, tokens. Knows no model.
+"""Rows of text cells to batches of tensors: labels, splits, features, tokens. Independent of the model.
 
 Modules, each importing only those before it: prefetch, batches, class_messages, labels, splits, features, tokens,
 encoding, cache, dataset, leaks, prepare, number_ranges.

@@ -28,7 +28,7 @@ def step_rows(order: np.ndarray, index: int, batch_size: int) -> np.ndarray:
 
 
 def micro_batches(rows: np.ndarray, lengths: np.ndarray, count: int, *, packed: bool = False) -> list[np.ndarray]:
-    """A step's rows [B], sorted by length and split into min(count, B) micro-batches; the largest cost is minimal.
+    """A step's rows [B], sorted by length and split into min(count, B) micro-batches; their maximum cost is minimal.
 
     `lengths` [B] int are the tokens of these rows. A micro-batch costs its padded area (rows times the longest) or,
     with `packed`, where the model concatenates rows instead of padding them, its tokens.
@@ -103,8 +103,8 @@ def evaluation_batches(
         order = np.argsort(window_lengths, kind="stable")
         first = 0
         for position, row in enumerate(order):
-            rows_with = position - first + 1
-            if rows_with > 1 and (rows_with > max_rows or rows_with * max(1, window_lengths[row]) > token_budget):
+            size = position - first + 1  # of the batch with this row
+            if size > 1 and (size > max_rows or size * max(1, window_lengths[row]) > token_budget):
                 batches.append(start + order[first:position])
                 first = position
         if len(order):

@@ -1,7 +1,8 @@
 """Encoded rows on disk: built once per node, memory-mapped by every process.
 
 The cache of a table is a folder of raw arrays and a meta.json. Its name is a hash of everything that its content
-depends on (files, columns, tokenizer, lengths), so that it is never out of date. It appears complete, by a rename.
+depends on (files, columns, tokenizer, lengths), so that it is never out of date. It is written under a temporary name
+and then renamed, so that a folder with the final name is complete.
 """
 
 import hashlib
@@ -59,9 +60,9 @@ META_JSON = schema.record(
         "num_cut": schema.whole(0),  # texts that were truncated
     }
 )
-READAHEAD_SHARE = 0.5  # of the available memory; larger tables are not read before they are used
-READAHEAD_BYTES = 1 << 20  # a call; Linux ignores much larger requests
-SECONDS_UNTIL_LINE = 10.0  # of waiting for another process's build, before a line is logged
+READAHEAD_SHARE = 0.5  # of the available memory; larger caches are not read in advance
+READAHEAD_BYTES = 1 << 20  # per call; Linux ignores much larger requests
+SECONDS_UNTIL_LINE = 10.0  # of waiting for another process's build
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def open_or_build_cache(
         "tsv_quoting": tsv_quoting if any(format_of(path) == ".tsv" for path in files) else None,
     }
     folder = Path(cache_path) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    if not is_whole(folder):
+    if not is_complete(folder):
         chunks = read_chunks(
             files,
             columns,
@@ -137,7 +138,7 @@ def open_or_build_cache(
             chunk_rows=chunk_rows,
             tsv_quoting=tsv_quoting,
         )
-        chunks = chain([_empty_chunk(columns)], chunks)  # from which a table without rows gets its empty arrays
+        chunks = chain([_empty_chunk(columns)], chunks)  # a table without rows gets its empty arrays from it
         with _build_folder(folder) as temporary:
             if temporary is not None:
                 _build(temporary, chunks, roles, tokenizer, **lengths, progress=progress)
@@ -150,7 +151,7 @@ def open_or_build_cache(
 
 
 class _BuiltMeanwhile(Exception):
-    """On a file system without locks, another process has built the same cache meanwhile."""
+    """Another process has built the same cache during this build, on a file system without locks."""
 
 
 @contextmanager
@@ -160,7 +161,7 @@ def _build_folder(folder: Path) -> Iterator[Path | None]:
     A complete cache is never replaced: other processes may have mapped it.
     """
     with _locked(folder) as has_lock:
-        if is_whole(folder):
+        if is_complete(folder):
             yield None
             return
         if has_lock:
@@ -168,10 +169,10 @@ def _build_folder(folder: Path) -> Iterator[Path | None]:
         try:
             with suppress(_BuiltMeanwhile), atomic_folder(folder) as temporary:
                 yield temporary
-                if not has_lock and is_whole(folder):
+                if not has_lock and is_complete(folder):
                     raise _BuiltMeanwhile
         except OSError:
-            if has_lock or not is_whole(folder):  # else another process was faster, between the check and the rename
+            if has_lock or not is_complete(folder):  # else another process renamed its folder after the check
                 raise
 
 
@@ -219,9 +220,10 @@ class _ArrayFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, dict[str, Any]] = {}
-        self.last: dict[str, int] = {}
+        self.last: dict[str, int] = {}  # last value of each array of offsets
 
     def append(self, arrays: Arrays) -> None:
+        """Append the arrays of the next chunk; its offsets continue those of the chunks before."""
         for name, array in arrays.items():
             if name in OFFSET_ARRAYS:
                 if name in self.last:
@@ -243,16 +245,17 @@ def _build(
     max_chunks: int,
     progress: Callable[[int], None] | None,
 ) -> None:
+    """Encode the chunks and write their arrays, then meta.json, into `folder`."""
     books: dict[str, CodeBook] = defaultdict(CodeBook)
     files = _ArrayFiles(folder)
     num_rows = num_truncated = 0
     for chunk in prefetch_one(chunks):
-        arrays, num_truncated_here = encode_arrays(
+        arrays, chunk_truncated = encode_arrays(
             chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
         )
         files.append(arrays)
         num_rows += len(chunk)
-        num_truncated += num_truncated_here
+        num_truncated += chunk_truncated
         if progress is not None and len(chunk):
             progress(num_rows)
     meta = {
@@ -277,7 +280,7 @@ def _num_bytes(array: dict[str, Any]) -> int:
     return math.prod(array["shape"]) * np.dtype(array["dtype"]).itemsize
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether every file exists with its full size; if not, the cache is built again."""
     try:
         arrays = read_meta(folder)["arrays"]
@@ -291,6 +294,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _open(folder: Path, paths: list[str]) -> EncodedRows:
+    """The rows of a complete cache, memory-mapped; `paths` are the files that it was built from."""
     meta = read_meta(folder)
     arrays, mappings = {}, {}
     for name, array in meta["arrays"].items():
@@ -317,7 +321,7 @@ def _open(folder: Path, paths: list[str]) -> EncodedRows:
 
 
 def _prefetch_files(paths: list[Path]) -> None:
-    """Ask the system to read the files: training reads rows in random order, one page at a time."""
+    """Ask the kernel to read the files in order: training reads rows in random order, one page at a time."""
     for path in paths:
         with suppress(OSError), open(path, "rb") as stream:
             for start in range(0, os.fstat(stream.fileno()).st_size, READAHEAD_BYTES):

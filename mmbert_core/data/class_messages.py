@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from mmbert_core.runtime.errors import format_for_message
 
-FEW_ROWS = 50  # training rows of a class, below which metrics and the best step depend much on chance
+FEW_ROWS = 50  # training rows of a class, below which metrics and the best step vary much by chance
 # Pairs of labels (negative, positive) in lower case; sorted by code point, as labels are, the positive one is second.
 ORDERED_PAIRS = {
     ("false", "true"),
@@ -23,7 +23,7 @@ ORDERED_PAIRS = {
     ("absent", "present"),
 }
 PLAIN_IN_YAML = re.compile(r"[A-Za-z_][\w -]*\w|[A-Za-z_]", re.ASCII)
-YAML_WORDS = frozenset("yes no on off true false y n null none".split())  # which YAML does not read as text
+YAML_WORDS = frozenset("yes no on off true false y n null none".split())  # not read as text by YAML
 
 
 def positive_class_line(class_names: Sequence[str], share: float | None) -> str:
@@ -37,7 +37,7 @@ def format_share(share: float) -> str:
 
 
 def positive_class_warning(class_names: Sequence[str], counts: Sequence[int], positive_label: str | None) -> list[str]:
-    """A line if the more frequent of two text labels is class 1 by its order: the class of interest is usually rare."""
+    """A line if class 1, the second label in order, is the more frequent one: the class of interest is usually rare."""
     if positive_label is not None or len(class_names) != 2 or counts[1] <= counts[0] or is_ordered(class_names):
         return []
     first, second = class_names
@@ -45,7 +45,7 @@ def positive_class_warning(class_names: Sequence[str], counts: Sequence[int], po
     value = first if is_plain else json.dumps(first, ensure_ascii=False)
     share = format_share(counts[1] / sum(counts))
     choice = f"class 1 is {format_for_message(second)} ({share} of the training rows), as the second in order"
-    return [f"{choice}; if {format_for_message(first)} is looked for, add: positive_label: {value}"]
+    return [f"{choice}; if {format_for_message(first)} is the class of interest, add: positive_label: {value}"]
 
 
 def is_ordered(class_names: Sequence[str]) -> bool:
@@ -70,6 +70,6 @@ def few_rows_warning(class_names: Sequence[str], counts: Sequence[int]) -> list[
     name = format_for_message(class_names[fewest])
     if len(few) == 1:
         few_rows = f"class {name} has {counts[fewest]} training rows"
-        return [f"{few_rows}; with fewer than {FEW_ROWS}, the best step and the figures depend much on chance"]
+        return [f"{few_rows}; with fewer than {FEW_ROWS}, the best step and the metrics vary much by chance"]
     few_rows = f"{len(few)} of {len(class_names)} classes have fewer than {FEW_ROWS} training rows"
-    return [f"{few_rows}, the fewest {name} with {counts[fewest]}: figures depend much on chance"]
+    return [f"{few_rows}, the fewest {name} with {counts[fewest]}: metrics vary much by chance"]

@@ -20,7 +20,7 @@ from mmbert_core.runtime.errors import InputError
 from mmbert_core.tables.cells import normal_form
 from mmbert_core.tables.table import Chunk, Roles
 
-MAX_ROWS_IN_MEMORY = 8192  # whose texts are read from the mapped cache before its pages are released
+MAX_ROWS_IN_MEMORY = 8192  # texts read from the mapped cache before its pages are released
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Batch:
         moved = {}
         for name in ("numbers", "categories", "labels"):
             if (value := getattr(self, name)) is not None:
-                # pinned memory, else the copy waits until the GPU is idle
+                # without pinned memory the copy would wait until the GPU is idle
                 value = value.pin_memory() if is_gpu and value.device.type == "cpu" else value
                 moved[name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
@@ -62,13 +62,13 @@ class Dataset:
         label_column: str = "label",
         require_labels: bool = True,
     ) -> None:
-        """`rows` (sorted) are the dataset's rows of `encoded`, None: all.
+        """`rows` (sorted) selects rows of `encoded`; None: all.
 
-        Raises `InputError` with `require_labels` for a label that is missing or unknown.
+        Raises `InputError` for a missing or unknown label if `require_labels`.
         """
         self.encoded = encoded
         self.name = name
-        self.packed = False  # whether the model concatenates the texts of a batch instead of padding them; set by a run
+        self.packed = False  # set by training: whether the model concatenates the texts of a batch instead of padding
         rows = np.arange(encoded.num_rows) if rows is None else rows
         self.rows = np.asarray(rows, dtype=np.int64)  # [N]
         self._num_rows_in_memory = 0
@@ -108,6 +108,7 @@ class Dataset:
         return self.encoded.label_values[self.encoded.label_codes[self.rows[position]]]
 
     def label_strings(self, positions: Sequence[int] | np.ndarray) -> list[str]:
+        """The label cells, unchanged."""
         self.encoded.check_files()
         return [self.label_string(position) for position in positions]
 
@@ -144,7 +145,7 @@ class Dataset:
     def cost(self, positions: Sequence[int] | np.ndarray) -> int:
         """The cost of these rows as one micro-batch: their tokens if packed, else chunks times the longest chunk.
 
-        Without text the number of rows.
+        Without text, the number of rows.
         """
         self.encoded.check_files()
         tokens, rows = self.encoded.tokens, self.rows[positions]
@@ -182,7 +183,7 @@ class Dataset:
         return np.concatenate([np.zeros(0, np.int32), *ids]), offsets
 
     def _release_pages_before(self, num_rows: int) -> None:
-        """Called before `num_rows` texts are read; releases the pages of earlier texts when these are many."""
+        """Call before reading `num_rows` texts: releases the pages of the earlier ones when these are many."""
         self._num_rows_in_memory += num_rows
         if self._num_rows_in_memory > MAX_ROWS_IN_MEMORY:
             self._num_rows_in_memory = num_rows
@@ -227,6 +228,7 @@ class Dataset:
 
 
 def _lengths_of(tokens: Tokens | None, rows: np.ndarray) -> np.ndarray:
+    """Number of tokens of each of `rows` [N] int64, over all chunks; 1 without text."""
     if tokens is None:
         return np.ones(len(rows), dtype=np.int64)
     if len(rows) == len(tokens.row_chunks) - 1:
@@ -235,7 +237,7 @@ def _lengths_of(tokens: Tokens | None, rows: np.ndarray) -> np.ndarray:
 
 
 def _padded(tokens: Tokens | None, rows: np.ndarray, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask of `rows` [B], int64 [B, C, T] each; C and T are the largest of a row."""
+    """Token ids and mask of `rows` [B], int64 [B, C, T] each. C and T: as many as the largest row needs."""
     if tokens is None:
         return np.zeros((len(rows), 1, 0), dtype=np.int64), np.zeros((len(rows), 1, 0), dtype=np.int64)
     first = tokens.row_chunks[rows]  # [B]

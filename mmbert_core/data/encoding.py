@@ -14,6 +14,7 @@ from mmap import MADV_DONTNEED, mmap
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mmbert_core.data.features import MAX_FLOAT32
 from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
 from mmbert_core.runtime.errors import InputError, RunError, format_for_message
 from mmbert_core.tables.cells import BOOLEANS
@@ -22,10 +23,8 @@ from mmbert_core.tables.lines import row_location
 from mmbert_core.tables.table import Chunk, Roles
 
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
-LARGEST_NUMBER = float(np.finfo(np.float32).max)  # the model computes in float32
-
-MAX_WINDOW_CHARACTERS = 2**27  # of the cells that a window keeps as texts: ids, labels, categories
-# Offsets of variable-length items, which begin with 0: those of a later chunk continue from the last value.
+MAX_WINDOW_CHARACTERS = 2**27  # of the cells that a window holds as texts: ids, labels, categories
+# Offsets of variable-length items, which begin with 0: joining chunks adds the last value of the previous ones.
 OFFSET_ARRAYS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
 
 Arrays = dict[str, np.ndarray]
@@ -62,6 +61,7 @@ class StringColumn:
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
 
     def take(self, positions: np.ndarray) -> list[str]:
+        """The texts at `positions`."""
         starts, ends = self.offsets[positions], self.offsets[positions + 1]
         return [self.data[start:end].tobytes().decode("utf-8") for start, end in zip(starts, ends, strict=True)]
 
@@ -91,12 +91,12 @@ class EncodedRows:
     mappings: dict[str, mmap] = field(default_factory=dict)  # path -> the mapped file of an array; {} in memory
 
     def check_files(self) -> None:
-        """Raise `RunError` when a mapped file was truncated: reading behind its end would kill the process (SIGBUS)."""
+        """Raise `RunError` when a mapped file was truncated: reading past its end would kill the process (SIGBUS)."""
         for path, mapping in self.mappings.items():
             if (num_bytes := mapping.size()) < len(mapping):
                 problem = "this file of the cache was truncated while it was in use"
                 found = f"expected {len(mapping)} bytes, found {num_bytes}"
-                raise RunError(f"{path}: {problem}: {found}; start again: it is built anew")
+                raise RunError(f"{path}: {problem}: {found}; start again: the cache is built again")
 
     def last_position(self) -> tuple[int, int]:
         """File (index into `paths`) and line of the last row, or its row in a format without lines; (0, 0): no rows."""
@@ -115,7 +115,7 @@ class EncodedRows:
         return self.tokens.num_truncated if self.tokens else 0
 
     def row_location(self, index: int) -> str:
-        """Place of a row for messages, as `Chunk.where`."""
+        """A row for messages: `reviews.csv row 17 (line 23)`."""
         return row_location(self.paths[self.file_index[index]], int(self.file_rows[index]), int(self.lines[index]))
 
 
@@ -149,8 +149,8 @@ def encode_windows(
 ) -> Iterator[EncodedRows]:
     """Consecutive chunks joined in memory to windows of `window_rows` rows; an empty chunk gives an empty window.
 
-    So the rows that are scored together do not depend on the length of their texts. A window ends earlier when its
-    ids, labels and categories reach MAX_WINDOW_CHARACTERS.
+    Chunks of long texts have fewer rows; windows do not depend on that. A window ends earlier when its ids, labels and
+    categories reach MAX_WINDOW_CHARACTERS.
     """
     kept = [name for name in dict.fromkeys([roles.id, roles.label, *roles.categories]) if name is not None]
     pieces: list[Arrays] = []
@@ -169,11 +169,11 @@ def encode_windows(
 
     for chunk in chunks:
         paths = chunk.paths
-        arrays, num_truncated_here = encode_arrays(
+        arrays, chunk_truncated = encode_arrays(
             chunk, roles, tokenizer, max_length=max_length, max_chunks=max_chunks, books=books, first_row=num_rows
         )
         pieces.append(arrays)
-        num_rows, num_truncated = num_rows + len(chunk), num_truncated + num_truncated_here
+        num_rows, num_truncated = num_rows + len(chunk), num_truncated + chunk_truncated
         num_characters += sum(sum(map(len, chunk.cells[name])) for name in kept if name in chunk.cells)
         if num_rows >= window_rows or num_characters >= MAX_WINDOW_CHARACTERS or not num_rows:
             yield assembled()
@@ -269,9 +269,9 @@ def assemble(
 
 
 def number_of(cell: str) -> float:
-    """A number in Python's notation, without digit grouping; 1 and 0 for true and false; NaN for MISSING_NUMBERS.
+    """The number of a cell in Python's notation; 1 and 0 for true and false; NaN for MISSING_NUMBERS.
 
-    Raises `ValueError` for another text, and for a number that is not finite in float32.
+    Raises `ValueError` for any other text, for digits grouped by _, and for a number that is not finite in float32.
     """
     try:
         number = float(cell)
@@ -281,7 +281,7 @@ def number_of(cell: str) -> float:
         if cell.strip().lower() in MISSING_NUMBERS:
             return math.nan
         raise
-    if "_" in cell or abs(number) > LARGEST_NUMBER:
+    if "_" in cell or abs(number) > MAX_FLOAT32:
         raise ValueError(cell)
     return number
 
@@ -290,7 +290,7 @@ def _parse_column(cells: Sequence[str], *, column: str, row_location: Callable[[
     """A numeric column -> float64 [N], NaN = missing."""
     try:  # fast path: a column of valid numbers only
         numbers = np.fromiter(map(float, cells), dtype=np.float64, count=len(cells))
-        if "_" not in "".join(cells) and not (np.abs(numbers) > LARGEST_NUMBER).any():
+        if "_" not in "".join(cells) and not (np.abs(numbers) > MAX_FLOAT32).any():
             return numbers
     except ValueError:
         numbers = np.empty(len(cells), dtype=np.float64)

@@ -17,11 +17,11 @@ from mmbert_core.tables.cells import index_by_form, normal_form
 from mmbert_core.tables.table import Roles
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
-MAX_UNSEEN_SHARE = 0.2  # of a column's cells; more are probably written in another way than in training
-LIMIT_MARGIN = 0.1  # of the training range: numbers further outside it are limited
+MAX_UNSEEN_SHARE = 0.2  # of a column's cells; if more are unseen, they are probably written in another way
+LIMIT_MARGIN = 0.1  # share of the training range; numbers further outside it are limited
 OPTIONAL = ("minimums", "maximums")  # fields that folders of version 0.2 and older may lack
-FAR_STDS = 20  # standard deviations from the mean, from which numbers are reported if the range is unknown
-LARGEST = float(np.finfo(np.float32).max)
+FAR_STDS = 20  # standard deviations; numbers further from the mean are reported if the range is unknown
+MAX_FLOAT32 = float(np.finfo(np.float32).max)  # the model computes in float32
 MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # unseen values in a message; unseen cells searched for them
 FEATURES_JSON = record(
     {
@@ -124,14 +124,15 @@ class Features:
     def limits(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Lowest and highest number of the model's input, float64 [F] each: the training range and a margin.
 
-        Beyond it the model extrapolates: a single number far outside would dominate the prediction. A column that was
-        constant in training has that constant as both limits, because its weights were not trained. None: unknown.
+        Outside them the model would extrapolate, and a single extreme number would dominate the prediction. A column
+        that was constant in training has that constant as both limits, because its weights were not trained.
+        None: unknown.
         """
         if self.minimums is None or self.maximums is None:
             return None
         low, high = np.array(self.minimums, dtype=np.float64), np.array(self.maximums, dtype=np.float64)
         margin = LIMIT_MARGIN * (high - low)
-        return np.maximum(low - margin, -LARGEST), np.minimum(high + margin, LARGEST)
+        return np.maximum(low - margin, -MAX_FLOAT32), np.minimum(high + margin, MAX_FLOAT32)
 
     def transform_numbers(self, raw: np.ndarray) -> np.ndarray:
         """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: limited, imputed with medians, then the indicators.
@@ -191,13 +192,15 @@ class Features:
 
 
 def _tuples(value: Any) -> Any:
+    """Nested lists as nested tuples."""
     return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
-    """Mean and population standard deviation of the numbers as float32, which the model reads, computed in float64.
+    """Mean and population standard deviation of the numbers rounded to float32, as the model reads them.
 
-    Before rounding they may have others: 1e9 and 1e9 + 1 are equal as float32, but their standard deviation is 0.5.
+    Computed in float64. Rounding may change them: 1e9 and 1e9 + 1 have a standard deviation of 0.5, but are equal as
+    float32.
     """
     rounded = values.astype(np.float32).astype(np.float64)
     if rounded.min() == rounded.max():
@@ -252,8 +255,8 @@ def add_by_column(first: dict[str, Cells], second: dict[str, Cells]) -> dict[str
 def unseen_lines(name: str, unseen: Unseen, features: Features, *, examples: bool = True) -> list[str]:
     """A line for each column with values that no training row has; it begins with `name`, the rows' source.
 
-    Above MAX_UNSEEN_SHARE of the cells the values are probably written in another way: with `examples`, some of these
-    values and of the training rows' are added.
+    Above MAX_UNSEEN_SHARE of the cells, the values are probably written in another way: with `examples`, the line also
+    lists some of them and some values of the training rows.
     """
     lines = []
     for column, values in zip(features.category_names, features.categories, strict=True):

@@ -62,7 +62,7 @@ class Labels:
             raise InputError(f"{row_location(0)}, column {column!r}: {found}, expected {num_classes} classes{merged}")
         if len(names) != num_classes:
             index, found = 0, f"{len(names)}: {list_for_message(names)}"
-            if len(names) > num_classes:  # the row with the first label too many
+            if len(names) > num_classes:  # the first row of the first class beyond num_classes
                 newest = list(first)[num_classes]
                 index = first[newest]
                 found += f"; {format_for_message(newest)} is in this row for the first time{others(index)}"
@@ -109,7 +109,7 @@ class Labels:
 
 
 def other_rows(rows: np.ndarray, row_location: Callable[[int], str]) -> str:
-    """The addition to a message about the first of `rows`: how many there are, and two more of them."""
+    """For a message about the first of `rows`: how many there are, and two more of them; "" for one row."""
     if len(rows) == 1:
         return ""
     return f" ({len(rows)} such rows; also {', '.join(row_location(int(row)) for row in rows[1:3])})"

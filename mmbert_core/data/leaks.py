@@ -13,13 +13,13 @@ from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import select_rows
 
-# Rows that are examined at most: texts of the training rows and of the other splits, cells of the training rows.
+# Examined rows at most: texts of the training rows and of the other splits, cells of the training rows.
 MAX_TRAINING_TEXTS, MAX_OTHER_TEXTS, MAX_COLUMN_ROWS = 1_000_000, 100_000, 100_000
 CHUNK_ROWS = 8_192
 MIN_TOKENS = 8  # of a text; shorter ones are often equal by chance
-MIN_AUROC = 0.98  # of a column alone, from which it is reported
+MIN_AUROC = 0.98  # of a column alone; higher ones are reported
 MIN_CLASS_ROWS = 10  # rows of a class, and of the others, in each half of the examined rows
-MIN_UNIQUE_SHARE = 0.95  # distinct values per row, from which a category is reported
+MIN_UNIQUE_SHARE = 0.95  # distinct values per row; a column with more is reported
 MAX_CODES = 100  # distinct numbers of a column that may be codes
 MIN_ROWS_UNIQUE = 50  # rows; in fewer, all values of a column may differ by chance
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
@@ -96,7 +96,7 @@ def _column_findings(train: Dataset, labels: Labels) -> Iterator[str]:
         is_number = isinstance(cells, np.ndarray)
         codes, values = pd.factorize(cells if is_number else np.array(cells, dtype=object), use_na_sentinel=False)
         if len(values) == 1:
-            same = f"the same value in all {len(rows)} training rows looked at"
+            same = f"the same value in all {len(rows)} examined training rows"
             yield f"column {name!r}: {same}, nothing can be learned from it"
             continue
         if len(values) == len(rows) >= MIN_ROWS_UNIQUE and not (is_number and (cells % 1 != 0).any()):
@@ -108,20 +108,18 @@ def _column_findings(train: Dataset, labels: Labels) -> Iterator[str]:
             found.append(_most_separated_class(codes, classes, len(labels.names), is_number=False))
         index, area = max(found, key=lambda item: item[1])
         if area >= MIN_AUROC:
-            tells = (
-                f"column {name!r} alone tells class {labels.names[index]!r} from the rest with an AUROC of {area:.4f}"
-            )
-            yield f"{tells}: is it known before the label is?"
+            separated = f"class {labels.names[index]!r} from the rest with an AUROC of {area:.4f}"
+            yield f"column {name!r} alone separates {separated}: is it known before the label is?"
 
 
 def _nearly_unique(name: str, cells: Sequence[str]) -> str | None:
-    """A line about a category whose values nearly all differ, such as dates or ids with a few repeats. Ignores ""."""
+    """A line about a categorical column with nearly as many values as non-empty cells, such as dates or ids."""
     values = [cell for cell in cells if cell]
     num_values = len(set(values))
     if len(values) < MIN_ROWS_UNIQUE or num_values <= MIN_UNIQUE_SHARE * len(values):
         return None
     different = f"{num_values} different values in {len(values)} training rows"
-    return f"column {name!r}: {different}, so that few can be learned: is it an id or a date?"
+    return f"column {name!r}: {different}, too rare to learn from: is it an id or a date?"
 
 
 def _most_separated_class(
@@ -129,26 +127,24 @@ def _most_separated_class(
 ) -> tuple[int, float]:
     """The class that this column alone separates best from the others, and the AUROC.
 
-    A category's score is the share of the class among its rows in one half of the rows; the AUROC is that on the other
-    half. Classes with few rows are ignored: they are separated by chance.
+    A category's score is the share of the class among its rows in one half of the rows; the AUROC is computed on the
+    other half. Classes with few rows are ignored: a column may separate them by chance.
     """
     fit_half, test_half = slice(0, None, 2), slice(1, None, 2)  # of rows in random order
     ranks = pd.Series(np.where(np.isnan(cells), -np.inf, cells)).rank().to_numpy() if is_number else None
     best = (0, 0.5)
     for index in range(1 if num_classes == 2 else 0, num_classes):
         is_class = classes == index
-        if (
-            min((group[half]).sum() for group in (is_class, ~is_class) for half in (fit_half, test_half))
-            < MIN_CLASS_ROWS
-        ):
+        counts = [group[half].sum() for group in (is_class, ~is_class) for half in (fit_half, test_half)]
+        if min(counts) < MIN_CLASS_ROWS:
             continue
         if ranks is not None:
             area = _area(ranks, is_class)
             area = max(area, 1 - area)
         else:
-            counts = np.bincount(cells[fit_half], minlength=cells.max() + 1)
-            hits = np.bincount(cells[fit_half], is_class[fit_half], cells.max() + 1)
-            shares = (hits + is_class.mean()) / (counts + 1)  # smoothed towards the class's share of all rows
+            num_rows = np.bincount(cells[fit_half], minlength=cells.max() + 1)  # of each category
+            num_class_rows = np.bincount(cells[fit_half], is_class[fit_half], cells.max() + 1)
+            shares = (num_class_rows + is_class.mean()) / (num_rows + 1)  # smoothed towards the overall share
             area = auroc(shares[cells[test_half]], is_class[test_half])
         best = max(best, (index, area), key=lambda item: item[1])
     return best

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmbert_core.config import Config
-from mmbert_core.data.cache import META, is_whole, read_meta
+from mmbert_core.data.cache import META, is_complete, read_meta
 from mmbert_core.data.encoding import EncodedRows, assemble
 from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
@@ -23,7 +23,7 @@ from mmbert_core.tables.table import Roles
 
 logger = logging.getLogger(__name__)
 
-MAX_CACHES = 20  # that are examined; a run leaves three
+MAX_CACHES = 20  # that are examined; a run writes three
 MAX_CELLS = 50_000_000  # of a table that is examined: takes a few seconds
 TEXT_ARRAYS = ("token_ids", "chunk_offsets", "row_chunks")
 
@@ -51,17 +51,14 @@ def _cache_folders(parents: list[Path]) -> Iterator[Path]:
 
 
 def _is_equal(fitted: Features, features: Features) -> bool:
-    """Whether the statistics that an older folder has are the same, but for the rounding of sums on another machine."""
+    """Whether the statistics that an older folder has are equal, except for the rounding of sums on another machine."""
 
     def is_close(name: str) -> bool:
         return np.allclose(getattr(fitted, name), getattr(features, name), rtol=1e-6, atol=0)
 
     exact = ("number_names", "medians", "has_indicator")
-    return (
-        all(getattr(fitted, name) == getattr(features, name) for name in exact)
-        and is_close("means")
-        and is_close("stds")
-    )
+    is_exact = all(getattr(fitted, name) == getattr(features, name) for name in exact)
+    return is_exact and is_close("means") and is_close("stds")
 
 
 def _fit(cache: Path, features: Features, labels: Labels, config: Config) -> Features:
@@ -80,7 +77,7 @@ def _fit(cache: Path, features: Features, labels: Labels, config: Config) -> Fea
 
 def _read(cache: Path) -> EncodedRows:
     """The rows of a cache without their texts, memory-mapped."""
-    if not is_whole(cache):
+    if not is_complete(cache):
         raise ValueError("a file is missing or of another size")
     meta = read_meta(cache)
     files = {name: array for name, array in meta["arrays"].items() if name not in TEXT_ARRAYS}

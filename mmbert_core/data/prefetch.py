@@ -9,9 +9,11 @@ END = object()
 
 
 def prefetch_one(items: Iterator[T]) -> Iterator[T]:
-    """The same items in the same order, computed at most one ahead of use. An exception is raised at its item's turn.
+    """The same items in the same order, each computed while the one before is used.
 
-    It saves time where computing or using an item releases the GIL: tokenising, reading, waiting for a disk.
+    An exception is raised when its item would be returned.
+
+    This saves time where computing or using an item releases the GIL: tokenising, reading, waiting for a disk.
     """
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, items, END)

@@ -41,7 +41,7 @@ MANY_CATEGORIES = 10_000  # of one column: more are probably an id or free text
 
 @dataclass
 class Data:
-    """The prepared data of a run, equal in all of its processes."""
+    """The prepared data of a run, the same in all of its processes."""
 
     train: Dataset
     val: Dataset | None
@@ -129,7 +129,7 @@ def _encode_tables(
 
 
 def _with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Roles:
-    """The roles of files that are not split: their group column is only compared, and read if all of them have it."""
+    """The roles for files that are not split: the group column is only compared, so that it may be missing."""
     has_groups = roles.group is not None and all(
         roles.group in header_of(path, tsv_quoting) for path in expand_paths(paths)
     )
@@ -139,9 +139,9 @@ def _with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Roles:
 def _check_files(config: Config, train_roles: Roles) -> None:
     """Checks before the first row is read: the files exist, none is in two splits, all columns exist."""
     if config.val_path and config.group_name:
-        compared, absent = "groups are only looked for on both sides", "and the training rows have no such column"
-        use = compared if train_roles.group else absent
-        logger.warning("group_name splits nothing: val_path says which rows validate, %s", use)
+        reported = "groups with rows in several splits are only reported"
+        use = reported if train_roles.group else "and the training rows have no such column"
+        logger.warning("group_name is not used to split rows: val_path has the validation rows, %s", use)
     if not config.train_path:
         raise InputError("train_path: expected at least one file, found none")
     train_files = {os.path.realpath(path) for path in expand_paths(config.train_path)}
@@ -162,7 +162,7 @@ def _check_files(config: Config, train_roles: Roles) -> None:
 def _check_all_columns(config: Config, train_roles: Roles) -> None:
     """Raise one `InputError` with all columns that any file lacks.
 
-    It also contains a problem with the training labels, which otherwise only the next start would report.
+    It includes a problem with the training labels, so that one start reports both.
     """
     other_roles, problems = replace(train_roles, group=None), dict[str, list[str]]()
     for paths, roles, label_optional in (
@@ -285,7 +285,7 @@ def _warnings(data: Data, config: Config) -> list[str]:
 
 
 def truncated_texts_warning(num_truncated: int, num_rows: int, config: Config, *, keep_end: bool = False) -> list[str]:
-    """A line about texts that were longer than the model's input, if any."""
+    """A line about texts that were longer than the model's input, if there are any."""
     size = f"{config.max_chunks} x {config.max_length} tokens (max_chunks x max_length)"
     kept = " at the beginning: the end is kept (truncation_side: left of the tokenizer)" if keep_end else ""
     line = f"{num_truncated} of {num_rows} texts are longer than {size} and were truncated{kept}"

@@ -5,7 +5,7 @@ N rows, C classes. Results depend only on the arguments: every process computes 
 
 import numpy as np
 
-SAMPLE_STREAM, SPLIT_STREAM = 1, 2  # second word of the seed: sampling and splitting draw different numbers
+SAMPLE_STREAM, SPLIT_STREAM = 1, 2  # with the seed: sampling and splitting draw different numbers
 
 
 def sample_rows(num_rows: int, max_rows: int | None, seed: int) -> np.ndarray:
@@ -42,10 +42,11 @@ def split_rows(
 
 
 def _stratified_rows(classes: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    """Positions of validation rows: about `fraction` of each class, drawn at random, never all rows of a class."""
     counts = np.bincount(classes)  # [C]
     total = max(1, round(len(classes) * fraction))
     exact = counts * fraction
-    takes = np.minimum(np.floor(exact).astype(np.int64), counts - 1)
+    takes = np.minimum(np.floor(exact).astype(np.int64), counts - 1)  # [C] validation rows
     # round by the largest remainder, but never take the last row of a class
     order = np.lexsort((np.arange(len(counts)), -(exact - np.floor(exact))))
     while takes.sum() < total and (takes < counts - 1).any():

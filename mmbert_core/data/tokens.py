@@ -1,4 +1,4 @@
-"""Texts to concatenated token ids, in chunks of bounded length.
+"""Texts as concatenated token ids, in chunks of bounded length.
 
 N rows, Q chunks over all rows (one or more a row), L tokens over all chunks.
 """
@@ -83,7 +83,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def sample_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Token ids to build texts from.
+    """Token ids from which sample texts can be built.
 
     `prefix` and `suffix`: special tokens around a text; `words`: ordinary tokens; `pad`; `highest`: the largest id.
     """
@@ -143,8 +143,8 @@ def join_texts(cells: Mapping[str, list[str]], columns: Sequence[str]) -> list[s
 def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_length: int, max_chunks: int) -> Tokens:
     """Token ids of each text in at most `max_chunks` chunks of at most `max_length` tokens, with the special tokens.
 
-    The ids are those of `tokenizer(text, truncation=True, max_length=..., return_overflowing_tokens=True)`; the Rust
-    tokenizer below it is called directly, which is parallel and builds no Python lists. An empty text is one chunk.
+    The ids are those of `tokenizer(text, truncation=True, max_length=..., return_overflowing_tokens=True)`; its Rust
+    tokenizer is called directly, which is parallel and builds no Python lists. An empty text is one chunk.
     Where the end of a text is kept, chunks are counted from its end, but stay in the text's order.
     Raises `InputError` when `max_length` is not larger than the number of special tokens.
     """
@@ -153,7 +153,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_le
         raise InputError(f"max_length: {expected}, found {max_length}")
     max_characters, is_end_kept = characters_read(max_length, max_chunks), keeps_end(tokenizer)
     kept = _kept_characters(max_characters, is_end_kept)
-    empty = [tokenizer.pad_token_id or 0]  # of an empty text, where a tokenizer adds no special tokens
+    empty = [tokenizer.pad_token_id or 0]  # ids of an empty text where the tokenizer adds no special tokens
     ids: list[np.ndarray] = []
     chunk_lengths: list[int] = []
     chunk_counts: list[int] = []  # of each row
@@ -194,8 +194,8 @@ def token_spans(
 ) -> tuple[list[tuple[int, int]], str]:
     """(first character, one after the last) of each token of `tokenise`, chunk by chunk, and the text they refer to.
 
-    That is the text without what was truncated. The span of a special token is empty. A character of several tokens is
-    in several spans.
+    That text ends, or begins, where the given one was truncated. The span of a special token is empty. A character of
+    several tokens is in several spans.
     """
     is_end_kept = keeps_end(tokenizer)
     read = text[_kept_characters(characters_read(max_length, max_chunks), is_end_kept)]

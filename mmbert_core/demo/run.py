@@ -1,6 +1,6 @@
 """The demo: writes the sample and a small encoder, then trains a model of text only, of columns only and of both.
 
-The encoder is trained from scratch on the sample: the figures show that the program works, not what a pretrained BERT
+The encoder is trained from scratch on the sample: the metrics show that the program works, not what a pretrained BERT
 reaches.
 """
 
@@ -34,7 +34,7 @@ METRICS = ("auroc", "average_precision", "f1_score", "accuracy")
 
 
 def run_demo(context: DistContext) -> int:
-    """Collective. Train the three models on the sample into `runs/demo-<time>/` and print their test figures."""
+    """Collective. Train the three models on the sample into `runs/demo-<time>/` and print their test metrics."""
     ranks.set_threads("auto", context)
     started = time.monotonic()
     with workers.process_group(context):
@@ -56,7 +56,7 @@ def make_folder() -> Path:
 
 
 def variant_config(variant: str, folder: Path) -> Config:
-    """The same settings for all variants, except for their inputs."""
+    """The config of a variant: all have the same settings, except for their inputs."""
     has_text, has_columns = variant != "columns only", variant != "text only"
     return Config(
         train_path=(str(folder / "data/train.csv"),),

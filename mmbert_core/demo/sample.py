@@ -162,7 +162,7 @@ def draw_sample(num_rows: int, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
     country = rng.choice(COUNTRIES, size=num_rows)
     for name, values in (("item_category", item_category), ("ship_country", country)):
         missing = rng.random(num_rows) < MISSING_CATEGORY
-        frame[name] = ["" if gone else str(value) for value, gone in zip(values, missing, strict=True)]
+        frame[name] = ["" if is_missing else str(value) for value, is_missing in zip(values, missing, strict=True)]
     frame[LABEL_COLUMN] = np.where(is_abuse, "1", "0").astype(object)
     return frame.astype(object), kinds
 
@@ -261,7 +261,7 @@ def write_sample(folder: str | Path, *, num_rows: int = 6000, seed: int = 0) -> 
 def wordpiece_vocabulary(texts: Iterable[str], *, max_words: int = 2000, min_count: int = 2) -> dict[str, int]:
     """Piece -> id: special tokens, every character alone and as a continuation, then whole words, most frequent first.
 
-    Not by the trainer of `tokenizers`: its ids depend on the order of a hash map and differ between processes, but
+    The trainer of `tokenizers` is not used: its ids depend on the order of a hash map and differ between processes, but
     equal seeds must give equal files.
     """
     normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()  # as a BERT tokenizer, before WordPiece

@@ -20,8 +20,8 @@ import torch
 
 import mmbert_core
 from mmbert_core.data.dataset import encode_for_prediction, pad_token_id_of
-from mmbert_core.data.encoding import LARGEST_NUMBER, MISSING_NUMBERS
-from mmbert_core.data.features import FIRST_CATEGORY, MISSING, UNSEEN
+from mmbert_core.data.encoding import MISSING_NUMBERS
+from mmbert_core.data.features import FIRST_CATEGORY, MAX_FLOAT32, MISSING, UNSEEN
 from mmbert_core.data.tokens import characters_read, keeps_end
 from mmbert_core.export import example as export_example
 from mmbert_core.inference.model_folder import LoadedModel
@@ -156,7 +156,7 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "medians": list(features.medians),
             "has_indicator": list(features.has_indicator),
             "missing_words": sorted(MISSING_NUMBERS),
-            "largest": LARGEST_NUMBER,
+            "largest": MAX_FLOAT32,
             # for information: the graph itself limits numbers to these; null: the training range is not known
             "limits": None if features.limits is None else np.stack(features.limits, axis=1).tolist(),
         },

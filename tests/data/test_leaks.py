@@ -103,15 +103,15 @@ def test_a_column_that_separates_one_of_several_classes(tmp_path: Path) -> None:
     several = {"is_binary": False, "num_classes": 3}
     separates = "from the rest with an AUROC of 1.0000: is it known before the label is?"
     assert found(tmp_path, train, test, **several) == [
-        f"column 'age' alone tells class 'blue' {separates}",
-        f"column 'kind' alone tells class 'green' {separates}",
+        f"column 'age' alone separates class 'blue' {separates}",
+        f"column 'kind' alone separates class 'green' {separates}",
     ]
     for row, cells in enumerate(train):
         # three rows of green are too few
         cells["label"] = "green" if row in (1, 4, 7) else "blue" if row % 3 == 2 else "red"
         cells["kind"] = "x" if cells["label"] == "green" else str(row % 2)
     assert [line.split(" from")[0] for line in found(tmp_path, train, test, **several)] == [
-        "column 'age' alone tells class 'blue'"
+        "column 'age' alone separates class 'blue'"
     ]
 
 
@@ -123,13 +123,13 @@ def test_columns_that_leak_the_label_or_have_one_value(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines] == [
         "column 'age'",
         "column 'amount'",
-        "column 'kind' alone tells class '1' from the rest with an AUROC of 1.0000",
+        "column 'kind' alone separates class '1' from the rest with an AUROC of 1.0000",
     ]
     assert "the same value in all" in lines[0] and "is it an id?" in lines[1]
     for cells in train:
         cells["amount"] = "" if cells["label"] else 3.5  # missing for one class
     assert any(
-        line.startswith("column 'amount' alone tells class '1'") for line in found(tmp_path, train, table(40, 2))
+        line.startswith("column 'amount' alone separates class '1'") for line in found(tmp_path, train, table(40, 2))
     )
 
 
@@ -138,7 +138,7 @@ def test_numbers_may_be_codes_without_an_order(tmp_path: Path) -> None:
     for row, cells in enumerate(train):
         cells["amount"] = 2 * (row * 7 % 5) + (1 - cells["label"])  # even: class 1
     [line] = found(tmp_path, train, table(40, 2))
-    assert line.startswith("column 'amount' alone tells class '1' from the rest with an AUROC of 1.0000")
+    assert line.startswith("column 'amount' alone separates class '1' from the rest with an AUROC of 1.0000")
 
 
 def test_repeated_ids_are_also_warnings_of_the_report(tmp_path: Path) -> None:
