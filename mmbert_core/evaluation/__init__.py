@@ -1,4 +1,4 @@
-"""Predictions and labels (arrays) to numbers: metrics, intervals, thresholds, calibration, baselines. Knows no model.
+"""From arrays of predictions and labels: metrics, intervals, thresholds, calibration. Independent of the model.
 
 Modules, each importing only those before it: thresholds, class_counts, class_ranking, metrics, intervals, slices,
 calibration, baselines, decision.

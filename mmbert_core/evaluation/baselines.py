@@ -1,4 +1,4 @@
-"""Simple models to compare with: the most frequent class, columns only, text only.
+"""Simple models to compare a trained model with: the most frequent class, columns only, text only.
 
 N rows, K classes, F features, L tokens over all rows.
 """
@@ -63,9 +63,9 @@ def word_features(ids: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
 
 
 def column_features(numbers: np.ndarray, categories: np.ndarray, cardinalities: Sequence[int]) -> torch.Tensor:
-    """Sparse CSR [N, F] float32: numbers as they are, and a one-hot feature for each category.
+    """Sparse CSR [N, F] float32: the numbers, then one-hot features of the categories.
 
-    `numbers` standardised [N, numbers], `categories` indices [N, columns], `cardinalities` of these columns.
+    `numbers` [N, number columns] are standardised; `categories` [N, category columns] are below `cardinalities`.
     """
     num_rows, num_numbers = numbers.shape
     starts = np.zeros(0, np.int64)  # first feature of each categorical column
@@ -92,7 +92,7 @@ def _csr(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple
 
 @dataclass(frozen=True)
 class LogisticRegression:
-    """A multinomial logistic regression."""
+    """A fitted multinomial logistic regression."""
 
     weight: torch.Tensor  # [F, K]
     bias: torch.Tensor  # [K]
@@ -102,10 +102,11 @@ class LogisticRegression:
         return bool(torch.isfinite(self.weight).all() and torch.isfinite(self.bias).all())
 
     def probabilities(self, features: torch.Tensor) -> np.ndarray:
-        """[N, K] float32 of sparse `features` [N, F]."""
+        """Probabilities [N, K] float32 for sparse `features` [N, F]."""
         return torch.softmax(features @ self.weight + self.bias, dim=1).numpy()
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor) -> float:
+        """Mean cross entropy over sparse `features` [N, F] and `labels` [N]."""
         return float(torch.nn.functional.cross_entropy(features @ self.weight + self.bias, labels))
 
 
@@ -120,7 +121,7 @@ class Baselines:
     reasons: Mapping[str, str]  # why one is not in `models`
 
     def probabilities(self, num_rows: int, features: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """Name -> [N, K] float32, from sparse features [N, F] by name."""
+        """Name of a baseline -> probabilities [N, K] float32, from sparse features [N, F] by name."""
         by_name = {name: model.probabilities(features[name]) for name, model in self.models.items()}
         return {MAJORITY: np.tile(self.shares, (num_rows, 1)), **by_name}
 
@@ -173,7 +174,7 @@ def _checked(tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, .
 
 
 def majority(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Shares of the classes [K] float32: the probabilities of every row when only the training labels are known."""
+    """Shares of the classes [K] float32: the probabilities of every row for a model that ignores its inputs."""
     return (np.bincount(labels, minlength=num_classes) / len(labels)).astype(np.float32)
 
 

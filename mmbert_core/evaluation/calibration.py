@@ -18,8 +18,8 @@ from mmbert_core.evaluation.class_ranking import FEW_CLASSES
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.storage.schema import nullable, number, record, text, whole
 
-MIN_ROWS, MIN_OF_A_CLASS = 200, 10
-MAX_CELLS = 4_000_000  # rows x classes that a temperature of more than FEW_CLASSES is fitted on: seconds, not minutes
+MIN_ROWS, MIN_CLASS_ROWS = 200, 10  # validation rows that a temperature needs: in all, of each class
+MAX_CELLS = 4_000_000  # rows x classes at most, with more than FEW_CLASSES: the fit takes seconds, not minutes
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 # Half a float32 step from 0 and from 1: the value assumed for a probability that was rounded to 0 or 1.
 NEXT_TO_0, NEXT_TO_1 = 2.0**-150, 2.0**-25
@@ -51,7 +51,7 @@ class Calibration:
     def apply(self, preds: np.ndarray) -> np.ndarray:
         """Calibrated probabilities: `preds` [N] (binary: of class 1) or [N, K] -> float32 of the same shape.
 
-        With a temperature other than 1 no result is exactly 0 or 1.
+        No result is exactly 0 or 1. At temperature 1, `preds` itself is returned.
         """
         if self.temperature == 1.0:
             return preds
@@ -80,24 +80,24 @@ def fit_temperature(preds: np.ndarray, labels: np.ndarray, *, num_classes: int) 
     counts = np.bincount(labels, minlength=num_classes)
     if len(labels) < MIN_ROWS:
         return Calibration(rows=len(labels), reason=f"{len(labels)} validation rows, at least {MIN_ROWS} are needed")
-    if counts.min() < MIN_OF_A_CLASS:
-        reason = f"a class with {counts.min()} validation rows, at least {MIN_OF_A_CLASS} are needed"
+    if counts.min() < MIN_CLASS_ROWS:
+        reason = f"a class with {counts.min()} validation rows, at least {MIN_CLASS_ROWS} are needed"
         return Calibration(rows=len(labels), reason=reason)
     rows = rows_to_fit(len(labels), num_classes)
     preds, labels = preds[rows], labels[rows]
     logits = _log_odds(preds)
     target = _mean_target_logit(logits, labels, num_classes)
-    # of the inverse temperature, in which the loss is convex: its slope only rises
+    # Bounds of the inverse temperature, in which the loss is convex: its derivative is increasing.
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     if _slope(logits, target, low) >= 0:
         reason = (
-            f"the validation rows ask for a temperature above {MAX_TEMPERATURE:g}: "
-            "their probabilities say next to nothing of their labels"
+            f"the best temperature for the validation rows is above {MAX_TEMPERATURE:g}: "
+            "their probabilities are almost unrelated to their labels"
         )
         return Calibration(rows=len(labels), reason=reason)
     if _slope(logits, target, high) <= 0:
         reason = (
-            f"the validation rows ask for a temperature below {MIN_TEMPERATURE:g}: "
+            f"the best temperature for the validation rows is below {MIN_TEMPERATURE:g}: "
             "their probabilities hardly differ, their labels do"
         )
         return Calibration(rows=len(labels), reason=reason)
@@ -134,7 +134,7 @@ def _log_odds(preds: np.ndarray) -> np.ndarray:
 
 
 def _scaled(logits: np.ndarray, inverse: float) -> np.ndarray:
-    """Probabilities of logits times the inverse temperature, float64, without loss of digits of small ones."""
+    """Probabilities of logits times the inverse temperature, float64; small ones keep their precision."""
     if logits.ndim == 1:
         power = np.exp(-inverse * np.abs(logits))  # probability ratio of the less likely class to the other
         return np.where(logits < 0, power, 1) / (1 + power)
@@ -143,11 +143,12 @@ def _scaled(logits: np.ndarray, inverse: float) -> np.ndarray:
 
 
 def _slope(logits: np.ndarray, target: float, inverse: float) -> float:
-    """Derivative of the mean cross entropy by the inverse temperature: the model's mean logit less the `target` one."""
+    """Derivative of the mean cross entropy by the inverse temperature: the model's mean logit minus `target`."""
     weighted = _scaled(logits, inverse) * logits
     return float((weighted if logits.ndim == 1 else weighted.sum(axis=1)).mean()) - target
 
 
 def _ece(preds: np.ndarray, labels: np.ndarray, num_classes: int) -> float | None:
+    """Expected calibration error."""
     task = "binary" if preds.ndim == 1 else "multiclass"
     return compute_metrics(preds, labels, ["ece"], task, num_classes, "val").values["val/ece"]

@@ -1,4 +1,4 @@
-"""AUROC and average precision of one class against the rest: of one class with weighted rows, or of thousands at once.
+"""AUROC and average precision of one class against the rest, for one class or for thousands of classes at once.
 
 N rows, K classes, C of them asked for, R rows of these, D draws of weights. A class without rows, or with all of
 them, has nan.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEW_CLASSES = 30  # with more, all classes are ranked in one computation, and pages and messages list some of them
+FEW_CLASSES = 30  # with more, all are ranked in one computation, and pages and messages list only some
 # Nanoseconds on one CPU core for the weight of one row: in a matrix product with a mask of the rows above a score, and
 # in a cumulative sum over sorted rows.
 PAIR_COST, CURVE_COST = 0.15, 12.0
@@ -36,7 +36,7 @@ class Ranking:
         return curve(true, false) if true[-1] > 0 and false[-1] > 0 else np.nan
 
     def sums(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights of positives and of negatives at or above each distinct score."""
+        """Summed weights of the positives and of the negatives at or above each distinct score."""
         ordered = weights[self.order]
         true = np.cumsum(ordered * self.is_positive)[self.ends]
         return true, np.cumsum(ordered)[self.ends] - true
@@ -86,7 +86,7 @@ def class_rankings(preds: np.ndarray, labels: np.ndarray) -> ClassRankings:
         above, above_or_equal = _counts_above(np.sort(scores), own)
         own_above, own_above_or_equal = _counts_above(own, own)
         negatives = num_rows - len(rows)
-        # a negative above a positive is an error, one of the same score half an error; counted twice here
+        # A negative above a positive is one error, one with the same score half an error. Both are counted twice here.
         errors = int((above - own_above).sum() + (above_or_equal - own_above_or_equal).sum())
         areas[index] = (2 * len(rows) * negatives - errors) / (2 * len(rows) * negatives)
         precisions[index] = (own_above_or_equal / above_or_equal).mean()
@@ -94,7 +94,7 @@ def class_rankings(preds: np.ndarray, labels: np.ndarray) -> ClassRankings:
 
 
 def _rows_by_class(labels: np.ndarray, num_classes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Each class that has rows, with their positions."""
+    """(class, positions of its rows) of each class that has rows."""
     order = np.argsort(labels, kind="stable")
     ends = np.cumsum(np.bincount(labels, minlength=num_classes))
     for index in np.unique(labels).tolist():
@@ -141,7 +141,7 @@ def weighted_rankings(
 
 
 def _blocks(columns: Sequence[int], num_positives: np.ndarray, num_rows: int) -> Iterator[list[int]]:
-    """Columns in their order, in blocks of one class or of at most BLOCK_CELLS rows of the classes x all rows."""
+    """Consecutive `columns` whose classes have at most BLOCK_CELLS / `num_rows` rows together, or a single one."""
     block: list[int] = []
     cells = 0
     for column, rows in zip(columns, num_positives.tolist(), strict=True):
@@ -157,7 +157,7 @@ def _blocks(columns: Sequence[int], num_positives: np.ndarray, num_rows: int) ->
 def _rare_rankings(
     preds: np.ndarray, labels: np.ndarray, classes: Sequence[int], weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision [C, D] of classes with few rows, from the weights [N, D] of the rows above each."""
+    """AUROC and average precision [C, D] of classes with few rows, for row `weights` [N, D]: matrix products."""
     rows = np.concatenate([np.flatnonzero(labels == index) for index in classes])  # [R], class by class
     own_labels = labels[rows]
     starts = np.flatnonzero(np.diff(own_labels, prepend=-1))

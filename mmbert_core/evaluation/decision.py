@@ -12,7 +12,7 @@ from mmbert_core.evaluation.baselines import Baselines
 from mmbert_core.evaluation.calibration import Calibration, fit_temperature
 from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, HALF, Threshold, choose_threshold, parse_rule
 
-MIN_OF_A_CLASS = 20  # validation rows that a threshold needs
+MIN_CLASS_ROWS = 20  # validation rows of each class that a threshold needs
 NOT_FINITE = "probabilities of validation rows that are not finite"
 
 
@@ -20,7 +20,7 @@ NOT_FINITE = "probabilities of validation rows that are not finite"
 class Decision:
     """Stored with a model: how its probabilities become classes, their calibration, and its baselines.
 
-    Of several classes the largest probability decides.
+    With several classes, the largest probability decides instead of the threshold.
     """
 
     threshold: Threshold = Threshold(BINARY_THRESHOLD, HALF, reason="the model folder has none")
@@ -35,7 +35,7 @@ class Decision:
 def fit_threshold_and_calibration(
     preds: np.ndarray | None, labels: np.ndarray | None, *, rule: str, num_classes: int, baselines: Baselines | None
 ) -> Decision:
-    """From the validation rows' `preds` [N] (binary) or [N, K] and `labels` [N]; None: there are no such rows."""
+    """From the validation rows' `preds` [N] (binary) or [N, K] and `labels` [N]; None: no validation rows."""
     threshold = fit_threshold(preds, labels, rule)
     if preds is None or labels is None:
         return Decision(threshold, Calibration(reason="no validation rows"), baselines)
@@ -55,7 +55,7 @@ def fit_threshold(preds: np.ndarray | None, labels: np.ndarray | None, rule: str
     if not np.isfinite(preds).all():
         return Threshold(BINARY_THRESHOLD, rule, rows=len(labels), reason=NOT_FINITE)
     fewest = int(np.bincount(labels, minlength=2).min())
-    if parse_rule(rule)[0] != HALF and fewest < MIN_OF_A_CLASS:
-        reason = f"a class with {fewest} validation rows, at least {MIN_OF_A_CLASS} are needed"
+    if parse_rule(rule)[0] != HALF and fewest < MIN_CLASS_ROWS:
+        reason = f"a class with {fewest} validation rows, at least {MIN_CLASS_ROWS} are needed"
         return Threshold(BINARY_THRESHOLD, rule, rows=len(labels), reason=reason)
     return choose_threshold(preds, labels, rule)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of metrics, by weights of rows, so that a thousand draws take seconds.
+"""Bootstrap intervals of metrics. A draw gives the rows weights, so that a thousand draws take seconds.
 
 N rows, K classes, D draws.
 """
@@ -22,12 +22,12 @@ from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classe
 
 LEVEL = 0.95
 DRAWS, MIN_DRAWS = 1000, 200
-WORK = 4_000_000_000  # rows x draws x curves, some minutes; metrics that would take more have no interval
+WORK = 4_000_000_000  # rows x draws x curves at most, some minutes; metrics that need more have no interval
 RANKINGS: dict[str, Curve] = {"auroc": auroc, "average_precision": average_precision}
-WITHOUT = ("ece",)  # it is biased upwards, more so in each draw: the true value would lie below the interval
-WORK_OF_CLASSES = 6e9  # nanoseconds that the ranking of more than FEW_CLASSES classes may take, approximately
+WITHOUT = ("ece",)  # biased upwards, in a draw even more: the true value would be below the interval
+WORK_OF_CLASSES = 6e9  # approximate nanoseconds at most to rank classes, with more than FEW_CLASSES
 DRAW_CELLS = 1_000_000  # rows x draws in memory at a time
-MAX_UNDEFINED = 0.05  # share of draws in which a metric may be undefined, as a class has no row in them
+MAX_UNDEFINED = 0.05  # share of draws in which a metric may be undefined because a class has no row
 
 Metric = Callable[[np.ndarray], float]  # weights [N] -> value, nan where undefined
 
@@ -85,7 +85,7 @@ def _draws_of_few_classes(
     draws: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Values [D] of the metrics that are affordable."""
+    """Values [D] of the affordable metrics."""
     affordable, num_draws = affordable_metrics(
         names, len(labels), draws, num_classes=1 if preds.ndim == 1 else len(class_names)
     )
@@ -102,7 +102,7 @@ def _draws_of_few_classes(
 def affordable_metrics(names: Sequence[str], num_rows: int, draws: int, *, num_classes: int) -> tuple[list[str], int]:
     """The metrics for which WORK allows MIN_DRAWS, in their order, and the number of draws of all.
 
-    Where it does not allow all of them, those with few curves come first, and those of single classes last.
+    If it does not allow all of them, metrics with few curves have priority, and those of single classes come last.
     """
     curves = {name: num_classes if name in RANKINGS else 1 for name in names}  # a macro mean has one per class
     budget = WORK // (num_rows * min(draws, MIN_DRAWS))
@@ -136,7 +136,10 @@ def _weighted_metric(
         return lambda weights: float(np.mean([metric(weights) for metric in by_class]))
     if name.startswith(CLASS_PREFIX):
         index = list(class_names).index(name.removeprefix(CLASS_PREFIX))
-        scores = preds[:, index] if not is_binary else -preds if index == 0 else preds
+        if is_binary:
+            scores = preds if index == 1 else -preds
+        else:
+            scores = preds[:, index]
         return _ranking_metric(average_precision, scores, labels == index)
     if name == "log_loss":
         losses = _losses(preds, labels)
@@ -159,7 +162,7 @@ def _losses(preds: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return -np.log(np.clip(of_label.astype(np.float64), EPS, 1 - EPS))
 
 
-# ---- more than FEW_CLASSES: the counts of a draw serve all metrics, and all classes are ranked at once ----
+# ---- more than FEW_CLASSES: all metrics share the counts of a draw, and all classes are ranked at once ----
 
 
 def _draws_of_many_classes(
@@ -171,7 +174,7 @@ def _draws_of_many_classes(
     draws: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Values [D] of the metrics that are affordable, for the same draws as those of few classes."""
+    """Values [D] of the affordable metrics, for the same draws as `_draws_of_few_classes`."""
     class_of = {f"{CLASS_PREFIX}{name}": index for index, name in enumerate(class_names)}
     of_classes, means = [name for name in names if name in class_of], [name for name in names if name in RANKINGS]
     num_positives = np.bincount(labels, minlength=len(class_names))
@@ -211,23 +214,21 @@ def affordable_classes(
 ) -> tuple[list[int], bool, int]:
     """Classes to rank, whether these are all (for a macro mean), and the number of draws.
 
-    `num_positives` [K] rows of each class, `wanted` classes whose own metric is asked for. A class that has no row in
-    more than MAX_UNDEFINED of the draws is left out, since it would have no interval; so are the macro means where
-    this is expected of any class. Where MIN_DRAWS take longer than WORK_OF_CLASSES, the means are left out first, then
-    the rarest classes.
+    `num_positives` [K] rows of each class, `wanted` classes whose own metric is asked for. A class that
+    would have no row in more than MAX_UNDEFINED of the draws is left out, since it would have no interval. So are
+    the macro means, if some class is expected to have none in that many draws. If MIN_DRAWS take longer than WORK_OF_CLASSES, the
+    means are left out first, then the rarest classes.
     """
     num_rows, min_draws = int(num_positives.sum()), min(draws, MIN_DRAWS)
-    chance_of_none = np.exp(-num_positives.astype(np.float64))  # Poisson: that all rows of a class have weight 0
+    chance_of_none = np.exp(-num_positives.astype(np.float64))  # that all rows of a class have a Poisson weight of 0
     costs = cost_per_draw(num_positives, num_rows)
-    is_defined = 1 - np.prod(1 - chance_of_none) <= MAX_UNDEFINED
-    has_all = with_means and bool(is_defined and costs.sum() * min_draws <= WORK_OF_CLASSES)
+    are_means_defined = 1 - np.prod(1 - chance_of_none) <= MAX_UNDEFINED
+    has_all = with_means and bool(are_means_defined and costs.sum() * min_draws <= WORK_OF_CLASSES)
     if has_all:
         classes = list(range(len(num_positives)))
     else:
-        by_rows = sorted(
-            (index for index in wanted if chance_of_none[index] <= MAX_UNDEFINED),
-            key=lambda index: -num_positives[index],
-        )
+        defined = [index for index in wanted if chance_of_none[index] <= MAX_UNDEFINED]
+        by_rows = sorted(defined, key=lambda index: -num_positives[index])
         classes = by_rows[: int(np.searchsorted(np.cumsum(costs[by_rows]) * min_draws, WORK_OF_CLASSES, side="right"))]
     total = float(costs[classes].sum()) or 1.0
     return sorted(classes), has_all, int(np.clip(WORK_OF_CLASSES / total, min_draws, draws))

@@ -1,4 +1,4 @@
-"""Metrics over all rows, each a number or "undefined" with its reason.
+"""Metrics over all rows, each a value or None with the reason why it is undefined.
 
 N rows, K classes.
 """
@@ -20,7 +20,7 @@ from mmbert_core.runtime.errors import InputError
 
 CLASS_PREFIX = "average_precision_class_"
 NUM_BINS = 15  # of the expected calibration error: equal width, [a, b), the last one closed
-ONE_SIDED = ("precision", "recall")  # recall is 1 when every row is predicted as class 1: alone they rank no models
+ONE_SIDED = ("precision", "recall")  # recall is 1 if every row is predicted as class 1: alone, they cannot rank models
 LOWER_IS_BETTER = ("val_loss", "log_loss", "ece")
 EPS = float(np.finfo(np.float32).eps)  # log_loss keeps probabilities in [EPS, 1 - EPS], whatever their dtype
 
@@ -39,12 +39,12 @@ class MetricValues:
 
 
 class _Undefined(Exception):
-    """Raised by a metric that these rows do not define; the message is the reason."""
+    """Raised by a metric that is undefined for these rows; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class _EvaluatedRows:
-    """The rows of one call."""
+    """The rows of one call of `compute_metrics`."""
 
     preds: torch.Tensor  # [N] probability of class 1 (binary), or [N, K]; float64 up to FEW_CLASSES
     labels: torch.Tensor  # [N] int64
@@ -66,7 +66,7 @@ class _EvaluatedRows:
 
 
 def functional() -> ModuleType:
-    """torchmetrics' functions; imported at first use: it takes seconds, and a prediction needs none of them."""
+    """torchmetrics' functions, imported at first use: the import takes seconds, and prediction needs none of them."""
     from torchmetrics.functional import classification
 
     return classification
@@ -83,16 +83,17 @@ def compute_metrics(
     class_names: Sequence[str] | None = None,
     threshold: float = BINARY_THRESHOLD,
 ) -> MetricValues:
-    """Metrics of ``preds`` [N] (binary: probability of class 1) or [N, K] against ``labels`` int [N].
+    """Metrics of `preds` [N] (binary: probability of class 1) or [N, K] against `labels` int [N].
 
-    ``task`` is "binary" or "multiclass"; ``class_names`` default to "0", "1", ... The predicted class is class 1 above
+    `task` is "binary" or "multiclass"; `class_names` default to "0", "1", ... The predicted class is class 1 above
     (not at) the threshold, or the first largest probability. With several classes f1_score, precision and recall are
     macro means over the classes that occur in labels or predictions; auroc and average_precision are macro means of
     one class against the rest. ece is the expected calibration error (Naeini et al. 2015) with NUM_BINS bins, of the
-    probability of class 1 if binary, else of the largest one. All others equal scikit-learn's, with a zero denominator
-    as 0. A metric that the rows do not define is None, with a reason.
+    probability of class 1 if binary, else of the largest one. All others equal scikit-learn's, with 0 for
+    a zero denominator. A metric that is undefined for the rows is None, with a reason.
 
-    Raises `InputError` for an unknown metric, `ValueError` for arrays that do not fit together.
+    Raises `InputError` for an unknown metric, `ValueError` for an unknown task, inconsistent shapes, and labels that
+    are not classes.
     """
     names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(num_classes))
     check_metric_choices(metric_choices, names)
@@ -101,8 +102,8 @@ def compute_metrics(
     reason = None
     if len(labels) == 0:
         reason = "no rows"
-    elif num_bad := int((~np.isfinite(preds)).reshape(len(labels), -1).any(axis=1).sum()):
-        reason = f"{num_bad} of {len(labels)} predictions are not finite"
+    elif num_non_finite := int((~np.isfinite(preds)).reshape(len(labels), -1).any(axis=1).sum()):
+        reason = f"{num_non_finite} of {len(labels)} predictions are not finite"
     metrics = _metrics_of_rows(names)
     rows = _evaluated_rows(preds, labels, is_binary=task == "binary", class_names=names, threshold=threshold)
     values: dict[str, float | None] = {}
@@ -113,7 +114,7 @@ def compute_metrics(
             if reason is not None:
                 raise _Undefined(reason)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torchmetrics warns of rows that are handled here
+                warnings.simplefilter("ignore")  # torchmetrics warns of cases that are handled here
                 values[key] = within_range(name, float(metrics[name](rows)))
         except _Undefined as error:
             values[key], undefined[key] = None, str(error)
@@ -132,14 +133,14 @@ def within_range(name: str, value: float) -> float:
 def check_metric_choices(
     metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices"
 ) -> None:
-    """Raise `InputError`, with the choices and the nearest one, for a metric that is not known."""
+    """Raise `InputError`, with the choices and the nearest one, for an unknown metric."""
     known = metric_names(class_names)
     unknown = set(metric_choices) - set(known)
     for name in metric_choices:
         if name in unknown:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
-            # of thousands of classes the message lists a dozen
+            # with many classes the message lists the metrics of the first 12
             choices = ", ".join(known[: len(METRICS) + 12]) + (", ..." if len(class_names) > 12 else "")
             raise InputError(f"{key}: expected names among {choices}; found {name!r}{hint}")
 
@@ -159,7 +160,7 @@ def _check_arrays(preds: np.ndarray, labels: np.ndarray, task: str, num_classes:
 def _evaluated_rows(
     preds: np.ndarray, labels: np.ndarray, *, is_binary: bool, class_names: tuple[str, ...], threshold: float
 ) -> _EvaluatedRows:
-    predicted = predicted_classes(preds, threshold=threshold)  # before the conversion, which changes no comparison
+    predicted = predicted_classes(preds, threshold=threshold)
     is_many = len(class_names) > FEW_CLASSES  # a float64 copy would be large
     return _EvaluatedRows(
         preds=torch.from_numpy(np.require(preds, requirements=["C", "W"]) if is_many else preds.astype(np.float64)),
@@ -174,15 +175,14 @@ def _evaluated_rows(
 
 
 def _of_counts(metric: str, average: str) -> Callable[[_EvaluatedRows], torch.Tensor]:
-    """f1_score, precision or recall; ``average`` "task": of class 1 when binary, else macro."""
+    """f1_score, precision or recall. With `average` "task": of class 1 if binary, else the macro mean."""
 
     def compute(rows: _EvaluatedRows) -> torch.Tensor:
         if average == "task" and rows.is_binary:
             return getattr(functional(), f"binary_{metric}")(rows.predicted, rows.labels)
+        compute_metric = getattr(functional(), f"multiclass_{metric}")
         kind = "macro" if average == "task" else average
-        return getattr(functional(), f"multiclass_{metric}")(
-            rows.predicted, rows.labels, rows.num_classes, average=kind
-        )
+        return compute_metric(rows.predicted, rows.labels, rows.num_classes, average=kind)
 
     return compute
 
@@ -209,7 +209,8 @@ def _mcc(rows: _EvaluatedRows) -> float:
 # ---- metrics of the ranking ----
 
 
-def _need_classes(rows: _EvaluatedRows) -> None:
+def _require_all_classes(rows: _EvaluatedRows) -> None:
+    """Raise `_Undefined` if a class has no row."""
     counts = torch.bincount(rows.labels, minlength=rows.num_classes)
     if int((counts > 0).sum()) == 1:
         raise _Undefined(f"only one class in the labels: {rows.class_names[int(counts.argmax())]!r}")
@@ -218,14 +219,14 @@ def _need_classes(rows: _EvaluatedRows) -> None:
 
 
 def _auroc(rows: _EvaluatedRows) -> torch.Tensor:
-    _need_classes(rows)
+    _require_all_classes(rows)
     if rows.is_binary:
         return functional().binary_auroc(rows.preds, rows.labels)
     return functional().multiclass_auroc(rows.preds, rows.labels, rows.num_classes, average="macro")
 
 
 def _average_precision(rows: _EvaluatedRows) -> torch.Tensor:
-    _need_classes(rows)
+    _require_all_classes(rows)
     if rows.is_binary:
         return functional().binary_average_precision(rows.preds, rows.labels)
     return functional().multiclass_average_precision(rows.preds, rows.labels, rows.num_classes, average="macro")
@@ -297,7 +298,8 @@ def metric_names(class_names: Sequence[str]) -> tuple[str, ...]:
 def _metrics_of_rows(class_names: Sequence[str]) -> dict[str, Callable[[_EvaluatedRows], torch.Tensor | float]]:
     """Every metric by its name.
 
-    With more than FEW_CLASSES, torchmetrics is not used: it needs K^2 memory, or a second for a few hundred curves.
+    With more than FEW_CLASSES, torchmetrics is not used: it needs memory for K^2 counts, and a second for a few hundred
+    curves.
     """
     of_class = _class_average_precision
     metrics = dict(_METRICS)
@@ -316,7 +318,7 @@ def _of_class_counts(name: str, rows: _EvaluatedRows) -> float:
 
 
 def _macro_of_rankings(name: str, rows: _EvaluatedRows) -> float:
-    _need_classes(rows)
+    _require_all_classes(rows)
     return float(getattr(rows.rankings, name).mean())
 
 

@@ -1,4 +1,4 @@
-"""Metrics on subsets of the rows (slices), those with the lowest values first.
+"""Metrics on subsets of the rows (slices), ordered from the lowest value.
 
 N rows, K classes.
 """
@@ -17,16 +17,16 @@ from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD
 
 MIN_ROWS = 30  # of a slice; smaller ones are merged
 DRAWS, MIN_DRAWS = 300, 100  # of the intervals: there are many slices
-WORK = 1_000_000_000  # rows x columns x metrics x draws, about a minute; slices that would take more have no intervals
+WORK = 1_000_000_000  # rows x columns x metrics x draws at most, about a minute; with more, no intervals
 MAX_VALUES = 20  # slices of one column
-FEW_NUMBERS = 10  # distinct numbers of a column up to which each is a slice
-MAX_LISTED_CLASSES = 9  # of a slice, as many as one bar of a chart can hold next to all others
+FEW_NUMBERS = 10  # distinct numbers of a column, up to which each is a slice
+MAX_LISTED_CLASSES = 9  # of a slice: as many as one bar of a chart can show, with one segment for all others
 MISSING, OTHERS = "(missing)", "(all other values)"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The rows that have one value, or a number of one quartile, in a column."""
+    """The metrics of the rows with one value, or with a number in one range, in a column."""
 
     column: str
     value: str
@@ -54,16 +54,17 @@ def slices_of(
 ) -> list[Slice]:
     """The metrics `names` with intervals for each slice of each column, ordered by the first of `names`, ascending.
 
-    Slices that do not define that metric come last. `preds` [N] (binary) or [N, K], `labels` [N]; a column is N texts,
-    or N numbers of which NaN is missing.
+    Slices for which that metric is undefined come last. `preds` [N] (binary) or [N, K], `labels` [N]; a column is N
+    texts, or N numbers with NaN for missing ones.
     """
     slices = []
-    # each draw of each slice counts all classes; with many classes that is more work than the rows
+    # each draw of each slice counts all classes: with many classes, more work than the rows
     num_counted = len(labels) + (MAX_VALUES * len(class_names) if len(class_names) > FEW_CLASSES else 0)
     draws = min(DRAWS, WORK // max(1, num_counted * len(columns) * len(names)))
     draws = draws if draws >= MIN_DRAWS else 0
     for column, cells in columns.items():
-        for value, rows in _rows_by_number(cells) if isinstance(cells, np.ndarray) else _rows_by_text(cells):
+        rows_of_value = _rows_by_number(cells) if isinstance(cells, np.ndarray) else _rows_by_text(cells)
+        for value, rows in rows_of_value:
             slices.append(_slice(column, value, preds[rows], labels[rows], names, class_names, threshold, draws))
     return sorted(slices, key=lambda each: (each.metrics[names[0]] is None, each.metrics[names[0]], -each.rows))
 
@@ -101,7 +102,7 @@ def _slice(
 
 
 def _rows_by_text(cells: Sequence[str]) -> list[tuple[str, np.ndarray]]:
-    """Values with the indices of their rows, the most frequent first; rare values together."""
+    """Values with the indices of their rows, the most frequent first; rare values are one slice."""
     codes, values = pd.factorize(np.array(cells, dtype=object))
     counts = np.bincount(codes, minlength=len(values))
     order = np.argsort(-counts, kind="stable")
@@ -116,9 +117,9 @@ def _rows_by_text(cells: Sequence[str]) -> list[tuple[str, np.ndarray]]:
 def _rows_by_number(numbers: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Values or ranges of `numbers` [N] with the indices of their rows, then those of missing numbers (NaN).
 
-    Up to FEW_NUMBERS distinct numbers are a slice each, more are quartiles. A number of at least a quarter of the rows,
-    such as the zeros of a count, would fill whole quartiles: it is a slice of its own and left out of them. If all rows
-    have the same number, there is no slice of numbers.
+    Up to FEW_NUMBERS distinct numbers are a slice each; more are split into quartiles. A number in at least a quarter
+    of the rows, such as the zeros of a count, would fill whole quartiles: it has its own slice and is excluded from
+    them. If all rows have the same number, there is no slice of numbers.
     """
     known = ~np.isnan(numbers)
     distinct, counts = np.unique(numbers[known], return_counts=True)

@@ -1,4 +1,4 @@
-"""Decision thresholds: above which probability a row is predicted as class 1, chosen on validation rows by a rule.
+"""Decision thresholds: the probability above which a row is predicted as class 1, chosen on validation rows by a rule.
 
 N rows, K classes, D distinct probabilities.
 """
@@ -16,7 +16,7 @@ BINARY_THRESHOLD = 0.5
 EVERY_ROW = -1.0  # a threshold below a probability of exactly 0: every row is predicted as class 1
 HALF = "half"
 RULES = {
-    HALF: "one half, whatever the validation rows say",
+    HALF: "one half, independent of the validation rows",
     "best_f1": "where F1 of class 1 is highest",
     "recall_at_precision": "the highest recall where precision is at least X",
     "precision_at_recall": "the highest precision where recall is at least X",
@@ -37,10 +37,10 @@ THRESHOLD_JSON = record(
 
 
 def predicted_classes(preds: np.ndarray, *, threshold: float = BINARY_THRESHOLD) -> np.ndarray:
-    """Class index [N] int64: of probabilities [N] of class 1, 1 above the threshold; of [N, K] the first largest."""
+    """Class index [N] int64: for [N] probabilities of class 1, 1 above the threshold; for [N, K], the first largest."""
     if preds.ndim == 2:
         return preds.argmax(axis=1)
-    # compared in float64: rounded to float32, a threshold between two neighbouring float32 would equal one of them
+    # In float64: rounded to float32, a threshold between two neighbouring float32 would equal one of them.
     return (preds > np.float64(threshold)).astype(np.int64)
 
 
@@ -76,7 +76,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class ThresholdCurve:
-    """Counts at every threshold that separates the rows differently, from no row above it to all rows above it."""
+    """Counts at one threshold for each possible set of rows above it, from no row to all rows."""
 
     thresholds: np.ndarray  # [D + 1] descending: one above all probabilities, those between neighbours, one below all
     predicted_positives: np.ndarray  # [D + 1] rows above the threshold
@@ -86,17 +86,17 @@ class ThresholdCurve:
     @property
     def precision(self) -> np.ndarray:
         """[D + 1]; 0 where no row is above the threshold, as with scikit-learn's zero_division=0."""
-        num_found = self.predicted_positives
-        return np.divide(self.true_positives, num_found, out=np.zeros(len(num_found)), where=num_found > 0)
+        predicted = self.predicted_positives
+        return np.divide(self.true_positives, predicted, out=np.zeros(len(predicted)), where=predicted > 0)
 
     @property
     def recall(self) -> np.ndarray:
-        """[D + 1]"""
+        """[D + 1], of class 1."""
         return self.true_positives / self.true_positives[-1]
 
     @property
     def f1(self) -> np.ndarray:
-        """[D + 1]"""
+        """[D + 1], of class 1."""
         return 2 * self.true_positives / (self.predicted_positives + self.true_positives[-1])
 
 
@@ -112,7 +112,7 @@ def threshold_curve(preds: np.ndarray, labels: np.ndarray) -> ThresholdCurve:
     distinct = scores[ends]
     upper, lower = distinct[:-1], distinct[1:]
     halfway = (upper + lower) / 2
-    # Between adjacent float64 there is none; the lower of the two separates them too, as it is not above itself.
+    # Adjacent float64 have no value between them: the lower one separates them too, because it is not above itself.
     between = np.where(halfway < upper, halfway, lower)
     lowest = distinct[-1] / 2 if distinct[-1] > 0 else EVERY_ROW
     thresholds = np.concatenate([[(1 + distinct[0]) / 2], between, [lowest]])
@@ -156,7 +156,7 @@ def choose_threshold(preds: np.ndarray, labels: np.ndarray, rule: str) -> Thresh
         best = np.where(is_allowed, objective, -np.inf).argmax()
         return metrics_at_threshold(preds, labels, float(curve.thresholds[best]), rule)
     if name == "alerts_per_1000":
-        reason = f"the surest rows alone are more than {number:g} of 1,000"
+        reason = f"the rows with the highest probability alone are more than {number:g} of 1,000"
     else:
         highest = curve.precision.max() if name == "recall_at_precision" else curve.recall.max()
         reason = f"no threshold reaches {number:g}; the best is {highest:.4f}"

@@ -106,7 +106,7 @@ def test_rows_separated_without_an_error_do_not_drive_the_temperature_to_its_bou
     ("preds", "reason"),
     [
         ([0.4999, 0.5001], "below 0.05: their probabilities hardly differ, their labels do"),
-        ([0.7, 0.3], "above 20: their probabilities say next to nothing of their labels"),
+        ([0.7, 0.3], "above 20: their probabilities are almost unrelated to their labels"),
         ([0.5, 0.5], "above 20"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics as oracle
 
 from mmbert_core.evaluation.calibration import Calibration
-from mmbert_core.evaluation.decision import MIN_OF_A_CLASS, Decision, fit_threshold_and_calibration
+from mmbert_core.evaluation.decision import MIN_CLASS_ROWS, Decision, fit_threshold_and_calibration
 from mmbert_core.evaluation.thresholds import Threshold
 from mmbert_core.report import curves
 
@@ -94,9 +94,9 @@ def test_a_decision_needs_rows() -> None:
     preds, labels = evaluated(400)
     decision = fit_threshold_and_calibration(preds, labels, rule="best_f1", num_classes=2, baselines=None)
     assert decision.threshold.reason is None and decision.threshold.value != 0.5 and decision.calibration.reason is None
-    few = np.concatenate([np.flatnonzero(labels == 1)[: MIN_OF_A_CLASS - 1], np.flatnonzero(labels == 0)])
+    few = np.concatenate([np.flatnonzero(labels == 1)[: MIN_CLASS_ROWS - 1], np.flatnonzero(labels == 0)])
     decision = fit_threshold_and_calibration(preds[few], labels[few], rule="best_f1", num_classes=2, baselines=None)
-    assert decision.threshold.value == 0.5 and f"{MIN_OF_A_CLASS - 1} validation rows" in decision.threshold.reason
+    assert decision.threshold.value == 0.5 and f"{MIN_CLASS_ROWS - 1} validation rows" in decision.threshold.reason
     decision = fit_threshold_and_calibration(None, None, rule="best_f1", num_classes=2, baselines=None)
     assert (decision.threshold.value, decision.threshold.reason, decision.calibration.reason) == (
         0.5,
