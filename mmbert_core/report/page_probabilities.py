@@ -58,7 +58,7 @@ def threshold_words(value: Any, write: Callable[[Any, int], str] = decimals) -> 
 
 def calibration(section: Calibration, report: Report) -> View:
     """Predicted probabilities and the shares found, in bins, before and after dividing by the temperature."""
-    bins = {"uncalibrated": section.bins, "calibrated": section.calibrated_bins}
+    bins = {"uncalibrated": section.bins, "calibrated": [] if section.reason else section.calibrated_bins}
     series = {title: each for title, each in bins.items() if each}
     cards = [("temperature", figure(section.temperature, 4)), ("ece before", decimals(section.ece_before))]
     cards += [("ece after", decimals(section.ece_after)), ("validation rows", count(section.rows))]

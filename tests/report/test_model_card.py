@@ -84,7 +84,7 @@ def test_the_card_says_what_the_model_needs_and_how_good_it_is():
         "mmbert predict x new.csv predictions.tsv",
     ):
         assert line in text.split("\n"), line
-    assert "\n\n\n" not in text and text.endswith("where it does.\n")
+    assert "\n\n\n" not in text and text.endswith("does worst.\n")
 
 
 def test_what_a_folder_does_not_record_is_said():

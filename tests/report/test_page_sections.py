@@ -58,21 +58,21 @@ def test_the_model_and_its_baselines_have_every_metric():
 
 def test_threshold_and_calibration_have_reasons_and_figures():
     report = reports.binary_report()
+    chosen = sections_of(page_of(report))["threshold"].text
+    assert "validation rows with " in chosen and "recall 0.9540" in chosen and "could not be followed" not in chosen
     report["threshold"] |= {"value": 0.5, "precision": None, "reason": "no threshold reaches precision 0.99"}
     report["calibration"] |= {
         "temperature": 1.0,
-        "bins": [],
-        "calibrated_bins": None,
         "reason": "150 validation rows, at least 200 are needed",
     }
     sections = sections_of(page_of(report))
-    assert (
-        "no threshold reaches precision 0.99" in sections["threshold"].text
-        and "0.5000" in sections["threshold"].text
-        and "with recall 0.9540" in sections["threshold"].text
-    )
+    assert "could not be followed: no threshold reaches precision 0.99. " in sections["threshold"].text
+    assert "0.5000" in sections["threshold"].text and "chosen on" not in sections["threshold"].text
     assert "precision0.8909" in sections["threshold"].text  # of the report's rows, at that threshold
-    assert "150 validation rows" in sections["calibration"].text
+    assert "not calibrated 150 validation rows" in sections["calibration"].text
+    assert "mean calibrated" not in sections["calibration"].text and "share found" in sections["calibration"].text
+    report["threshold"] |= {"rule": "given", "reason": "given when the model was loaded, not chosen on rows"}
+    assert "The threshold was given when the model was loaded, " in sections_of(page_of(report))["threshold"].text
     assert row_of(sections["threshold"], "0.95") == ["0.95", "0.9727", "0.1855", "0.6975", "430.0", "18.0"]
 
 
