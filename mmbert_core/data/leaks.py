@@ -17,7 +17,7 @@ from mmbert_core.data.splits import select_rows
 MAX_TRAINING_TEXTS, MAX_OTHER_TEXTS, MAX_COLUMN_ROWS = 1_000_000, 100_000, 100_000
 CHUNK_ROWS = 8_192
 MIN_TOKENS = 8  # of a text; shorter ones are often equal by chance
-MIN_AUROC = 0.98  # of a column alone; higher ones are reported
+MIN_AUROC = 0.98  # of a column alone, from which it is reported
 MIN_CLASS_ROWS = 10  # rows of a class, and of the others, in each half of the examined rows
 MIN_UNIQUE_SHARE = 0.95  # distinct values per row; a column with more is reported
 MAX_CODES = 100  # distinct numbers of a column that may be codes
@@ -41,6 +41,7 @@ def find_leaks(train: Dataset, val: Dataset | None, test: Dataset | None, labels
 
 
 def _shared_groups(split: Dataset, earlier: Dataset) -> Iterator[str]:
+    """A line if rows of `split` are of a group that `earlier` has too."""
     if split.encoded.group_codes is None or earlier.encoded.group_codes is None:
         return
     shared = shared_positions(*(select_rows(each.encoded.group_codes, each.rows) for each in (split, earlier)))
@@ -62,6 +63,7 @@ def _is_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _shared_texts(split: Dataset, earlier: Dataset, hashes: np.ndarray, others: np.ndarray) -> Iterator[str]:
+    """A line if long texts of `split` are also in `earlier`; `hashes` and `others` are those of `text_hashes`."""
     shared = np.flatnonzero(_is_in(hashes, others) & (split.lengths[: len(hashes)] >= MIN_TOKENS))
     if len(shared):
         texts = f"{len(shared)} of {len(hashes)} texts are those of {SPLIT_NAMES[earlier.name]} rows"
@@ -90,6 +92,7 @@ def text_hashes(dataset: Dataset, max_rows: int) -> np.ndarray:
 
 
 def _column_findings(train: Dataset, labels: Labels) -> Iterator[str]:
+    """Lines about columns that are constant, have a different value in nearly every row, or alone separate a class."""
     rows = np.random.default_rng(0).choice(len(train), min(len(train), MAX_COLUMN_ROWS), replace=False)
     classes = train.label_index[rows]
     for name, cells in train.cells(rows).items():
@@ -100,7 +103,7 @@ def _column_findings(train: Dataset, labels: Labels) -> Iterator[str]:
             yield f"column {name!r}: {same}, nothing can be learned from it"
             continue
         if len(values) == len(rows) >= MIN_ROWS_UNIQUE and not (is_number and (cells % 1 != 0).any()):
-            yield f"column {name!r}: another value in each of {len(rows)} training rows: is it an id?"
+            yield f"column {name!r}: a different value in each of {len(rows)} training rows: is it an id?"
         elif not is_number and (line := _nearly_unique(name, cells)):
             yield line
         found = [_most_separated_class(cells if is_number else codes, classes, len(labels.names), is_number=is_number)]
@@ -156,6 +159,7 @@ def auroc(scores: np.ndarray, is_positive: np.ndarray) -> float:
 
 
 def _area(ranks: np.ndarray, is_positive: np.ndarray) -> float:
+    """AUROC from the ranks [N] of the scores, where ties have their mean rank."""
     positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
     area = float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
     return min(1.0, max(0.0, area))

@@ -139,7 +139,7 @@ def _with_group(paths: Sequence[str], roles: Roles, tsv_quoting: str) -> Roles:
 def _check_files(config: Config, train_roles: Roles) -> None:
     """Checks before the first row is read: the files exist, none is in two splits, all columns exist."""
     if config.val_path and config.group_name:
-        reported = "groups with rows in several splits are only reported"
+        reported = "and groups with rows in several splits are only reported"
         use = reported if train_roles.group else "and the training rows have no such column"
         logger.warning("group_name is not used to split rows: val_path has the validation rows, %s", use)
     if not config.train_path:
@@ -205,6 +205,7 @@ def _label_problem(config: Config) -> str | None:
 
 
 def _fit_labels(train: EncodedRows, config: Config) -> Labels:
+    """Raises `InputError` as `Labels.fit`, and for names that would be a column of the prediction file twice."""
     codes, first_rows = _first_indices(train.label_codes)
     labels = Labels.fit(
         [train.label_values[code] for code in codes],
@@ -224,7 +225,7 @@ def _fit_labels(train: EncodedRows, config: Config) -> Labels:
 
 
 def _first_indices(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique(codes, return_index=True) for codes [N] >= 0, in linear time: N may be ten million."""
+    """`np.unique(codes, return_index=True)` for codes [N] >= 0, in linear time: N may be ten million."""
     first = np.full(int(codes.max(initial=-1)) + 1, -1, dtype=np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]  # of repeated indices numpy keeps the last value written
     present = np.flatnonzero(first >= 0)
@@ -293,6 +294,7 @@ def truncated_texts_warning(num_truncated: int, num_rows: int, config: Config, *
 
 
 def _repeated_ids(table: EncodedRows) -> Iterator[str]:
+    """A line if rows of one table have the same id."""
     if table.id_codes is None:
         return
     in_order = np.sort(table.id_codes)

@@ -62,7 +62,7 @@ def _stratified_rows(classes: np.ndarray, fraction: float, generator: np.random.
 def _grouped_rows(
     classes: np.ndarray, groups: np.ndarray, fraction: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Greedy: groups in random order, each taken if it brings validation closer to its share of every class."""
+    """Validation rows. Greedy: groups in random order, each added if it brings the classes closer to their shares."""
     group_of = np.unique(groups, return_inverse=True)[1].reshape(-1)
     rank = generator.permutation(group_of.max() + 1)[group_of]  # [N] random rank of a row's group
     rows = np.argsort(rank, kind="stable")

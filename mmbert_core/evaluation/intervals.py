@@ -214,10 +214,10 @@ def affordable_classes(
 ) -> tuple[list[int], bool, int]:
     """Classes to rank, whether these are all (for a macro mean), and the number of draws.
 
-    `num_positives` [K] rows of each class, `wanted` classes whose own metric is asked for. A class that
-    would have no row in more than MAX_UNDEFINED of the draws is left out, since it would have no interval. So are
-    the macro means, if some class is expected to have none in that many draws. If MIN_DRAWS take longer than WORK_OF_CLASSES, the
-    means are left out first, then the rarest classes.
+    `num_positives` [K] rows of each class, `wanted` classes whose own metric is asked for. A class that would have
+    no row in more than MAX_UNDEFINED of the draws is left out, since it would have no interval. So are the macro means,
+    if some class is expected to have none in that many draws. If MIN_DRAWS take longer than WORK_OF_CLASSES, the means
+    are left out first, then the rarest classes.
     """
     num_rows, min_draws = int(num_positives.sum()), min(draws, MIN_DRAWS)
     chance_of_none = np.exp(-num_positives.astype(np.float64))  # that all rows of a class have a Poisson weight of 0

@@ -125,7 +125,7 @@ def _json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if blank_line:
             raise InputError(f"{row_location(path, row, blank_line)}: expected a JSON object, found a blank line")
         try:
-            # integers stay text: no limit on their digits, nothing is rounded
+            # integers stay text, so that none is rounded or has too many digits
             record = json.loads(text, parse_int=str, object_pairs_hook=object_of)
             if "\\u" in text:
                 json.dumps(record, ensure_ascii=False).encode("utf-8")  # fails for half a surrogate pair
