@@ -26,13 +26,13 @@ from mmbert_core.report.typed_json import Missing, from_json, to_json
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.tables.table import Roles, resolve_columns
 
-CACHE = "cache"  # folder of the encoded rows during an evaluation
+CACHE = "cache"  # subfolder of the encoded rows during an evaluation
 
 
 def resolve_slice_columns(
     inputs: Sequence[str], config: Config, slice_columns: Sequence[str], *, tsv_quoting: str
 ) -> Sequence[str]:
-    """The given columns, or without any those of the config that the input has.
+    """The given columns; if none are given, those of the config that the input has.
 
     Raises `InputError` where the input lacks a column of the model, the labels or a given column.
     """
@@ -43,7 +43,7 @@ def resolve_slice_columns(
 
 @contextmanager
 def evaluation_folder(parent: str | Path, context: DistContext) -> Iterator[Path]:
-    """Collective. A new folder in `parent`; at the end its cache is removed, and the new folders that stayed empty."""
+    """Collective. A new folder in `parent`. When the block ends, its cache and empty new folders are removed."""
     new_parents = [path for path in (Path(parent), *Path(parent).parents) if not path.exists()]
     _, folder = hooks.on_test_epoch_start(parent)
     try:
@@ -57,7 +57,7 @@ def evaluation_folder(parent: str | Path, context: DistContext) -> Iterator[Path
 
 
 def labelled_dataset(loaded: LoadedModel, inputs: Sequence[str], cache: Path, *, tsv_quoting: str) -> Dataset:
-    """Labelled rows encoded into memory-mapped arrays in `cache`, so that memory does not limit their number."""
+    """Labelled rows, encoded into memory-mapped arrays in `cache`: their number is not limited by memory."""
     config = loaded.config
     roles = replace(Roles.from_config(config), group=None)
     lengths = {"max_length": config.max_length, "max_chunks": config.max_chunks}
@@ -84,10 +84,10 @@ def write_evaluation(
     slice_columns: Sequence[str],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """Rank 0 only. Write the predictions, the figures and the report into `folder`; returns the figures.
+    """Rank 0 only. Write the predictions, test_metrics.json and the report into `folder`; returns the metrics.
 
-    `model_folder`: where the model was loaded from, whose training the report describes. `warnings`: lines about values
-    that no training row has.
+    `model_folder`: where the model was loaded from; the report describes the training from its log. `warnings`: lines
+    about values that no training row has.
     """
     class_names = loaded.labels.names
     figures = write_results(
@@ -102,6 +102,7 @@ def write_evaluation(
         run_files, fingerprints = run_data.get("files", {}), dataset.encoded.fingerprints
         test = to_json(rows_section(dataset, class_names))
         data = {**run_data, "files": {**run_files, **fingerprints}, "test": test}
+        data_warnings = [*files_of_the_run(run_files, fingerprints), *warnings]
         return EvaluatedRows(
             loaded,
             task,
@@ -109,12 +110,11 @@ def write_evaluation(
             result.preds,
             result.ids,
             figures,
-            str(model_folder or "a model in memory"),
-            training,
-            from_json(DataSummary, data),
-            [*files_of_the_run(run_files, fingerprints), *warnings]
-            or Missing("The training rows are not available: only the files were compared."),
-            slice_columns,
+            model_path=str(model_folder or "a model in memory"),
+            training=training,
+            data=from_json(DataSummary, data),
+            warnings=data_warnings or Missing("The training rows are not available: only the files were compared."),
+            slice_columns=slice_columns,
         )
 
     write_report(evaluated_rows, folder)
@@ -124,7 +124,10 @@ def write_evaluation(
 def files_of_the_run(
     run_files: Mapping[str, Mapping[str, Any]], evaluated: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """A line for each evaluated file on which the model was trained or selected; both map a path to its sha256."""
+    """A line for each evaluated file on which the model was trained or selected.
+
+    Files of the run and of the evaluation: path -> a dict with its sha256.
+    """
     by_digest = {value.get("sha256"): path for path, value in run_files.items()}
     return [
         f"{path} is a file of the model's own run ({by_digest[value['sha256']]})"

@@ -1,7 +1,7 @@
 """Predictor: a model folder that predicts new rows, in memory or from files, on one process or several.
 
-Threads may share a Predictor: one call at a time uses the model and the tokenizer. In a forked process it works with
-one CPU thread.
+Threads may share a Predictor: calls wait for each other to use the model and the tokenizer. In a forked process it
+computes with one CPU thread.
 """
 
 import copy
@@ -87,7 +87,7 @@ class Predictor:
         if precision == "auto" and context.device.type == "cuda":
             precision = loaded.resolved["precision"]  # as in the test of the run
         if precision == "int8":
-            precision = "fp32"  # of all but the encoder's linear layers
+            precision = "fp32"  # of everything but the encoder's linear layers
             if context.device.type != "cpu":
                 raise InputError(
                     "precision int8: expected to predict on the CPU, found a GPU "
@@ -97,7 +97,7 @@ class Predictor:
                 quantise_linears(loaded.model.text_subnetwork.encoder)
         precision = resolve_precision(precision, context.device)
         self.task = Task(config.is_binary, build_loss_op(None), precision, context.device)
-        loaded.model.to(context.device).eval()
+        loaded.model.to(context.device).eval()  # in place: self.loaded is on the device too
 
     @classmethod
     def from_folder(
@@ -113,7 +113,7 @@ class Predictor:
         `context`: device and ranks; None: as torchrun set them, else one process on the GPU if there is one.
         `precision`: "auto" (on a GPU that of training, on the CPU fp32), "fp32", "bf16", "fp16" or, on the CPU, "int8".
         `threshold`: the probability above which a row is class 1; None: the one chosen on the validation rows. Has no
-        effect on several classes.
+        effect with more than two classes.
         """
         return cls(
             load_model_folder(folder),
@@ -123,7 +123,7 @@ class Predictor:
             folder=Path(folder),
         )
 
-    # ---- copies, and other processes ----
+    # ---- copies, pickling and concurrent use ----
 
     def __reduce__(self) -> tuple[Callable[..., "Predictor"], tuple[str, dict[str, Any]]]:
         """A pickled Predictor is its folder's path and options: unpickling loads the folder, on the device there."""
@@ -145,7 +145,7 @@ class Predictor:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Inside, no other thread uses the model. Raises `RunError` in a forked process that cannot use it."""
+        """Context in which no other thread uses the model. Raises `RunError` in a forked process that cannot use it."""
         if os.getpid() != self._process_id and (self.context.device.type != "cpu" or self.context.world_size > 1):
             kind = "on a GPU" if self.context.device.type != "cpu" else "of several processes"
             advice = "load it there, or start the process with spawn"
@@ -184,7 +184,7 @@ class Predictor:
         """Collective. Predict every row of the input once, in its order; returns the number of rows.
 
         The output is CSV where its name ends in .csv, else TSV ("-": standard output), and is written atomically. A
-        label column is copied unchanged. `sheet_safe`: a text that a spreadsheet would compute as a formula gets a '
+        label column is copied unchanged. `sheet_safe`: a text that a spreadsheet would evaluate as a formula gets a '
         before it. `tsv_quoting`: of .tsv input; None: as for the model's training files. Raises `InputError` for input
         that cannot be read, a missing column, or an output that cannot be written.
         """
@@ -202,7 +202,8 @@ class Predictor:
         windows = encode_files(self.loaded, inputs, tsv_quoting=tsv_quoting, tokenizer_in_use=self._in_use)
         unseen: Unseen = {}
         out_of_range: OutOfRange = {}
-        num_truncated, progress = 0, Progress("rows scored", lengths_of(inputs))
+        num_truncated = 0
+        progress = Progress("rows scored", lengths_of(inputs))
         with open_output(output, inputs, self.context) as stream:
             stream.write(table_line(names, delimiter=delimiter, sheet_safe=sheet_safe))
             for dataset in windows:
@@ -225,10 +226,10 @@ class Predictor:
         slice_columns: Sequence[str] = (),
         tsv_quoting: str | None = None,
     ) -> tuple[dict[str, Any], Path]:
-        """Collective. Evaluate labelled rows: predictions, figures and report in a new folder in `parent`.
+        """Collective. Evaluate labelled rows: predictions, metrics and report in a new folder in `parent`.
 
-        `slice_columns`: columns by whose values the figures are also computed; without any those of the training
-        config. Returns the figures of test_metrics.json and the folder. Raises `InputError` for input that cannot be
+        `slice_columns`: columns for each of whose values the metrics are also computed; empty: those of the training
+        config. Returns the content of test_metrics.json and the folder. Raises `InputError` for input that cannot be
         read or has no labels.
         """
         config, inputs = self.loaded.config, expand_paths(paths)
@@ -306,7 +307,7 @@ class Predictor:
             logger.warning("%s", line)
 
     def _new_value_lines(self, name: str, unseen: Unseen, out_of_range: OutOfRange) -> list[str]:
-        """A line for each column with values outside those of the training rows; `name`: of the rows, for the line."""
+        """A line for each column with values that the training rows do not have; it begins with `name`."""
         features = self.loaded.features
         unseen_values = unseen_lines(name, unseen, features, examples=self.warns_with_examples)
         return [*unseen_values, *out_of_range_lines(name, out_of_range, features)]
@@ -319,7 +320,7 @@ class Predictor:
         text_encoder = self.loaded.model.text_subnetwork
         if text_encoder is not None and (num_ids := num_embedding_rows(text_encoder.encoder)) is not None:
             dataset.check_token_ids(num_ids)
-        # some encoders keep tensors between calls; made in inference mode, those would not work for attributions
+        # some encoders keep tensors between calls; attributions cannot use tensors that inference mode created
         has_no_state = text_encoder is None or text_encoder.is_packed
         with self._in_use(), torch.inference_mode() if has_no_state else torch.no_grad():
             for index, batch in filter(None, scoring.own_batches(dataset, self.context)):
