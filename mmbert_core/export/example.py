@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 WINDOW = 8192  # rows in memory at a time
 MAX_ROWS, MAX_TOKENS = 256, 8192  # of a batch; tokens include padding
 
-OTHER_FORMATS = tuple(
+# suffixes that an output's name must not have
+OTHER_FORMATS = frozenset(
     ".parquet .jsonl .ndjson .json .xlsx .xls .ods .feather .arrow .gz .zip .bz2 .xz .zst".split()
-)  # that an output's name must not end in
+)
 
 BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
 DIGITS = {"true": "1", "false": "0"}
@@ -44,7 +45,7 @@ Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the model: its inputs by 
 def read_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
     """Rows of a CSV file with a header. Raises ValueError for a missing column and a row of another length."""
     csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="\n") as stream:  # a cell's own line breaks stay as they are
+    with open(path, encoding="utf-8-sig", newline="\n") as stream:  # line breaks inside cells are not changed
         reader = csv.reader(stream, strict=True)
         header = next(reader, [])
         for column in columns:
@@ -84,13 +85,13 @@ def normal_form(cell: str) -> str:
 
 
 def index_by_form(index_of: dict[str, int]) -> dict[str, int]:
-    """Index by normal form; where the values are true and false, 1 and 0 are read as them, and the other way round."""
+    """Index by normal form. A column of true and false also accepts 1 and 0, and the other way round."""
     by_form = {normal_form(value): index for value, index in reversed(index_of.items())}
-    if not by_form.keys() & DIGITS.values():
+    has_words, has_digits = bool(by_form.keys() & DIGITS.keys()), bool(by_form.keys() & DIGITS.values())
+    has_other_numbers = any(WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form)
+    if not has_digits:
         return by_form | {digit: by_form[word] for word, digit in DIGITS.items() if word in by_form}
-    if not by_form.keys() & DIGITS.keys() and not any(
-        WHOLE_NUMBER.fullmatch(form) and form not in DIGITS.values() for form in by_form
-    ):
+    if not has_words and not has_other_numbers:
         return by_form | {word: by_form[digit] for word, digit in DIGITS.items() if digit in by_form}
     return by_form
 
@@ -111,7 +112,7 @@ def number_of(cell: str, column: str, missing_words: Sequence[str], largest: flo
 
 
 def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
-    """float32 [N, F]: the columns, missing numbers as medians, then a 0 or 1 for each column that has an indicator."""
+    """float32 [N, F]: the columns, medians for missing numbers, then 1 (missing) or 0 for each column's indicator."""
     missing_words, largest = numbers["missing_words"], numbers["largest"]
     raw = np.array(
         [[number_of(row[column], column, missing_words, largest) for column in numbers["columns"]] for row in rows]
@@ -129,7 +130,7 @@ def categories_of(rows: Sequence[Row], categories: dict[str, Any]) -> np.ndarray
         index_of = {value: index for index, value in enumerate(values, start=categories["first_index"])}
         index_of_form = index_by_form(index_of) | {"": categories["missing_index"]}
         cells = [row[column] for row in rows]
-        # unchanged spelling first: preprocessing.json of older versions has that of the training file
+        # the unchanged spelling first: preprocessing.json of older versions has the training file's spelling
         indices.append(
             [index_of[cell] if cell in index_of else index_of_form.get(normal_form(cell), unseen) for cell in cells]
         )
@@ -142,11 +143,12 @@ def chunks_of(rows: Sequence[Row], text: dict[str, Any], tokenizer: Tokenizer) -
     texts = [text["separator"].join(filter(None, (row[column] for column in text["columns"]))) for row in rows]
     kept = slice(-text["max_characters"], None) if keep_end else slice(text["max_characters"])
     encodings = tokenizer.encode_batch_fast([joined[kept] for joined in texts])
+    max_further_chunks = text["max_chunks"] - 1
     chunks = [
-        [each.ids or text["ids_of_nothing"], *(more.ids for more in each.overflowing[: text["max_chunks"] - 1])]
-        for each in encodings
+        [first.ids or text["ids_of_nothing"], *(further.ids for further in first.overflowing[:max_further_chunks])]
+        for first in encodings
     ]
-    if keep_end:  # the tokenizer counts these chunks from the end of the text
+    if keep_end:  # the tokenizer counts chunks from the end of the text
         return [row[::-1] for row in chunks]
     return chunks
 
@@ -176,8 +178,8 @@ def score(
         columns["numbers"] = numbers_of(rows, settings["numbers"])
     if settings["categories"]["columns"]:
         columns["categories"] = categories_of(rows, settings["categories"])
-    sizes = [len(each) * max(map(len, each)) for each in chunks] or [1] * len(rows)  # tokens of a row
-    order = sorted(range(len(rows)), key=lambda row: -sizes[row])  # texts of one length together: little padding
+    sizes = [len(of_row) * max(map(len, of_row)) for of_row in chunks] or [1] * len(rows)  # tokens of a row
+    order = sorted(range(len(rows)), key=lambda row: -sizes[row])  # texts of similar length together: little padding
     shape = len(rows) if settings["is_binary"] else (len(rows), len(settings["classes"]))
     probabilities = np.empty(shape, dtype=np.float32)
     while order:
@@ -191,10 +193,10 @@ def score(
 
 
 def calibrated(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities [N, number of classes] after their logits are divided by the temperature.
+    """Probabilities float32 [N, number of classes] after their logits are divided by the temperature.
 
-    From probabilities of all classes, or [N] of class 1 of two. Temperature 1 changes none. With another one none is
-    exactly 0 or 1: such an input is taken for a number that float32 rounded.
+    `probabilities`: of all classes, or [N] of class 1 of two. Temperature 1 changes nothing. With any other, no result
+    is exactly 0 or 1: an input of exactly 0 or 1 counts as rounded by float32.
     """
     p = probabilities.astype(np.float64)
     if temperature == 1:
@@ -221,7 +223,7 @@ def load_preprocessing(folder: Path) -> tuple[dict[str, Any], Tokenizer | None]:
 
 
 def load_model(folder: Path) -> Run:
-    import onnxruntime  # here and not above: the other functions work without it, for other runtimes
+    import onnxruntime  # here and not above: the other functions also serve other runtimes, without this one
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(["probabilities"], inputs)[0]
@@ -239,7 +241,7 @@ def output_delimiter(output: str) -> str:
 
 
 def table_line(cells: Sequence[object], delimiter: str) -> str:
-    """Cells with the delimiter, tabs, line breaks or quotes are quoted, as the csv module reads them."""
+    """One line. Cells with the delimiter, tabs, line breaks or quotes are quoted, as the csv module reads them."""
     texts = [str(cell) for cell in cells]
     special = {*'\t\n\r"', delimiter}
     quoted = ('"' + text.replace('"', '""') + '"' if set(text) & special else text for text in texts)
@@ -250,7 +252,8 @@ def main(source: str, output: str) -> None:
     folder, delimiter = Path(__file__).parent, output_delimiter(output)
     settings, tokenizer = load_preprocessing(folder)
     run = load_model(folder)
-    classes, ids, is_binary = settings["classes"], [settings["id"]] if settings["id"] else [], settings["is_binary"]
+    classes, is_binary = settings["classes"], settings["is_binary"]
+    ids = [settings["id"]] if settings["id"] else []
     texts = settings["text"]["columns"] if settings["text"] else []
     columns = [*ids, *texts, *settings["numbers"]["columns"], *settings["categories"]["columns"]]
     rows = read_rows(source, columns)
@@ -263,10 +266,11 @@ def main(source: str, output: str) -> None:
             stream.write(table_line([*ids, *names, "pred", "prob_calibrated"], delimiter))
             while window := list(islice(rows, WINDOW)):
                 preds = score(window, settings, tokenizer, run)
-                # float64: rounded to float32, the threshold could equal a probability
-                predicted = (
-                    (preds > np.float64(settings["threshold"])).astype(int) if is_binary else preds.argmax(axis=1)
-                )
+                if is_binary:
+                    # float64: rounded to float32, the threshold could equal a probability
+                    predicted = (preds > np.float64(settings["threshold"])).astype(int)
+                else:
+                    predicted = preds.argmax(axis=1)
                 by_class = calibrated(preds, settings["temperature"])
                 of_class = by_class[np.arange(len(window)), 1 if is_binary else predicted]
                 for row, pred, index, calibrated_pred in zip(window, preds, predicted, of_class, strict=True):

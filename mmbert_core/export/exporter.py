@@ -1,4 +1,4 @@
-"""A model folder as a file that runs without this package: ONNX, or PyTorch's own .pt2.
+"""Export of a model folder to a file that runs without this package: ONNX, or PyTorch's own .pt2.
 
     model.onnx or model.pt2   preprocessing.json   tokenizer.json (with texts)   example.py (onnx)
 
@@ -38,9 +38,9 @@ MODEL_FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}  # format -> i
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MAX_PROTOBUF = 2**31 - 2**24  # bytes of weights in model.onnx itself; those of larger models are in a file next to it
 FORMAT_VERSION = 1  # of preprocessing.json
-TOLERANCE = 1e-4  # of a probability
-CHECKED_ROWS, GENERATED_ROWS = 128, 28
-CHECKED_BATCHES = (1, 7)  # rows
+TOLERANCE = 1e-4  # the largest difference of an exported model's probability to PyTorch's
+CHECKED_ROWS, GENERATED_ROWS = 128, 28  # at most so many rows of a file are compared; so many are generated
+CHECKED_BATCH_SIZES = (1, 7)  # rows; every compared row is scored with each
 
 Rows = list[dict[str, str]]
 
@@ -48,8 +48,8 @@ Rows = list[dict[str, str]]
 def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check: str | None = None) -> float:
     """Write the folder `output`, complete or not at all; returns the largest difference to PyTorch's probabilities.
 
-    Compared are the first rows of the file `check`, or generated rows of the model's own words and categories; the
-    exported model reads them through preprocessing.json and tokenizer.json, as a user of the folder would.
+    Both models score the first rows of the file `check`, or rows generated from the model's own words and categories.
+    The exported model reads them through preprocessing.json and tokenizer.json, as a user of the folder would.
     Raises `InputError` for an unknown format, a missing package or an unsuitable folder, `RunError` for an encoder that
     cannot be exported and for probabilities that differ by more than TOLERANCE.
     """
@@ -67,12 +67,12 @@ def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check:
                 run = export_example.load_model(folder)
             else:
                 run = in_memory(program)
-                program.example_inputs = None  # they would be pickled, and nothing else in the file is
+                program.example_inputs = None  # the file would hold them as its only pickle
                 torch.export.save(program, folder / MODEL_FILES[format])
         settings, tokenizer = export_example.load_preprocessing(folder)
-        found = [export_example.score(rows, settings, tokenizer, run, max_rows=size) for size in CHECKED_BATCHES]
+        found = [export_example.score(rows, settings, tokenizer, run, max_rows=size) for size in CHECKED_BATCH_SIZES]
         difference = float(np.abs(np.stack(found) - expected).max())
-        if not difference <= TOLERANCE:  # nor NaN
+        if not difference <= TOLERANCE:  # also where it is NaN
             raise RunError(
                 f"{output}: not written: expected PyTorch's probabilities to {TOLERANCE:g}, "
                 f"found a difference of {difference:.1e}"
@@ -80,10 +80,9 @@ def export_model(loaded: LoadedModel, output: str | Path, *, format: str, check:
         names = sorted(path.name for path in folder.iterdir())
         num_bytes = sum((folder / name).stat().st_size for name in names)
     logger.info("%s: %s; %.1f MB", output, ", ".join(names), num_bytes / MEGABYTE)
-    kind = "made-up rows" if check is None else f"rows of {check}"
-    logger.info(
-        "%d %s in batches of 1 and 7: probabilities differ from PyTorch's by at most %.1e", len(rows), kind, difference
-    )
+    kind = "generated rows" if check is None else f"rows of {check}"
+    compared = f"{len(rows)} {kind} in batches of {' and '.join(map(str, CHECKED_BATCH_SIZES))}"
+    logger.info("%s: probabilities differ from PyTorch's by at most %.1e", compared, difference)
     return difference
 
 
@@ -106,7 +105,7 @@ def check_request(output: Path, format: str) -> None:
 
 
 def write_preprocessing(folder: Path, loaded: LoadedModel) -> None:
-    """preprocessing.json and tokenizer.json: how cells become the model's inputs."""
+    """Write preprocessing.json and, for texts, tokenizer.json: how cells become the model's inputs."""
     write_json(folder / "preprocessing.json", preprocessing(loaded))
     if loaded.tokenizer is not None:
         tokenizer = tokenizers.Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())
@@ -134,11 +133,11 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "separator": " ",  # between cells that are not empty
             "max_length": config.max_length,  # tokens of a chunk; tokenizer.json truncates there
             "max_chunks": config.max_chunks,
-            # of a text; the rest is not tokenised
+            # of a text; further ones are not tokenised
             "max_characters": characters_read(config.max_length, config.max_chunks),
             "keep_end": keeps_end(tokenizer),  # a text that is too long loses its beginning instead of its end
             "pad_token_id": pad_token_id_of(tokenizer),
-            "ids_of_nothing": [pad_token_id_of(tokenizer)],  # the input for a text without a token
+            "ids_of_nothing": [pad_token_id_of(tokenizer)],  # ids of a text without tokens
             "encode_special_tokens": tokenizer.backend_tokenizer.encode_special_tokens,
         }
     return {
@@ -157,7 +156,7 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "has_indicator": list(features.has_indicator),
             "missing_words": sorted(MISSING_NUMBERS),
             "largest": MAX_FLOAT32,
-            # for information: the graph itself limits numbers to these; null: the training range is not known
+            # for information: the graph itself clips numbers to these; null: the training range is not known
             "limits": None if features.limits is None else np.stack(features.limits, axis=1).tolist(),
         },
         "categories": {
@@ -176,14 +175,17 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
 def example_inputs(loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, str]]]:
     """Inputs to trace with, and the names of their dynamic axes.
 
-    Sizes are 2 or more: torch.export takes a 1 for a constant.
+    Dynamic sizes are 2 or more where they can be: torch.export treats a 1 as a constant.
     """
     config, features = loaded.config, loaded.features
     inputs: dict[str, torch.Tensor] = {}
     axes: dict[str, dict[int, str]] = {}
-    shape, names = ((3, 2), ("batch", "chunks", "tokens")) if config.max_chunks > 1 else ((3,), ("batch", "tokens"))
+    num_tokens = min(5, config.max_length)
+    shape, names = (3, num_tokens), ("batch", "tokens")
+    if config.max_chunks > 1:
+        shape, names = (3, 2, num_tokens), ("batch", "chunks", "tokens")
     for name in ("input_ids", "attention_mask") if config.text_name else ():
-        inputs[name] = torch.ones(*shape, min(5, config.max_length), dtype=torch.int64)
+        inputs[name] = torch.ones(*shape, dtype=torch.int64)
         axes[name] = dict(enumerate(names))
     if features.num_numbers:
         inputs["numbers"] = torch.zeros(3, features.num_numbers)
@@ -195,7 +197,7 @@ def example_inputs(loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 def trace(loaded: LoadedModel) -> torch.export.ExportedProgram:
-    """The graph of the padded model, for any number of rows, chunks and tokens that the model reads."""
+    """The graph of the padded model, for any number of rows and up to the config's number of chunks and tokens."""
     config = loaded.config
     dims = {"batch": torch.export.Dim("batch"), "tokens": torch.export.Dim("tokens", max=config.max_length)}
     if config.max_chunks > 1:
@@ -212,9 +214,9 @@ def trace(loaded: LoadedModel) -> torch.export.ExportedProgram:
 
 
 def input_limits(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Lowest and highest number [F] float32 of the graph's input, indicators included; None: not known.
+    """Lowest and highest number [F] float32 of each numeric input, indicators included; None: not known.
 
-    Limiting after rounding to float32 gives the same numbers as limiting before it.
+    The graph clips numbers after rounding to float32, the package before it: the results are the same.
     """
     features = loaded.features
     if features.limits is None or not features.num_numbers:
@@ -225,14 +227,14 @@ def input_limits(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor] | Non
 
 
 def write_onnx(folder: Path, program: torch.export.ExportedProgram, axes: dict[str, dict[int, str]]) -> None:
-    """model.onnx, by the exporter of torch.export's graphs: the older, tracing one turns shapes into constants."""
+    """Write model.onnx with the exporter for torch.export's graphs: the older one turns shapes into constants."""
     num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
     onnx = torch.onnx.export(program, dynamo=True, output_names=["probabilities"], dynamic_shapes=axes, verbose=False)
     onnx.save(folder / MODEL_FILES["onnx"], external_data=num_bytes > MAX_PROTOBUF)
 
 
 def in_memory(program: torch.export.ExportedProgram) -> export_example.Run:
-    """The exported program on arrays."""
+    """A function that runs the exported program on numpy arrays."""
     module = program.module()
 
     def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -266,7 +268,7 @@ def _one_line(loaded: LoadedModel, format: str) -> Iterator[None]:
 
 
 def rows_of_file(loaded: LoadedModel, path: str) -> Rows:
-    """The first rows of a file. Raises `InputError` when it has none, or lacks a column."""
+    """The first CHECKED_ROWS rows of a file. Raises `InputError` when it has none, or lacks a column."""
     columns = Roles.from_config(loaded.config).features()
     chunk = next(read_chunks([path], columns, chunk_rows=CHECKED_ROWS, tsv_quoting=loaded.config.tsv_quoting), None)
     if chunk is None:
@@ -275,7 +277,7 @@ def rows_of_file(loaded: LoadedModel, path: str) -> Rows:
 
 
 def generated_rows(loaded: LoadedModel) -> Rows:
-    """Texts from no word to more than the model reads, cells with and without values; the same rows in every call."""
+    """Texts from no words to more than the model reads, cells with and without values; the same rows in every call."""
     config, features, rng = loaded.config, loaded.features, np.random.default_rng(0)
     limit = config.max_length * config.max_chunks
     lengths = (0, 1, 3, limit // 4, limit // 2, limit, 2 * limit)  # words
@@ -283,19 +285,19 @@ def generated_rows(loaded: LoadedModel) -> Rows:
     if loaded.tokenizer is not None:
         words = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha()) or ["text"]
     choices: dict[str, Sequence[str]] = {}
-    far = [] if features.limits is None else ["1e30", "-1e30"]  # limited, as in the package
+    out_of_range = [] if features.limits is None else ["1e30", "-1e30"]  # to compare the clipping too
     # not strict: means and deviations continue with those of the indicators
     columns = zip(features.number_names, features.medians, features.means, features.stds, strict=False)
     for column, median, mean, std in columns:
-        choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std), *far]
+        choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std), *out_of_range]
     for column, values in zip(features.category_names, features.categories, strict=True):
         choices[column] = ["", "a value that no training row has", *values]
     rows: Rows = []
-    for number in range(GENERATED_ROWS):
+    for index in range(GENERATED_ROWS):
         row = {column: cells[rng.integers(len(cells))] for column, cells in choices.items()}
         for shift, column in enumerate(config.text_name):
-            picked = rng.integers(len(words), size=lengths[(number + shift) % len(lengths)])
-            row[column] = " ".join(words[index] for index in picked)
+            picked = rng.integers(len(words), size=lengths[(index + shift) % len(lengths)])
+            row[column] = " ".join(words[word] for word in picked)
         rows.append(row)
     if config.text_name:
         rows[-1][config.text_name[0]] = "".join(loaded.tokenizer.all_special_tokens) + ' "x"\n\té ́ 日本 😀'
