@@ -1,4 +1,4 @@
-"""DDP around a model: gradients averaged over the ranks, of a large embedding only the rows that a step looks up."""
+"""DDP around a model. Of a large embedding, only the gradient rows that a step looks up are averaged over the ranks."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,20 +16,22 @@ from mmbert_core.runtime.ranks import DistContext
 
 @dataclass
 class UsedRows:
-    """Which rows of an embedding a step looks up, on all ranks together; all others have a gradient of zero."""
+    """The rows of an embedding that a step looks up on any rank; all other rows have a gradient of zero."""
 
     weight: nn.Parameter  # [V, H]
     rows: torch.Tensor | None = None  # [U] int64, the same on all ranks; None: all rows
 
 
 def wrap_ddp(model: nn.Module, context: DistContext, used: UsedRows | None = None) -> nn.Module:
-    """Collective. The module wrapped in DDP, or itself in a single process. Parameters become rank 0's.
+    """Collective. Returns the module wrapped in DDP, or the module itself in a single process.
 
-    Buffers are constants here (column statistics), so DDP need not broadcast them at every forward. Without device_ids
-    DDP does not move the inputs: texts are packed on the CPU. Evaluate and save the unwrapped module: DDP's forward is
-    a collective. With `used`, which the caller keeps up to date, the ranks sum no more of that embedding's gradient
-    than its used rows: the vocabulary is half of a small BERT, its gradient comes last in a backward pass, and a step
-    looks up a few hundred tokens of it.
+    DDP copies rank 0's parameters to all ranks. It does not broadcast buffers, which are constants here (column
+    statistics), and without device_ids it does not move the inputs: texts are packed on the CPU. Evaluate and save the
+    unwrapped module: DDP's forward is a collective.
+
+    `used`: an embedding of which the ranks average only the gradient of `used.rows`; the caller sets the rows before
+    each step. The vocabulary is half of a small BERT and its gradient comes last in a backward pass, but a step looks
+    up only a few hundred of its tokens.
     """
     if not is_distributed():
         return model
@@ -43,22 +45,20 @@ def wrap_ddp(model: nn.Module, context: DistContext, used: UsedRows | None = Non
 
 
 def _average_used_rows(used: UsedRows, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: mean over the ranks of a bucket of gradients, of `used.weight` only the used rows."""
-    buffer, gradients = bucket.buffer(), bucket.gradients()
-    embedding = next((index for index, parameter in enumerate(bucket.parameters()) if parameter is used.weight), None)
-    if embedding is None or used.rows is None:
+    """DDP's communication hook: mean of a bucket's gradients over the ranks; of `used.weight` only the used rows."""
+    buffer, gradients, rows = bucket.buffer(), bucket.gradients(), used.rows
+    is_embedding = [parameter is used.weight for parameter in bucket.parameters()]
+    if not any(is_embedding) or rows is None:
         return allreduce_hook(None, bucket)
-    rows = used.rows
-    sent = [
-        gradient.index_select(0, rows) if index == embedding else gradient for index, gradient in enumerate(gradients)
-    ]
+    pairs = list(zip(gradients, is_embedding, strict=True))
+    sent = [gradient.index_select(0, rows) if has_rows else gradient for gradient, has_rows in pairs]
     flat = torch.cat([tensor.flatten() for tensor in sent]).div_(dist.get_world_size())
 
     def write_back(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
         [mean] = done.value()
         means = mean.split([tensor.numel() for tensor in sent])
-        for index, (gradient, received) in enumerate(zip(gradients, means, strict=True)):
-            if index == embedding:
+        for (gradient, has_rows), received in zip(pairs, means, strict=True):
+            if has_rows:
                 gradient.index_copy_(0, rows, received.view(len(rows), -1))
             else:
                 gradient.copy_(received.view_as(gradient))
@@ -68,5 +68,8 @@ def _average_used_rows(used: UsedRows, bucket: dist.GradBucket) -> torch.futures
 
 
 def no_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
-    """Gradients of this backward stay on the rank when `enabled`; the rank's last micro-batch synchronises."""
+    """While `enabled`, backward passes add to the rank's own gradients only.
+
+    For all micro-batches of a step but the last, whose backward pass averages the sums over the ranks.
+    """
     return model.no_sync() if enabled and isinstance(model, DistributedDataParallel) else nullcontext()

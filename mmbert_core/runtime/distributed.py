@@ -19,33 +19,32 @@ T = TypeVar("T")
 BACKEND_WORDS = re.compile(
     r"gloo|NCCL|Connection (closed|reset)|Timed out|pair closure|Broken pipe|[Ss]ocket|TCPStore", re.IGNORECASE
 )
-ITEMS_PER_ROUND = 64  # lists of batch results: 64 batches of at most 256 rows bound what one round pickles
+ITEMS_PER_ROUND = 64  # items, such as the results of batches, that a rank pickles at a time: bounds the memory
 _object_group: Any = None  # gloo group for Python objects and CPU tensors; the default group itself on the CPU
-_long_timeout_group: Any = None  # gloo group for work of rank 0 whose length depends on the data
+_long_timeout_group: Any = None  # gloo group for work of rank 0 whose duration depends on the data
 
 
 def use_groups(object_group: Any, long_timeout_group: Any) -> None:
-    """The groups of every collective below from now on; None, None: the process group has ended."""
+    """Set the groups that the collectives below use; None, None when the process group has ended."""
     global _object_group, _long_timeout_group
     _object_group, _long_timeout_group = object_group, long_timeout_group
 
 
 def has_groups() -> bool:
-    """Whether `use_groups` has set groups that have not ended."""
+    """Whether the collectives below have groups: between the start and the end of `workers.process_group`."""
     return _object_group is not None
 
 
 @contextmanager
 def as_peer_error() -> Iterator[None]:
-    """A backend's error because a rank is gone or stalls becomes a `PeerError`: the failed rank reports the cause."""
+    """Turn a backend's error about a rank that is gone or stalls into a `PeerError`: that rank reports the cause."""
     try:
         yield
+    except PeerError:
+        raise
     except RuntimeError as error:  # torch's DistError is one
-        if (
-            int(os.environ.get("WORLD_SIZE", "1")) > 1
-            and not isinstance(error, PeerError)
-            and (isinstance(error, dist.DistError) or BACKEND_WORDS.search(str(error)))
-        ):
+        is_of_backend = isinstance(error, dist.DistError) or BACKEND_WORDS.search(str(error))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_of_backend:
             raise PeerError(f"lost contact with another rank ({str(error).splitlines()[0][:200]})") from error
         raise
 
@@ -65,7 +64,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: T, *, source: int = 0, long_timeout: bool = False) -> T:
-    """Collective. The small Python object of rank `source` on every rank."""
+    """Collective. Returns rank `source`'s `value`, a small Python object, on every rank."""
     if not is_distributed():
         return value
     box = [value]
@@ -75,10 +74,10 @@ def broadcast_object(value: T, *, source: int = 0, long_timeout: bool = False) -
 
 
 def all_gather_objects(items: Sequence[T], *, per_round: int = ITEMS_PER_ROUND) -> list[list[T]]:
-    """Collective. Every rank's list of items, by rank; the lists may differ in length.
+    """Collective. Returns every rank's list of items, by rank; the lists may differ in length.
 
-    Goes through `torch.distributed.all_gather_object` on a CPU group in rounds of `per_round` items, so that no round
-    pickles more than that. Pass numpy arrays, never tensors: a pickled CUDA tensor opens a context on its own device.
+    Calls `torch.distributed.all_gather_object` on a CPU group in rounds, each of at most `per_round` items of a rank.
+    Pass numpy arrays, never tensors: a pickled CUDA tensor opens a context on its own device.
     """
     if not is_distributed():
         return [list(items)]
@@ -107,7 +106,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 
 def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 0) -> dict[str, torch.Tensor]:
-    """Collective. CPU tensors of rank `source` on every rank, so that other nodes need not read its disk."""
+    """Collective. Returns rank `source`'s CPU tensors on every rank, so that other nodes need not read its disk."""
     shapes = broadcast_object({name: (tuple(t.shape), t.dtype) for name, t in (tensors or {}).items()}, source=source)
     if not is_distributed():
         return dict(tensors or {})
@@ -121,7 +120,7 @@ def broadcast_tensors(tensors: dict[str, torch.Tensor] | None, *, source: int = 
 
 
 class AsyncFlag:
-    """Whether any rank has raised a flag: an asynchronous all-reduce, read DELAY calls later so that no rank waits."""
+    """Whether any rank has set a flag: an asynchronous all-reduce, read DELAY calls later so that no rank waits."""
 
     DELAY = 2
 
@@ -129,7 +128,10 @@ class AsyncFlag:
         self._pending: list[tuple[torch.Tensor, Any]] = []
 
     def any_rank(self, flag: bool) -> bool:
-        """Collective. True on all ranks at the same call, DELAY calls after a rank's first; at once in one process."""
+        """Collective. Whether any rank's `flag` was true DELAY calls ago, the same on all ranks.
+
+        False in the first DELAY calls. In a single process: `flag` itself.
+        """
         if not is_distributed():
             return flag
         tensor = torch.tensor([float(flag)])
@@ -161,8 +163,8 @@ def on_rank(source: int, action: Callable[[], T], *, share: bool = True, long_ti
     """Collective. Rank `source` runs `action`; all ranks get its result. When it fails, the other ranks raise too.
 
     An `InputError` is raised as such on all ranks; any other failure is a `PeerError` on the others. `share=False`: the
-    result is not pickled and stays on `source`, the others get None. `long_timeout`: for an action that may take longer
-    than the group's timeout.
+    result is not sent, and the other ranks get None. `long_timeout`: for an action that may take longer than the
+    group's timeout.
     """
     if not is_distributed():
         return action()
@@ -174,17 +176,17 @@ def on_rank(source: int, action: Callable[[], T], *, share: bool = True, long_ti
 
 
 def on_all(action: Callable[[], T]) -> list[T]:
-    """Collective. Every rank runs `action`, which must not call collectives; all get all results by rank.
+    """Collective. Every rank runs `action`, which must not call collectives; all ranks get all results, by rank.
 
-    When one fails, all raise the failure of the first such rank.
+    When `action` fails on some ranks, all ranks raise the failure of the first of them.
     """
     if not is_distributed():
         return [action()]
     value, failure = _attempt(action)
-    answers = _all_gather((value, _report(failure)))
-    for rank, (_, report) in enumerate(answers):
+    outcomes = _all_gather((value, _report(failure)))
+    for rank, (_, report) in enumerate(outcomes):
         _raise_failure(rank, failure, report)
-    return [value for value, _ in answers]  # type: ignore[misc]
+    return [value for value, _ in outcomes]  # type: ignore[misc]
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -195,14 +197,14 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _report(failure: Exception | None) -> tuple[bool, str] | None:
-    """What other ranks learn of a failure: whether it is an `InputError`, and its message."""
+    """What is sent to the other ranks about a failure: whether it is an `InputError`, and its message."""
     if failure is None:
         return None
     return (True, str(failure)) if isinstance(failure, InputError) else (False, f"{type(failure).__name__}: {failure}")
 
 
 def _raise_failure(rank: int, own: Exception | None, report: tuple[bool, str] | None) -> None:
-    """Raise the failure of `rank`: there as it was, elsewhere as what that rank reported."""
+    """Raise the failure of `rank`, if any: on that rank its own exception, on others one with its message."""
     if report is None:
         return
     if rank == dist.get_rank() and own is not None:

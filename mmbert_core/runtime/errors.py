@@ -1,4 +1,4 @@
-"""Errors with a meaning for the user or for other ranks, the phase in which an error happened, values in messages."""
+"""The package's exceptions, the phase of a run in which one was raised, and values in messages."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ class InputError(ValueError):
     """A mistake in the config or the data that the user can correct.
 
     The message is one line: which file, row and column (or which key), what was expected, what was found.
-    The command line prints it as it is and exits with code 2, before anything is trained or overwritten.
+    The command line prints it unchanged and exits with code 2, before anything is trained or overwritten.
     """
 
 
@@ -19,16 +19,16 @@ class RunError(RuntimeError):
 
 
 class PeerError(RuntimeError):
-    """Another rank has failed and reports the cause, or is gone. This rank only ends."""
+    """Another rank has failed and reports the cause, or is gone. This rank ends without a report of its own."""
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop, and nothing is lost. Exit code 75. `except Exception` does not catch it."""
+    """A signal asked the run to stop, and no work is lost. Exit code 75. `except Exception` does not catch it."""
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Set the attribute `phase` of an error from inside to `name`, unless an inner phase has set it."""
+    """Set the attribute `phase` of an error that the block raises to `name`, unless an inner phase has set it."""
     try:
         yield
     except Exception as error:
@@ -47,7 +47,7 @@ def format_for_message(value: object, limit: int = MAX_CHARACTERS) -> str:
 
 
 def list_for_message(values: Sequence[object], limit: int = 10) -> str:
-    """The first `limit` values as a message shows them, separated by commas."""
+    """The first `limit` values, each as `format_for_message` writes it, separated by commas."""
     return ", ".join(map(format_for_message, values[:limit])) + (", ..." if len(values) > limit else "")
 
 

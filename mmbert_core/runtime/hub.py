@@ -1,4 +1,4 @@
-"""Whether a name can be one on the hub of pretrained models, and whether the hub can be reached."""
+"""Whether a name is possible on the hub of pretrained models, and whether the hub can be reached."""
 
 import os
 import re
@@ -17,7 +17,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def check_hub_name(name: str) -> None:
-    """Raise `InputError` when `name`, which is no folder, cannot be a name on the hub either."""
+    """For a `name` that is not an encoder's folder: raise `InputError` unless it is a possible name on the hub."""
     if os.path.exists(name) or HUB_NAME.fullmatch(name) is None:
         raise InputError(
             f"encoder {name!r}: expected a folder or the name of a pretrained model, found no such folder; {ADVICE}"
@@ -25,7 +25,7 @@ def check_hub_name(name: str) -> None:
 
 
 def check_hub_answers(name: str) -> None:
-    """Raise `InputError` when `name`, which the local cache does not have, cannot be fetched."""
+    """For a `name` that is not in the local cache: raise `InputError` when the hub cannot be reached."""
     if not hub_answers():
         raise InputError(
             f"encoder {name!r}: no such folder, not in the local cache, and the hub cannot be reached; {ADVICE}"
@@ -33,9 +33,9 @@ def check_hub_answers(name: str) -> None:
 
 
 def hub_answers(timeout: float = 5.0) -> bool:
-    """Whether the hub gives any answer within `timeout` seconds; false at once in offline mode.
+    """Whether the hub answers a request within `timeout` seconds; false at once in offline mode.
 
-    Checked first because the hub's client retries for half a minute, with a line each time, before it gives up.
+    Called before a download because the hub's client retries for half a minute, with a line each time.
     """
     switches = [os.environ.get(key, "").upper() for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
     if not {"1", "ON", "YES", "TRUE"}.isdisjoint(switches):
@@ -50,9 +50,8 @@ def hub_answers(timeout: float = 5.0) -> bool:
         except urllib.error.HTTPError:
             answered.append(True)  # an error status is an answer
         except urllib.error.URLError as error:
-            answered.append(
-                isinstance(error.reason, ssl.SSLError)
-            )  # the hub's client may accept another certificate authority
+            # a refused certificate is an answer: the hub's client may accept another certificate authority
+            answered.append(isinstance(error.reason, ssl.SSLError))
         except (OSError, ValueError):
             answered.append(False)
 

@@ -1,4 +1,4 @@
-"""Log lines on standard error: those of a command, and those of a script that has set up no logging."""
+"""Log lines on standard error, for commands and for scripts that have not set up logging."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ package_logger = logging.getLogger("mmbert_core")  # the parent of all loggers o
 
 
 class LineHandler(logging.StreamHandler):
-    """Plain lines, with the level in front from warnings on. Counts the warnings."""
+    """Writes plain lines, those of warnings and errors with the level in front. Counts the warnings."""
 
     num_warnings = 0
 
@@ -23,7 +23,7 @@ class LineHandler(logging.StreamHandler):
 
 
 def log_to_stderr(*, is_main: bool) -> None:
-    """For a command: the package's lines go to standard error alone; those of ranks other than 0 are errors only."""
+    """For a command: the package's lines go to standard error and nowhere else. Ranks other than 0 log only errors."""
     package_logger.handlers[:] = [LineHandler(sys.stderr)]
     package_logger.setLevel(logging.INFO if is_main else logging.ERROR)
     package_logger.propagate = False
@@ -31,7 +31,7 @@ def log_to_stderr(*, is_main: bool) -> None:
 
 @contextmanager
 def visible_lines(*, is_main: bool) -> Iterator[None]:
-    """For a script or notebook: as `log_to_stderr` while inside, unless logging has a handler, which then decides."""
+    """For a script or notebook: as `log_to_stderr` inside the block, unless the script has set up logging itself."""
     if package_logger.hasHandlers():
         yield
         return

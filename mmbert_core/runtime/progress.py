@@ -1,4 +1,4 @@
-"""Lines about work that takes longer than a few seconds, while it runs."""
+"""Log lines during work that takes longer than a few seconds."""
 
 import logging
 import threading
@@ -8,16 +8,13 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-SECONDS_UNTIL_LINE = 5.0  # of a slow step
-SECONDS_BETWEEN_LINES = 10.0  # about rows
+SECONDS_UNTIL_LINE = 5.0  # of `slow_step`
+SECONDS_BETWEEN_LINES = 10.0  # of `Progress`
 
 
 @contextmanager
 def slow_step(name: str) -> Iterator[None]:
-    """After SECONDS_UNTIL_LINE log that `name` still runs, then each time its duration has tripled.
-
-    A step that is faster logs nothing.
-    """
+    """Log that `name` is still running after SECONDS_UNTIL_LINE, then each time its duration has tripled."""
     is_done = threading.Event()
 
     def watch() -> None:
@@ -37,7 +34,7 @@ def slow_step(name: str) -> Iterator[None]:
 
 
 class Throttle:
-    """True at most once every `seconds`; the first time at once, or, with `wait_first`, after as many."""
+    """`is_due` is true at most once every `seconds`: first at once or, with `wait_first`, after `seconds`."""
 
     def __init__(self, seconds: float, *, wait_first: bool = False) -> None:
         self._seconds = seconds
@@ -52,19 +49,20 @@ class Throttle:
 
 
 class Progress:
-    """Log rows done and rows per second every few seconds, and the time left where the length of the files is known."""
+    """Logs rows done and rows per second every few seconds, and the time left where the files' lengths are known."""
 
     def __init__(self, rows: str, lengths: Sequence[int] | None = None) -> None:
-        """`rows`: what is counted, such as "rows scored". `lengths`: lines of each file, of files without lines rows.
+        """`rows`: what is counted, such as "rows scored". `lengths`: the lines of each file (of Parquet: the rows).
 
-        A row may have several lines, so the share of the lines that are read gives the time left.
+        The time left follows from the share of lines read: the number of rows is not known before, as a row may have
+        several lines.
         """
         self.lengths, self.num_done = lengths, 0
         self._rows, self._started = rows, time.monotonic()
         self._throttle = Throttle(SECONDS_BETWEEN_LINES, wait_first=True)
 
     def advance(self, num_rows: int, file: int = 0, position: int = 0) -> None:
-        """`num_rows` more are done; the last of them is at `position`, a line or row, of the file with index `file`."""
+        """Count `num_rows` more rows; the last one ends at line (or row) `position` of the file with index `file`."""
         self.num_done += num_rows
         if self._throttle.is_due():
             seconds, left = time.monotonic() - self._started, ""
@@ -73,11 +71,11 @@ class Progress:
             logger.info("%d %s, %.0f rows/s%s", self.num_done, self._rows, self.num_done / seconds, left)
 
     def advance_to(self, num_done: int) -> None:
-        """`num_done` rows in all are done."""
+        """As `advance`, up to a total of `num_done` rows."""
         self.advance(num_done - self.num_done)
 
     def seconds_left(self, file: int, position: int, seconds: float) -> float:
-        """From the share of all lines (of files without lines: rows) up to `position`, which took `seconds`."""
+        """Seconds left, when reading up to line (or row) `position` of file `file` took `seconds`."""
         assert self.lengths is not None
         num_read = sum(self.lengths[:file]) + position
         return seconds * max(0.0, sum(self.lengths) / max(1, num_read) - 1)

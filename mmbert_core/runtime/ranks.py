@@ -12,13 +12,13 @@ from mmbert_core.runtime.errors import InputError
 logger = logging.getLogger(__name__)
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-WARN_THREADS_PER_CORE = 16  # more than these: a warning
-MAX_THREADS_PER_CORE = 32  # more than these: an error, since a run would do little but wait, and hardly see a signal
+WARN_THREADS_PER_CORE = 16  # above: a warning
+MAX_THREADS_PER_CORE = 32  # above: an error, because the run would seem to hang and hardly react to a signal
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """Who this process is. `device` is this rank's own."""
+    """This process's ranks, the numbers of processes, and the device that it computes on."""
 
     rank: int
     local_rank: int
@@ -32,11 +32,11 @@ class DistContext:
 
 
 def read_context() -> DistContext:
-    """This process's ranks from torchrun's environment variables; without torchrun, a single process.
+    """Read torchrun's environment variables; without torchrun, the context of a single process.
 
-    Every process of a node has a GPU of its own, or all of them compute on the CPU.
-    Raises `InputError` when only some of torchrun's variables are set, or are not numbers: guessing would make the
-    other ranks wait forever.
+    Either every process of a node has a GPU of its own, or all of them compute on the CPU.
+    Raises `InputError` when only some of torchrun's variables are set, or are not numbers: a wrong guess would make
+    the other ranks wait forever.
     """
     found = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if "RANK" not in found and "WORLD_SIZE" not in found:
@@ -63,10 +63,11 @@ def restart_count() -> int:
 
 
 def set_threads(num_threads: int | str, context: DistContext) -> int:
-    """Set PyTorch's CPU threads explicitly, because their number changes bits; `auto` shares the cores of the node.
+    """Set the number of PyTorch's CPU threads and return it; `auto` divides the cores by the processes of the node.
 
-    A forked process gets one: PyTorch would wait for those of its parent, which do not exist in it.
-    Raises `InputError` for so many threads per core that a run would seem to hang.
+    Set explicitly because the number of threads changes the last bits of results. A forked process gets one thread:
+    PyTorch would wait for its parent's threads, which do not exist in the child.
+    Raises `InputError` for more than MAX_THREADS_PER_CORE threads per core.
     """
     processes = context.local_world_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -85,12 +86,7 @@ def set_threads(num_threads: int | str, context: DistContext) -> int:
             f"found {threads}: auto is one thread a core"
         )
     if threads * processes > WARN_THREADS_PER_CORE * cores:
-        logger.warning(
-            "num_threads: %d threads in each of %d processes share %d cores, "
-            "which is much slower than one thread a core",
-            threads,
-            processes,
-            cores,
-        )
+        sharing = f"{threads} threads in each of {processes} processes share {cores} cores"
+        logger.warning("num_threads: %s, which is much slower than one thread a core", sharing)
     torch.set_num_threads(threads)
     return threads

@@ -1,13 +1,14 @@
 """Signals that ask a run to stop.
 
-1. a flag that the training loop reads, where there is work to save
-2. an exception, where nothing can be lost
-3. at a second signal, or when the main thread does not react: the end of the process
+1. where there is work to save: a signal sets a flag that the training loop reads
+2. where no work can be lost: a signal raises an exception
+3. a second signal, or a main thread that does not react, ends the process
 
 SIGTERM (torchrun, SLURM), SIGINT (Ctrl-C), SIGHUP (a lost terminal), SIGQUIT and SIGUSR1 (SLURM's --signal, where the
 launcher forwards it) mean the same; torchrun forwards the first four by itself.
-Python runs a handler between two instructions of the main thread, and not at all while that waits in a collective. So
-the handler does nothing that could break what it interrupts, and a thread receives every signal through a pipe.
+Python runs a handler between two instructions of the main thread, and not at all while the main thread waits in a
+collective. So the handler does nothing that could break what it interrupts, and a thread receives every signal through
+a pipe.
 """
 
 import logging
@@ -27,18 +28,18 @@ logger = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 1.0  # one request may come twice: from SLURM to all processes, and again through torchrun
-GRACE_SECONDS = 5.0  # for the main thread to leave by itself where there is nothing to save
+GRACE_SECONDS = 5.0  # for the main thread to end by itself where there is nothing to save
 PARENT_CHECK_SECONDS = 1.0
 
 
 class _State:
-    """What is known of the signals of this process; there is one."""
+    """The stop signals that this process has received, and what the next one does. `_state` is the one in use."""
 
     def __init__(self) -> None:
         self.first: int | None = None  # signal number of the first request
-        self.deferred = False
-        self.leaving = False
-        self.is_caught = False  # inside `caught`: this process is a command of ours
+        self.deferred = False  # inside `deferred`
+        self.leaving = False  # after `ignore`
+        self.is_caught = False  # inside `caught`: this process runs a command of this package
 
 
 _state = _State()
@@ -46,7 +47,7 @@ _launcher: int | None = None  # process id of torchrun
 
 
 def note_launcher() -> None:
-    """Remember the parent of a process that torchrun has started, early, before it can have ended: `caught` watches it."""
+    """Remember torchrun's process id, which `caught` watches. Call it early: torchrun must not have ended yet."""
     global _launcher
     _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -58,7 +59,7 @@ def requested() -> str | None:
 
 @contextmanager
 def caught() -> Iterator[None]:
-    """Inside, stop signals are handled, and so is the death of torchrun, where it has started this process.
+    """Inside the block, stop signals are handled; if torchrun started this process, its end counts as a SIGTERM.
 
     For the main thread of a command.
     """
@@ -69,15 +70,15 @@ def caught() -> Iterator[None]:
     os.set_blocking(writer, False)
     under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     handled = [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and under_nohup)]
-    before = {number: signal.signal(number, _handle) for number in handled}
-    before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    old_handlers = {number: signal.signal(number, _handle) for number in handled}
+    old_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     listener = threading.Thread(target=_listen, args=(reader, _state), name="signals", daemon=True)
     listener.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before_fd)
-        for number, handler in before.items():
+        signal.set_wakeup_fd(old_descriptor)
+        for number, handler in old_handlers.items():
             signal.signal(number, signal.SIG_IGN if _state.leaving else handler)
         os.close(writer)
         listener.join()
@@ -85,9 +86,9 @@ def caught() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a first signal only sets the flag that `requested` reads: there is work to save.
+    """For a block with work to save: the first signal only sets the flag that `requested` reads.
 
-    Outside it raises `Stopped` at once.
+    Outside such a block it raises `Stopped` at once.
     """
     before, _state.deferred = _state.deferred, True
     try:
@@ -98,11 +99,11 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """For a library call in another program's process: a first stop signal while `deferred` is a request to stop.
+    """For a library call in another program's process: the first stop signal inside `deferred` is a request to stop.
 
-    A second one, and one outside `deferred`, does what it did before. Signals that the process handles or ignores by
-    itself are left to it. No thread is started and nothing ends the process; afterwards the handlers are the old ones.
-    Does nothing inside `caught`. In a thread other than the main one no handler can be set, so no signal is noted.
+    A second signal, and one outside `deferred`, acts as it did before the call. Signals that the program handles or
+    ignores itself are not touched. No thread is started, and the old handlers are restored at the end.
+    Does nothing inside `caught`. Only the main thread can set handlers: in other threads no signal is noticed.
     """
     global _state
     if _state.is_caught:
@@ -142,7 +143,7 @@ def ignore() -> None:
 
 
 def restore_defaults() -> None:
-    """Let a signal end this process, which has nothing more to do than wait for that. Main thread only."""
+    """Let a signal end this process, for one that waits for nothing else. No effect outside the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -158,9 +159,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _listen(reader: int, state: _State) -> None:
     """In a thread: what the main thread cannot do while it waits in native code."""
     launcher = _launcher
-    # When this thread received the first request: the handler may run much later, when the main thread is busy.
-    first_seconds = None
-    deadline = None  # for the main thread to leave where there is nothing to save
+    first_time = None  # of the first request: the handler may run much later, when the main thread is busy
+    deadline = None  # for the main thread to end where there is nothing to save
     while True:
         ready, _, _ = select.select([reader], [], [], PARENT_CHECK_SECONDS)
         now = time.monotonic()
@@ -170,10 +170,10 @@ def _listen(reader: int, state: _State) -> None:
                 os.close(reader)
                 return
             for number in filter(lambda number: number in STOP_SIGNALS, numbers):
-                state.first, first_seconds = state.first or number, first_seconds or now
+                state.first, first_time = state.first or number, first_time or now
                 if state.leaving:
                     continue
-                if now - first_seconds > SAME_REQUEST_SECONDS:
+                if now - first_time > SAME_REQUEST_SECONDS:
                     os._exit(128 + number)
                 if state.deferred:
                     name = signal.Signals(number).name
@@ -185,5 +185,5 @@ def _listen(reader: int, state: _State) -> None:
         if launcher is not None and os.getppid() != launcher:
             launcher = None
             logger.warning("torchrun is gone")
-            if state.first is None:  # else a signal has asked for the same, and this would be a second one
+            if state.first is None:  # else this would count as a second signal
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -1,15 +1,15 @@
-"""What a command does before its long imports. No library code uses this: the settings are those of a whole process."""
+"""What a command does before its slow imports. For commands only: the settings are those of the whole process."""
 
 import gc
 
 from mmbert_core.runtime import signals
 
-signals.note_launcher()  # it may have ended, and this process have another parent, when the imports are done
+signals.note_launcher()  # torchrun may end during the imports; this process would then have another parent
 
-# imports create a million objects that stay: collecting as often as by default takes a second
+# The imports create a million objects that stay; with the default thresholds, collecting garbage takes a second.
 gc.set_threshold(100_000, 50, 100)
 
 
 def freeze_imports() -> None:
-    """After the imports: collections while rows are read do not look at these objects."""
+    """Call after the imports: later garbage collections skip the objects that exist now."""
     gc.freeze()

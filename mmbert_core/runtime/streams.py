@@ -1,7 +1,7 @@
-"""Standard streams whose reader is gone, or whose encoding lacks a character, do not end a command.
+"""Standard streams that do not end a command when their reader is gone or their encoding lacks a character.
 
-A command is done when its files are written. After `| head`, a closed terminal or a closed descriptor nobody reads what
-is printed; a full disk behind standard output is still an error.
+A command's results are its files. After `| head`, a closed terminal or a closed descriptor, nobody reads what it
+prints; a full disk behind standard output is still an error.
 """
 
 import errno
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET})  # a pipe's, a terminal's, a socket's
+READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.ECONNRESET})  # of a pipe, a terminal, a socket
 
 
 class _StandardFile(io.FileIO):
@@ -41,7 +41,7 @@ class _StandardFile(io.FileIO):
 
 
 def protect_streams() -> None:
-    """Replace the standard streams of a command's process by ones that may lose their readers.
+    """Replace the standard streams of a command's process with ones that may lose their readers.
 
     Characters that a stream's encoding lacks are written as escapes (`\\xe9`). A crash in native code, such as a bus
     error, prints where it happened to standard error.
@@ -49,7 +49,7 @@ def protect_streams() -> None:
     open_closed_streams()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        with suppress(OSError, ValueError):  # without a descriptor: a stream of the program that embeds this one
+        with suppress(OSError, ValueError):  # no descriptor: a stream of the program that embeds this one is kept
             file = _StandardFile(stream.fileno(), is_required=name == "stdout")
             stream.flush()
             buffered = io.BufferedWriter(file)
@@ -62,7 +62,7 @@ def protect_streams() -> None:
 
 
 def open_closed_streams() -> None:
-    """Replace streams that the caller has closed (`>&-`): reading yields nothing, what is written is lost."""
+    """Replace streams that the caller has closed (`>&-`) with ones that read nothing and drop what is written."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -72,7 +72,7 @@ def open_closed_streams() -> None:
 
 @contextmanager
 def until_reader_closes() -> Iterator[None]:
-    """For work whose only result is standard output: it ends without an error when the reader (`| head`) is gone."""
+    """For work whose only result is its standard output: end without an error when the reader (`| head`) is gone."""
     try:
         yield
         sys.stdout.flush()
@@ -81,7 +81,7 @@ def until_reader_closes() -> Iterator[None]:
 
 
 def discard(descriptor: int) -> None:
-    """From now on, what is written to `descriptor` is lost."""
+    """Drop whatever is written to `descriptor` from now on."""
     with suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, descriptor)

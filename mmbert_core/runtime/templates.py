@@ -1,4 +1,4 @@
-"""Jinja templates of a package: one way to load them, escaped and without silent gaps."""
+"""The Jinja environment of a package's templates: values are escaped, undefined names are errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ def environment(package: str, *, autoescape: bool = True, finalize: Callable[[An
     """An environment for the files of `<package>/templates`.
 
     Every value is escaped as HTML unless it is `markupsafe.Markup`; `autoescape=False` is for files that are not HTML.
-    A name that is not defined raises `UndefinedError` instead of leaving a gap. `finalize` sees each value before it
-    is escaped. A line that holds only a `{% %}` tag leaves no blank line behind.
+    A name that is not defined raises `UndefinedError`. `finalize` is applied to each value before it is escaped. A line
+    that holds only a `{% %}` tag leaves no blank line.
     """
     return Environment(
         loader=PackageLoader(package, "templates"),

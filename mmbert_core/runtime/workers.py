@@ -1,4 +1,4 @@
-"""Start and end of the processes of a run: the process group, the store in which ranks meet, the exit."""
+"""Start and end of the processes of a run: the process group, the store through which ranks connect, the exit."""
 
 import os
 import socket
@@ -19,9 +19,9 @@ from mmbert_core.runtime.errors import PeerError
 from mmbert_core.runtime.ranks import DistContext
 
 TIMEOUT_SECONDS = 600.0  # that a rank waits for the others in a collective
-# And for work of rank 0 alone, whose length depends on the data; a rank that dies is noticed at once.
+# The same while rank 0 alone works, for a time that depends on the data; a rank that dies is noticed at once.
 LONG_TIMEOUT_SECONDS = 6 * 3600.0
-SECONDS_BETWEEN_READS = 0.02  # of the store, while the ranks of a start wait for each other
+SECONDS_BETWEEN_READS = 0.02  # of the store, while the ranks wait for each other at the start
 
 
 @contextmanager
@@ -30,10 +30,10 @@ def process_group(
 ) -> Iterator[DistContext]:
     """Collective. NCCL on CUDA, gloo on the CPU, and always a gloo group for objects; nothing in a single process.
 
-    A rank that waits longer than `timeout_seconds` for the others fails. Inside another `process_group` that one is
-    used; a default group that the calling script has initialised is used and kept. On an error the group is left as
-    it is: destroying it may wait for ranks that are gone, and `leave` ends the process without that.
-    `abort_on_error`: the process continues after an error, so the group is ended without waiting for other ranks.
+    A rank that waits longer than `timeout_seconds` for the others fails. A nested `process_group` uses the outer one. A
+    default group that the calling script has initialised is used and not destroyed. On an error the group is not
+    destroyed: that may wait for ranks that are gone, and `leave` ends the process without it.
+    `abort_on_error`: for a process that continues after an error; ends the group without waiting for other ranks.
     """
     if context.world_size == 1 or has_groups():
         yield context
@@ -55,7 +55,7 @@ def process_group(
 
 
 def _start_groups(context: DistContext, timeout_seconds: float, *, is_own: bool) -> None:
-    """Collective. Start the default group, where `is_own`, and the gloo groups for objects."""
+    """Collective. Start the gloo groups for objects and, if `is_own`, the default group."""
     timeout, on_cuda = timedelta(seconds=timeout_seconds), context.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(context.device)  # before any collective: object collectives use the current device
@@ -82,29 +82,29 @@ def _abort(*, on_cuda: bool) -> None:
         dist.distributed_c10d._abort_process_group() if on_cuda else dist.destroy_process_group()
 
 
-# ---- the store in which the ranks meet ----
+# ---- the store through which the ranks connect ----
 
 
 def _store_of_this_start(context: DistContext, timeout: timedelta) -> dist.Store:
     """Collective. torchrun's key-value store behind a prefix that only the processes of this start share.
 
-    torchrun 2.13 gives restarted processes the store of the earlier ones, where gloo finds the addresses of the dead.
-    The restart count cannot tell them apart: nodes whose workers did not fail do not count. So:
+    torchrun 2.13 gives restarted processes the store of the ended ones, where gloo would find their old addresses. The
+    restart count is no prefix for this: a node whose workers did not fail does not increase it. So:
 
-    1. rank 0 writes a fresh token
-    2. every other rank answers with that token and a fresh token of its own
+    1. rank 0 writes a new token
+    2. every other rank answers with that token and a new token of its own
     3. rank 0 repeats all these tokens; a rank that finds its own there uses rank 0's token as the prefix
     """
     store = _loopback_store(context, timeout)
     if store is None:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     own_token = uuid.uuid4().hex
-    meet = _collect_answers if context.is_main else _answer_rank_0
-    return dist.PrefixStore(meet(store, own_token, context, timeout.total_seconds()), store)
+    exchange_tokens = _collect_answers if context.is_main else _answer_rank_0
+    return dist.PrefixStore(exchange_tokens(store, own_token, context, timeout.total_seconds()), store)
 
 
 def _collect_answers(store: dist.Store, own_token: str, context: DistContext, seconds: float) -> str:
-    """Rank 0 only. Wait for an answer of every other rank; returns the token of this start."""
+    """Rank 0 only. Wait for an answer of every other rank; returns rank 0's token."""
     answers: dict[int, str] = {}
 
     def missing() -> set[int]:
@@ -124,10 +124,13 @@ def _collect_answers(store: dist.Store, own_token: str, context: DistContext, se
 
 
 def _answer_rank_0(store: dist.Store, own_token: str, context: DistContext, seconds: float) -> str:
-    """Answer rank 0's token, which may still be an earlier start's, until it is repeated; returns it."""
+    """All ranks but 0. Answer rank 0's token until rank 0 confirms; returns the token.
+
+    The token found first may be that of an earlier start: a new one is answered again.
+    """
     answered = ""
 
-    def is_repeated() -> bool:
+    def is_confirmed() -> bool:
         nonlocal answered
         token = _read(store, "mmbert/token")
         if token != answered:
@@ -135,7 +138,7 @@ def _answer_rank_0(store: dist.Store, own_token: str, context: DistContext, seco
             store.set(f"mmbert/answer/{context.rank}", f"{token} {own_token}")
         return own_token in _read(store, f"mmbert/go/{token}").split()
 
-    _wait_for(is_repeated, lambda: "rank 0", seconds)
+    _wait_for(is_confirmed, lambda: "rank 0", seconds)
     return answered
 
 
@@ -144,7 +147,7 @@ def _read(store: dist.Store, key: str) -> str:
 
 
 def _wait_for(is_done: Callable[[], bool], who: Callable[[], str], seconds: float) -> None:
-    """Raises `PeerError` when `is_done` is not true within `seconds`."""
+    """Wait until `is_done`. Raises `PeerError`, which names the rank `who` returns, after `seconds`."""
     deadline = time.monotonic() + seconds
     while not is_done():
         if time.monotonic() > deadline:
@@ -153,16 +156,16 @@ def _wait_for(is_done: Callable[[], bool], who: Callable[[], str], seconds: floa
 
 
 def _loopback_store(context: DistContext, timeout: timedelta) -> dist.Store | None:
-    """Collective. A store on loopback for a run on one node: nobody outside needs to reach a rank.
+    """Collective. A store on the loopback interface for a run on one node, so that no other machine can connect.
 
-    gloo and NCCL listen there too. None where another store is in use: that of several nodes, or torchrun's own, which
-    listens at all addresses (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` in torchrun's environment, as torchrun.sh sets it,
-    avoids that).
+    gloo and NCCL listen there too. None where another store is in use: the one for several nodes, or torchrun's own,
+    which listens at all addresses (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` in torchrun's environment, as torchrun.sh
+    sets it, avoids that).
     """
     if context.world_size != context.local_world_size:
         return None
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if loopback is not None:  # else they listen at the address that the machine's own name leads to
+    if loopback is not None:  # else they listen at the address of the machine's host name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -178,19 +181,20 @@ def _loopback_store(context: DistContext, timeout: timedelta) -> dist.Store | No
 def leave(exit_code: int) -> NoReturn:
     """End this process at once; every file that it wrote must be closed.
 
-    The interpreter's own end takes a second for the objects of torch and transformers, and what is left of a process
-    group may wait there for ranks that are gone, or abort.
+    The interpreter's normal exit takes a second for the objects of torch and transformers, and there a process group
+    that was not destroyed may wait for ranks that are gone, or abort.
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # `main` has reported a full disk
+        with suppress(OSError, ValueError):  # `main` has already reported a full disk
             stream.flush()
     os._exit(exit_code)
 
 
 def wait_for_local_main(seconds: float = 15.0) -> None:
-    """On the other ranks of a node, wait for local rank 0 to print the error line.
+    """On all local ranks but 0: wait while local rank 0 prints the error line.
 
-    torchrun ends this process as soon as local rank 0 has left. When it has not, the error is this rank's alone.
+    torchrun ends this process as soon as local rank 0 has ended. If that does not happen within `seconds`, only this
+    rank has the error.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(seconds)
