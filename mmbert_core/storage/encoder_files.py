@@ -1,4 +1,4 @@
-"""Checks of an encoder's folder before anything is built from it: placeholders, sizes, the config's counts."""
+"""Checks of an encoder's folder before a model is built from it: Git LFS pointers, file sizes, the config's counts."""
 
 import math
 import os
@@ -16,29 +16,30 @@ Shapes = dict[str, tuple[int, ...]]  # tensor -> its shape
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-# Files that are read where they exist; those of the vocabulary only where there is no tokenizer.json.
+# Files that are read if they exist; those of the vocabulary only without a tokenizer.json.
 READ_FILES = (
     f"{CONFIG} {TOKENIZER} tokenizer_config.json special_tokens_map.json added_tokens.json modules.json".split()
 )
 VOCABULARY_FILES = "vocab.txt vocab.json merges.txt spiece.model sentencepiece.bpe.model tokenizer.model".split()
 LFS_POINTER = b"version https://git-lfs"
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the limit of its own reader
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the limit of the safetensors library
 MAX_LAYERS = 1024
-MAX_LABELS = 100_000  # transformers writes a name for each when it reads the config
+MAX_LABELS = 100_000  # transformers creates a name for each when it reads the config
 MAX_POSITIONS = 2**25
 INDEX = record({"weight_map": mapping(text(non_empty=True))}, {"metadata": anything}, others=True)
 # Keys of an encoder's config that decide how many modules are built, one after the other.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 MODULE_COUNT = re.compile(r"layers?$|^n_layer|expert|hidden_groups$|inner_group_num|num_blocks|depths?$|block_sizes$")
 POSITIONS = ("max_position_embeddings", "n_positions")
-SHARED_LAYERS = ("albert",)  # families with more layers than tensors
+POSITION_EMBEDDINGS = re.compile(r"(^|\.)(position_embeddings|wpe)\.[^.]*$")
+SHARED_LAYERS = ("albert",)  # model types whose layers share their weights: more layers than tensors
 
 
 def check_encoder_files(folder: str | Path) -> None:
-    """Raise `InputError` for a file that cannot be used, and for counts in config.json that no encoder has.
+    """Raise `InputError` for files that are unreadable, empty or Git LFS pointers, and for a config with huge counts.
 
-    Such a file may not be read, is a Git LFS pointer, is empty, or is not as long as its own header says. Only files
-    that are read are checked: a pointer next to complete weights, such as pytorch_model.bin, does no harm.
+    Only files that loading an encoder reads are checked: a pointer that is not read, such as pytorch_model.bin next to
+    model.safetensors, does no harm.
     """
     folder = Path(folder)
     check_readable(folder)
@@ -53,16 +54,16 @@ def check_encoder_files(folder: str | Path) -> None:
         check_content(folder / WEIGHTS_INDEX)
     if (folder / CONFIG).is_file():  # loading the tokenizer builds the config, too
         config: Any = None
-        with suppress(ValueError):  # not JSON: the loading itself reports it
+        with suppress(ValueError):  # not JSON: reported when the config is loaded
             config = read_json(folder / CONFIG)
         if isinstance(config, dict):
             check_config_against_weights(config, {}, error_prefix=f"encoder {str(folder)!r}: its config.json")
 
 
 def check_content(path: Path, *, may_be_empty: bool = False) -> None:
-    """Raise `InputError` for a Git LFS pointer, an empty file, and one that cannot be read.
+    """Raise `InputError` for a file that cannot be read, is empty, or is a Git LFS pointer.
 
-    A clone without Git LFS has pointers in place of the files.
+    A clone made without Git LFS has such pointers instead of the large files.
     """
     try:
         with open(path, "rb") as stream:
@@ -77,9 +78,9 @@ def check_content(path: Path, *, may_be_empty: bool = False) -> None:
 
 
 def read_shapes(path: Path) -> Shapes:
-    """Tensor -> shape, from the header of a safetensors file alone.
+    """Tensor -> shape; reads only the header of a safetensors file.
 
-    Raises `InputError` when the file is not as long as the header says.
+    Raises `InputError` for another kind of file, and for one that is not as long as its header says.
     """
     check_content(path)
     shapes, num_bytes = _read_header(path)
@@ -104,10 +105,10 @@ def _read_header(path: Path) -> tuple[Shapes, int]:
 
 
 def encoder_shapes(folder: str | Path) -> Shapes:
-    """Tensor -> shape of all weight files of an encoder's folder; {} where there are none. Reads headers only.
+    """Tensor -> shape of all weight files in an encoder's folder; {} if there are none. Reads headers only.
 
-    Raises `InputError` for an index that names missing files, files outside the folder, tensors that its files lack,
-    or another size than they have.
+    Raises `InputError` for an index that names missing files, files outside the folder or tensors that its files lack,
+    or whose total size is larger than that of the files' tensors.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
@@ -141,7 +142,10 @@ def _num_data_bytes(path: Path) -> int:
 
 
 def _check_total(path: Path, total: Any, found: int) -> None:
-    """Raises `InputError` only for files that are too short: some writers count a tensor with several names twice."""
+    """Raise `InputError` for files with fewer bytes than `total`.
+
+    More are allowed: writers differ in how they count a tensor with several names.
+    """
     if isinstance(total, (int, float)) and total > found:
         raise InputError(
             f"{path}: expected weight files with {total:.0f} bytes of tensors (total_size), found {found}: "
@@ -150,7 +154,7 @@ def _check_total(path: Path, total: Any, found: int) -> None:
 
 
 def settings_in(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of a config with its value, those of configs within it too."""
+    """Every key of a config with its value, including those of nested configs."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key, inner
@@ -163,10 +167,10 @@ def settings_in(value: Any) -> Iterator[tuple[str, Any]]:
 def check_config_against_weights(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str
 ) -> None:
-    """Raise `InputError` for counts in an encoder's config.json that its weights (`shapes`; {}: unknown) cannot have.
+    """Raise `InputError` for counts in an encoder's config that do not fit its weights (`shapes`; {}: unknown).
 
-    Checks the counts that make building an encoder slow or large even without memory for its tensors: layers, labels,
-    positions.
+    Checks the numbers of layers, labels and positions: these make building an encoder slow even before memory for its
+    tensors is allocated.
     """
     for key, value in settings_in(dict(config)):
         limit, reason = _limit_of(key, shapes, has_own_layers=config.get("model_type") not in SHARED_LAYERS)
@@ -176,7 +180,7 @@ def check_config_against_weights(
 
 
 def _limit_of(key: str, shapes: Mapping[str, tuple[int, ...]], *, has_own_layers: bool) -> tuple[float, str]:
-    """The largest number that a key of an encoder's config may have, and why; infinite for most keys."""
+    """The largest value of a key in an encoder's config, and the reason for the message; infinity for most keys."""
     if key in LAYER_COUNTS and shapes and has_own_layers:
         return min(len(shapes), MAX_LAYERS), f" (its weights are {len(shapes)} tensors)"
     if MODULE_COUNT.search(str(key)):
@@ -184,22 +188,20 @@ def _limit_of(key: str, shapes: Mapping[str, tuple[int, ...]], *, has_own_layers
     if key == "num_labels":
         return MAX_LABELS, ""
     if key in POSITIONS:
-        tables = [
-            shape[0]
-            for name, shape in shapes.items()
-            if len(shape) == 2 and name.split(".")[-2:-1] in (["position_embeddings"], ["wpe"])
-        ]
-        return (max(tables), " (the rows of its position embeddings)") if tables else (MAX_POSITIONS, "")
+        embeddings = [shape for name, shape in shapes.items() if POSITION_EMBEDDINGS.search(name) and len(shape) == 2]
+        num_rows = max((shape[0] for shape in embeddings), default=None)
+        return (MAX_POSITIONS, "") if num_rows is None else (num_rows, " (the rows of its position embeddings)")
     return math.inf, ""
 
 
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], *, error_prefix: str
 ) -> None:
-    """Raise `InputError` where a config asks for other tensors than the weight files have, before any is allocated.
+    """Raise `InputError` when the tensors that a config asks for (`expected`) differ from those of the weight files.
 
-    A weight file may have the encoder under a prefix ("bert.") and tensors of heads; names that only one side has are
-    left to the loading itself, unless the config asks for more than twice the numbers that the files hold.
+    Called before any tensor is allocated. A weight file may have the encoder under a prefix ("bert.") and also tensors
+    of heads. Names that only one side has are allowed here, unless the config asks for more than twice as many weights
+    as the files hold.
     """
     prefix = _prefix_of(expected, shapes)
     for name, shape in expected.items():
@@ -208,12 +210,13 @@ def check_shapes(
             raise InputError(
                 f"{error_prefix} asks for {name} of shape {list(shape)}, the weight file has {list(found)}"
             )
-    asked, held = (sum(math.prod(shape) for shape in each.values()) for each in (expected, shapes))
-    if asked > 2 * held:
-        raise InputError(f"{error_prefix} asks for {asked} weights, the weight file holds {held}")
+    num_expected, num_found = (sum(map(math.prod, tensors.values())) for tensors in (expected, shapes))
+    if num_expected > 2 * num_found:
+        raise InputError(f"{error_prefix} asks for {num_expected} weights, the weight file holds {num_found}")
 
 
 def _prefix_of(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The prefix of the encoder's own names in a weight file: "" or, of a model with a head, such as "bert."."""
-    candidates = {""} | {name[: -len(own)] for own in list(expected)[:1] for name in shapes if name.endswith(f".{own}")}
+    """The prefix of the encoder's tensors in a weight file: "", or such as "bert." in a model with a head."""
+    first = next(iter(expected), "")
+    candidates = {""} | {name.removesuffix(first) for name in shapes if name.endswith(f".{first}")}
     return max(sorted(candidates), key=lambda prefix: sum(prefix + name in shapes for name in expected))

@@ -1,4 +1,4 @@
-"""An exclusive lock on an open file. It ends with the process that holds it, however that ends."""
+"""An exclusive lock on an open file. The system releases it when the process ends, even by a crash."""
 
 import fcntl
 import time
@@ -8,7 +8,7 @@ SECONDS_BETWEEN_TRIES = 0.05
 
 
 def lock_file(stream: TextIO, *, seconds: float | None = 0.0) -> bool:
-    """Take the lock, waiting at most `seconds` (None: without end) for another process; whether it was taken.
+    """Take the lock, waiting at most `seconds` (None: forever) for another process. Returns whether it was taken.
 
     Raises `OSError` on a file system without locks, such as some network and user-space ones.
     """

@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 TEMPORARY_PREFIX = ".tmp-"
 TIME_FORMAT = "%Y-%m-%d-%H-%M-%S"
 LOCK = "run.lock"
-MEGABYTE = 2**20
-MAX_JSON_BYTES = 64 * MEGABYTE  # of a JSON file that is read whole; values take several times that in memory
+MEGABYTE = 2**20  # bytes
+MAX_JSON_BYTES = 64 * MEGABYTE  # of a JSON file; its values take several times as much memory
 
 
 def sync_path(path: Path) -> None:
-    """Force a file or folder to disk, so that a later rename cannot be seen before the content."""
+    """Force a file or folder to disk, so that after a crash a later rename is not there without the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +41,7 @@ def sync_path(path: Path) -> None:
 
 @contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Add `path` and the free space to an `OSError` from inside that names no file, as of a write to a full disk."""
+    """Add `path` and the free space to an `OSError` of the block that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -53,7 +53,7 @@ def path_in_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never half of it."""
+    """Write UTF-8 text so that a reader sees either the old file or the new one, complete."""
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     try:
@@ -73,10 +73,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file, whose structure is as `check` declares. Every JSON file is read by this function.
+    """The value in a JSON file, checked against the structure `check`. All JSON files are read with this function.
 
-    Raises `InputError`, one line that names the file (and the key), for what is not JSON, what `schema.parse_json`
-    refuses, more than `max_bytes`, a device or pipe, and another structure; `OSError` for a file that cannot be read.
+    Raises `InputError`, one line that names the file (and the key), for text that `schema.parse_json` refuses, more
+    than `max_bytes`, a device or pipe, and another structure; `OSError` for a file that cannot be read.
     """
     path = Path(path)
     if stat.S_ISREG(path.stat().st_mode) or path.is_dir():  # opening a pipe would wait for a writer
@@ -97,7 +97,7 @@ def read_json(path: Path, check: Check | None = None, *, max_bytes: int = MAX_JS
 
 @contextmanager
 def mode_of_new_files(path: Path) -> Iterator[None]:
-    """The file that the block writes gets the mode of any new file (the umask's): safetensors would make it private."""
+    """Give the file that the block writes the umask's mode, as any new file: safetensors would make it private."""
     path = Path(path)
     path.unlink(missing_ok=True)
     path.touch()
@@ -108,7 +108,7 @@ def mode_of_new_files(path: Path) -> Iterator[None]:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """Why a file or folder cannot be read, in words; None for one that can be read, and for one that is missing."""
+    """Why a file or folder cannot be read, for a message; None if it can be read or does not exist."""
     try:
         status = os.stat(path)
     except PermissionError:
@@ -122,7 +122,7 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def check_readable(*paths: Path) -> None:
-    """Raise `InputError` for the first of the files and folders that exists and may not be read."""
+    """Raise `InputError` for the first file or folder that exists and cannot be read."""
     for path in paths:
         if reason := why_unreadable(path):
             raise InputError(f"{path}: cannot be read: {reason}")
@@ -131,12 +131,13 @@ def check_readable(*paths: Path) -> None:
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file, not atomically. Raises `OSError`.
 
-    Its bytes depend on the tensors alone: with more than one metadata key their order would be random.
+    The same tensors give the same bytes. With a second metadata key they would not: safetensors writes metadata keys
+    in random order.
     """
     try:
         with mode_of_new_files(path):
             save_file(dict(tensors), str(path), metadata={"format": "pt"})
-    except SafetensorError as error:  # such as for a full disk
+    except SafetensorError as error:  # of a full disk, for example
         found = re.search(r"os error (\d+)", str(error))
         details = [int(found[1]), os.strerror(int(found[1])), str(path)] if found else [f"{path}: {error}"]
         raise OSError(*details) from None
@@ -183,12 +184,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         sync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # the next start removes what is left of it
+        with suppress(OSError):  # the next start of the run removes the rest (`remove_stale_temporaries`)
             remove_path(old)
 
 
 def names_by_time(parent: Path, prefix: str) -> Iterator[Path]:
-    """`<prefix>-<local time to the second>` in `parent`, then the names of the next seconds; without existing ones."""
+    """Yield `<prefix>-<local time>` in `parent` for this second and all later ones, without paths that exist."""
     now = time.time()
     for seconds in count():
         path = Path(parent) / f"{prefix}-{time.strftime(TIME_FORMAT, time.localtime(now + seconds))}"
@@ -197,16 +198,16 @@ def names_by_time(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def make_folder_by_time(parent: Path, prefix: str) -> Path:
-    """Create and return a new folder of `names_by_time`, also when other processes create theirs in the same second."""
+    """Create a new folder with a name of `names_by_time`, and return it. Safe when several processes do so at once."""
     for path in names_by_time(parent, prefix):
         with suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
-    raise AssertionError("the names never end")
+    raise AssertionError("names_by_time never ends")
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a folder with its content; a missing path is fine."""
+    """Remove a file, a link (not its target) or a folder with its content. A missing path is not an error."""
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -215,27 +216,27 @@ def remove_path(path: Path) -> None:
 
 
 def remove_stale_temporaries(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Remove what an interrupted write left in `folder`, and log it; with `names`, only what was to become these."""
-    ours = ".*" if names is None else f"(old-)?({'|'.join(map(re.escape, names))})(-[0-9]+)?"
+    """Remove temporary files of interrupted writes (with `names`: of these files only) from `folder`, and log it."""
+    pattern = ".*" if names is None else f"(old-)?({'|'.join(map(re.escape, names))})(-[0-9]+)?"
     for path in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
-        if re.fullmatch(re.escape(TEMPORARY_PREFIX) + ours, path.name, re.DOTALL):
+        if re.fullmatch(re.escape(TEMPORARY_PREFIX) + pattern, path.name, re.DOTALL):
             try:
                 remove_path(path)
                 logger.info("removed %s, left by an interrupted write", path)
-            except OSError as error:  # it does no harm, and the next start tries again
+            except OSError as error:  # harmless, and the next start tries again
                 logger.warning("%s, left by an interrupted write, could not be removed: %s", path, error.strerror)
 
 
-# ---- the folder of a run ----
+# ---- free space ----
 
 
 def missing_space(folder: Path, num_bytes: int) -> str:
-    """For an error: how many bytes were needed, and how many are free."""
+    """For an error message: how many megabytes are needed, and how many are free."""
     return f"need {num_bytes / MEGABYTE:.1f} MB, have {free_bytes(folder) / MEGABYTE:.1f} MB at {folder}"
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written in `folder`, or where it will be created."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free

@@ -1,8 +1,8 @@
 """One run per folder: a file lock or, on a file system without locks, a claim file with a heartbeat.
 
-Without locks (some network and user-space file systems) the claim is the file `run.claim`: its first line names
-process, machine and a random token, and its second line is a counter that grows every few seconds. Clocks of machines
-are never compared: a process that finds a claim watches whether its counter grows.
+Without locks (some network and user-space file systems) the claim is the file `run.claim`. Its first line names
+process, machine and a random token; its second line is a counter that grows every few seconds. The clocks of machines
+are never compared: a process that finds a claim watches whether the counter grows.
 """
 
 import logging
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 CLAIM = "run.claim"
 SECONDS_BETWEEN_BEATS = 2.0
-SECONDS_WITHOUT_A_BEAT = 12.0  # after which the process of a claim counts as dead
+SECONDS_WITHOUT_A_BEAT = 12.0  # after which the process that wrote a claim counts as ended
 HOLDER = re.compile(r"process ([0-9]{1,9}) on ([^\s]{1,255}) ([0-9a-f]{32})\n")
 
 
 class Claim:
-    """A folder that this process alone writes to until `release`. `claim_folder` creates it."""
+    """This process's right to be the only run that writes to a folder, until `release`. From `claim_folder`."""
 
     def __init__(self, folder: Path, lock: TextIO | None) -> None:
         self._folder, self._lock = Path(folder), lock
@@ -43,8 +43,8 @@ class Claim:
         while not self._create():
             found = _read(self._path)
             if not found and not self._path.exists():
-                continue  # just released
-            if not _is_dead(self._path, found):
+                continue  # released in the meantime
+            if not _is_stale(self._path, found):
                 raise in_use(self._folder, _holder(_read(self._path) or found))
             self._remove_stale(found)
         self._thread = threading.Thread(target=self._beat, name="claim", daemon=True)
@@ -56,7 +56,7 @@ class Claim:
             return
         found = _read(self._path)
         if not found:
-            self._create()  # only the claim file was removed
+            self._create()  # the claim file was removed, but not the folder
         elif not found.startswith(self._line):
             holder = _holder(found)
             raise RunError(
@@ -65,7 +65,7 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Give the folder back."""
+        """End the claim, so that another run can write to the folder."""
         self._released.set()
         if self._lock is not None:
             self._lock.truncate(0)
@@ -76,7 +76,7 @@ class Claim:
                 self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Create the claim file; False when there is one."""
+        """Create the claim file. Returns False if there is one already."""
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -86,33 +86,36 @@ class Claim:
         return True
 
     def _remove_stale(self, found: str) -> None:
-        """Of several processes that take over a dead one's claim, one removes it; a new claim is put back."""
-        aside = self._path.with_name(f"{TEMPORARY_PREFIX}{CLAIM}-{os.getpid()}")
+        """Remove the claim file of an ended process, whose content is `found`.
+
+        Other processes may do the same at once: a claim that one of them has created in the meantime is put back.
+        """
+        moved = self._path.with_name(f"{TEMPORARY_PREFIX}{CLAIM}-{os.getpid()}")
         with suppress(FileNotFoundError):  # another process was faster
-            os.rename(self._path, aside)
-            if _read(aside) != found:
+            os.rename(self._path, moved)
+            if _read(moved) != found:
                 with suppress(FileExistsError):
-                    os.link(aside, self._path)
-            aside.unlink(missing_ok=True)
+                    os.link(moved, self._path)
+            moved.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        """In a thread. Increase the counter in the claim file, as long as the file is this process's."""
-        number = 0
+        """In a thread: increase the counter in the claim file while the file is this process's."""
+        counter = 0
         while not self._released.wait(SECONDS_BETWEEN_BEATS):
-            number += 1
-            with suppress(OSError):  # a disk that is full or unreachable for a moment; the folder itself may be gone
+            counter += 1
+            with suppress(OSError):  # a disk that is full or unreachable for a moment, or a removed folder
                 if not _read(self._path).startswith(self._line):
                     continue
                 with open(self._path, "r+", encoding="utf-8") as stream:
-                    stream.write(f"{self._line}{number}\n")
+                    stream.write(f"{self._line}{counter}\n")
                     stream.flush()
                     os.fsync(stream.fileno())
 
 
 def claim_folder(folder: Path) -> Claim:
-    """Claim `folder`, which is created if necessary, for this process until `Claim.release` or the end of the process.
+    """Claim `folder` for this process until `Claim.release` or the process's end. Creates the folder if necessary.
 
-    Raises `InputError` that names the holder when another process has it.
+    Raises `InputError`, which names the other process, when another one has claimed it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     stream = open(Path(folder) / LOCK, "a+", encoding="utf-8")
@@ -122,8 +125,8 @@ def claim_folder(folder: Path) -> Claim:
         stream.close()
         claim = Claim(folder, None)
         claim.take_without_locks()
-        text = "%s: this file system has no locks (%s); the file %s keeps other runs away"
-        logger.warning(text, folder, error.strerror, CLAIM)
+        message = "%s: this file system has no locks (%s); the file %s keeps other runs away"
+        logger.warning(message, folder, error.strerror, CLAIM)
         return claim
     if not is_locked:
         stream.seek(0)
@@ -141,7 +144,7 @@ def in_use(folder: Path, holder: str) -> InputError:
 
 
 def _read(path: Path) -> str:
-    """The claim file, opened again so that a network file system shows other machines' writes; "" without one."""
+    """The claim file's content, "" if there is none. Opened each time: a network file system then shows new writes."""
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:
             return stream.read(1000)
@@ -154,11 +157,11 @@ def _holder(found: str) -> str:
     return f"process {match[1]} on {match[2]}" if match else "another process"
 
 
-def _is_dead(path: Path, found: str) -> bool:
-    """Whether the process of a claim has ended: by its number on this machine, else by watching its counter."""
+def _is_stale(path: Path, found: str) -> bool:
+    """Whether the process of a claim has ended: from its id if it ran on this machine, else by watching its counter."""
     match = HOLDER.match(found)
     if match and match[2] == socket.gethostname():
-        if int(match[1]) == os.getpid():  # its number is this process's now
+        if int(match[1]) == os.getpid():  # that process has ended, and its id was reused for this one
             return True
         try:
             os.kill(int(match[1]), 0)

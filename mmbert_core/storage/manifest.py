@@ -1,4 +1,4 @@
-"""Which files a folder was written with: MANIFEST.json, the size and SHA-256 of each."""
+"""MANIFEST.json: the size and SHA-256 of each file that a folder was written with."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ Entries = Mapping[str, Mapping[str, Any]]  # path below the folder, with "/" -> 
 def manifest_of(
     folder: Path, names: Iterable[str], *, version: int, paths: Mapping[str, Path] | None = None
 ) -> dict[str, Any]:
-    """The content of MANIFEST.json for the files `names` of a folder; `paths`: files that have a temporary name."""
+    """The content of MANIFEST.json for the files `names` of a folder; `paths`: those that have a temporary name now."""
     sources = {name: (paths or {}).get(name, Path(folder) / name) for name in names}
     files = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in sources.items()}
     return {"format_version": version, "files": files}
@@ -33,7 +33,7 @@ def read_manifest(folder: Path, *, version: int) -> Entries:
 
 
 def why_different(path: Path, entry: Mapping[str, Any]) -> str | None:
-    """Why a file is not the one of a manifest's entry; None when it is. Reads all of it."""
+    """How a file differs from its entry in the manifest, for a message; None if it does not. Reads the whole file."""
     try:
         if not path.is_file():
             return "missing"
@@ -49,7 +49,7 @@ def why_different(path: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 def _differs_in_line_ends_alone(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a copy got CRLF where the file has LF. In JSON they mean the same: no text in it holds a line end."""
+    """Whether a file is the manifest's one with CRLF instead of LF. JSON means the same: its texts escape line ends."""
     if not entry["bytes"] < path.stat().st_size <= 2 * entry["bytes"] or path.suffix == ".safetensors":
         return False
     content = path.read_bytes().replace(b"\r\n", b"\n")
@@ -57,7 +57,7 @@ def _differs_in_line_ends_alone(path: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def first_difference(folder: Path, entries: Entries) -> tuple[str, str] | None:
-    """The name of the first file that is not the one of its entry, and why; None when all are."""
+    """The name of the first file that differs from its entry, and how; None if all are the same."""
     for name, entry in entries.items():
         if reason := why_different(Path(folder) / name, entry):
             return name, reason

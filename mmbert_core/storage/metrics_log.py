@@ -8,10 +8,10 @@ LINE = record({"step": whole(0)}, {"undefined": mapping(text())}, others=nullabl
 
 
 def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bool = False) -> list[str]:
-    """The lines that a resumed run keeps: up to `last_step`, without those of work that is done again.
+    """The lines that a resumed run keeps: those up to `last_step`, without results that will be computed again.
 
-    Lines that cannot be read, such as a half-written last one, are dropped. `validated`, `tested`: the validation of
-    `last_step` and the test are done.
+    `validated`: the validation at `last_step` is done and its line stays. `tested`: the same for the test's line.
+    Lines that cannot be read, such as a half-written last one, are dropped.
     """
     if last_step == 0 or not path.exists():
         return []
@@ -23,9 +23,8 @@ def kept_lines(path: Path, last_step: int, *, validated: bool = True, tested: bo
             step = values["step"]
         except ValueError:
             continue
-        is_pending = ("val_loss" in values and step == last_step and not validated) or (
-            "test/num_rows" in values and not tested
-        )
-        if step <= last_step and not is_pending:
+        is_validated_again = "val_loss" in values and step == last_step and not validated
+        is_tested_again = "test/num_rows" in values and not tested
+        if step <= last_step and not is_validated_again and not is_tested_again:
             kept.append(line)
     return kept

@@ -1,6 +1,6 @@
-"""The declared structure of JSON that we read: types, ranges, lengths, keys, and bounds on the text.
+"""Checks of JSON: bounds on the text, and a declared structure of types, ranges, lengths and keys.
 
-A check is a function of one value that raises `Mismatch`. Checks are put together as the file is:
+A check is a function of one value that raises `Mismatch`. Checks are nested in the same way as the file:
 
     LABELS = record({"names": array(text(non_empty=True), min_length=2, distinct=True)})
     check_structure(value, LABELS, "labels.json")  # InputError: labels.json: names[1]: expected a text, found null
@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 
 from mmbert_core.runtime.errors import InputError, format_for_message
 
-MAX_DEPTH = 50  # lists and objects within each other
+MAX_DEPTH = 50  # of nested lists and objects
 MAX_INTEGER = 2**63 - 1
-MAX_NAMED_KEYS = 12  # in a message
+MAX_NAMED_KEYS = 12  # keys listed in a message
 
 Check = Callable[[Any], None]
 
 
 class Mismatch(ValueError):
-    """A value that is not as declared: what was `expected`, and the `keys` that lead to it, innermost first."""
+    """A value that its check refuses: what was `expected`, and the `keys` that lead to the value, innermost first."""
 
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(f"expected {expected}, found {found}")
@@ -40,7 +40,7 @@ class Mismatch(ValueError):
 
 
 def check_structure(value: Any, check: Check, source: str) -> None:
-    """Raise `InputError`, one line that names `source` and the key, when `value` is not as `check` declares."""
+    """Raise `InputError`, one line that names `source` and the key, when `check` refuses `value`."""
     try:
         check(value)
     except Mismatch as error:
@@ -53,15 +53,15 @@ def check_structure(value: Any, check: Check, source: str) -> None:
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text (bytes: UTF-8).
 
-    Raises `ValueError`, one line, for a text that is not JSON, and for what this package never writes: a key twice in
-    an object, NaN and Infinity, numbers beyond float64 or 64-bit integers, half a surrogate pair, and lists or objects
-    nested deeper than `MAX_DEPTH`.
+    Raises `ValueError`, one line, for a text that is not JSON or contains what this package never writes: a key twice
+    in an object, NaN and Infinity, numbers beyond float64 or 64-bit integers, half a surrogate pair, and lists or
+    objects nested deeper than `MAX_DEPTH`.
     """
     too_deep = f"expected lists and objects at most {MAX_DEPTH} deep, found deeper ones"
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
         value = json.loads(
-            text, parse_int=_integer, parse_float=_float, parse_constant=_no_constant, object_pairs_hook=_object_of
+            text, parse_int=_integer, parse_float=_float, parse_constant=_refuse_constant, object_pairs_hook=_object_of
         )
     except RecursionError:
         raise ValueError(too_deep) from None
@@ -85,7 +85,7 @@ def _float(digits: str) -> float:
     return value
 
 
-def _no_constant(word: str) -> NoReturn:
+def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"expected finite numbers, found {word}")
 
 
@@ -99,7 +99,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects are nested deeper than `depth`. Level by level: recursion has a limit of its own."""
+    """Whether lists and objects are nested deeper than `depth`. A loop over levels: recursion would hit its limit."""
     level = [value] if isinstance(value, (list, dict)) else []
     for _ in range(depth):
         inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
@@ -113,7 +113,7 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def describe(value: Any) -> str:
-    """What a message calls a JSON value that was found."""
+    """A JSON value in the words of a message, after "found"."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -122,7 +122,7 @@ def describe(value: Any) -> str:
         return f"an object of {len(value)} keys"
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}"
-    if isinstance(value, int) and abs(value) > MAX_INTEGER:  # thousands of digits cannot even be printed
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:  # Python refuses to print thousands of digits
         return f"a whole number of {value.bit_length()} bits"
     return f"the text {format_for_message(value)}" if isinstance(value, str) else format_for_message(value)
 
@@ -135,20 +135,19 @@ def anything(value: Any) -> None:
 
 
 def text(*, non_empty: bool = False, choices: Collection[str] | None = None, pattern: str | None = None) -> Check:
-    """A text; one of `choices`; one that `pattern` matches as a whole."""
+    """A text. `choices`: one of these; `pattern`: a regular expression that matches the whole text."""
     expected = "a text" + (" that is not empty" if non_empty else "")
     if choices is not None:
         expected = f"one of {', '.join(choices)}"
     elif pattern is not None:
         expected = f"a text like {pattern}"
 
+    def is_allowed(value: str) -> bool:
+        is_choice = choices is None or value in choices
+        return is_choice and (value != "" or not non_empty) and (not pattern or bool(re.fullmatch(pattern, value)))
+
     def check(value: Any) -> None:
-        is_text = isinstance(value, str) and (value != "" or not non_empty)
-        if (
-            not is_text
-            or (choices is not None and value not in choices)
-            or (pattern and not re.fullmatch(pattern, value))
-        ):
+        if not isinstance(value, str) or not is_allowed(value):
             raise Mismatch(expected, describe(value))
 
     return check
@@ -161,7 +160,7 @@ def boolean(value: Any) -> None:
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf) -> Check:
-    """A finite number from `low` to `high`, larger than `above`."""
+    """A finite number from `low` to `high`, both included, and larger than `above`."""
     bounds = [f"of at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
     bounds += [f"of at most {high:g}"] * (high < math.inf)
     expected = f"a finite number {' and '.join(bounds)}".strip()
@@ -174,7 +173,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: float = -ma
 
 
 def whole(low: int = -MAX_INTEGER, high: int = MAX_INTEGER) -> Check:
-    """A whole number from `low` to `high`, both included; 1.0 is none."""
+    """A whole number from `low` to `high`, both included. 1.0 is refused."""
     bounds = [f"of at least {low}"] * (low > -MAX_INTEGER) + [f"of at most {high}"] * (high < MAX_INTEGER)
     expected = f"a whole number {' and '.join(bounds)}".strip()
 
@@ -186,7 +185,7 @@ def whole(low: int = -MAX_INTEGER, high: int = MAX_INTEGER) -> Check:
 
 
 def constant(wanted: str | int) -> Check:
-    """This value and no other, such as a version."""
+    """Exactly this value, such as a version."""
 
     def check(value: Any) -> None:
         if type(value) is not type(wanted) or value != wanted:
@@ -199,7 +198,7 @@ def constant(wanted: str | int) -> Check:
 
 
 def nullable(inner: Check) -> Check:
-    """null, or what `inner` allows."""
+    """null, or a value that `inner` allows."""
 
     def check(value: Any) -> None:
         if value is not None:
@@ -214,7 +213,7 @@ def nullable(inner: Check) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """What one of `checks` allows. A mismatch inside a structure is reported with its own key."""
+    """A value that one of `checks` allows. A mismatch inside a structure is reported with its key."""
 
     def check(value: Any) -> None:
         expected = []
@@ -238,7 +237,7 @@ def array(
     max_length: int | None = None,
     distinct: bool = False,
 ) -> Check:
-    """A list whose items are as `item` declares; with `distinct`, texts or numbers of which none is repeated."""
+    """A list whose items `item` allows; `distinct`: the items, texts or numbers, are all different."""
     low, high = (length, length) if length is not None else (min_length, max_length)
     bound = f" of {length}" if length is not None else f" of at least {low}" if low else ""
     expected = f"a list{bound}" + (f" of at most {high}" if length is None and high is not None else "")
@@ -256,7 +255,7 @@ def array(
 
 
 def mapping(item: Check, *, keys: Check = anything) -> Check:
-    """An object with any keys, its values as `item` declares."""
+    """An object with keys that `keys` allows and values that `item` allows."""
 
     def check(value: Any) -> None:
         if not isinstance(value, dict):
@@ -271,7 +270,7 @@ def mapping(item: Check, *, keys: Check = anything) -> Check:
 def record(
     required: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, others: bool | Check = False
 ) -> Check:
-    """An object with these keys. `others`: whether there may be more, as other versions may write, or their check."""
+    """An object with these keys. `others`: whether it may have more, such as later versions write, or their check."""
     known = {**required, **(optional or {})}
     other = others if callable(others) else anything
 
@@ -292,7 +291,7 @@ def record(
 
 
 def _check_items(check: Check, items: Any) -> None:
-    """Check each value of (key, value) pairs; a mismatch gets the key that leads to it."""
+    """Check the value of each (key, value) pair; adds the key to a mismatch."""
     for key, value in items:
         try:
             check(value)
