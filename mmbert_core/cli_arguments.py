@@ -1,4 +1,4 @@
-"""The argument parser: commands, options and their help, and one line for what it does not know."""
+"""The argument parser: commands, options and their help, and one-line errors for unknown words."""
 
 import argparse
 import sys
@@ -68,7 +68,7 @@ written.
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line are `InputError`s like all others: one line, and once per node."""
+    """Raises `InputError` for mistakes on the command line, so that they are printed as one line, once per node."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -237,7 +237,7 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
 
 
 def number_within(key: str) -> Callable[[str], int]:
-    """The type of an option: a whole number in the range of the setting `key`."""
+    """The `type` of an option: a whole number in the range of the setting `key`."""
     low, high = SETTINGS[key].at_least, SETTINGS[key].at_most
 
     def whole_number(word: str) -> int:
@@ -275,7 +275,7 @@ def port(word: str) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a command.
 
-    Raises `InputError` for words it does not know, with the nearest flag, and for names that are not UTF-8.
+    Raises `InputError` for an unknown flag or argument, with the nearest flag, and for words that are not UTF-8.
     """
     for word in sys.argv[1:] if argv is None else argv:
         check_path(word)
@@ -283,12 +283,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         word = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
         has_config = arguments.command in ("train", "ablate")
-        flags = (
-            [*SETTINGS, *ALIASES, "check", "seeds"]
-            if has_config
-            else [name for name in vars(arguments) if name != "command"]
-        )
-        nearest = nearest_name(word.lstrip("-"), flags)
+        config_flags = [*SETTINGS, *ALIASES, "check", "seeds"]
+        own_flags = [name for name in vars(arguments) if name != "command"]
+        nearest = nearest_name(word.lstrip("-"), config_flags if has_config else own_flags)
         kind = "flag" if word.startswith("-") else "argument"
         hint = f"did you mean '--{nearest}'?" if nearest and kind == "flag" else "--help lists all"
         raise InputError(f"command line: unknown {kind} {format_for_message(word)}; {hint}")
@@ -296,7 +293,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """One `--key` per setting with its meaning and default, grouped as in config.py."""
+    """Add one `--key` for each setting, with its meaning, range and default, grouped as in config.py."""
     hints = get_type_hints(Config)
     groups: dict[str, Any] = {}
     for name, setting in SETTINGS.items():
@@ -327,7 +324,7 @@ def is_list(hint: Any) -> bool:
 
 
 def placeholder(name: str, hint: Any) -> str:
-    """The word for a value in --help: N is a whole number, X a number; choices are listed."""
+    """The word for a value in --help: N for a whole number, X for a number, choices as a list."""
     if get_origin(hint) in (Union, types.UnionType):
         members = [placeholder(name, member) for member in get_args(hint) if member is not type(None)]
         return "|".join(dict.fromkeys(members))
@@ -341,7 +338,7 @@ def placeholder(name: str, hint: Any) -> str:
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line.
 
-    One word of a list is a scalar (`--class_weights balanced`); the word null means "not set".
+    A list of one word becomes that word (`--class_weights balanced`); the word null means "not set".
     """
     given = {key: value for key, value in vars(arguments).items() if key in SETTINGS or key in ALIASES}
     scalars = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in given.items()}

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from mmbert_core.config_setting import Setting, setting, setting_of
 from mmbert_core.runtime.errors import InputError, format_for_message
 
-# A ranking metric chooses the best step of two classes: with few rows or positives, F1 is the same, often 0, for many
-# steps. The original's metrics are the defaults of everything else.
+# Defaults for two classes when neither key is set: with few rows or positives, F1 is the same at many steps, often 0,
+# and a ranking metric is not. In all other cases the defaults are the original's.
 RANKING_DEFAULTS: dict[str, Any] = {
     "metric_choices": ("auroc", "average_precision", "f1_score", "accuracy"),
     "early_stop_metric": "val/auroc",
@@ -24,10 +24,10 @@ PREDICTION_COLUMNS = ("prob", "label", "pred", "prob_calibrated")  # names that 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of one run. Raises `InputError` when a value is out of its range or two values contradict.
+    """The settings of one run, the same on every rank.
 
-    Every rank holds the same one. `encoder` is called `tokenizer` in configs of the original module; both names are
-    read.
+    Raises `InputError` when a value is out of its range or two values contradict. Configs of the original module call
+    `encoder` `tokenizer`; `config_reader` reads both names.
     """
 
     # ---- data ----
@@ -303,17 +303,17 @@ class Config:
             )
 
     def _resolve_metrics(self) -> None:
-        """Set the metrics that the config does not name, so that the stored config has the metrics that were used."""
-        is_ranked = self.is_binary and self.metric_choices is None and self.early_stop_metric is None
-        for name, default in (RANKING_DEFAULTS if is_ranked else ORIGINAL_DEFAULTS).items():
+        """Replace metrics that are None by the defaults, so that the stored config names the metrics that were used."""
+        has_no_metric = self.metric_choices is None and self.early_stop_metric is None
+        for name, default in (RANKING_DEFAULTS if self.is_binary and has_no_metric else ORIGINAL_DEFAULTS).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
 
     def _check_ranges(self) -> None:
-        for name, about in SETTINGS.items():
+        for name, key_setting in SETTINGS.items():
             value = getattr(self, name)
             if isinstance(value, (int, float)):
-                about.check_range(name, value)
+                key_setting.check_range(name, value)
         interval = self.val_check_interval
         if interval == 0 or (isinstance(interval, float) and interval > 1):
             raise InputError(
@@ -325,18 +325,18 @@ class Config:
         if not self.model_path.strip():
             raise InputError("model_path: expected a folder, found an empty value")
         for name, path in self._paths():
-            if "\0" in path and isinstance(getattr(self, name), str):  # those of tables are checked with their globs
+            if "\0" in path and isinstance(getattr(self, name), str):  # table files are checked with their globs
                 raise InputError(f"{name}: expected a path, found a NUL character in it")
         for name, path in self._paths():
             try:
-                path.encode("utf-8")  # model folders and reports hold paths as JSON
+                path.encode("utf-8")  # model folders and reports store paths as JSON
             except UnicodeEncodeError:
                 raise InputError(
                     f"{name}: expected a path in UTF-8, found other bytes in it: {format_for_message(path)}: rename it"
                 ) from None
 
     def _paths(self) -> Iterator[tuple[str, str]]:
-        """Key and path of everything that may name a file or folder."""
+        """(key, path) of every setting that names files or folders; `encoder` may be a name on the hub."""
         for name in SETTINGS:
             if name.endswith("_path") or name == "encoder":
                 value = getattr(self, name) or ()
@@ -386,7 +386,7 @@ class Config:
 
 
 SETTINGS: dict[str, Setting] = {item.name: setting_of(item) for item in fields(Config)}  # by key, in the order above
-# Keys that may differ between a checkpoint and the run that continues it: none changes what is computed, except for
-# microbatches_per_step.
-FREE_ON_RESUME = frozenset(name for name, about in SETTINGS.items() if about.may_change_on_resume)
-FREE_BETWEEN_NODES = frozenset(name for name, about in SETTINGS.items() if about.may_differ_between_nodes)
+# Keys that may differ between a checkpoint and the run that resumes from it. None changes what a training step
+# computes, except for microbatches_per_step (dropout).
+FREE_ON_RESUME = frozenset(name for name, item in SETTINGS.items() if item.may_change_on_resume)
+FREE_BETWEEN_NODES = frozenset(name for name, item in SETTINGS.items() if item.may_differ_between_nodes)

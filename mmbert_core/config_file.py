@@ -1,6 +1,7 @@
-"""A config file (YAML, JSON) -> keys and values, in bounded time and memory whatever the file holds.
+"""A config file (YAML, JSON) -> keys and values, in bounded time and memory for any content.
 
-YAML is read without code. Aliases count as often as they are used, so that a short file cannot stand for a large one.
+YAML tags that run code are refused. The values of an alias count at each use, so that a short file cannot expand to a
+huge one.
 """
 
 import json
@@ -12,12 +13,12 @@ from mmbert_core.runtime.errors import InputError, format_for_message, shorten
 
 MAX_BYTES = 1_000_000  # of a config file
 MAX_KEYS = 1_000  # of one mapping in YAML, whose parser takes a tenth of a millisecond for each
-MAX_VALUES = 50_000  # of a YAML file: keys, values and members of lists, aliases counted as what they stand for
-CHARACTERS_PER_VALUE = 40  # of a long text, which counts as several values
-MAX_DEPTH = 20  # of mappings and lists in each other; a config needs 2
+MAX_VALUES = 50_000  # of a YAML file: keys, values and members of lists, those of an alias at each use
+CHARACTERS_PER_VALUE = 40  # a text counts as one value more for each so many characters
+MAX_DEPTH = 20  # of nested mappings and lists; a config needs 2
 MAX_DIGITS = 100  # of a number
 MAX_MESSAGE = 300  # characters of a parser's message
-# First bytes of files that are given as a config by mistake, most often the table in place of the config.
+# First bytes of files that are given as a config by mistake, most often the table instead of the config.
 SIGNATURES = {
     b"PAR1": "a Parquet file",
     b"PK\x03\x04": "a zip archive, such as an Excel workbook",
@@ -73,16 +74,14 @@ def _not_valid(path: str, text: str) -> str:
 
 
 def _is_table(path: str, text: str) -> bool:
-    """By its name, or by its first two lines: the same separators in both, and nothing that looks like a config."""
+    """By the file's name, or by its first two lines: a separator in both, and nothing that looks like a config."""
     if path.lower().endswith(TABLE_SUFFIXES):
         return True
     lines = text[:100_000].splitlines()[:2]
     if path.endswith(".json") or len(lines) < 2 or lines[0].lstrip().startswith(("{", "[", "#", "-", "%")):
         return False
     first, second = lines
-    has_columns = any(
-        first.count(separator) and first.count(separator) <= second.count(separator) for separator in ",;\t"
-    )
+    has_columns = any(0 < first.count(separator) <= second.count(separator) for separator in ",;\t")
     return has_columns and ": " not in first and not first.endswith(":")
 
 
@@ -94,7 +93,7 @@ def _as_key(key: Any) -> str:
 
 
 def check_repeats(keys: list[Any]) -> None:
-    """Raise `ValueError` for a key that a mapping has twice: a mistake, where the parsers would take the last value."""
+    """Raise `ValueError` for a key that a mapping has twice: the parsers would take the last value silently."""
     seen: set[Any] = set()
     for key in keys:
         if key in seen:
@@ -124,14 +123,15 @@ def _whole_number(digits: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, without repeated keys, and within the bounds above. Raises only `yaml.YAMLError`."""
+    """Safe YAML without repeated keys, within the bounds above. Raises only `yaml.YAMLError`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._num_values = self._depth = 0
-        self._sizes: dict[str, int] = {}  # anchor -> number of values it stands for, once it is complete
+        self._sizes: dict[str, int] = {}  # anchor -> number of values of its node, once that is complete
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """PyYAML's step from events to a node, with the bounds. A mapping's keys have the `index` None."""
         event = self.peek_event()
         if isinstance(parent, yaml.MappingNode) and index is None and len(parent.value) >= MAX_KEYS:
             some = ", ".join(format_for_message(key.value, 30) for key, _ in parent.value[:3])
@@ -168,7 +168,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A node's value. Raises an error with its line for one that cannot be converted (`!!int ""`, 2026-02-31)."""
+        """A node's value. A value that cannot be converted (`!!int ""`, 2026-02-31) is an error that names its line."""
         kind = node.tag.rpartition(":")[2]
         if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
             problem = f"expected a number of at most {MAX_DIGITS} digits, found one of {len(node.value):,}"
@@ -176,10 +176,10 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            what = format_for_message(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            value = format_for_message(node.value) if isinstance(node, yaml.ScalarNode) else "this"
             # a ValueError names the cause, such as a day that the month lacks; others are internals of the parser
             reason = f" ({error})" if type(error) is ValueError else ""
-            problem = f"{what} cannot be read as {kind}{reason}"
+            problem = f"{value} cannot be read as {kind}{reason}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
@@ -188,7 +188,7 @@ def _error(event: yaml.Event, problem: str) -> yaml.composer.ComposerError:
 
 
 def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
-    """What is wrong, and where."""
+    """The parser's message on one line, with line and column."""
     mark = error.problem_mark or error.context_mark
     where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
     words = ", ".join(filter(None, [error.context, error.problem]))

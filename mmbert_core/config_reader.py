@@ -1,6 +1,6 @@
 """Config files (YAML, JSON) and `--key value` flags -> `Config`.
 
-A file comes first, flags override it. Unknown keys are errors that name the nearest known key.
+Flags override the file. Unknown keys are errors that name the nearest known key.
 """
 
 import logging
@@ -18,9 +18,9 @@ from mmbert_core.storage.files import read_json
 logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
-ALIASES = ("tokenizer", "fp16")  # of the original: encoder, precision
+ALIASES = ("tokenizer", "fp16")  # the original's names of encoder and precision
 IGNORED_KEYS = ("full_field_list", "need_language_detect")  # of the original's data pipeline; no use here
-MAX_NAMED, MAX_KEY_CHARACTERS = 5, 40  # unknown keys in a message, and characters of one
+MAX_NAMED, MAX_KEY_CHARACTERS = 5, 40  # unknown keys that a message lists, and characters of each
 LIST_OF_KEYS = "`train.py --help` lists all keys"
 NONE_WORDS = ("none", "null", "")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -32,13 +32,14 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     Raises `InputError` with the key and what was expected.
     """
     values = _checked(read_config_file(path), path) if path else {}
-    flags = _checked(overrides or {}, COMMAND_LINE)  # apart, so that --encoder wins over the file's tokenizer too
+    # translated before they are merged, so that --encoder also overrides the file's `tokenizer`
+    flags = _checked(overrides or {}, COMMAND_LINE)
     source = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
     return _build(_with_metrics_of_the_run({**values, **flags}), source)
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Config:
-    """Check names, translate the original's keys, convert values to the key's type, build the `Config`.
+    """A `Config` from keys and values, also with the original's names.
 
     Raises `InputError`, whose message begins with `source`.
     """
@@ -46,7 +47,7 @@ def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Co
 
 
 def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The values of one source under today's names, each of its key's type."""
+    """The values of a file or of the flags: the original's names translated, each value of its key's type."""
     values = _translate_original_keys(_with_original_metrics(values, source), source)
     if unknown := [key for key in values if key not in SETTINGS]:
         raise InputError(f"{source}: {_unknown_keys(unknown)}")
@@ -54,9 +55,9 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _with_original_metrics(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A file with keys that only the original had keeps the original's metrics.
+    """For a file with keys that only the original had, the metrics that it does not set are the original's.
 
-    A flag such as --tokenizer is no such file.
+    Not for flags: `--tokenizer` says nothing about the metrics.
     """
     if source == COMMAND_LINE or not any(key in values for key in (*ALIASES, *IGNORED_KEYS)):
         return dict(values)
@@ -64,25 +65,25 @@ def _with_original_metrics(values: Mapping[str, Any], source: str) -> dict[str, 
 
 
 def _with_metrics_of_the_run(values: dict[str, Any]) -> dict[str, Any]:
-    """A config that names no metric, of a run that has checkpoints, keeps the metrics that the run started with.
+    """For a config without metrics whose run has checkpoints, the metrics are those that the run started with.
 
-    Version 0.2 had other defaults for two classes.
+    A run that version 0.2 began had other defaults for two classes.
     """
     folder = Path(values.get("model_path") or "")
     if any(values.get(key) is not None for key in ORIGINAL_DEFAULTS) or values.get("resume") == "never":
         return values
     try:
-        if not (folder / "checkpoints").is_dir():  # raises for a name that is too long or a folder that may not be read
+        if not (folder / "checkpoints").is_dir():  # raises for a name that is too long or a folder without access
             return values
-        started_with = read_json(folder / "config.json")["config"]
-        metrics = {key: started_with[key] for key in ORIGINAL_DEFAULTS}
+        run_config = read_json(folder / "config.json")["config"]
+        metrics = {key: run_config[key] for key in ORIGINAL_DEFAULTS}
         return values | _checked(metrics, str(folder / "config.json"))
-    except (OSError, ValueError, KeyError, TypeError):  # the reader of the whole folder reports what is wrong with it
+    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the folder is reported when it is loaded
         return values
 
 
 def _unknown_keys(unknown: list[str]) -> str:
-    """Each with the key that was probably meant; of many, the first few and their number."""
+    """For a message: each unknown key with the key that was probably meant; of many, the first few."""
     nearest = [nearest_name(key, [*SETTINGS, *ALIASES]) for key in unknown[:MAX_NAMED]]
     keys = [format_for_message(key, MAX_KEY_CHARACTERS) for key in unknown[:MAX_NAMED]]
     if len(unknown) == 1:
@@ -93,7 +94,7 @@ def _unknown_keys(unknown: list[str]) -> str:
 
 
 def _build(values: Mapping[str, Any], source: str) -> Config:
-    """Raises `InputError`, beginning with `source`: a missing key, a value out of its range, a contradiction."""
+    """Build the `Config`. Raises `InputError`, beginning with `source`, also for a missing key."""
     for name, setting in SETTINGS.items():
         if setting.is_required and name not in values:
             raise InputError(f"{source}: the key {name!r} is required: {setting.meaning}")
@@ -119,21 +120,21 @@ def _translate_original_keys(values: dict[str, Any], source: str) -> dict[str, A
         values["encoder"] = tokenizer
     if (fp16 := values.pop("fp16", None)) is not None:
         fp16, precision = coerce("fp16", fp16, bool, source=source), values.get("precision")
-        meant = "fp16" if fp16 else "fp32"  # the original had no other
-        if precision not in (None, meant):
+        translated = "fp16" if fp16 else "fp32"  # the original had no other precision
+        if precision not in (None, translated):
             raise InputError(
                 f"{source}: fp16 is {str(fp16).lower()} and precision is {format_for_message(precision)}: "
                 f"they contradict, keep precision"
             )
-        values["precision"] = meant
+        values["precision"] = translated
     return values
 
 
-# ---- values of a file or a shell as the types of Config ----
+# ---- values of a file or a shell -> the types of Config ----
 
 
 def coerce_all(values: Mapping[str, Any], *, source: str = "config") -> dict[str, Any]:
-    """Values of a mapping, each converted to the type of its key; None means "not set" and becomes the default."""
+    """Convert each value to the type of its key. None means "not set" and becomes the default of its key."""
     hints = get_type_hints(Config)
     result = {}
     for key, value in values.items():
@@ -143,7 +144,7 @@ def coerce_all(values: Mapping[str, Any], *, source: str = "config") -> dict[str
 
 
 def coerce(key: str, value: Any, hint: Any, *, source: str) -> Any:
-    """`value` as the type `hint`; strings are read as a file or a shell gives them (YAML reads 2e-4 as a string).
+    """Convert `value` to the type `hint`. Strings are parsed: a shell has no numbers, and YAML reads 2e-4 as a string.
 
     Raises `InputError` for a value that is not of that type.
     """
@@ -167,7 +168,7 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _coerce_one(value: Any, hint: Any) -> Any:
-    """One member of a union; raises TypeError or ValueError when `value` is not of it."""
+    """Convert `value` to one member of a union. Raises TypeError or ValueError when it is not of that type."""
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
@@ -195,7 +196,7 @@ def _coerce_one(value: Any, hint: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """A type in words, for error lines."""
+    """A type in words, for error messages."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe(member) for member in get_args(hint))
     if get_origin(hint) is Literal:

@@ -1,4 +1,4 @@
-"""What is known of one key of the config: default, meaning, range, and when it may change."""
+"""Everything declared about one key of the config: default, meaning, range, and when it may change."""
 
 from dataclasses import MISSING, Field, dataclass, field
 from typing import Any
@@ -8,14 +8,14 @@ from mmbert_core.runtime.errors import InputError, format_for_message
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Everything about a key but its name and type, which the dataclass `Config` has."""
+    """Everything about a key except its name and type, which the fields of `Config` have."""
 
     default: Any  # MISSING: the key is required
     meaning: str
     group: str  # title in --help and in the documentation
     at_least: float | None  # bounds of its numbers, both included; None: it holds no numbers
     at_most: float | None
-    may_change_on_resume: bool  # between a checkpoint and the run that continues it
+    may_change_on_resume: bool  # between a checkpoint and the run that resumes from it
     may_differ_between_nodes: bool
     default_in_words: str  # for --help and the documentation
 
@@ -25,11 +25,11 @@ class Setting:
 
     @property
     def range_in_words(self) -> str:
-        """Such as "1 to 1,000"; "" for a key without numbers."""
+        """For example "1 to 1,000"; "" for a key without numbers."""
         return "" if self.at_most is None else f"{self.at_least} to {self.at_most:,}"
 
     def check_range(self, name: str, value: float) -> None:
-        """Raise `InputError` for a number outside of the range, NaN among them."""
+        """Raise `InputError` for a number outside of the range, and for NaN."""
         if self.at_least is None or self.at_most is None:
             return
         if not value >= self.at_least:
@@ -53,12 +53,12 @@ def setting(
     may_differ_between_nodes: bool = False,
     default_in_words: str | None = None,
 ) -> Any:
-    """A dataclass field for one key; `...` as default means required.
+    """A dataclass field for one key; the default `...` means that the key is required.
 
-    `at_least` and `at_most` bound its numbers; words such as auto are outside of any range.
+    `at_least` and `at_most` bound numbers only, not words such as auto.
     `default_in_words`: for a default that depends on other keys.
     """
-    about = Setting(
+    declared = Setting(
         default=MISSING if default is ... else default,
         meaning=meaning,
         group=group,
@@ -68,11 +68,11 @@ def setting(
         may_differ_between_nodes=may_differ_between_nodes,
         default_in_words=default_in_words or _in_words(default),
     )
-    return field(default=about.default, metadata={"setting": about})
+    return field(default=declared.default, metadata={"setting": declared})
 
 
 def setting_of(item: Field) -> Setting:
-    """The `Setting` of a field that `setting` has made."""
+    """The `Setting` of a field that `setting` has created."""
     return item.metadata["setting"]
 
 

@@ -1,4 +1,4 @@
-"""The key that an unknown word was probably meant to be: synonyms of other programs first, then the nearest name."""
+"""The key that an unknown key was probably meant to be: by synonyms from other programs, then by similar spelling."""
 
 import difflib
 from collections.abc import Sequence
@@ -88,9 +88,9 @@ SYNONYMS = {word: key for key, words in NAMES_ELSEWHERE.items() for word in word
 
 
 def nearest_name(word: str, names: Sequence[str]) -> str | None:
-    """The one of `names` that `word` probably means: by synonym, else the first that begins so, else the nearest."""
+    """The one of `names` that `word` probably means: by synonym, else the first that starts so, else the nearest."""
     word = word[:MAX_COMPARED].lower().replace("-", "_").replace(" ", "_").strip("_")
     if SYNONYMS.get(word) in names:
         return SYNONYMS[word]
-    beginning = next((name for name in names if word and name.startswith(word)), None)
-    return beginning or next(iter(difflib.get_close_matches(word, names, n=1)), None)
+    longer = next((name for name in names if word and name.startswith(word)), None)
+    return longer or next(iter(difflib.get_close_matches(word, names, n=1)), None)
