@@ -8,6 +8,7 @@ from mmbert_core import cli
 from mmbert_core.config import FREE_BETWEEN_NODES, FREE_ON_RESUME, SETTINGS, Config
 from mmbert_core.config_reader import config_from_dict, read_config
 from mmbert_core.runtime.errors import InputError
+from mmbert_core.runtime.ranks import DistContext
 from tests.support import config_table, tiny
 from tests.support.configs import REQUIRED, write
 
@@ -172,11 +173,11 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch, words, key, value):
     }
     seen: list[Config] = []
 
-    def stop_here(config: Config) -> None:
+    def stop_here(config: Config, context: DistContext) -> None:
         seen.append(config)
         raise InputError("far enough")
 
-    monkeypatch.setattr(cli, "prepare", stop_here)
+    monkeypatch.setattr(cli, "run_training", stop_here)
     assert cli.main(["train", write(tmp_path, json.dumps(file), "run.json"), *words]) == 2
     found = getattr(seen[0], key)
     assert found == value and type(found) is type(value)
