@@ -1,6 +1,6 @@
-"""The report of evaluated rows, as report.json and report.html.
+"""The report of evaluated rows, as report.json and report.html. Rank 0 only.
 
-Everything runs on rank 0 alone, and a section that fails has its reason instead: a report never ends a run.
+A section that fails is replaced by the reason: an error in a report does not end a run.
 """
 
 import logging
@@ -55,7 +55,10 @@ Section = TypeVar("Section")
 
 
 def write_report(evaluate: Callable[[], EvaluatedRows], folder: Path) -> bool:
-    """Write report.json and report.html of what `evaluate` returns; whether it succeeded. Raises `OSError` only."""
+    """Write report.json and report.html of the rows that `evaluate` returns. Returns whether both were written.
+
+    Raises `OSError` only; every other error is logged as a warning.
+    """
     try:
         report = build_report(evaluate())
         with slow_step(PAGE):
@@ -63,14 +66,17 @@ def write_report(evaluate: Callable[[], EvaluatedRows], folder: Path) -> bool:
             write_text(folder / PAGE, render(report))
     except OSError:
         raise
-    except Exception as error:  # noqa: BLE001 - the figures are written
+    except Exception as error:  # noqa: BLE001 - test_metrics.json is already written
         logger.warning("no %s: %s: %s", PAGE, type(error).__name__, error)
         return False
     return True
 
 
 def render_again(folder: Path) -> Path:
-    """report.html of the report.json in `folder`. Raises `InputError` where there is none, or one that is invalid."""
+    """Write report.html again from the report.json in `folder`; returns its path.
+
+    Raises `InputError` for a missing or invalid report.json.
+    """
     try:
         report = report_of(read_json(folder / REPORT, check_report))
     except FileNotFoundError:
@@ -80,16 +86,16 @@ def render_again(folder: Path) -> Path:
     try:
         page = render(report)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
-            f"{folder / REPORT}: expected a report that can be drawn, found one that cannot ({what})"
+            f"{folder / REPORT}: expected a report that can be drawn, found one that cannot ({reason})"
         ) from None
     write_text(folder / PAGE, page)
     return folder / PAGE
 
 
 def build_report(evaluated: EvaluatedRows) -> Report:
-    """All sections, each with its figures or its reason."""
+    """The report with all sections; a section without figures has the reason instead."""
     config, dataset = evaluated.loaded.config, evaluated.dataset
     paths = dataset.encoded.paths
     files = ", ".join(Path(path).name for path in paths)
@@ -115,7 +121,7 @@ def build_report(evaluated: EvaluatedRows) -> Report:
 
 
 def labelled_sections(evaluated: EvaluatedRows) -> dict[str, Any]:
-    """The sections that compare predictions with labels, by the report's key."""
+    """The sections that compare predictions with labels, by key of the report."""
     preds, names, decision = evaluated.preds, evaluated.class_names, evaluated.loaded.decision
     if not evaluated.dataset.has_labels or len(evaluated.dataset) == 0:
         labels = np.empty(0)
@@ -140,7 +146,7 @@ def labelled_sections(evaluated: EvaluatedRows) -> dict[str, Any]:
 
 
 def section_or_error(key: str, section: Callable[[], Section]) -> Section | Missing:
-    """What `section` returns, or the error that it raises: one section less, but the report is written."""
+    """The result of `section`, or its error as the reason, so that the rest of the report is written."""
     try:
         with slow_step(f"report, {key}"):
             return section()
@@ -161,6 +167,7 @@ def metrics_section(evaluated: EvaluatedRows) -> Metrics:
 
 
 def cell(figures: Mapping[str, Any], key: str) -> Cell:
+    """The value, interval and reason of one metric in test_metrics.json's figures."""
     interval = figures.get("intervals", {}).get(key)
     return Cell(
         value=figures.get(key),
@@ -199,17 +206,17 @@ def slices_section(evaluated: EvaluatedRows) -> Slices | Missing:
     )
     if not slices:
         return Missing(f"no value and no quarter of a column has {MIN_ROWS} rows")
-    return Slices(metric=metric, rows=[from_json(Slice, each.to_json()) for each in slices[:MAX_SLICES]])
+    return Slices(metric=metric, rows=[from_json(Slice, row.to_json()) for row in slices[:MAX_SLICES]])
 
 
 def slice_metric(config: Config) -> str:
-    """The main metric; of several classes one that is also defined on a slice that lacks some of them."""
+    """The main metric; accuracy if the main one needs rows of all of several classes, which a slice may lack."""
     metric = main_metric(config)
     return "accuracy" if not config.is_binary and metric.startswith(("auroc", "average_precision")) else metric
 
 
 def named_columns(evaluated: EvaluatedRows, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The `slice_columns`: those of the model, and others from the file, as numbers if all cells are, else as texts."""
+    """The `slice_columns`: the model's from `columns`, others from the file, as numbers if all cells are numbers."""
     wanted = list(dict.fromkeys(evaluated.slice_columns))
     others = [name for name in wanted if name not in columns]
     cells: dict[str, list[str]] = {name: [] for name in others}
@@ -221,7 +228,7 @@ def named_columns(evaluated: EvaluatedRows, columns: Mapping[str, Any]) -> dict[
     rows = evaluated.dataset.rows
     read: dict[str, Any] = {name: [values[row] for row in rows] for name, values in cells.items()}
     for name, values in read.items():
-        if not BOOLEANS.keys() & set(values):  # true and false are two values rather than 1 and 0
+        if not BOOLEANS.keys() & set(values):  # true and false stay two texts instead of 1 and 0
             with suppress(ValueError):
                 read[name] = np.array([number_of(value) for value in values])
     return {name: columns[name] if name in columns else read[name] for name in wanted}

@@ -1,6 +1,6 @@
 """Charts as inline SVG: pure functions of numbers and names.
 
-Every chart names itself (title) and says what it shows (desc).
+Every chart has a title and a description for screen readers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,16 +27,16 @@ from mmbert_core.report.svg import (
 )
 from mmbert_core.report.thinning import evenly_spaced
 
-WIDTH, HEIGHT = 380, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 22, 10, 40  # margins, with the labels of the axes
-MAX_POINTS = 400  # of a curve: about one for a unit of the picture
-MAX_MARKED = 60  # points of a curve; more carry no markers
-MAX_LABEL = 48  # characters of an axis' name
+WIDTH, HEIGHT = 380, 300  # of a chart, in units of its view box, as all lengths here
+LEFT, RIGHT, TOP, BOTTOM = 58, 22, 10, 40  # margins around a plot, for the labels of its axes
+MAX_POINTS = 400  # of a curve: about one per unit of width
+MAX_MARKED = 60  # points of a curve with markers; a curve with more points has none
+MAX_LABEL = 48  # characters of an axis label
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The label and the range of one side of a plot."""
+    """The label and the range of one axis of a plot."""
 
     label: str
     low: float = 0.0
@@ -45,7 +45,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by lines, or by steps that hold a y until the next x; `marker`: "dot", "square" or none."""
+    """A curve through points; `step`: y stays constant until the next x. `marker`: "dot", "square" or none."""
 
     name: str
     x: Sequence[float]
@@ -66,7 +66,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a chart is called, and what it shows in words for those who do not see it."""
+    """A chart's title and its description for screen readers."""
 
     title: str
     desc: str
@@ -74,7 +74,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with what the page shows around it: its title, a legend of (swatch, name, words), and a note."""
+    """A chart with the texts around it on the page: a title, a legend of (swatch, name, words), and a note."""
 
     title: str
     svg: Markup | None  # None: no values to draw
@@ -83,7 +83,7 @@ class Chart:
 
 
 def legend(lines: Sequence[Line], words: Sequence[str] = ()) -> list[tuple[Markup, str, str]]:
-    """Each line's swatch and name and, where there are some, words."""
+    """(swatch, name, words) of each line; `words` are "" where there are none for a line."""
     return [(swatch(line.style, line.marker), line.name, text or "") for line, text in zip_longest(lines, words)]
 
 
@@ -105,37 +105,38 @@ def histograms(
     label: str,
     dashed_at: float | None = None,
 ) -> Markup:
-    """One histogram under the other, each as high as its own largest bin, with a dashed line through all."""
-    each = 92
-    height = len(counts) * each + BOTTOM
+    """Histograms in a column, each scaled to its own largest bin, with a dashed line through all at `dashed_at`.
+
+    `edges` [bins + 1], `counts`: name -> [bins].
+    """
+    row_height = 92
+    height = len(counts) * row_height + BOTTOM
     x_of = Frame(Axis(label, edges[0], edges[-1]), Axis(""), WIDTH, height, left=RIGHT).x_of
     drawn = []
     for index, (name, column) in enumerate(counts.items()):
-        bottom, highest = (index + 1) * each, max(column, default=0)
+        bottom, highest = (index + 1) * row_height, max(column, default=0)
         bars = []
         for (low, high), value in zip(pairwise(edges), column, strict=False):
             if value:
-                start, end, tall = x_of(low), x_of(high), value / highest * (each - 32)
-                bars.append(
-                    element("rect", x=start + 0.5, y=bottom - tall, width=max(end - start - 1, 0.5), height=tall)
-                )
+                start, bar_height = x_of(low) + 0.5, value / highest * (row_height - 32)
+                width = max(x_of(high) - x_of(low) - 1, 0.5)
+                bars.append(element("rect", x=start, y=bottom - bar_height, width=width, height=bar_height))
         words = f"{short(name, 26)}: {count(sum(column))} rows, at most {count(highest)} in a bar"
-        drawn.append(element("text", words, x=RIGHT, y=bottom - each + 20, class_="strong"))
+        drawn.append(element("text", words, x=RIGHT, y=bottom - row_height + 20, class_="strong"))
         drawn.append(element("g", *bars or [""], class_=f"fill s{index % STYLES}"))
         drawn.append(path(f"M{RIGHT} {bottom}H{WIDTH - RIGHT}", class_="axis"))
         if dashed_at is not None:
-            drawn.append(path(f"M{length(x_of(dashed_at))} {bottom - each + 28}V{bottom}", class_="guide"))
-    return picture(
-        WIDTH, height, texts.title, texts.desc, *drawn, *_x_axis(edges[0], edges[-1], x_of, height, label, 15)
-    )
+            drawn.append(path(f"M{length(x_of(dashed_at))} {bottom - row_height + 28}V{bottom}", class_="guide"))
+    axis = _x_axis(edges[0], edges[-1], x_of, height, label, 15)
+    return picture(WIDTH, height, texts.title, texts.desc, *drawn, *axis)
 
 
 def reliability(series: Mapping[str, Sequence[Bin]], texts: Texts, *, x_label: str, y_label: str) -> Markup:
     """Bins as points (mean predicted, share found), with the diagonal where both are equal; empty bins are left out."""
     lines = []
     for style, (name, bins) in enumerate(series.items()):
-        full = [each for each in bins if each.rows and is_number(each.mean) and is_number(each.share)]
-        x, y = [each.mean for each in full], [each.share for each in full]
+        full = [bin_ for bin_ in bins if bin_.rows and is_number(bin_.mean) and is_number(bin_.share)]
+        x, y = [bin_.mean for bin_ in full], [bin_.share for bin_ in full]
         lines.append(Line(name, x, y, style, marker=MARKERS[style % 2]))
     return plot(lines, Axis(x_label), Axis(y_label), texts, guides=[Guide((0, 0), (1, 1))])
 
@@ -144,13 +145,13 @@ Interval = Sequence[float] | None
 
 
 def interval_dots(rows: Sequence[tuple[str, float, Interval]], texts: Texts, *, label: str) -> Markup:
-    """(name, value, interval or None) one under the other on one scale, each value written next to its name."""
-    each, height = 40, len(rows) * 40 + BOTTOM
+    """`rows` of (name, value, interval or None) in a column on one scale, each value written next to its name."""
+    row_height, height = 40, len(rows) * 40 + BOTTOM
     low, high = range_of([bound for _, value, ends in rows for bound in (value, *(ends or ()))])
     x_of = Frame(Axis(label, low, high), Axis(""), WIDTH, height, left=RIGHT).x_of
     drawn = []
     for index, (name, value, ends) in enumerate(rows):
-        middle, style = index * each + 30, min(index, 1)
+        middle, style = index * row_height + 30, min(index, 1)
         words, kind = f"{short(name, 34)}: {decimals(value)}", "strong" if index == 0 else ""
         drawn.append(element("text", words, x=RIGHT, y=middle - 13, class_=kind))
         drawn.append(path(f"M{RIGHT} {middle}H{WIDTH - RIGHT}", class_="grid"))
@@ -158,11 +159,11 @@ def interval_dots(rows: Sequence[tuple[str, float, Interval]], texts: Texts, *, 
     return picture(WIDTH, height, texts.title, texts.desc, *drawn, *_x_axis(low, high, x_of, height, label, 17))
 
 
-# ---- charts for a cell of a table ----
+# ---- charts in table cells ----
 
 
 def interval_dot(value: float, ends: Interval, scale: tuple[float, float], *, reference: float | None = None) -> Markup:
-    """A value with its interval; `reference` is a dashed line across."""
+    """A value with its interval; `reference`: a value marked by a dashed line."""
     x_of = Frame(Axis("", *scale), Axis(""), 120, 18, left=5, right=5).x_of
     line = [path(f"M{length(x_of(reference))} 1V17", class_="guide")] if reference is not None else []
     title = f"{decimals(value)}" + (f", from {decimals(ends[0])} to {decimals(ends[1])}" if ends else ", no interval")
@@ -171,7 +172,7 @@ def interval_dot(value: float, ends: Interval, scale: tuple[float, float], *, re
 
 
 def bar(value: float, spread: float | None, scale: tuple[float, float]) -> Markup:
-    """A bar from zero, its spread as a thin line at its end; below zero it runs left."""
+    """A bar from zero to `value`, leftwards if that is negative, with the spread as a thin line at its end."""
     x_of = Frame(Axis("", *scale), Axis(""), 160, 18, left=2, right=2).x_of
     zero, end = x_of(0.0), x_of(value)
     kind, width = "fill s0" if value >= 0 else "fill s1", max(abs(end - zero), 0.5)
@@ -182,7 +183,7 @@ def bar(value: float, spread: float | None, scale: tuple[float, float]) -> Marku
 
 
 def shares(pairs: Sequence[tuple[str, float]]) -> Markup:
-    """Shares of a whole side by side; of many the largest, the others as one."""
+    """A stacked bar of (name, share) pairs; of more than STYLES, the largest ones and the sum of the others."""
     if len(pairs) > STYLES:
         pairs = sorted(pairs, key=lambda pair: -pair[1])
         pairs = [*pairs[: STYLES - 1], ("all others", sum(share for _, share in pairs[STYLES - 1 :]))]
@@ -202,7 +203,7 @@ def shares(pairs: Sequence[tuple[str, float]]) -> Markup:
 
 
 class Frame:
-    """From numbers to lengths inside the margins."""
+    """Converts numbers to lengths inside the margins, and draws axes, lines and guides there."""
 
     def __init__(
         self, x: Axis, y: Axis, width: float, height: float, *, left: float = LEFT, right: float = RIGHT
@@ -254,14 +255,14 @@ class Frame:
 
 
 def _share_of(value: float, axis: Axis) -> float:
-    """Where a number lies between the ends of an axis, 0 to 1."""
+    """The position of a number between the ends of an axis, 0 to 1."""
     return min(1.0, max(0.0, (value - axis.low) / (axis.high - axis.low))) if axis.high > axis.low else 0.5
 
 
 def _x_axis(
     low: float, high: float, x_of: Callable[[float], float], height: float, label: str, below: float
 ) -> list[Markup]:
-    """Tick labels `below` the frame, and the axis' name."""
+    """Tick labels, `below` units under the frame, and the label of the axis."""
     y = height - BOTTOM + below
     numbers = [element("text", tick_label(value), x=x_of(value), y=y, class_="mid") for value in ticks(low, high)]
     return [*numbers, element("text", short(label, MAX_LABEL), x=WIDTH // 2, y=height - 6, class_="mid")]
@@ -270,7 +271,7 @@ def _x_axis(
 def _whisker(
     x_of: Callable[[float], float], value: float, ends: Interval, middle: float, style: int, radius: float
 ) -> Markup:
-    """A dot (the first) or a square with its interval."""
+    """A value's marker, a dot for style 0 and a square for style 1, with its interval as a line."""
     line = [path(f"M{length(x_of(ends[0]))} {middle}H{length(x_of(ends[1]))}")] if ends else []
     dot = marker(x_of(value), middle, MARKERS[style], radius)
     return element("g", *line, dot, class_=f"line solid s{style}")

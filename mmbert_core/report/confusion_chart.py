@@ -1,4 +1,4 @@
-"""The confusion grid as inline SVG. K classes."""
+"""The confusion matrix as inline SVG. K classes."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from mmbert_core.report.formatting import brief, count, percent, short
 from mmbert_core.report.svg import element, length, path, picture
 
 SHADES = (0.0, 0.02, 0.1, 0.25, 0.5)  # largest share of the label's rows of shade 0, 1, ...; shade 5 is above the last
-MAX_NUMBERED = 10  # classes whose cells carry numbers; of more they have a hover text
-CELL, MAX_CELL = 18, 96  # side of a cell without a number, and of the largest with one
+MAX_NUMBERED = 10  # classes of a grid with numbers in its cells; with more classes, cells have a hover text only
+CELL, MAX_CELL = 18, 96  # sides of a cell without a number, and of the largest cell with one
 
 
 def confusion_grid(counts: Sequence[Sequence[int]], names: Sequence[str], texts: Texts) -> Markup:
@@ -18,7 +18,7 @@ def confusion_grid(counts: Sequence[Sequence[int]], names: Sequence[str], texts:
     numbered = len(names) <= MAX_NUMBERED
     side = min(max(46, 300 // max(len(names), 1)) if numbered else CELL, MAX_CELL)
     max_length = 14 if numbered else 18
-    upright = not numbered or len(names) > 3  # names of the columns that are turned by 90 degrees
+    upright = not numbered or len(names) > 3  # the columns' names are turned by 90 degrees
     left = 34 + 6.4 * max((min(len(short(name, max_length)), max_length) for name in names), default=1)
     top = 26 + (left - 30 if upright else 18)
     drawn = []
@@ -36,7 +36,7 @@ def confusion_grid(counts: Sequence[Sequence[int]], names: Sequence[str], texts:
     drawn.append(element("text", "predicted", x=left, y=14, class_="strong"))
     turned = f"rotate(-90 12 {length(centre)})"
     drawn.append(element("text", "label", x=12, y=centre, class_="strong mid", transform=turned))
-    # few classes keep the size of their texts: the picture is as wide as the other charts
+    # with few classes the picture is as wide as the other charts, so that its texts have the same size
     width, kind = (max(width, WIDTH), "chart") if numbered else (width, "chart wide")
     return picture(width, height, texts.title, texts.desc, *drawn, kind=kind)
 
@@ -44,7 +44,7 @@ def confusion_grid(counts: Sequence[Sequence[int]], names: Sequence[str], texts:
 def _row(
     row: Sequence[int], index: int, names: Sequence[str], corner: tuple[float, float, float], numbered: bool
 ) -> list[Markup]:
-    """The cells of one label; cells without rows are only drawn where all carry a number."""
+    """The cells of one label. `corner`: left, top, and side of a cell. Without numbers, empty cells are not drawn."""
     left, top, side = corner
     total = sum(row)
     drawn = [] if numbered else [path(f"M{length(left)} {length(top)}h{length(len(row) * side)}", class_="grid")]
@@ -56,7 +56,7 @@ def _row(
         words = f"label {short(names[index])}, predicted {short(names[column])}: {count(value)} ({percent(share)})"
         size: dict[str, str | float] = {"x": x + 1, "y": top + 1, "width": side - 2, "height": side - 2, "rx": 2}
         if index == column:
-            size["class_"] = "right"  # the diagonal has an outline: right without any colour
+            size["class_"] = "right"  # the diagonal has an outline, so that colour is not needed to see it
         cell = [element("rect", element("title", words), **size)]
         if numbered:
             cell.append(element("text", brief(value), x=x + side / 2, y=top + side / 2 + 4, class_="mid"))
@@ -65,12 +65,12 @@ def _row(
 
 
 def shade(share: float) -> int:
-    """0 for none, up to 5: fine steps for few rows, as the mistakes are there."""
+    """0 for no rows, up to 5. The steps are finer for small shares, which mistakes have."""
     return next((index for index, edge in enumerate(SHADES) if share <= edge), len(SHADES))
 
 
 def shades() -> list[tuple[Markup, str]]:
-    """For a legend: each shade as a square, and the share that it stands for."""
+    """(square, words) of a legend: each shade and its range of shares."""
     words = [f"up to {edge:.0%}" for edge in SHADES[1:]] + [f"above {SHADES[-1]:.0%}"]
     legend = []
     for index, word in enumerate(words, 1):

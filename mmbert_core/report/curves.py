@@ -1,7 +1,7 @@
-"""Sections of a report that follow from predictions and labels only.
+"""Sections of a report that are computed from predictions and labels only.
 
-N rows, K classes; `preds` [N] are probabilities of class 1, or [N, K] of each class. A section that cannot be computed
-is `Missing` with its reason.
+N rows, K classes; `preds` are probabilities: [N] of class 1 (binary), or [N, K]. `labels` are class indices [N]. A
+section that cannot be computed is `Missing` with the reason.
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ from mmbert_core.report.report_schema import (
 from mmbert_core.report.thinning import evenly_along
 from mmbert_core.report.typed_json import Missing
 
-MAX_CURVES = 10  # with more classes, the most frequent ones
+MAX_CURVES = 10  # with more classes: those of the most frequent ones
 MAX_POINTS = 300  # of a curve
 MAX_MISTAKES = 15  # pairs of label and predicted class
 BINS = 10  # of the calibration
-BARS = 40  # of the histogram
-RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # the table has the thresholds that reach them
+BARS = 40  # of the histogram of probabilities
+RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # the table has the highest threshold that reaches each
 
 
 def threshold_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Threshold | Missing:
-    """The chosen threshold with its figures on the validation rows, and other thresholds on these rows; binary only."""
+    """Binary only. The chosen threshold with its figures on the validation rows; a table of others on these rows."""
     if preds.ndim == 2:
         return Missing("several classes: the largest probability decides")
     chosen, table = decision.threshold, []
@@ -61,14 +61,14 @@ def _table_row(preds: np.ndarray, labels: np.ndarray, value: float) -> Threshold
 
 
 def calibration_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Calibration:
-    """The temperature, and how often rows with a probability of about p were of the class, before and after it."""
+    """The temperature, and bins of predicted probability and share of rows of the class, before and after scaling."""
     calibration = decision.calibration
     bins, calibrated_bins = _bins(preds, labels), _bins(calibration.apply(preds), labels)
     return Calibration(**calibration.to_json(), bins=bins, calibrated_bins=calibrated_bins)
 
 
 def _bins(preds: np.ndarray, labels: np.ndarray) -> list[Bin]:
-    """Of the probability of class 1, or, of several classes, of the predicted one."""
+    """Bins by the probability of class 1, or, with several classes, by that of the predicted class."""
     confidence, hit = (preds, labels == 1) if preds.ndim == 1 else (preds.max(axis=1), preds.argmax(axis=1) == labels)
     bin_of_row = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)
     bins = []
@@ -93,7 +93,7 @@ def roc_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str
 def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Curves | Missing:
     curves = {}
     for name, curve in _curves_by_class(preds, labels, class_names):
-        precision = np.append(curve.precision[1], curve.precision[1:])  # of no rows: as of the first
+        precision = np.append(curve.precision[1], curve.precision[1:])  # at recall 0 undefined: as at the next point
         area = within_range("average_precision", float(np.diff(curve.recall) @ curve.precision[1:]))
         curves[name] = Curve(
             **_points(curve.recall, precision), area=area, share=float(curve.true_positives[-1] / curve.num_rows)
@@ -104,7 +104,7 @@ def precision_recall_section(preds: np.ndarray, labels: np.ndarray, class_names:
 def _curves_by_class(
     preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> list[tuple[str, ThresholdCurve]]:
-    """Of classes that some rows have and others have not; of two classes only class 1, of many the most frequent."""
+    """(name, curve) of class 1 (binary), or of the most frequent classes; without classes that no or all rows have."""
     counts = np.bincount(labels, minlength=len(class_names))
     indices = [1] if preds.ndim == 1 else np.argsort(-counts, kind="stable")[:MAX_CURVES].tolist()
     curves = []
@@ -121,7 +121,7 @@ def _points(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
 
 
 def confusion_section(preds: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float) -> Confusion:
-    """`counts` [K, K], or, of more than FEW_CLASSES, three counts of each and the most frequent mistakes."""
+    """`counts` [K, K]; with more than FEW_CLASSES, three counts of each class and the most frequent mistakes."""
     chosen = predicted_classes(preds, threshold=threshold)
     if num_classes <= FEW_CLASSES:
         counts = np.bincount(labels * num_classes + chosen, minlength=num_classes**2)
@@ -139,7 +139,7 @@ def confusion_section(preds: np.ndarray, labels: np.ndarray, num_classes: int, t
 
 
 def scores_section(preds: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Scores:
-    """Rows by probability of class 1 and class; of several classes by that of the predicted one, right or wrong."""
+    """Histograms of the probability of class 1 by label; with several classes, of the predicted one, right or wrong."""
     edges = np.linspace(0, 1, BARS + 1)
     if preds.ndim == 1:
         groups = {name: preds[labels == index] for index, name in enumerate(class_names)}

@@ -1,4 +1,4 @@
-"""What a report is built from: rows with their predictions, and the model that made them. N rows, K classes."""
+"""Evaluated rows: their predictions and the model that computed them, from which a report is built."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from mmbert_core.report.typed_json import Missing
 
 @dataclass(frozen=True)
 class EvaluatedRows:
+    """N rows of a dataset with their predictions, and all else that a report needs. K classes."""
+
     loaded: LoadedModel
     task: Task
     dataset: Dataset
-    preds: np.ndarray  # [N] or [N, K]
+    preds: np.ndarray  # probabilities: [N] of class 1 (binary), or [N, K]
     ids: Sequence[str] | None
     figures: Mapping[str, Any]  # as in test_metrics.json
     model_path: str

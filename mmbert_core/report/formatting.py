@@ -1,6 +1,7 @@
-"""Texts and numbers as a page shows them, and how texts are made safe for HTML and SVG.
+"""Formats of texts and numbers on a page, and how texts are made safe for HTML and SVG.
 
-What is not `Markup` is escaped where it is put into markup. `name` and `escaped` return markup, all others plain text.
+Values that are not `Markup` are escaped when they are put into markup. `name` and `escaped` return markup, all other
+functions plain text.
 """
 
 import math
@@ -12,7 +13,7 @@ from markupsafe import Markup, escape
 NO_VALUE = "–"
 # Control characters are drawn as ␀, ␁, ...
 CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {13: "\n", 0x7F: "\u2421"}
-# C1 controls and noncharacters are not allowed in HTML; overrides of the direction would reorder the text around them.
+# C1 controls and noncharacters are not allowed in HTML; direction overrides would reorder the text around them.
 NOT_ALLOWED = (
     *range(0x80, 0xA0),
     0xFFFE,
@@ -29,17 +30,17 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean(value: object) -> str:
-    """Text that any HTML or XML file can hold: control characters as pictures, halves of surrogate pairs as U+FFFD."""
+    """Text that is allowed in HTML and XML: control characters as symbols, halves of surrogate pairs as U+FFFD."""
     return SURROGATES.sub("\ufffd", str(value)).translate(CONTROL)
 
 
 def finalize(value: object) -> object:
-    """Of each value that a template prints: cleaned, unless it is markup. The environment escapes it afterwards."""
+    """The templates' `finalize`: cleans each value that is not markup. The environment escapes it afterwards."""
     return value if isinstance(value, Markup) else clean(value)
 
 
 def escaped(value: object) -> Markup:
-    """Cleaned and escaped, for the inside of an element and of a quoted attribute; markup stays as it is."""
+    """Cleaned and escaped, for the content of an element or of a quoted attribute; markup is not changed."""
     return escape(finalize(value))
 
 
@@ -50,7 +51,7 @@ def short(value: object, max_length: int = 24) -> str:
 
 
 def name(value: object) -> Markup:
-    """A name from the data: it may break after "_", "/" and ".", and its direction does not change its neighbours'."""
+    """A name from the data: it may wrap after "_", "/" and ".", and its text direction does not affect other texts."""
     if not str(value):
         return Markup('<span class="muted">(empty)</span>')
     may_break = re.sub(r"([_/.]+)(?=\w)", r"\1<wbr>", str(escaped(value)))  # of str: Markup would escape the <wbr>
@@ -65,7 +66,7 @@ def is_number(value: object) -> bool:
 
 
 def decimals(value: Any, digits: int = 4) -> str:
-    """0.9812; no minus before zero."""
+    """0.9812; a value that rounds to zero has no minus sign."""
     if not is_number(value):
         return NO_VALUE
     written = f"{value:,.{digits}f}"
@@ -103,6 +104,6 @@ def bounds(ends: Any) -> tuple[float, float] | None:
 
 
 def interval(ends: Any) -> str:
-    """[0.9712, 0.9881], or nothing."""
+    """[0.9712, 0.9881], or "" without an interval."""
     known = bounds(ends)
     return f"[{decimals(known[0])}, {decimals(known[1])}]" if known else ""

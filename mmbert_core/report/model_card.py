@@ -1,4 +1,4 @@
-"""Description of a model for its users: summary.json, and README.md, the model card (Mitchell et al. 2019)."""
+"""The description of a model for its users: README.md, the model card (Mitchell et al. 2019), and summary.json."""
 
 import logging
 import os
@@ -19,13 +19,13 @@ from mmbert_core.storage.files import write_json, write_text
 logger = logging.getLogger(__name__)
 
 CARD_METRICS = ("auroc", "average_precision", "f1_score", "precision", "recall", "accuracy", "log_loss", "ece")
-MAX_CLASSES = 20  # that a line of the card lists
+MAX_CLASSES = 20  # listed in a line of the card
 
 Values = dict[str, Any]
 
 
 def markdown(value: object) -> Markup:
-    """A value as one line that is neither code nor a cell border in Markdown; `Markup` stays as it is."""
+    """A value on one line, without characters that end a code span or a table cell; `Markup` is not changed."""
     if isinstance(value, Markup):
         return value
     return Markup(" ".join(str(value).split()).replace("`", "'").replace("|", "\\|"))
@@ -35,7 +35,7 @@ def decimals(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
 
 
-# `finalize` turns every value of the template into escaped Markdown, so that the HTML escape has nothing left to do.
+# `finalize` escapes every value for Markdown and returns `Markup`, so that Jinja does not escape it for HTML.
 TEMPLATES = environment(__package__, finalize=markdown)
 TEMPLATES.filters |= {"thousands": "{:,}".format, "decimals": decimals}
 
@@ -43,7 +43,10 @@ TEMPLATES.filters |= {"thousands": "{:,}".format, "decimals": decimals}
 def write_card(
     folder: Path, loaded: LoadedModel, *, data: Values, best: Values, test: Mapping[str, Any] | None
 ) -> None:
-    """Rank 0 only. `data` as in report.json, `best` step and metric, `test` metrics as in test_metrics.json."""
+    """Rank 0 only. Write README.md and summary.json. A README.md that no run has written is kept, with a warning.
+
+    `data` as in report.json, `best` step and metric, `test` metrics as in test_metrics.json.
+    """
     summary = {
         "mmbert_core": mmbert_core.__version__,
         "data": data,
@@ -58,20 +61,20 @@ def write_card(
 
 
 def describe(folder: Path) -> list[str]:
-    """Lines of `mmbert inspect`, those of the model card. Raises `InputError`."""
+    """The lines that `mmbert inspect` prints: those of the model card. Raises `InputError`."""
     loaded = load_model_folder(folder)
     return render_card(folder.resolve().name, loaded, read_summary(folder)).removesuffix("\n").split("\n")
 
 
 def read_summary(folder: Path) -> Values:
-    """The contents of summary.json, empty where there is none. Raises `InputError` for another structure."""
+    """The values of summary.json; empty sections if there is none. Raises `InputError` for another structure."""
     if not (folder / SUMMARY).is_file():
         return {"data": {}, "best": {}, "test": None}
     return read_folder_json(folder / SUMMARY, SUMMARY_JSON)
 
 
 def render_card(name: str, loaded: LoadedModel, summary: Values) -> str:
-    """The model card as Markdown; `name`: of the model folder."""
+    """The model card as Markdown. `name` is that of the model folder."""
     config, labels, best = loaded.config, loaded.labels.names, summary["best"]
     train_classes = (summary["data"].get("train") or {}).get("classes") or {}
     return TEMPLATES.get_template("model_card.md").render(
@@ -116,7 +119,7 @@ def _columns(loaded: LoadedModel) -> list[dict[str, str]]:
 
 
 def _split(name: str, values: Values) -> Values:
-    """Rows of the training, validation or test split, and its first classes with theirs."""
+    """Rows of the training, validation or test split, and of each of its first MAX_CLASSES classes."""
     classes = list((values.get("classes") or {}).items())[:MAX_CLASSES]
     return {
         "name": name,

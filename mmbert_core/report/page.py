@@ -25,7 +25,7 @@ from mmbert_core.report.report_schema import Report
 from mmbert_core.report.typed_json import Missing
 from mmbert_core.runtime.templates import environment
 
-# Title, the report's key, the template with the macro of that name, and what prepares the values of that macro.
+# Title, key of the report, template with the macro of that name, and the function that prepares the macro's values.
 SECTIONS: tuple[tuple[str, str, str, Callable[[Any, Report], dict[str, Any]]], ...] = (
     ("Headline", "metrics", "quality", page_quality.headline),
     ("Warnings", "warnings", "quality", page_quality.warnings),
@@ -48,7 +48,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any, Report], dict[str, Any]]], .
 
 @dataclass(frozen=True)
 class PageSection:
-    """A section of the page: the values of its macro, or the reason why it is empty."""
+    """A section of the page: the values for its macro (`view`), or the reason why the section is empty."""
 
     title: str
     key: str
@@ -62,10 +62,7 @@ class PageSection:
 
 
 def render(report: Report) -> str:
-    """The page: every section under its title, with its reason where there is nothing to show.
-
-    The same report gives the same page.
-    """
+    """The page as HTML; a section without figures shows its reason. The same report gives the same page."""
     sections = []
     for title, key, template, prepare in SECTIONS:
         section = getattr(report, key)
@@ -79,10 +76,10 @@ def render(report: Report) -> str:
 
 @cache
 def templates() -> Environment:
-    """The templates of this package: every text is cleaned of control characters, then escaped."""
+    """The templates of this package, which replace control characters in every text, then escape it."""
     loaded = environment(__package__, finalize=finalize)
     formats = (brief, count, decimals, figure, interval, name, percent, short)
-    loaded.filters |= {each.__name__: each for each in formats}
-    loaded.tests["number"] = is_number  # finite, and no boolean
+    loaded.filters |= {function.__name__: function for function in formats}
+    loaded.tests["number"] = is_number  # replaces Jinja's own, which is true for NaN
     loaded.globals["NO_VALUE"] = NO_VALUE
     return loaded

@@ -1,7 +1,7 @@
 """Values for the page's sections Training, Slices, Importance, Errors, Config, Data and Versions.
 
-Each function takes its section of the report and the whole of it, and returns what the section's macro in sections.html
-shows.
+Each section's function takes the section and the whole report, and returns the values for the macro of the section's
+key in details.html.
 """
 
 import json
@@ -34,8 +34,8 @@ from mmbert_core.report.typed_json import Missing
 MAX_SLICES = 200  # rows of the table, the worst ones
 MAX_ERRORS = 50
 MAX_SPANS = 500  # of a text
-LONG_TEXT = 1500  # characters; more scroll in their own box
-FAINTEST = 0.1  # weight of a span that is highlighted
+LONG_TEXT = 1500  # characters; a longer text scrolls in its own box
+MIN_WEIGHT = 0.1  # absolute weight of a span that is highlighted
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 View = dict[str, Any]
@@ -45,7 +45,7 @@ View = dict[str, Any]
 
 
 def training(section: Training, report: Report) -> View:
-    """Losses, the metric that chose the best step, and the learning rate by step, the best step marked."""
+    """Charts by step: losses, the metric that chose the best step, and the learning rate. The best step is marked."""
     validations, best, metric = section.validations, section.best_step, section.metric
     train_loss = Line("training loss", *_known(section.steps, section.train_loss))
     val_loss = Line("validation loss", *_by_step(validations, "val_loss"), 1, marker="square")
@@ -77,7 +77,7 @@ def by_step_chart(title: str, lines: Sequence[Line], best: Any) -> Chart:
 
 
 def _known(steps: Sequence[Any], values: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """Without the steps that lack a number."""
+    """Steps and values, without the pairs in which one is not a finite number."""
     pairs = zip(steps, values, strict=False)
     known = [(step, value) for step, value in pairs if is_number(step) and is_number(value)]
     return [step for step, _ in known], [value for _, value in known]
@@ -87,12 +87,12 @@ def _by_step(validations: Sequence[Mapping[str, Any]], key: str) -> tuple[list[f
     return _known([row.get("step") for row in validations], [row.get(key) for row in validations])
 
 
-# ---- rows ----
+# ---- slices and importance ----
 
 
 @dataclass(frozen=True)
 class SliceRow:
-    """A slice with its first metric as a dot, the other metrics as values, and the shares of its classes."""
+    """A row of the table of slices: the first metric as a dot, other metrics as values, the shares of the classes."""
 
     slice: Slice
     value: float | None
@@ -104,7 +104,7 @@ class SliceRow:
 
 
 def slices(section: Slices, report: Report) -> View:
-    """The worst slices first, on one scale with all rows."""
+    """The slices, worst first, their dots on one scale with the value of all rows."""
     metric, listed = section.metric, section.rows[:MAX_SLICES]
     model = {} if isinstance(report.metrics, Missing) else report.metrics.model
     whole = (model.get(metric) or Cell()).value
@@ -140,10 +140,10 @@ def slice_row(
 
 
 def classes_of_slice(row: Slice, class_names: Sequence[str]) -> tuple[Markup | None, tuple[str, float] | None]:
-    """The shares of the classes in a slice's rows, and the largest, or that of class 1 of two."""
+    """A chart of the classes' shares in a slice, and the largest share (with two classes: that of class 1)."""
     pairs = zip(class_names, row.share_of_classes or [], strict=False)
     shares = [(title, share) for title, share in pairs if is_number(share)]
-    if row.largest_classes:  # of very many classes the report has the largest only
+    if row.largest_classes:  # with very many classes, the report has only the largest shares
         shares = [(class_names[index], share) for index, share in row.largest_classes]
     if not shares:
         return None, None
@@ -164,6 +164,7 @@ def importance(section: Importance, report: Report) -> View:
 
 
 def drop_ends(item: Column) -> tuple[float, ...]:
+    """Both ends of the drop with its spread; () without a drop."""
     spread = item.spread if is_number(item.spread) else 0
     return (item.drop - (spread or 0), item.drop + (spread or 0)) if is_number(item.drop) else ()
 
@@ -177,11 +178,11 @@ class WrongRowView:
     spans: list[tuple[str, str, str]]  # space before, text, class of its highlight
     num_left_out: int  # spans
     is_long: bool
-    strongest: list[tuple[str, list[tuple[str, float]]]]  # for and against, with the spans of the largest weights
+    strongest: list[tuple[str, list[tuple[str, float]]]]  # ("for" or "against", [(span, weight), ...])
 
 
 def errors(section: Errors, report: Report) -> View:
-    """Wrong rows, each with its text and what in it contributed to the wrong class."""
+    """Wrong rows, each with its text and how much each span contributed to the predicted class."""
     listed = section.rows[:MAX_ERRORS]
     return {
         "num_rows": len(section.rows),
@@ -203,7 +204,7 @@ def wrong_row(row: WrongRow) -> WrongRowView:
 
 
 def highlighted(tokens: Sequence[Sequence[Any]]) -> list[tuple[str, str, str]]:
-    """(space before, text, class) of neighbours that have the same class; the space stays outside the highlight."""
+    """(space before, text, class) of adjacent spans with the same class, joined; the space is not highlighted."""
     spans = []
     for kind, group in groupby(tokens, key=lambda token: highlight_class(token[1])):
         words = "".join(str(text) for text, _ in group)
@@ -213,8 +214,8 @@ def highlighted(tokens: Sequence[Sequence[Any]]) -> list[tuple[str, str, str]]:
 
 
 def highlight_class(weight: Any) -> str:
-    """The class of a highlight: "p1" to "p3" for, "n1" to "n3" against, or none."""
-    if not is_number(weight) or abs(weight) < FAINTEST:
+    """CSS class of a span's highlight: "p1" to "p3" for the predicted class, "n1" to "n3" against, "" for none."""
+    if not is_number(weight) or abs(weight) < MIN_WEIGHT:
         return ""
     return ("p" if weight > 0 else "n") + ("1" if abs(weight) < 0.3 else "2" if abs(weight) < 0.6 else "3")
 
@@ -224,17 +225,17 @@ def strongest(tokens: Sequence[Sequence[Any]]) -> list[tuple[str, list[tuple[str
     known = [(str(text).strip(), weight) for text, weight in tokens if is_number(weight) and str(text).strip()]
     known.sort(key=lambda pair: -abs(pair[1]))
     sides = {
-        "for": [pair for pair in known if pair[1] >= FAINTEST][:5],
-        "against": [pair for pair in known if pair[1] <= -FAINTEST][:5],
+        "for": [pair for pair in known if pair[1] >= MIN_WEIGHT][:5],
+        "against": [pair for pair in known if pair[1] <= -MIN_WEIGHT][:5],
     }
     return [(side, pairs) for side, pairs in sides.items() if pairs]
 
 
-# ---- what was run ----
+# ---- config, versions, data ----
 
 
 def config(section: Mapping[str, Any], report: Report) -> View:
-    """Every key as given, and what was resolved from it."""
+    """Every key of the config, and the values that were resolved from it, such as those of auto."""
     return {"given": as_text(section), "resolved": as_text(report.resolved)}
 
 
@@ -243,7 +244,7 @@ def versions(section: Mapping[str, Any], report: Report) -> View:
 
 
 def as_text(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as JSON, but a text as it is."""
+    """Values as JSON, texts unchanged."""
     return {
         key: value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
         for key, value in values.items()
@@ -254,13 +255,10 @@ def data(section: DataSummary, report: Report) -> View:
     """Rows and classes of each split, and the files with their fingerprints."""
     splits = {title: getattr(section, key) for key, title in SPLITS.items()}
     known = {title: split for title, split in splits.items() if isinstance(split, Split) and split.rows is not None}
+    missing = {title: split for title, split in splits.items() if isinstance(split, Missing) and split != Missing()}
     classes = dict.fromkeys(name for split in known.values() for name in split.classes or {})
     return {
-        "reasons": [
-            (title, split.reason)
-            for title, split in splits.items()
-            if isinstance(split, Missing) and split != Missing()
-        ],
+        "reasons": [(title, split.reason) for title, split in missing.items()],
         "splits": known,
         "classes": [(name, [(split.classes or {}).get(name) for split in known.values()]) for name in classes],
         "has_left_out": any(split.classes_left_out for split in known.values()),

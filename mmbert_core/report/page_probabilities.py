@@ -1,7 +1,7 @@
 """Values for the page's sections Threshold, Calibration, ROC, Precision and recall, and Scores.
 
-Each function takes its section of the report and the whole of it, and returns what the section's macro in sections.html
-shows. K classes.
+Each section's function takes the section and the whole report, and returns the values for the macro of the section's
+key in probabilities.html.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ View = dict[str, Any]
 
 
 def threshold(section: Threshold, report: Report) -> View:
-    """The chosen threshold with its figures on these rows and on the validation rows, and others on these rows."""
+    """The chosen threshold with its figures on these rows and on the validation rows, and other thresholds."""
     rows = sorted((row for row in section.table if is_number(row.threshold)), key=lambda row: row.threshold)
     chosen = next((row for row in rows if row.threshold == section.value), ThresholdRow())
     cards = [("threshold", threshold_words(section.value)), *((key, decimals(getattr(chosen, key))) for key in RATES)]
@@ -52,20 +52,20 @@ def threshold_chart(rows: Sequence[ThresholdRow], chosen: float | None) -> Chart
 
 
 def threshold_words(value: Any, write: Callable[[Any, int], str] = decimals) -> str:
-    """A threshold with 4 digits; one below 0 is not a probability: it stands for every row."""
+    """A threshold with 4 digits; a threshold below 0 is not a probability: every row is above it."""
     return "every row" if is_number(value) and value < 0 else write(value, 4)
 
 
 def calibration(section: Calibration, report: Report) -> View:
-    """Predicted probabilities and the shares found, in bins, before and after dividing by the temperature."""
-    bins = {"uncalibrated": section.bins, "calibrated": [] if section.reason else section.calibrated_bins}
-    series = {title: each for title, each in bins.items() if each}
+    """Bins of predicted probability and share found, before and after dividing the logits by the temperature."""
+    series = {"uncalibrated": section.bins, "calibrated": [] if section.reason else section.calibrated_bins}
+    series = {title: bins for title, bins in series.items() if bins}
     cards = [("temperature", figure(section.temperature, 4)), ("ece before", decimals(section.ece_before))]
     cards += [("ece after", decimals(section.ece_after)), ("validation rows", count(section.rows))]
     rows = []
-    for each in zip_longest(*series.values()):
-        first = next(one for one in each if one)
-        rows.append((f"{decimals(first.low, 2)}–{decimals(first.high, 2)}", each))
+    for bins in zip_longest(*series.values()):
+        first = next(bin_ for bin_ in bins if bin_)
+        rows.append((f"{decimals(first.low, 2)}–{decimals(first.high, 2)}", bins))
     chart = calibration_chart(series, probability_words(report)) if series else None
     return {"section": section, "cards": cards, "chart": chart, "num_series": len(series), "rows": rows}
 
@@ -115,7 +115,7 @@ def roc(section: Curves, report: Report) -> View:
 def precision_recall(section: Curves, report: Report) -> View:
     lines = []
     for style, (title, curve) in enumerate(section.curves.items()):
-        # From high recall to low: a precision holds until the next lower recall, as average precision sums it.
+        # From high recall to low: each precision is drawn down to the next lower recall, as average precision sums it.
         points = sorted(zip(*_points(curve.x, curve.y), strict=True), key=lambda point: -point[0])
         lines.append(Line(title, [x for x, _ in points], [y for _, y in points], style, step=True))
     curves = section.curves.values()
@@ -133,7 +133,7 @@ def precision_recall(section: Curves, report: Report) -> View:
 
 
 def highest(curve: Curve, is_allowed: Callable[[float], bool]) -> float | None:
-    """The highest y among the points whose x is allowed."""
+    """The highest y of the points whose x is allowed; None without such a point."""
     return max((y for x, y in zip(*_points(curve.x, curve.y), strict=True) if is_allowed(x)), default=None)
 
 
@@ -142,7 +142,7 @@ def areas(curves: Mapping[str, Curve]) -> str:
 
 
 def left_out(section: Curves, report: Report) -> View:
-    """Of very many classes: how many are drawn, of how many."""
+    """The number of curves if some classes are left out, else None; and the number of classes."""
     num_classes = len(report.class_names)
     return {"num_drawn": len(section.curves) if num_classes > FEW_CLASSES else None, "num_classes": num_classes}
 
@@ -151,7 +151,7 @@ def left_out(section: Curves, report: Report) -> View:
 
 
 def positive_class(report: Report) -> str:
-    """The class whose probability a binary model gives."""
+    """The name of class 1, whose probability a binary model predicts."""
     return (report.class_names or ["0", "1"])[-1]
 
 
@@ -161,6 +161,6 @@ def probability_words(report: Report) -> str:
 
 
 def _points(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """Without the points that lack a number."""
-    known = [(a, b) for a, b in zip(x, y, strict=False) if is_number(a) and is_number(b)]
-    return [a for a, _ in known], [b for _, b in known]
+    """`x` and `y` without the points in which one is not a finite number."""
+    known = [point for point in zip(x, y, strict=False) if all(map(is_number, point))]
+    return [point[0] for point in known], [point[1] for point in known]

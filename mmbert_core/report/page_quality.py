@@ -1,7 +1,7 @@
 """Values for the page's sections Headline, Warnings, Baselines and Confusion.
 
-Each function takes its section of the report and the whole of it, and returns what the section's macro in sections.html
-shows. K classes.
+Each section's function takes the section and the whole report, and returns the values for the macro of the section's
+key in quality.html. K classes.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from mmbert_core.report.report_schema import Baseline, Baselines, Cell, Confusio
 from mmbert_core.report.typed_json import Missing
 
 HEADLINE = 6  # metrics with a card of their own
-MAX_CLASSES = 40  # of the confusion grid: the most frequent ones
-MAX_LISTED = 25  # classes of a table, where there are too many for a grid: as many as need no scrolling
+MAX_CLASSES = 40  # of the confusion grid: with more, the most frequent ones
+MAX_LISTED = 25  # classes of the table without a grid: as many as need no scrolling
 MAX_MISTAKES = 15  # pairs of label and predicted class
 
 View = dict[str, Any]
@@ -29,7 +29,7 @@ View = dict[str, Any]
 
 @dataclass(frozen=True)
 class HeadlineCard:
-    """A metric as a big figure; `gain` over the best baseline, above 0 where the model is better."""
+    """A metric in large type, with its `gain` over the best baseline: positive where the model is better."""
 
     metric: str
     cell: Cell
@@ -39,7 +39,7 @@ class HeadlineCard:
 
 
 def headline(metrics: Metrics, report: Report) -> View:
-    """The first metrics as big figures, each with the best baseline; then all of them."""
+    """The first metrics as cards, each compared with the best baseline; then all metrics."""
     cells = {metric: metrics.model.get(metric) or Cell() for metric in metrics.names}
     baselines = [] if isinstance(report.baselines, Missing) else report.baselines.rows
     return {
@@ -99,7 +99,7 @@ def baselines_chart(metric: str, dots: Sequence[tuple[str, float, tuple[float, f
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A class's rows with its label, rows with its prediction, and the metrics that follow from them."""
+    """How many rows have this label and how many were predicted as it, and the metrics that follow."""
 
     name: str
     labelled: int
@@ -120,7 +120,7 @@ class Mistake:
 
 
 def confusion(section: Confusion, report: Report) -> View:
-    """Of few classes the grid; of many only the most frequent mistakes and classes."""
+    """The grid and its tables; with many classes, only the most frequent mistakes and classes."""
     names = report.class_names
     if section.counts is None:
         return confusion_of_many(section, names)

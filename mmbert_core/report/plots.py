@@ -12,10 +12,10 @@ from mmbert_core.evaluation.metrics import functional
 from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
 from mmbert_core.report.thinning import evenly_spaced
 
-MAX_CURVES = 10  # with more classes, the most frequent ones
-MAX_POINTS = 2000  # of a curve: more than a picture's width can show
+MAX_CURVES = 10  # with more classes: those of the most frequent ones
+MAX_POINTS = 2000  # of a curve: more than a picture has pixels in width
 MAX_CLASSES = 100  # of the confusion picture: with more, the most frequent ones
-MAX_NUMBERED = 20  # with more classes the confusion cells carry no numbers
+MAX_NUMBERED = 20  # with more classes the confusion cells have no numbers
 
 
 def write_plots(
@@ -28,9 +28,9 @@ def write_plots(
 ) -> list[str]:
     """Write roc.png, precision_recall.png and confusion.png into `folder`, which is created; returns their paths.
 
-    `preds` [N] (binary: probability of class 1) or [N, K], `labels` int [N], as for compute_metrics; binary curves are
-    those of class 1. A class without rows, or with all of them, has no curve; a picture without any curve, or without
-    rows, is left out. Without matplotlib (extra `plots`) nothing is written and the list is empty.
+    `preds` [N] (binary: probability of class 1) or [N, K], `labels` int [N]. A binary task has the curve of class 1
+    only. A class that no row or every row has gets no curve; a picture without curves, or of no rows, is not written.
+    Without matplotlib (extra `plots`) nothing is written and the list is empty.
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: no global state, no display, no window backend
@@ -52,7 +52,7 @@ def write_plots(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a class name in a script that the font lacks is drawn as boxes
             if draw(figure.subplots()):
-                # No Software entry: the same numbers give the same bytes with every version of matplotlib.
+                # No Software entry: it names the version of matplotlib, and the bytes would differ between versions.
                 figure.savefig(folder / name, format="png", metadata={"Software": None})
                 written.append(str(folder / name))
     return written
@@ -76,7 +76,7 @@ def _draw_precision_recall(axes: Any, preds: np.ndarray, labels: np.ndarray, cla
         target = torch.from_numpy((labels == index).astype(np.int64))
         precision, recall, _ = functional().binary_precision_recall_curve(scores, target)
         x, y = _thinned(recall, precision)
-        # Steps, as average precision sums them: no threshold reaches the line between two points.
+        # Steps, as average precision sums them: no threshold gives a point on the line between two points.
         axes.step(x, y, where="post", label=f"{_text(class_names[index])} ({(labels == index).mean():.1%} of rows)")
     axes.set(xlabel="recall", ylabel="precision", title="Precision and recall", xlim=(0, 1), ylim=(0, 1.01))
     if curves:
@@ -114,7 +114,7 @@ def _draw_confusion(
 
 
 def _curve_classes(preds: np.ndarray, labels: np.ndarray) -> list[tuple[int, torch.Tensor]]:
-    """(class, its scores [N]) of every class to draw: class 1 when binary, else the most frequent, in class order."""
+    """(class, its probabilities [N]) of every curve: class 1 when binary, else the most frequent, in class order."""
     if preds.ndim == 1:
         classes, columns = [1], {1: preds}
     else:
@@ -131,6 +131,6 @@ def _thinned(x: torch.Tensor, y: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _text(name: str) -> str:
-    """A class name as it is: "$" would start a formula, a leading "_" hide it from the legend."""
+    """A class name for matplotlib, where "$" would start a formula and a leading "_" hide it from the legend."""
     text = (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
     return "\u200b" + text if text.startswith("_") else text

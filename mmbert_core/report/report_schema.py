@@ -1,6 +1,6 @@
-"""The sections of a report, as report.json has them: one declaration for writing, reading and checking.
+"""The sections of report.json: one declaration for writing, reading and checking.
 
-K classes. A section that is missing or null is `Missing`: reports of other versions have fewer or more of them.
+K classes. A section that is absent or null is `Missing`: reports of other versions have fewer or more sections.
 `Number` may be null, and an interval may lack an end.
 """
 
@@ -11,7 +11,7 @@ from mmbert_core.report.typed_json import Missing, check_of, from_json, json_key
 from mmbert_core.storage.schema import Check, Mismatch, array, constant, describe, nullable, number, record, whole
 
 FORMAT_VERSION = 1
-LARGEST = 1e39  # beyond float32, whose numbers these are: charts divide ranges of numbers, which must not overflow
+LARGEST = 1e39  # above any float32, the type of the model's numbers; charts can subtract and divide without overflow
 
 Finite = Annotated[float, number(-LARGEST, LARGEST)]
 Number = Annotated[float | None, nullable(number(-LARGEST, LARGEST))]
@@ -19,7 +19,7 @@ Count = Annotated[int, whole(0)]
 Interval = Annotated[list[float | None] | None, nullable(array(nullable(number(-LARGEST, LARGEST)), length=2))]
 
 
-# ---- how good the model is ----
+# ---- quality of the model ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Baselines:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdRow:
-    """The figures of the report's rows at one threshold."""
+    """The metrics of the report's rows at one threshold."""
 
     threshold: Number = None
     precision: Number = None
@@ -65,7 +65,7 @@ class ThresholdRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """The chosen threshold with its figures on the validation rows; `table` is of the report's rows."""
+    """The chosen threshold with its metrics on the validation rows; `table` has metrics of the report's rows."""
 
     value: Number = None
     rule: str | None = None
@@ -81,11 +81,13 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
+    """Rows whose predicted probability is between `low` and `high`."""
+
     low: Number = None
     high: Number = None
     rows: Count
-    mean: Number  # predicted
-    share: Number  # found
+    mean: Number  # of the predicted probabilities
+    share: Number  # of rows that have the class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class Curve:
     x: list[Number]
     y: list[Number]
     area: Number = None
-    share: Number = left_out(None)  # of the rows, that are of the class
+    share: Number = left_out(None)  # of rows that have the class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """Of few classes `counts` [K, K], rows are labels; of many three counts [K] and the most frequent mistakes."""
+    """With few classes `counts` [K, K] (label, predicted); with many, three counts [K] and the frequent mistakes."""
 
     counts: list[list[Count]] | None = left_out(None)
     mistakes: list[list[Count]] | None = left_out(None)  # label, predicted class, rows
@@ -126,11 +128,13 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
+    """Histograms: `edges` [bins + 1] of the probability, `counts` [bins] by class name, or by "right" and "wrong"."""
+
     edges: Annotated[list[float], array(number(-LARGEST, LARGEST), min_length=2)]
     counts: dict[str, list[Count]]
 
 
-# ---- what the figures rest on ----
+# ---- training, slices, wrong rows, data ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,7 @@ class Slice:
     metrics: dict[str, Number]
     intervals: dict[str, Interval] = field(default_factory=dict)
     undefined: dict[str, str | None] = field(default_factory=dict)
-    largest_classes: list[Any] | None = left_out(None)  # of many classes: [index, share] of some
+    largest_classes: list[Any] | None = left_out(None)  # with many classes: [index, share] of the largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +167,7 @@ class Slices:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """By how much the metric drops when the cells of this column are permuted."""
+    """How much the metric drops when the cells of this column are permuted."""
 
     name: str
     kind: str | None = None
@@ -198,7 +202,7 @@ class Errors:
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    bytes: Number = left_out(None)  # of a tokenizer none
+    bytes: Number = left_out(None)  # not known for a tokenizer
     sha256: str | None = None
 
 
@@ -219,7 +223,7 @@ class DataSummary:
     test: Split | Missing = left_out(Missing())
 
 
-# ---- the whole ----
+# ---- the report ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +258,7 @@ class Report:
 
 
 def check_report(value: Any) -> None:
-    """A check for `schema.check_structure`: the sections, and that what is counted by class fits the classes."""
+    """A check for `schema.check_structure`: the sections, and that counts and indices fit the number of classes."""
     record({"format_version": constant(FORMAT_VERSION)}, others=True)(value)
     check_of(Report)(value)
     num_classes = len(value["class_names"])
@@ -267,7 +271,7 @@ def check_report(value: Any) -> None:
 
 
 def report_of(value: dict[str, Any]) -> Report:
-    """The report of a report.json that `check_report` has passed."""
+    """The report from the values of a report.json that has passed `check_report`."""
     return from_json(Report, value)
 
 
@@ -282,7 +286,7 @@ def _share_of(num_classes: int) -> Check:
 
 
 def _confusion_of(num_classes: int) -> Check:
-    """Counts [K, K], or, of many classes, three counts of each and the most frequent mistakes."""
+    """Counts [K, K]; with many classes, three counts of each and the most frequent mistakes."""
     of_class = array(whole(0), length=num_classes)
     grid = nullable(record({"counts": array(array(whole(0), length=num_classes), length=num_classes)}, others=True))
 
@@ -298,6 +302,8 @@ def _confusion_of(num_classes: int) -> Check:
 
 
 def _mistake_among(labelled: list[int]) -> Check:
+    """[label, predicted class, rows]; `labelled` [K]: rows of each label."""
+
     def check(value: Any) -> None:
         array(whole(0), length=3)(value)
         for index in value[:2]:

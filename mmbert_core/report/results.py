@@ -1,4 +1,4 @@
-"""The figures of an evaluation: metrics with their intervals next to the baselines, and what to conclude from them."""
+"""The figures of an evaluation: metrics with intervals, metrics of the baselines, and a verdict that compares both."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,6 @@ from mmbert_core.storage.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
-
 MAX_LISTED = 10  # classes in pages and printed tables, where there are more than FEW_CLASSES
 CHUNK_ROWS = 8_192  # rows whose sparse features are in memory at a time
 NOT_BETTER = "The model does not beat its baselines"
@@ -35,7 +34,7 @@ TRY = (
 
 
 def baseline_features(name: str, dataset: Dataset, positions: np.ndarray) -> torch.Tensor:
-    """Sparse [N, F] of rows, for the baseline of that name."""
+    """Sparse features [N, F] of N rows for the baseline `name`."""
     if name == TEXT_ONLY:
         return baselines.word_features(*dataset.token_ids(positions))
     features, (numbers, categories) = dataset.features, dataset.columns(positions)
@@ -53,7 +52,7 @@ def figures_of(
     class_names: Sequence[str],
     decision: Decision,
 ) -> dict[str, Any]:
-    """`<stage>/<metric>` of the model; `intervals`, `undefined` and `baselines` have the same names as keys.
+    """The figures of test_metrics.json: by `<stage>/<metric>`, also inside `intervals`, `undefined` and `baselines`.
 
     `preds` [N] (binary: probability of class 1) or [N, K], `labels` [N].
     """
@@ -87,7 +86,7 @@ def baseline_figures(
     class_names: Sequence[str],
     models: Baselines | None,
 ) -> dict[str, dict[str, float | None]]:
-    """Baseline -> `<stage>/<metric>`, each baseline with its own threshold."""
+    """Baseline -> `<stage>/<metric>` -> value, each baseline with its own threshold."""
     figures: dict[str, dict[str, float | None]] = {}
     if models is None:
         return figures
@@ -107,19 +106,19 @@ def baseline_figures(
 
 
 def around(interval: tuple[float, float] | None, value: float | None) -> tuple[float, float] | None:
-    """The interval where it contains the value, else None.
+    """The interval if it contains the value, else None.
 
-    Resampling repeats rows, which raises the average precision of a class of few rows: the mean over many such classes
-    is often below its own interval.
+    Resampling repeats rows, which raises the average precision of a class with few rows: the mean over many such
+    classes is often below its own interval.
     """
     return interval if interval is not None and value is not None and interval[0] <= value <= interval[1] else None
 
 
 def listed_figures(figures: Mapping[str, Any], stage: str, config: Config) -> tuple[dict[str, Any], int]:
-    """The figures that pages and printed tables list, and the number of classes that are left out.
+    """The figures that pages and printed tables list, and the number of classes whose figures are left out.
 
-    Of more than FEW_CLASSES these are kept: those that the config names, and the MAX_LISTED of the lowest average
-    precision. test_metrics.json has all.
+    With more than FEW_CLASSES, the classes listed are those that the config's metrics name and the MAX_LISTED ones with
+    the lowest average precision. test_metrics.json has all.
     """
     of_classes = [key for key in figures if key.startswith(f"{stage}/{CLASS_PREFIX}")]
     if len(of_classes) <= FEW_CLASSES:
@@ -147,13 +146,13 @@ def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.nd
 
 
 def main_metric(config: Config) -> str:
-    """The metric that compares slices, columns and baselines: the one that chose the best step, if higher is better."""
+    """The metric for comparing slices, columns and baselines: the one that chose the best step, if higher is better."""
     name = config.early_stop_metric
     return "auroc" if lower_is_better(name) else name.removeprefix("val/")
 
 
 def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> str:
-    """The main metric, or, where it cannot compare models or is undefined on these rows, another one."""
+    """The main metric, or another one if the main metric cannot compare models or is undefined on these rows."""
     main = main_metric(config)
     # F1 too: where class 1 is rare, predicting it for every row gives a higher F1 than the most frequent class
     first = "auroc" if main in (*ONE_SIDED, "f1_score") else main
@@ -161,7 +160,7 @@ def defined_metric(figures: Mapping[str, Any], stage: str, config: Config) -> st
 
 
 def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
-    """Whether the model is above its baselines, in words, for the test of a run and for `evaluate`."""
+    """Whether the model is better than its baselines, as a sentence, for the test of a run and for `evaluate`."""
     metric = defined_metric(figures, stage, config)
     key = f"{stage}/{metric}"
     missing = "".join(
@@ -192,7 +191,7 @@ def verdict(figures: Mapping[str, Any], stage: str, config: Config) -> str:
 def columns_of(
     result: EpochResult, dataset: Dataset, *, config: Config, class_names: Sequence[str], decision: Decision
 ) -> Columns:
-    """Evaluated rows as a prediction file has them; without an id column where the rows have no ids."""
+    """Evaluated rows as the columns of a prediction file; without an id column if the rows have no ids."""
     return prediction_columns(
         result.preds,
         class_names,
@@ -244,7 +243,7 @@ def write_results(
 
 
 def draw(preds: np.ndarray, labels: np.ndarray, folder: Path, class_names: Sequence[str], threshold: float) -> None:
-    """Rank 0 only. An error of matplotlib, fonts or the disk is a warning: the figures are written already."""
+    """Rank 0 only. Write the pictures. An error of matplotlib, fonts or the disk is a warning only."""
     try:
         if not write_plots(preds, labels, folder, class_names=class_names, threshold=threshold):
             logger.info(

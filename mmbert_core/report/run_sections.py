@@ -1,4 +1,4 @@
-"""Sections of a report that come from the training run: its curves and its data."""
+"""Sections of a report about the training run: its curves and its data."""
 
 import json
 import sys
@@ -14,11 +14,11 @@ from mmbert_core.report.report_schema import DataFile, DataSummary, Split, Train
 from mmbert_core.report.typed_json import Missing
 from mmbert_core.storage.metrics_log import kept_lines
 
-MAX_STEPS = 500  # of the training curves; every step is kept of fewer than twice as many
+MAX_STEPS = 500  # of the training curves; from twice as many steps on, every n-th is kept
 
 
 def training_section(folder: Path, best_step: int | None = None, metric: str | None = None) -> Training | Missing:
-    """Curves of `metrics.jsonl`; of a long run every n-th step."""
+    """Curves from `metrics.jsonl`; of a long run, every n-th step."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return Missing("the folder has no metrics.jsonl")
@@ -37,7 +37,7 @@ def training_section(folder: Path, best_step: int | None = None, metric: str | N
 
 
 def data_section(data: Data) -> DataSummary:
-    """Rows, classes and lengths of each split, and the files with their hashes."""
+    """Rows, classes and mean tokens of each split, and the files with their hashes."""
     listed = most_frequent(data.train.label_index, len(data.labels.names))
     splits = {"train": data.train, "val": data.val, "test": data.test}
     summaries = {
@@ -47,7 +47,7 @@ def data_section(data: Data) -> DataSummary:
 
 
 def rows_section(split: Dataset, class_names: Sequence[str], listed: Sequence[int] | None = None) -> Split:
-    """Rows, classes and lengths of one split. Of more than FEW_CLASSES only those `listed`, or the most frequent."""
+    """Rows, classes and mean tokens of one split. `listed`: the classes to count; None: as `most_frequent`."""
     mean_tokens = float(split.lengths.mean()) if len(split) else None
     if not split.has_labels:
         return Split(rows=len(split), mean_tokens=mean_tokens)
@@ -63,6 +63,6 @@ def rows_section(split: Dataset, class_names: Sequence[str], listed: Sequence[in
 
 
 def most_frequent(labels: np.ndarray, num_classes: int) -> list[int]:
-    """All classes, or the FEW_CLASSES most frequent ones, in their order."""
+    """The indices, ascending, of the FEW_CLASSES most frequent classes, or of all if there are no more."""
     counts = np.bincount(labels, minlength=num_classes)
     return sorted(np.argsort(-counts, kind="stable")[:FEW_CLASSES].tolist())

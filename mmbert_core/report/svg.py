@@ -1,6 +1,6 @@
-"""Elements of inline SVG, scales and ticks: what all charts are drawn with.
+"""Elements of inline SVG, scales and ticks, for all charts.
 
-Colours, fonts and dashes are classes of report.css. Lengths are units of each picture's own view box.
+Colours, fonts and dashes are classes in report.css. Lengths are in units of each picture's own view box.
 """
 
 import math
@@ -10,14 +10,14 @@ from markupsafe import Markup
 
 from mmbert_core.report.formatting import escaped, figure
 
-STYLES = 10  # of lines: a colour and a dash each, then from the first again
-MARKERS = ("dot", "square")  # of the first and the second of two
+STYLES = 10  # of lines, each a colour and a dash pattern; the eleventh line has the first style again
+MARKERS = ("dot", "square")  # of the first and the second series of a chart
 
 
 def element(tag: str, *children: str | Markup, **attributes: str | float) -> Markup:
-    """`<tag attribute="...">children</tag>`: escaped unless it is markup, numbers a tenth of a unit exact.
+    """`<tag attribute="...">children</tag>`. Texts that are not markup are escaped, numbers rounded to tenths.
 
-    Of an attribute that is a word of Python, or has a hyphen: `class_`, `aria_hidden`.
+    In attribute names `_` stands for a hyphen (`aria_hidden`), and a trailing one is dropped (`class_`).
     """
     written = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), escaped(_attribute(value)))
@@ -33,19 +33,19 @@ def _attribute(value: str | float) -> str:
 
 
 def together(elements: Iterable[str | Markup]) -> Markup:
-    """One after the other."""
+    """The elements, escaped, one after the other."""
     return Markup("").join(map(escaped, elements))
 
 
 def length(value: float) -> str:
-    """A tenth of a unit exact: shorter than Python writes it."""
+    """A length rounded to tenths, without ".0": keeps the page small."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 def picture(width: float, height: float, title: str, desc: str, *inside: Markup, kind: str = "chart") -> Markup:
-    """One picture with its name (title) and what it shows (desc); `kind` is its class."""
+    """One picture with its title and description; `kind` is its CSS class."""
     size: dict[str, str | float] = {}
-    if kind == "strip":  # fills the cell that it is in
+    if kind == "strip":  # stretched to its table cell
         size = {"preserveAspectRatio": "none"}
     elif kind == "chart wide":  # keeps its size and scrolls; all others are as wide as the element around them
         size = {"width": width, "height": height}
@@ -62,7 +62,7 @@ def path(data: str, **attributes: str | float) -> Markup:
 
 
 def ticks(low: float, high: float, max_ticks: int = 6) -> list[float]:
-    """Round numbers from low to high."""
+    """At most `max_ticks` round numbers from low to high, evenly spaced."""
     if not high > low:
         return [low]
     rough = (high - low) / (max_ticks - 1)
@@ -81,7 +81,7 @@ def tick_label(value: float) -> str:
 
 
 def range_of(values: Sequence[float], *, around: Sequence[float] = ()) -> tuple[float, float]:
-    """The lowest and the highest of some numbers with a margin of 5 %; never empty."""
+    """The range of the finite numbers in `values` and `around`, with a margin of 5 %; its ends always differ."""
     known = [value for value in (*values, *around) if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 0.5
@@ -98,7 +98,7 @@ def marker(x: float, y: float, kind: str, radius: float = 3.5) -> Markup:
 
 
 def swatch(style: int, kind: str = "") -> Markup:
-    """A short line with its marker for a legend; the name next to it says the rest."""
+    """A short line with its marker, for a legend; hidden from screen readers, which read the name next to it."""
     mark = (marker(14, 6, kind, 3.5 if kind == "dot" else 3),) if kind else ()
     line = path("M0 6H28")
     return element("svg", line, *mark, class_=f"swatch s{style % STYLES}", viewBox="0 0 28 12", aria_hidden="true")

@@ -1,17 +1,17 @@
-"""Which points of a long curve are kept."""
+"""Which points of a long curve to keep."""
 
 import numpy as np
 
 
 def evenly_spaced(num_points: int, max_points: int) -> np.ndarray:
-    """Indices, ascending, of at most `max_points` points, evenly by number, the first and the last among them."""
+    """Ascending indices of at most `max_points` of `num_points` points, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, num_points - 1, min(num_points, max_points)).round().astype(np.int64))
 
 
 def evenly_along(x: np.ndarray, y: np.ndarray, max_points: int) -> np.ndarray:
-    """Indices, ascending, of at most `max_points` points, evenly along the length |dx| + |dy| of a curve.
+    """Ascending indices of at most `max_points` points, evenly spaced along the length |dx| + |dy| of a curve.
 
-    Both ends are among them. For curves with most of their points in a small range, as ROC and precision-recall have.
+    Includes both ends. For ROC and precision-recall curves, which have most of their points in a small range.
     """
     if len(x) <= max_points:
         return np.arange(len(x))

@@ -1,13 +1,13 @@
-"""Dataclasses as JSON: the check of a file, reading and writing follow from the fields of one declaration.
+"""Dataclasses as JSON: checking, reading and writing a file follow from the fields of one declaration.
 
     @dataclass(frozen=True, kw_only=True)
     class Curve:
-        x: list[Number]  # must be there
-        area: Number = None  # may be missing or null: then it has its default
-        share: Number = left_out(None)  # the same, and not written while it has its default
+        x: list[Number]  # required
+        area: Number = None  # may be absent or null: the default is used
+        share: Number = left_out(None)  # the same, and not written if it equals its default
 
 Types: str, bool, Any, list[...], dict[str, ...], dataclasses, `... | None`, `... | Missing`, and, for numbers and their
-ranges, `Annotated[type, check]` with a check of `storage.schema`. Keys of a file that no field has are ignored.
+ranges, `Annotated[type, check]` with a check of `storage.schema`. Unknown keys of a file are ignored.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Missing:
-    """A section that has nothing but the reason why it is empty; null in a file is one too."""
+    """A section that has only the reason why it is empty; null in a file is read as one."""
 
     reason: str = NOT_IN_REPORT
 
 
 def left_out(default: Any) -> Any:
-    """A field that is not written while it has its default."""
+    """A field that is not written if it equals its default."""
     return field(default=default, metadata={"left_out": True})
 
 
@@ -44,7 +44,7 @@ def json_key(key: str, default: Any) -> Any:
 
 @cache
 def check_of(kind: Any) -> Check:
-    """The check of a value of this type. Raises `TypeError` for a type that is none of those above."""
+    """The check for values of this type. Raises `TypeError` for a type that is not listed above."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind in (str, bool, Any):
         return {str: text(), bool: boolean, Any: anything}[kind]
@@ -91,7 +91,7 @@ def _is_reason(value: Any) -> bool:
 
 
 def from_json(kind: Callable[..., Value], value: Any) -> Value:
-    """A dataclass of JSON values that its check allows, or of those that this program has computed."""
+    """An instance of the dataclass `kind` from JSON values, which `check_of(kind)` must allow: not checked again."""
     return _read(kind, value)
 
 
@@ -116,7 +116,7 @@ def _read(kind: Any, value: Any) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """JSON values, keys in the order of the fields."""
+    """Dataclasses, dicts and sequences as JSON values; keys in the order of the fields."""
     if is_dataclass(value):
         pairs = ((each, getattr(value, each.name)) for each in fields(value))
         return {_key_of(each): to_json(inner) for each, inner in pairs if not _is_left_out(each, inner)}
@@ -138,7 +138,7 @@ def _has_default(each: Field[Any]) -> bool:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether values of this type are used as they are: nothing inside is a dataclass."""
+    """Whether values of this type need no conversion: no dataclass in them."""
     if get_origin(kind) in (list, dict, Union, UnionType):
         return all(_is_plain(inner) for inner in get_args(kind))
     return not is_dataclass(kind)

@@ -1,4 +1,4 @@
-"""The section of a report about wrong rows: those of the highest confidence, and how much each word contributed.
+"""The section of a report about wrong rows: the most confident ones, and how much each word contributed.
 
 N rows, K classes.
 """
@@ -16,13 +16,13 @@ from mmbert_core.report.typed_json import Missing
 from mmbert_core.tables.table import Roles, read_chunks
 
 MAX_ERRORS = 20
-# An explanation costs as much as scoring 48 rows (16 steps, a backward pass counts double): all explanations take about
-# a quarter of the time of scoring.
+# One explanation costs as much as scoring 48 rows: 16 steps, each a forward pass and a backward pass of twice its cost.
+# With one for 200 rows, all explanations take about a quarter of the time of scoring.
 MIN_EXPLAINED, ROWS_PER_EXPLANATION = 3, 200
 
 
 def errors_section(evaluated: EvaluatedRows) -> Errors | Missing:
-    """The wrong rows of the highest confidence; of the first of them, how much each word contributed."""
+    """The most confident wrong rows; for the first of them, how much each word contributed."""
     preds, labels, dataset = evaluated.preds, evaluated.labels, evaluated.dataset
     chosen = predicted_classes(preds, threshold=evaluated.threshold)
     of_chosen = np.where(chosen == 1, preds, 1 - preds) if preds.ndim == 1 else preds[np.arange(len(preds)), chosen]
@@ -50,7 +50,7 @@ def errors_section(evaluated: EvaluatedRows) -> Errors | Missing:
 
 
 def attributions_of(evaluated: EvaluatedRows, rows: np.ndarray, chosen: np.ndarray) -> tuple[list[Attributions], int]:
-    """Of each of the rows its text in spans with a weight, and how many, from the first, have weights other than 0."""
+    """The text of each row as (span, weight) pairs, and the number of rows explained; the weights of the rest are 0."""
     texts, num_explained = texts_of(evaluated, rows), max(MIN_EXPLAINED, len(evaluated.preds) // ROWS_PER_EXPLANATION)
     attributions: list[Attributions] = []
     for row, text in list(zip(rows, texts, strict=True))[:num_explained]:  # one by one: together they take much memory
@@ -61,14 +61,17 @@ def attributions_of(evaluated: EvaluatedRows, rows: np.ndarray, chosen: np.ndarr
 
 
 def distance_to(threshold: float, preds: np.ndarray) -> np.ndarray:
-    """[N]: 0 for a probability at the threshold, 1 for 0 or 1, so that missed rows and false alarms are comparable."""
+    """[N]: 0 for a probability equal to the threshold, 1 for a probability of 0 or 1.
+
+    So the confidences of false negatives and false positives are comparable.
+    """
     preds, threshold = preds.astype(np.float64), max(threshold, 0.0)
     above, below = (preds - threshold) / max(1 - threshold, EPS), (threshold - preds) / max(threshold, EPS)
     return np.where(preds > threshold, above, below)
 
 
 def texts_of(evaluated: EvaluatedRows, positions: np.ndarray) -> list[str]:
-    """The texts of some rows, read from the files once more: the dataset keeps token ids only."""
+    """The texts of the rows at `positions`, read again from the files: the dataset has only token ids."""
     config, encoded = evaluated.loaded.config, evaluated.dataset.encoded
     columns = config.text_name
     if not columns:
@@ -86,7 +89,8 @@ def texts_of(evaluated: EvaluatedRows, positions: np.ndarray) -> list[str]:
     ):
         if first > max(index_of_row):
             break
-        for row in [row for row in index_of_row if first <= row < first + len(chunk)]:
+        rows_of_chunk = [row for row in index_of_row if first <= row < first + len(chunk)]
+        for row in rows_of_chunk:
             cells = {name: [chunk.cells[name][row - first]] for name in columns}
             [texts[index_of_row[row]]] = join_texts(cells, columns)
         first += len(chunk)
