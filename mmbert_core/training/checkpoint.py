@@ -33,13 +33,13 @@ from mmbert_core.storage.files import (
     write_json,
 )
 from mmbert_core.storage.manifest import MANIFEST, manifest_of, read_manifest, why_different
-from mmbert_core.training.saved_state import FORMAT_VERSION, READABLE_STATE, SINCE, STATE, check_steps
+from mmbert_core.training.saved_state import FORMAT_VERSION, NEWER_KEYS, READABLE_STATE, STATE, check_steps
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", STATE)
 ASIDE_PREFIX = "aside-"
-DUE = "due"  # in state.json: false where only a signal asked for the checkpoint; older ones have no such key
+DUE = "due"  # in state.json: false for a checkpoint written only because of a signal; older ones lack the key
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 TEMPORARY_FOLDER = re.compile(re.escape(TEMPORARY_PREFIX) + r"(step-[0-9]{8,})-[0-9]+")
 
@@ -48,7 +48,7 @@ TEMPORARY_FOLDER = re.compile(re.escape(TEMPORARY_PREFIX) + r"(step-[0-9]{8,})-[
 class TrainState:
     """The progress of a run; all of it is in `state.json`. Counts are from the first start of the run, over resumes."""
 
-    step: int = 0  # optimizer steps that are done
+    step: int = 0  # completed optimizer steps
     epoch: int = 0
     rows_consumed: int = 0  # of this epoch's permutation
     skipped_steps: int = 0  # without an update: overflowed in fp16, or left out (on_nonfinite)
@@ -61,17 +61,17 @@ class TrainState:
     finished: bool = False
     train_seconds: float = 0.0
     rows_trained: int = 0
-    test_folder: str | None = None  # its name in the run's folder, from the last step on
+    test_folder: str | None = None  # its name in the run's folder; set after the last step
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read: CPU tensors by parameter name, and `state.json`."""
+    """The content of a checkpoint, on the CPU."""
 
     path: Path
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
-    state: dict[str, Any]
+    weights: dict[str, torch.Tensor]  # by name in the model's state_dict
+    moments: dict[str, torch.Tensor]  # see `moments_of`
+    state: dict[str, Any]  # state.json
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -105,7 +105,9 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments:
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
         name, entry = key.rsplit(".", 1)
-        by_parameter.setdefault(name, {})[entry] = value.clone()  # else a view of the file, which is mapped into memory
+        by_parameter.setdefault(name, {})[entry] = (
+            value.clone()
+        )  # a copy: `value` is a view of the file, which is mapped into memory
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
@@ -121,12 +123,12 @@ def save_checkpoint(
 ) -> Path:
     """Rank 0 only. Write the folder `step-<step>`; one that exists is replaced when the new one is complete.
 
-    Raises `RunError` for weights that are not finite and when the disk is full; then nothing of it is left, and the
-    older checkpoints are unchanged.
+    Raises `RunError` for weights that are not finite and when the disk is full; then nothing of it is left on the
+    disk, and the older checkpoints are unchanged.
     """
-    if not_finite := [
-        name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]:
+    floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    not_finite = [name for name, tensor in floats.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
         raise RunError(f"step {state['step']}: {not_finite[0]} is not finite; no checkpoint written")
     final = step_folder(folder, state["step"])
     check_space(folder, state["step"], weights, moments)
@@ -134,7 +136,7 @@ def save_checkpoint(
         _write(final, weights, moments, state)
     except OSError as error:
         message = f"the checkpoint of step {state['step']} could not be written"
-        raise RunError(f"{message}: {_space(folder, weights, moments)} ({error})") from error
+        raise RunError(f"{message}: {_missing_space(folder, weights, moments)} ({error})") from error
     return final
 
 
@@ -143,7 +145,7 @@ def check_space(
 ) -> None:
     """Raise `RunError` when the disk has too little space for a checkpoint of these tensors."""
     if free_bytes(folder) < _size(weights, moments):
-        raise RunError(f"no space for the checkpoint of step {step}: {_space(folder, weights, moments)}")
+        raise RunError(f"no space for the checkpoint of step {step}: {_missing_space(folder, weights, moments)}")
 
 
 def _size(weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> int:
@@ -151,7 +153,7 @@ def _size(weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tenso
     return sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())) * 21 // 20 + MEGABYTE
 
 
-def _space(folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> str:
+def _missing_space(folder: Path, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> str:
     return missing_space(folder, _size(weights, moments))
 
 
@@ -168,11 +170,11 @@ def _write(
 
 
 def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> None:
-    """Rank 0 only. Of the checkpoints up to step `newest`, keep it, the best step and the last `keep` that were due.
+    """Rank 0 only. Keep the checkpoints of step `newest`, of the best step and of the last `keep` due steps.
 
-    One that was written only because of a signal does not count among the `keep` and is removed after the next one:
-    in the end an interrupted run has the same checkpoints as one that was not interrupted.
-    Higher steps are damaged ones that a resume has skipped; the run replaces them when it gets there.
+    A checkpoint that was written only because of a signal does not count among the `keep` and is removed after the
+    next one: in the end an interrupted run has the same checkpoints as one that was not interrupted.
+    Checkpoints later than `newest` are damaged ones that a resume has skipped; the run replaces them at their step.
     """
     steps = sorted(step for step in list_steps(folder) if step <= newest)
     due = [step for step in steps if was_due(step_folder(folder, step))]
@@ -184,7 +186,7 @@ def rotate(folder: Path, *, keep: int, newest: int, best_step: int | None) -> No
 
 
 def was_due(path: Path) -> bool:
-    """Whether a checkpoint was written because of its step, and not only because of a signal."""
+    """Whether a checkpoint was written because of its step, not only because of a signal."""
     try:
         return read_json(path / "state.json").get(DUE, True) is not False
     except (OSError, ValueError, AttributeError):
@@ -192,24 +194,22 @@ def was_due(path: Path) -> bool:
 
 
 def set_aside(folder: Path, newest: int) -> None:
-    """Rank 0 only. For a `resume` from step `newest`: rename later checkpoints, so that no start resumes from them."""
+    """Rank 0 only. Rename the checkpoints later than step `newest`, so that no later start resumes from them."""
     for step in list_steps(folder):
         if step > newest:
             path = step_folder(folder, step)
-            aside = next(
-                name
-                for n in count()
-                if not (name := path.with_name(f"{ASIDE_PREFIX}{path.name}{f'-{n}' if n else ''}")).exists()
-            )
-            path.rename(aside)
-            logger.info("the checkpoint of step %d, later than the one resumed from, is now %s", step, aside)
+            suffixes = (f"-{number}" if number else "" for number in count())
+            candidates = (path.with_name(f"{ASIDE_PREFIX}{path.name}{suffix}") for suffix in suffixes)
+            new_path = next(candidate for candidate in candidates if not candidate.exists())
+            path.rename(new_path)
+            logger.info("the checkpoint of step %d, later than the one resumed from, is now %s", step, new_path)
 
 
 # ---- reading ----
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps that have a folder, valid or not, newest first. Links and other names are ignored."""
+    """Steps that have a checkpoint folder, valid or not, latest first. Links and other names are ignored."""
     if not Path(folder).is_dir():
         return []
     names = [path.name for path in Path(folder).iterdir() if path.is_dir() and not path.is_symlink()]
@@ -237,7 +237,7 @@ def why_invalid(path: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
-    """The checkpoint to resume from: the newest complete one, or that of step `resume`. None: a new run.
+    """The checkpoint to resume from: the newest valid one, or that of step `resume`. None: a new run.
 
     Warns of each newer checkpoint that is damaged. Raises `InputError` when `resume` is not possible, and when there
     are checkpoints but all are damaged: a new run would silently lose the old one.
@@ -268,28 +268,28 @@ def find_checkpoint(folder: Path, resume: str | int) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The tensors and the state of a valid checkpoint folder. Raises `InputError` for what no run writes."""
+    """The tensors and the state of a valid checkpoint folder. Raises `InputError` for content that no run writes."""
     try:
         state = read_json(path / STATE, READABLE_STATE)
         check_steps(state, step_of(path))
         return Checkpoint(path, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
-    except (ValueError, OSError, SafetensorError) as error:  # whole, but no run has written it
+    except (ValueError, OSError, SafetensorError) as error:  # as in the manifest, but no run has written it
         raise InputError(f"{path}: {shorten(str(error).removeprefix(f'{path}/'), 300)}") from None
 
 
 def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights alone of a step's checkpoint, after checking it against its manifest."""
+    """The weights of a step's checkpoint, without the optimizer's tensors. Raises `InputError` when it is damaged."""
     path = step_folder(folder, step)
     if reason := why_invalid(path):
         raise InputError(f"{path}: the checkpoint of the best step is damaged: {reason}")
     try:
         return load_file(path / "model.safetensors")
-    except SafetensorError as error:  # whole, but no run has written it
+    except SafetensorError as error:  # as in the manifest, but no run has written it
         raise InputError(f"{path}: model.safetensors: {error}") from None
 
 
 def clean_up(folder: Path) -> None:
-    """Rank 0 only, at the start, in a locked folder: remove what killed writes have left.
+    """Rank 0 only, at the start, in a locked folder: remove what killed processes have left.
 
     A checkpoint that was complete but not yet renamed gets its name.
     """
@@ -308,7 +308,7 @@ def clean_up(folder: Path) -> None:
 
 
 def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """`state`, without its best step where that checkpoint is damaged: the next validation is then the best so far."""
+    """`state`, without its best step when that checkpoint is damaged: the next validation is then the best so far."""
     best = state["best_step"]
     if best is None or best == state["step"]:
         return state
@@ -316,16 +316,12 @@ def without_lost_best(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         logger.warning(
             "the best step so far, %d, is lost (%s): the best is chosen from step %d on", best, reason, state["step"]
         )
-        return {
-            **state,
-            "best_step": None,
-            "best_value": None,
-            "best_metric": None,
-            "best_val_loss": None,
-            "bad_validations": 0,
-        }
+        lost = dict.fromkeys(("best_step", "best_value", "best_metric", "best_val_loss"))
+        return {**state, **lost, "bad_validations": 0}
     return state
 
 
 def train_state_from(state: Mapping[str, Any]) -> TrainState:
-    return TrainState(**{name: state[name] for name in asdict(TrainState()) if name in state or name not in SINCE})
+    """The progress in a checkpoint's state; keys that older checkpoints lack get their defaults."""
+    names = [name for name in asdict(TrainState()) if name in state or name not in NEWER_KEYS]
+    return TrainState(**{name: state[name] for name in names})

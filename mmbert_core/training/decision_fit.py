@@ -1,4 +1,4 @@
-"""What is fitted after training and kept with the model: threshold and calibration, and the baselines to compare with.
+"""Fitted after training and saved with the model: threshold, calibration, and the baselines to compare with.
 
 N rows, K classes.
 """
@@ -36,7 +36,7 @@ def fit_decision(data: Data, config: Config, val_preds: np.ndarray | None) -> De
     try:
         with slow_step("baselines"):
             fitted = fit_baselines(data, config)
-    except Exception as error:  # such as too little memory: the model can do without baselines
+    except Exception as error:  # such as too little memory: the model is usable without baselines
         logger.warning("no baselines: %s: %s", type(error).__name__, error)
         fitted = None
     with slow_step("threshold and calibration"):
@@ -44,24 +44,19 @@ def fit_decision(data: Data, config: Config, val_preds: np.ndarray | None) -> De
             val_preds, val_labels, rule=config.threshold_rule, num_classes=config.num_classes, baselines=fitted
         )
     if config.is_binary and decision.threshold.reason:
-        logger.warning(
-            "threshold_rule %s could not be followed, the threshold is 0.5: %s",
-            config.threshold_rule,
-            decision.threshold.reason,
-        )
+        message = "threshold_rule %s could not be followed, the threshold is 0.5: %s"
+        logger.warning(message, config.threshold_rule, decision.threshold.reason)
     return decision
 
 
 def fit_baselines(data: Data, config: Config) -> Baselines:
-    """Fitted on a seeded sample of the training rows; the validation rows choose penalty and threshold."""
+    """Baselines fitted on a seeded sample of the training rows; the validation rows choose penalty and threshold."""
     rows, labels = sample(data.train, config.seed, config.num_classes)
     val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed, config.num_classes)
     models, thresholds, reasons = {}, {}, {}
-    for name, is_there in {
-        COLUMNS_ONLY: bool(config.tab_field_list or config.cat_field_list),
-        TEXT_ONLY: bool(config.text_name),
-    }.items():
-        if not is_there:
+    has_columns = bool(config.tab_field_list or config.cat_field_list)
+    for name, has_input in ((COLUMNS_ONLY, has_columns), (TEXT_ONLY, bool(config.text_name))):
+        if not has_input:
             reasons[name] = f"the model has no {'columns' if name == COLUMNS_ONLY else 'text'}"
         elif config.num_classes > MAX_CLASSES[name]:
             reasons[name] = f"more than {MAX_CLASSES[name]} classes"
@@ -72,16 +67,16 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
                 reasons[name] = "its fit did not converge: the weights are not finite"
                 continue
             models[name] = fitted
-            scores = None if val is None else fitted.probabilities(val[0])
-            thresholds[name] = fit_threshold(
-                scores[:, 1] if scores is not None and config.is_binary else scores, val_labels, config.threshold_rule
-            ).value
+            scores = None if val is None else fitted.probabilities(val[0])  # [N, K]
+            if scores is not None and config.is_binary:
+                scores = scores[:, 1]
+            thresholds[name] = fit_threshold(scores, val_labels, config.threshold_rule).value
     shares = baselines.majority(data.train.label_index, config.num_classes)
     return Baselines(shares, models, thresholds, len(rows), reasons)
 
 
 def sample(dataset: Dataset, seed: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of all rows, or of as many as MAX_ROWS, MAX_CELLS and MAX_TOKENS allow, ascending, and their labels."""
+    """Indices of all rows, or of as many as MAX_ROWS, MAX_CELLS and MAX_TOKENS allow, ascending; and their labels."""
     rows = np.random.default_rng(seed).permutation(len(dataset))
     within_max_tokens = int(np.searchsorted(np.cumsum(dataset.lengths[rows]), MAX_TOKENS, side="right")) + 1
     rows = np.sort(rows[: min(MAX_ROWS, MAX_CELLS // num_classes, within_max_tokens)])

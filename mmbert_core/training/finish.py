@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mmbert_core import hooks
+from mmbert_core.data.dataset import Batch
 from mmbert_core.inference import scoring
 from mmbert_core.inference.model_folder import LoadedModel, save_model_folder
 from mmbert_core.report.build import PAGE, write_report
@@ -29,16 +30,17 @@ from mmbert_core.training.validation import evaluate
 
 logger = logging.getLogger(__name__)
 
-ROWS_TO_CHECK = 32  # training rows whose probabilities are checked where there are no validation rows
+ROWS_TO_CHECK = 32  # training rows whose probabilities are checked when there are no validation rows
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Collective. Best weights -> decision -> model folder -> test -> train_results.json, which is returned.
+    """Collective. Load the best weights, fit the decision, write the model folder, test, write train_results.json.
 
+    Returns what train_results.json holds.
     Raises `RunError`, before anything of the model is written, when every step was skipped or when the model's
     probabilities are not finite.
     """
-    distributed.on_main(lambda: check_some_steps_counted(run.state))
+    distributed.on_main(lambda: check_not_all_skipped(run.state))
     best = run.state.best_step or run.state.step
     if best != run.state.step:
         run.model.load_state_dict(weights_for_all(run, best))
@@ -89,14 +91,16 @@ def results_record(
 def validation_of_best(run: Run) -> np.ndarray | None:
     """Collective. The best step's predictions of the validation rows [N] or [N, K]; None without validation rows.
 
-    After a resume they are computed again, with the weights that the model now has.
+    Computed again, with the weights that the model now has, when the best step was validated before a resume.
     """
     if run.data.val is None or run.best_validation is not None:
         return run.best_validation
     outputs = hooks.on_validation_epoch_start()
-    if not evaluate(
-        run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)
-    ):
+
+    def step(batch: Batch, index: int) -> None:
+        hooks.validation_step(run.model, batch, index, outputs, task=run.task)
+
+    if not evaluate(run, run.data.val, step):
         signals.ignore()
         raise Stopped(
             "stopped by a signal while the validation rows were evaluated; the same command (resume: auto) repeats that"
@@ -110,14 +114,14 @@ def remove_old_checkpoints(run: Run) -> None:
     remove_stale_temporaries(run.checkpoints)
 
 
-def check_some_steps_counted(state: TrainState) -> None:
+def check_not_all_skipped(state: TrainState) -> None:
     """Rank 0 only. Raise `RunError` when every step was left out; warn when some were."""
-    what = "because their loss or gradient was not finite"
+    reason = "because their loss or gradient was not finite"
     if state.skipped_steps >= state.step:
         nothing = "nothing was trained, and no model is written; see the first of these errors"
-        raise RunError(f"all {state.step} steps were left out {what}: {nothing}")
+        raise RunError(f"all {state.step} steps were left out {reason}: {nothing}")
     if state.skipped_steps:
-        logger.warning("%d of %d steps were left out %s", state.skipped_steps, state.step, what)
+        logger.warning("%d of %d steps were left out %s", state.skipped_steps, state.step, reason)
 
 
 def check_finite_predictions(run: Run, step: int, val_preds: np.ndarray | None) -> None:
@@ -160,18 +164,17 @@ def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
 
 
 def test(run: Run, loaded: LoadedModel | None) -> tuple[dict[str, Any], Path]:
-    """Collective. Evaluate the test rows with the current weights; returns the figures and their folder.
+    """Collective. Evaluate the test rows with the current weights and write the report.
 
-    `loaded` is used on rank 0 only.
+    Returns what test_metrics.json holds, and the folder of the test. `loaded` is used on rank 0 only.
     """
     dataset = run.data.test
     outputs, folder = hooks.on_test_epoch_start(run.folder, run.state.test_folder)
-    has_labels = dataset.has_labels
-    if not evaluate(
-        run,
-        dataset,
-        lambda batch, index: hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=has_labels),
-    ):
+
+    def step(batch: Batch, index: int) -> None:
+        hooks.test_step(run.model, batch, index, outputs, task=run.task, has_labels=dataset.has_labels)
+
+    if not evaluate(run, dataset, step):
         distributed.on_main(folder.rmdir)
         signals.ignore()
         raise Stopped(
@@ -191,7 +194,7 @@ def test(run: Run, loaded: LoadedModel | None) -> tuple[dict[str, Any], Path]:
 
 
 def report(run: Run, loaded: LoadedModel, result: scoring.EpochResult, figures: dict[str, Any], folder: Path) -> None:
-    """Rank 0 only. report.html and report.json of the test rows."""
+    """Rank 0 only. Write report.html and report.json of the test rows."""
 
     def evaluated_rows() -> EvaluatedRows:
         training = training_section(run.folder, run.state.best_step, run.state.best_metric)

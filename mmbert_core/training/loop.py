@@ -1,7 +1,7 @@
-"""The training loop, top to bottom: when things happen. What happens is in `hooks`.
+"""The training loop: steps, validations and checkpoints. It calls the functions in `hooks`.
 
-B rows of an optimizer step are split into micro-batches, which are assigned to the ranks. Every rank computes the plan
-of the whole step from the same numbers, so no rank has to be asked.
+The B rows of an optimizer step are split into micro-batches, which are assigned to the ranks. Every rank computes the
+plan of the whole step from the same numbers, without communication. N training rows.
 """
 
 import logging
@@ -32,7 +32,7 @@ from mmbert_core.training.start import start_run
 from mmbert_core.training.validation import is_validation_due, validate
 
 logger = logging.getLogger(__name__)
-# Sizes differ from step to step and fragment the heap: after 1,000 steps it is twice as large as needed.
+# Batch sizes differ from step to step and fragment the heap: without trims it is twice as large after 1,000 steps.
 STEPS_BETWEEN_TRIMS = 100
 
 
@@ -43,8 +43,8 @@ def fit(
 
     `model` comes from `start.prepare_model`. Resumes from a checkpoint in `config.model_path` unless `resume` says
     otherwise; a finished run is left as it is. `loss_op(logits, labels)` replaces the weighted cross entropy
-    (`losses.add_loss_op`); it is code, so no checkpoint contains it: a resume needs the same one.
-    Raises `Stopped` after a signal, when a checkpoint is written.
+    (`losses.add_loss_op`); no checkpoint contains it, so a resume needs the same one.
+    Raises `Stopped` after a signal, once a checkpoint is written.
     """
     with locked_folder(config) as folder_lock, signals.deferred():
         run = start_run(config, data, model, context, loss_op=loss_op)
@@ -60,7 +60,7 @@ def fit(
 
 
 def train_to_the_end(run: Run) -> None:
-    """Collective. Steps, validations and checkpoints until the run is finished. Raises `Stopped` after a checkpoint."""
+    """Collective. Steps, validations and checkpoints until the run is finished. Raises `Stopped` after a signal."""
     order, order_epoch, state = np.zeros(0, np.int64), -1, run.state
     while not state.finished:
         # ---- one optimizer step, unless only the validation of the last one is still to do ----
@@ -79,7 +79,7 @@ def train_to_the_end(run: Run) -> None:
 
         # ---- checkpoint ----
         if state.finished and run.data.test is not None:
-            # in the last checkpoint already: a test that is killed and repeated uses the same folder
+            # now, so that the last checkpoint keeps it: a test that is killed and repeated uses the same folder
             state.test_folder = hooks.choose_test_folder(run.folder)
         if run.stopping:
             stop(run, improved=improved)
@@ -88,13 +88,13 @@ def train_to_the_end(run: Run) -> None:
 
 
 def is_save_due(run: Run, *, improved: bool) -> bool:
-    """Whether this step has a checkpoint, signals aside: every `save_every` steps, a new best step, the last step."""
+    """Whether this step has a checkpoint without a signal: every `save_every` steps, a new best step, the last step."""
     state = run.state
     return not state.validation_pending and (improved or state.finished or state.step % run.config.save_every == 0)
 
 
 def stop(run: Run, *, improved: bool) -> NoReturn:
-    """Collective. All ranks know of the signal: write a checkpoint and raise `Stopped`."""
+    """Collective. Write a checkpoint and raise `Stopped`, on all ranks after the same step."""
     save(run, is_due=is_save_due(run, improved=improved))
     signals.ignore()
     command = "the same command" if run.config.resume == "auto" else "the same command with resume: auto"
@@ -119,7 +119,7 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     batches = micro_batches(rows, lengths, run.plan.micro_batches, packed=dataset.packed)
     costs = [dataset.cost(micro_batch) for micro_batch in batches]
     own = assign_to_ranks(costs, run.context.world_size)[run.context.rank]  # indices of this rank's micro-batches
-    # of all B rows; where all weights are 0 the losses are 0 over any divisor
+    # class weights of all B rows; when they are all 0, so are the losses, and any divisor will do
     weight_sum = float(run.class_weights[run.train_labels[rows]].sum()) or 1.0
     if run.used_rows is not None:
         run.used_rows.rows = torch.from_numpy(dataset.used_token_ids(rows))
@@ -147,7 +147,10 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
 
 
 def backward(run: Run, rows: np.ndarray, index: int, weight_sum: float, *, is_last: bool) -> torch.Tensor:
-    """Gradients of micro-batch `index`; the rank's last one synchronises. Returns its detached share of the loss."""
+    """Add the gradients of micro-batch `index`; return its detached share of the loss.
+
+    `is_last`: DDP sums the gradients over the ranks in the backward pass of the rank's last micro-batch.
+    """
     step = run.state.step + 1
     with phase(f"the data of step {step}"):
         batch = run.data.train.batch(rows)
@@ -165,22 +168,23 @@ def check_step_on_all_ranks(
 ) -> tuple[float, bool]:
     """Collective, once a step, before the optimizer step: the step's loss, and whether it is finite on every rank.
 
-    `losses` are those of this rank's micro-batches. One sum over the ranks also counts the rows and shares requests to
-    stop, so that all ranks decide alike. Unless non-finite steps are skipped, raises `RunError` on the rank with such
-    a loss and `PeerError` on the others.
+    `losses` are those of this rank's micro-batches. The same all-reduce counts the rows and tells every rank of a
+    signal to any of them. For a non-finite loss, unless such steps are skipped, raises `RunError` on the rank that has
+    it and `PeerError` on the others.
     """
-    step, bad = run.state.step + 1, [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
-    figures = [sum(losses), sum(map(len, own_batches)), bool(bad), signals.requested() is not None]
-    train_loss, rows_counted, num_bad, num_stopping = distributed.all_reduce_sum(figures)
+    step = run.state.step + 1
+    non_finite = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]  # of `own_batches`
+    addends = [sum(losses), sum(map(len, own_batches)), bool(non_finite), signals.requested() is not None]
+    train_loss, rows_counted, num_ranks_non_finite, num_stopping = distributed.all_reduce_sum(addends)
     run.stopping = num_stopping > 0
     if rows_counted != num_rows:
         raise RuntimeError(f"step {step}: expected {num_rows} rows over all ranks, counted {rows_counted:.0f}")
-    if not num_bad:
+    if not num_ranks_non_finite:
         return train_loss, True
-    if bad:
-        rows = own_batches[bad[0]]
+    if non_finite:
+        rows, loss = own_batches[non_finite[0]], losses[non_finite[0]]
         first = run.data.train.row_location(int(rows[0]))
-        message = f"the loss of a micro-batch of step {step} is {losses[bad[0]]}, of {len(rows)} rows, first {first}"
+        message = f"the loss of a micro-batch of step {step} is {loss}, of {len(rows)} rows, first {first}"
         if run.config.on_nonfinite == "stop":
             advice = "on_nonfinite: skip would leave the step out"
             raise RunError(f"{message}; stopped before the optimizer step ({advice})")
@@ -192,9 +196,9 @@ def check_step_on_all_ranks(
 
 
 def step_optimizer(run: Run) -> tuple[bool, float]:
-    """Whether the optimizer changed the weights, and the gradient norm.
+    """Whether the optimizer changed the weights, and the gradient norm before clipping.
 
-    The gradients are the same on all ranks by now, so all of them take the step, skip it or raise.
+    The gradients are the same on all ranks, so all ranks take the step, skip it or raise.
     """
     step = run.state.step + 1
     with phase(f"the optimizer step {step}"):
@@ -228,9 +232,9 @@ def advance(run: Run, num_rows: int, seconds: float) -> None:
 
 
 def log_step(run: Run, figures: dict[str, float]) -> None:
-    """A line for the user, and one of metrics.jsonl every `log_every` steps and at the last.
+    """Show the progress, and write a line of metrics.jsonl every `log_every` steps and at the last step.
 
-    Rates and the share of padding are of all steps since the previous line of metrics.jsonl.
+    Rates and the share of padding cover all steps since the previous line of metrics.jsonl.
     """
     window, state, config = run.window, run.state, run.config
     for name in ("rows", "tokens", "padded", "seconds"):

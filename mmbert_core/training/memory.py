@@ -1,4 +1,4 @@
-"""Whether a step fits into memory, tried before the first one; and what the C library keeps of freed memory."""
+"""A trial before the first step: do its micro-batches fit into memory? And settings of glibc's allocator."""
 
 import ctypes
 import logging
@@ -23,29 +23,29 @@ from mmbert_core.runtime.memory import peak_mb, reset_peak
 
 logger = logging.getLogger(__name__)
 
-ROWS_LOOKED_AT = 5_000_000  # in whole epochs, at least one: a permutation of 10^7 rows takes a second
-CANDIDATES = 64  # steps that are examined: those with the most tokens, and those with the longest texts
-TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # names of mallopt(3)
-# the last is oneDNN's message, nearly always for a failed allocation
+MAX_ROWS_EXAMINED = 5_000_000  # whole epochs, at least one: a permutation of 10^7 rows takes a second
+NUM_CANDIDATES = 64  # steps whose micro-batches are compared: so many by tokens, and so many by longest text
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # parameters of mallopt(3)
+# the last alternative is oneDNN's message, nearly always for a failed allocation
 OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc|could not create a primitive", re.IGNORECASE
 )
 
 
 def resolve_by_trial(configured: int, ddp_model: nn.Module, dataset: Dataset, *, task: Task, config: Config) -> int:
-    """Collective. Micro-batches per step: `configured`, or doubled until the largest of the run fits on every rank.
+    """Collective. Micro-batches per step: `configured`, doubled until the largest one of the run fits on every rank.
 
     Raises `RunError` when not even a single row fits. Leaves no gradients.
     """
     batch_size = config.batch_size
-    epochs = min(config.max_epochs, max(1, ROWS_LOOKED_AT // len(dataset)))
+    epochs = min(config.max_epochs, max(1, MAX_ROWS_EXAMINED // len(dataset)))
     orders = (epoch_order(len(dataset), config.seed, epoch) for epoch in range(epochs))
     steps = heaviest_steps(orders, dataset.lengths, batch_size)
     count = configured
-    while reason := why_not_on_all_ranks(steps, count, ddp_model, dataset, task, config.memory_limit_mb):
+    while reason := memory_shortage_on_any_rank(steps, count, ddp_model, dataset, task, config.memory_limit_mb):
         if count >= batch_size:
             num_tokens = int(dataset.lengths[largest_micro_batches(steps, dataset, count)[0]].max())
-            distributed.on_main(partial(refuse, num_tokens, reason))
+            distributed.on_main(partial(raise_one_row_too_large, num_tokens, reason))
         count = min(2 * count, batch_size)
     if count != configured:
         message = "microbatches_per_step %d does not fit into memory: %d are used for this run"
@@ -53,30 +53,33 @@ def resolve_by_trial(configured: int, ddp_model: nn.Module, dataset: Dataset, *,
     return count
 
 
-def why_not_on_all_ranks(
+def memory_shortage_on_any_rank(
     steps: list[np.ndarray], count: int, ddp_model: nn.Module, dataset: Dataset, task: Task, limit_mb: int | None
 ) -> str | None:
-    """Collective. Why `steps`, in `count` micro-batches, do not fit into memory on every rank; None when they do."""
+    """Collective. Why `steps`, in `count` micro-batches each, do not fit into memory on every rank; else None."""
     largest = largest_micro_batches(steps, dataset, count)
 
     def compute_all() -> None:
         for rows in largest:
-            compute(ddp_model, dataset, rows, task)
+            forward_backward(ddp_model, dataset, rows, task)
 
     with phase("the trial of the largest micro-batch"):
-        reason = why_not(compute_all, task.device, limit_mb)
+        reason = memory_shortage(compute_all, task.device, limit_mb)
     ddp_model.zero_grad(set_to_none=True)
     [num_failed] = distributed.all_reduce_sum([reason is not None])
     return (reason or "on another rank") if num_failed else None
 
 
-def refuse(num_tokens: int, reason: str) -> NoReturn:
+def raise_one_row_too_large(num_tokens: int, reason: str) -> NoReturn:
     advice = "use a smaller max_length, max_chunks or encoder"
     raise RunError(f"not even one row ({num_tokens} tokens) at a time fits into memory ({reason}): {advice}")
 
 
 def heaviest_steps(orders: Iterable[np.ndarray], lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """The rows of those steps of all epochs that have the most tokens or the longest texts."""
+    """The rows of the steps with the most tokens and of those with the longest texts, over all epochs.
+
+    orders: the permutation of the rows [N] in each epoch. lengths [N]: tokens. Returns row indices, [B] a step.
+    """
     steps: list[np.ndarray] = []
     for order in orders:
         starts = np.arange(0, len(order), batch_size)
@@ -89,12 +92,12 @@ def heaviest_steps(orders: Iterable[np.ndarray], lengths: np.ndarray, batch_size
 
 
 def heaviest(weights: Sequence[int] | np.ndarray) -> set[int]:
-    """Indices of the CANDIDATES largest."""
-    return set(np.argsort(-np.array(weights), kind="stable")[:CANDIDATES].tolist())
+    """Indices of the NUM_CANDIDATES largest."""
+    return set(np.argsort(-np.array(weights), kind="stable")[:NUM_CANDIDATES].tolist())
 
 
 def largest_micro_batches(steps: list[np.ndarray], dataset: Dataset, count: int) -> list[np.ndarray]:
-    """Of the steps in `count` micro-batches each: those that can need the most memory.
+    """Split the steps into `count` micro-batches each and return those that may need the most memory.
 
     They have the highest cost, the most tokens, the most tokens when padded, or the most pairs of tokens.
     """
@@ -103,15 +106,15 @@ def largest_micro_batches(steps: list[np.ndarray], dataset: Dataset, count: int)
         for rows in steps
         for micro_batch in micro_batches(rows, dataset.lengths[rows], count, packed=dataset.packed)
     ]
-    sizes = [
-        (dataset.cost(micro_batch), lengths.sum(), len(lengths) * lengths.max(), (lengths**2).sum())
-        for micro_batch, lengths in ((micro_batch, dataset.lengths[micro_batch]) for micro_batch in candidates)
-    ]
+    sizes = []
+    for micro_batch in candidates:
+        lengths = dataset.lengths[micro_batch]
+        sizes.append((dataset.cost(micro_batch), lengths.sum(), len(lengths) * lengths.max(), (lengths**2).sum()))
     return [candidates[index] for index in dict.fromkeys(np.argmax(sizes, axis=0).tolist())]
 
 
-def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task) -> None:
-    """Forward and backward of `rows` without synchronisation, with as much memory taken as AdamW's two moments will."""
+def forward_backward(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task) -> None:
+    """Forward and backward of `rows` without DDP's all-reduce, with the memory of AdamW's two moments allocated."""
     moments = [
         torch.ones_like(parameter) for parameter in ddp_model.parameters() if parameter.requires_grad for _ in range(2)
     ]
@@ -122,7 +125,7 @@ def compute(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch or Python report that memory ran out, of a GPU or of the machine. Not `RunError` of this file."""
+    """Whether memory of a GPU or of the machine ran out, as PyTorch or Python report it. A `RunError` is never one."""
     if isinstance(error, RunError):
         return False
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -130,8 +133,8 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def why_not(action: Callable[[], object], device: torch.device, limit_mb: int | None) -> str | None:
-    """Run `action`; None when it fits. Else why not: memory ran out, or on the CPU more than the limit was resident."""
+def memory_shortage(action: Callable[[], object], device: torch.device, limit_mb: int | None) -> str | None:
+    """Run `action`; None when it fits, else why not: out of memory, or a peak above `limit_mb` (MB, CPU only)."""
     return_freed_memory()
     reset_peak()
     try:
@@ -148,15 +151,15 @@ def why_not(action: Callable[[], object], device: torch.device, limit_mb: int | 
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system, that of `keep_freed_memory` too. To use it again costs 0.2 s per gigabyte."""
+    """Return freed memory to the system, also after `keep_freed_memory`. Allocating it again costs 0.2 s a gigabyte."""
     call_glibc("malloc_trim", 0)
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process from now on: every step allocates the same sizes again.
+    """Keep freed memory in this process from now on, as every step allocates about the same again.
 
     By default glibc returns blocks beyond 32 MB and the top of the heap to the system at every free, and the kernel
-    maps and zeroes them again page by page: a sixth of a step. Settings of the user (MALLOC_...) are kept.
+    maps and zeroes them again page by page: a sixth of a step's time. Does nothing when the user has set MALLOC_....
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         call_glibc("mallopt", TRIM_THRESHOLD, 2**31 - 1)

@@ -1,6 +1,7 @@
 """Optimizer, schedule, and the order of an optimizer step."""
 
 import logging
+import math
 from collections.abc import Iterable
 
 import torch
@@ -14,18 +15,16 @@ from mmbert_core.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below its start: gradients that still overflow will not recover
+MIN_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below the initial scale: gradients that overflow here always will
 
 
 # ---- optimizer and schedule ----
 
 
 def is_normalisation(module: nn.Module) -> bool:
-    """LayerNorm, BatchNorm, RMSNorm, ... by the module's type, whatever the parameter is called."""
-    return (
-        isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
-        or "Norm" in type(module).__name__
-    )
+    """LayerNorm, BatchNorm, RMSNorm, ..., recognised by the module's type, not by the names of its parameters."""
+    known_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    return isinstance(module, known_types) or "Norm" in type(module).__name__
 
 
 def names_without_decay(model: nn.Module) -> set[str]:
@@ -41,7 +40,8 @@ def names_without_decay(model: nn.Module) -> set[str]:
 def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> tuple[Optimizer, LambdaLR]:
     """Hook `configure_optimizers`: AdamW in two groups, with and without weight decay; a schedule by optimizer step.
 
-    With `head_lr` each group is split into encoder and the rest. Every trainable parameter is in exactly one group.
+    With `head_lr` each group is split into the text encoder's parameters and the rest. Every trainable parameter is in
+    exactly one group.
     """
     undecayed = names_without_decay(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -49,24 +49,14 @@ def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> 
         if parameter.requires_grad:
             is_head = config.head_lr is not None and not name.startswith("text_subnetwork.encoder.")
             groups.setdefault((is_head, name in undecayed), []).append(parameter)
-    optimizer = AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": 0.0 if no_decay else config.weight_decay,
-                "lr": config.head_lr if is_head else config.lr,
-            }
-            for (is_head, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0])
-        ],
-        lr=config.lr,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    param_groups = []
+    for (is_head, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        weight_decay, lr = 0.0 if no_decay else config.weight_decay, config.head_lr if is_head else config.lr
+        param_groups.append({"params": parameters, "weight_decay": weight_decay, "lr": lr})
+    optimizer = AdamW(param_groups, lr=config.lr, eps=config.adam_epsilon, fused=True)
     warmup = warmup_in_steps(config.warmup_steps, total_steps)
     if config.run_scheduler:
-        return optimizer, get_linear_schedule_with_warmup(
-            optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
-        )
+        return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, total_steps)
     return optimizer, get_constant_schedule_with_warmup(optimizer, num_warmup_steps=warmup)
 
 
@@ -87,8 +77,8 @@ def optimizer_step(
     """Unscale, clip, step, update the scaler, schedule, zero the gradients: in this order, only here.
 
     Returns whether the weights were updated (an fp16 overflow skips update and schedule) and the gradient norm before
-    clipping. Raises `RunError` for a non-finite norm without loss scaling, unless told to skip the step, or when loss
-    scaling no longer helps; gradients are synchronised by then, so every rank does the same.
+    clipping. Raises `RunError` for a non-finite norm: without loss scaling unless `skip_nonfinite`, with it when the
+    scale falls below `MIN_LOSS_SCALE`. The gradients are the same on all ranks, so every rank does the same.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
@@ -96,7 +86,7 @@ def optimizer_step(
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
     grad_norm = float(total_norm)
-    if not scaler.is_enabled() and not grad_norm < float("inf"):
+    if not scaler.is_enabled() and not math.isfinite(grad_norm):
         if not skip_nonfinite:
             raise RunError(f"the gradient norm is {grad_norm}")
         optimizer.zero_grad(set_to_none=True)
@@ -104,10 +94,10 @@ def optimizer_step(
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    stepped = scaler.get_scale() >= scale  # the scale only ever drops after a skipped step
+    stepped = scaler.get_scale() >= scale  # the scaler lowers its scale only after a skipped step
     if stepped:
         scheduler.step()
-    elif scaler.get_scale() < SMALLEST_LOSS_SCALE:
+    elif scaler.get_scale() < MIN_LOSS_SCALE:
         raise RunError(f"the gradient norm is {grad_norm} at any loss scale down to {scaler.get_scale():.0e}")
     optimizer.zero_grad(set_to_none=True)
     return stepped, grad_norm

@@ -1,11 +1,11 @@
-"""What a training reached, as `mmbert_core.train` returns it."""
+"""The results of a training, as `mmbert_core.train` returns them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGE = "test/"  # before the name of a metric in the files
+STAGE = "test/"  # prefix of the metrics' names in the files
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Results:
     """The figures of `train_results.json`; those of the test rows also by the metric's own name.
 
     `metrics["auroc"]` is `test/auroc` of `test_metrics.json`; None: undefined, with the reason in `undefined`.
-    Without test rows, or for test rows without labels, the dicts are empty.
+    The dicts are empty when there are no test rows with labels.
     """
 
     folder: Path  # of the run: the trained model, its checkpoints and its log
@@ -25,8 +25,8 @@ class Results:
     test_loss: float | None  # mean loss, rows weighted by class weight
     test_rows: int | None
 
-    best_step: int  # whose weights the model folder holds; the last step without validation
-    best_metric: str | None  # what chose it
+    best_step: int  # its weights are in the model folder; without validation rows the last step
+    best_metric: str | None  # the metric that chose it
     best_value: float | None
     steps: int
     epochs: float
@@ -53,7 +53,7 @@ class Results:
         test_folder = record.get("test_folder")
         intervals = _without_stage(figures.get("intervals", {}))
         metrics = _without_stage(figures)
-        own = {
+        converted = {
             "folder": Path(folder),
             "test_folder": Path(test_folder) if test_folder else None,
             "test_loss": figures.get("test_loss"),
@@ -63,9 +63,9 @@ class Results:
             "undefined": _without_stage(figures.get("undefined", {})),
             "baselines": {name: _without_stage(values) for name, values in figures.get("baselines", {}).items()},
         }
-        return cls(**(same_name | own))
+        return cls(**(same_name | converted))
 
 
 def _without_stage(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of metrics, by the metric's own name."""
+    """The entries whose names begin with `test/`, without that prefix."""
     return {name.removeprefix(STAGE): value for name, value in figures.items() if name.startswith(STAGE)}

@@ -1,4 +1,4 @@
-"""Resume from a checkpoint: which one, the same on every rank, and only with the settings it was trained with."""
+"""Resume from a checkpoint: the same one on every rank, and only with the settings, data and model of its run."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, found: Checkpoint) -> None:
-    """Load the checkpoint's weights into the model. Raises `InputError` when they are of another model."""
+    """Load the checkpoint's weights into the model. Raises `InputError` when names or shapes are not the model's."""
     with naming_checkpoint(found.path):
         check_tensors(found.weights, model.state_dict(), file="model.safetensors")
     model.load_state_dict(found.weights)
@@ -52,9 +52,9 @@ def naming_checkpoint(path: Path) -> Iterator[None]:
 
 
 def changed_micro_batches(config: Config, state: dict[str, Any]) -> dict[str, int]:
-    """What replaces the resolved micro-batches when the config now says another number than at the checkpoint.
+    """The keys of `resolved` to replace when the config has another number of micro-batches than at the checkpoint.
 
-    This may change on resume: a run that ran out of memory continues with more, smaller micro-batches.
+    This setting may change on resume: a run that ran out of memory continues with more, smaller micro-batches.
     """
     new, old = config.microbatches_per_step, state["config"]["microbatches_per_step"]
     if new in ("auto", old, state["resolved"]["microbatches_per_step"]):
@@ -87,14 +87,14 @@ def check_resumable(
     other_folder = "choose another model_path"
     for key, new in config.items():
         old = state["config"].get(key, _default_of(key))  # an older checkpoint lacks newer keys
-        if key == "pooling" and new == state["resolved"]["pooling"]:  # to which `auto` was resolved
+        if key == "pooling" and new == state["resolved"]["pooling"]:  # what `auto` was resolved to
             continue
         if key not in free_keys and (type(old), old) != (type(new), new):  # val_check_interval: 1.0 epoch, 1 step
             raise InputError(
                 f"{key} was {old!r:.200} in the checkpoint at step {step} and is {new!r:.200} now: "
                 f"set it back, or {other_folder}"
             )
-    for path in {**state["fingerprints"], **fingerprints}:  # in the order of the checkpoint, then new files of globs
+    for path in {**state["fingerprints"], **fingerprints}:  # those of the checkpoint, then files that a glob now finds
         old, new = state["fingerprints"].get(path), fingerprints.get(path)
         if old != new:
             raise InputError(
@@ -122,7 +122,7 @@ def check_pooling(found: Checkpoint, pooling: str | None) -> None:
 
 
 def _default_of(key: str) -> Any:
-    """As `Config.to_dict` has it; None for a key that is required or unknown."""
+    """A setting's default as `Config.to_dict` returns it; None for a key that is required or unknown."""
     default = SETTINGS[key].default if key in SETTINGS else MISSING
     return None if default is MISSING else list(default) if isinstance(default, tuple) else default
 
@@ -134,7 +134,7 @@ def _format_fingerprint(fingerprint: Mapping[str, Any] | None) -> str:
 def check_same_on_all_ranks(config: Config, data: Data, pooling: str | None, context: DistContext) -> None:
     """Collective. Raise `InputError` unless all ranks have read the same config and data.
 
-    A node may have old copies of the files; its ranks would plan other steps than the rest.
+    A node may have old copies of the files; its ranks would plan other steps than the other ranks.
     """
     here = {
         **config.to_dict(),
@@ -155,31 +155,32 @@ def read_for_all_ranks(
 ) -> tuple[Checkpoint | None, int]:
     """Collective. The checkpoint to resume from, on all ranks, and the rank that read it; (None, 0): a new run.
 
-    The first rank of every node looks on its own disk and the newest checkpoint is used: the nodes need no shared
-    disk, and after a restart another node may be the first. The other ranks receive step and tensors by broadcast.
+    The first rank of every node searches its own disk, and the newest checkpoint of all nodes is used: the nodes need
+    no shared disk, and after a restart another node may have rank 0. The other ranks receive state and tensors by
+    broadcast.
     """
     folder = Path(config.model_path) / "checkpoints"
-    # a restart by torchrun has the arguments of the first start, and only some nodes may count it
+    # torchrun restarts a worker with the arguments of its first start, and not every node may count the restart
     resume = "auto" if any(distributed.on_all(ranks.restart_count)) else config.resume
 
-    def look() -> tuple[int, str] | None:
-        """Step and path of this node's newest whole checkpoint."""
-        looks = context.is_main or (context.local_rank == 0 and resume == "auto")
-        path = checkpoint.find_checkpoint(folder, resume) if looks else None
+    def find_on_this_node() -> tuple[int, str] | None:
+        """Step and path of this node's checkpoint; None without one, and on ranks that do not search."""
+        searches = context.is_main or (context.local_rank == 0 and resume == "auto")
+        path = checkpoint.find_checkpoint(folder, resume) if searches else None
         if path is None and context.is_main and (folder.parent / WEIGHTS).exists():
             found = "found a trained model without checkpoints: choose another model_path"
             raise InputError(f"{folder.parent}: expected an empty folder or a run to resume, {found}")
         return None if path is None else (checkpoint.step_of(path), str(path))
 
-    answers = distributed.on_all(look)
-    if not any(answers):
+    by_rank = {rank: found for rank, found in enumerate(distributed.on_all(find_on_this_node)) if found is not None}
+    if not by_rank:
         return None, 0
-    step, source = max((answer[0], -rank) for rank, answer in enumerate(answers) if answer)
-    source = -source
-    read: list[Checkpoint] = []
+    source = max(by_rank, key=lambda rank: by_rank[rank][0])  # of equal steps the lowest rank
+    step, path = by_rank[source]
+    read: list[Checkpoint] = []  # on rank `source`: the checkpoint; on the others empty
 
     def check_and_read() -> dict[str, Any]:
-        found = checkpoint.read_checkpoint(Path(answers[source][1]))
+        found = checkpoint.read_checkpoint(Path(path))
         with naming_checkpoint(found.path):
             check_run_state(found.state)
         check_resumable(
@@ -196,7 +197,7 @@ def read_for_all_ranks(
         return found.state
 
     state = distributed.on_rank(source, check_and_read)
-    logger.info("resuming from %s%s", answers[source][1], f" of rank {source}" if source else "")
+    logger.info("resuming from %s%s", path, f" of rank {source}" if source else "")
     weights = distributed.broadcast_tensors(read[0].weights if read else None, source=source)
     moments = distributed.broadcast_tensors(read[0].moments if read else None, source=source)
     state = distributed.on_main(lambda: checkpoint.without_lost_best(folder, state))
@@ -210,7 +211,7 @@ def restore(
     scheduler: LambdaLR,
     scaler: torch.amp.GradScaler,
 ) -> TrainState:
-    """Restore optimizer, schedule and loss scale and return the state; without a checkpoint the state of a new run.
+    """Restore optimizer, schedule and loss scale; return the progress. Without a checkpoint: that of a new run.
 
     The weights are loaded earlier, before DDP wraps the model.
     """

@@ -1,4 +1,4 @@
-"""A training run on one rank: model, optimizer, state, its plan in steps, its checkpoints."""
+"""A training run on one rank: its model, optimizer, state, plan in steps and checkpoints."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,13 +29,13 @@ from mmbert_core.training.run_log import RunLog
 
 @dataclass(frozen=True)
 class Plan:
-    """Durations in optimizer steps, fixed before the first."""
+    """Durations in optimizer steps, fixed before the first step."""
 
     total_steps: int
     steps_per_epoch: int
     validate_every: int
-    validate_by_epoch: bool  # a share of an epoch counts from the epoch's start, a number of steps from the run's
-    micro_batches: int
+    validate_by_epoch: bool  # whether `validate_every` counts from the start of each epoch, else of the run
+    micro_batches: int  # per optimizer step, over all ranks
 
 
 @dataclass
@@ -54,13 +54,13 @@ class Run:
     plan: Plan
     state: TrainState
     log: RunLog
-    resolved: dict[str, Any]
+    resolved: dict[str, Any]  # the values of settings that were `auto`
     class_weights: np.ndarray  # [K] float64, of the loss
     used_rows: UsedRows | None  # of the token embedding; None: DDP sums its whole gradient
-    # [N] or [N, K] predictions of the best step, when it was validated since the last resume
+    # predictions [N] or [N, K] of the best step; None when it was not validated since the start or resume
     best_validation: np.ndarray | None = None
     folder_lock: Claim | None = None  # rank 0 only
-    stopping: bool = False  # the same on all ranks: one of them has received a signal
+    stopping: bool = False  # whether any rank has received a signal; the same on all ranks
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 
     @property
@@ -93,7 +93,7 @@ def parameter_shapes(model: nn.Module) -> list[list[Any]]:
 def save(run: Run, *, is_due: bool = True) -> None:
     """Collective. Rank 0 writes a checkpoint of this step; when that fails, every rank raises.
 
-    `is_due`: the step would have one without a signal too.
+    `is_due`: whether the step has a checkpoint without a signal too.
     """
 
     def write() -> None:
@@ -102,7 +102,7 @@ def save(run: Run, *, is_due: bool = True) -> None:
         if not (run.folder / LOCK).exists():
             not_written = f"the checkpoint of step {run.state.step} was not written"
             raise RunError(f"the run's folder {run.folder} is gone; {not_written}")
-        run.log.sync()  # before the checkpoint: it must not be ahead of metrics.jsonl
+        run.log.sync()  # first: metrics.jsonl must hold the lines of every step up to the checkpoint's
         weights, moments = checkpoint.weights_of(run.model), checkpoint.moments_of(run.model, run.optimizer)
         checkpoint.save_checkpoint(
             run.checkpoints, weights=weights, moments=moments, state={**state_record(run), checkpoint.DUE: is_due}

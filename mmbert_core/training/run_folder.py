@@ -1,4 +1,4 @@
-"""The folder of a run: locked by one run at a time, without links, without the leftovers of killed writes."""
+"""The folder of a run: locked by one run at a time, free of links and of the leftovers of killed processes."""
 
 import os
 from collections.abc import Iterator
@@ -29,6 +29,7 @@ from mmbert_core.training import checkpoint
 
 RESULTS = "train_results.json"
 RESULTS_JSON = record({"steps": whole(0), "test_metrics": nullable(FIGURES_JSON)}, others=True)
+# Names in the folder of a run that the run writes.
 WRITTEN = (
     "config.json",
     WEIGHTS,
@@ -52,7 +53,7 @@ WRITTEN = (
 
 
 def already_finished(config: Config) -> dict[str, Any] | None:
-    """Collective. The content of train_results.json, which is written last; None when the run is not finished."""
+    """Collective. What train_results.json holds, which is written last; None when the run is not finished."""
 
     def read() -> dict[str, Any] | None:
         try:
@@ -91,26 +92,26 @@ def check_no_links(folder: Path) -> None:
     for written in (*map(folder.joinpath, WRITTEN), *sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))):
         # os.walk: a file that another process removes meanwhile is no error
         inside = (Path(root) / name for root, folders, files in os.walk(written) for name in (*folders, *files))
-        for path in (written, *(() if written.is_symlink() else inside)):
+        for path in [written] if written.is_symlink() else [written, *inside]:
             if path.is_symlink():
                 raise InputError(f"{path}: expected no links in the folder of a run, found one to {os.readlink(path)}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Rank 0 only, in a locked folder: remove temporary files of killed runs, not those of running predictions."""
+    """Rank 0 only, in a locked folder: remove temporary files of killed runs, but not of predictions still running."""
     checkpoint.clean_up(folder / "checkpoints")
     remove_stale_temporaries(folder, WRITTEN)
-    for tested in folder.glob(f"{MODEL_CLASS}-*"):
-        if not tested.is_symlink():  # a link may lead out of the run's folder
-            remove_stale_temporaries(tested)
+    for test_folder in folder.glob(f"{MODEL_CLASS}-*"):
+        if not test_folder.is_symlink():  # a link may lead out of the run's folder
+            remove_stale_temporaries(test_folder)
 
 
 @contextmanager
 def locked_folder(config: Config) -> Iterator[Claim | None]:
-    """Collective. Inside, rank 0 holds the lock of `model_path`; leftovers of killed writes are removed first.
+    """Collective. Rank 0 holds the lock of `model_path` and removes the leftovers of killed processes.
 
-    Yields the lock, on rank 0. Raises `InputError` when another run holds it, and `RunError`, in place of the error of
-    a missing file, when another run has taken it meanwhile.
+    Yields the lock on rank 0, else None. Raises `InputError` when another run holds the lock, and `RunError`, instead
+    of an error about a missing file, when another run has taken the folder meanwhile.
     """
     folder = Path(config.model_path)
 
@@ -137,8 +138,8 @@ def locked_folder(config: Config) -> Iterator[Claim | None]:
 
 
 def open_folder(folder: Path, config: Config, resolved: dict[str, Any], *, fresh: bool, finished: bool) -> None:
-    """Rank 0 only, after every check: the first file that a run writes."""
-    if not finished:  # an older result would be taken for this one's
+    """Rank 0 only, after every check: remove older results and write config.json, the first file of a run."""
+    if not finished:  # older results would be mistaken for those of this run
         (folder / RESULTS).unlink(missing_ok=True)
-    if fresh or not (folder / "config.json").exists():  # another node may have written the one of this run
+    if fresh or not (folder / "config.json").exists():  # none: the run began on another node
         write_json(folder / "config.json", config_record(config, resolved))

@@ -26,10 +26,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class RunLog:
-    """Lines of `metrics.jsonl`, one object each. On resume the lines of steps after `first_step` are removed.
+    """Appends to metrics.jsonl and shows the progress. On resume, lines of steps after `first_step` are removed.
 
-    `validated`, `tested`: whether the validation of `first_step`, if one is due there, and the test are done; if not,
-    their lines are removed too, as both are repeated.
+    `validated`, `tested`: whether the validation of `first_step`, if one is due there, and the test are complete. If
+    not, their lines are removed too, as they will be repeated.
     """
 
     def __init__(
@@ -48,10 +48,8 @@ class RunLog:
         if not is_main:
             return
         self._path = Path(folder) / "metrics.jsonl"
-        write_text(
-            self._path,
-            "".join(line + "\n" for line in kept_lines(self._path, first_step, validated=validated, tested=tested)),
-        )
+        kept = kept_lines(self._path, first_step, validated=validated, tested=tested)
+        write_text(self._path, "".join(line + "\n" for line in kept))
         self._stream = open(self._path, "a", encoding="utf-8")
         self._first_step, self._tensorboard, self._has_curves = first_step, None, False
         self._bar = tqdm(
@@ -59,13 +57,13 @@ class RunLog:
         )
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Write one object with `step` and figures. None is an undefined figure; `undefined` has its reason."""
+        """Write one line, an object with `step` and metrics. None: an undefined metric; `undefined` has the reason."""
         if not self.is_main:
             return
         with path_in_errors(self._path):
             self._stream.write(json.dumps(dict(values), allow_nan=False) + "\n")
             self._stream.flush()
-        if not self._has_curves:  # not at the start: a finished run that is started again writes no files
+        if not self._has_curves:  # not in the constructor: a finished run that is started again writes no files
             self._has_curves = True
             self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", self._first_step)
         if self._tensorboard is not None:
@@ -73,12 +71,12 @@ class RunLog:
                 for name, value in values.items():
                     if name not in ("step", "epoch") and isinstance(value, (int, float)):
                         self._tensorboard.add_scalar(name, value, values["step"])
-            except OSError as error:  # of an earlier call: TensorBoard writes in a thread
+            except OSError as error:  # from an earlier call: TensorBoard writes in a thread
                 logger.warning("no more curves for TensorBoard: %s", error)
                 self._tensorboard = None
 
     def sync(self) -> None:
-        """Rank 0 only. Wait until what was recorded is on the disk."""
+        """Rank 0 only. Wait until all recorded lines are on the disk."""
         os.fsync(self._stream.fileno())
 
     def progress(self, step: int, figures: str) -> None:
@@ -100,9 +98,9 @@ class RunLog:
     def close(self) -> None:
         if self.is_main:
             self._bar.close()
-            with suppress(OSError):  # a full disk: `record` has raised it
+            with suppress(OSError):  # of a full disk: `record` has raised the same error
                 self._stream.close()
-            with suppress(OSError):  # must not replace an error that ends the run
+            with suppress(OSError):  # it must not replace an error that ends the run
                 if self._tensorboard is not None:
                     self._tensorboard.close()
 
@@ -113,12 +111,12 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    if getattr(threading.excepthook, "func", None) is not _thread_failed:
-        threading.excepthook = partial(_thread_failed, threading.excepthook)
+    if getattr(threading.excepthook, "func", None) is not _on_thread_error:
+        threading.excepthook = partial(_on_thread_error, threading.excepthook)
     return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
 
-def _thread_failed(plain: Callable[[Any], object], failure: Any) -> None:
+def _on_thread_error(previous_hook: Callable[[Any], object], failure: Any) -> None:
     """Drop the traceback of a failed write in TensorBoard's thread: the next `add_scalar` raises the same error."""
     if not (type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
-        plain(failure)
+        previous_hook(failure)

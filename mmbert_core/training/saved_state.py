@@ -1,6 +1,7 @@
 """What a checkpoint's state.json and tensors may hold, checked before a run uses any of it.
 
-N training rows. Every value decides rows, folders or sizes, so a value that no run writes is refused, never repaired.
+N training rows. The values decide which rows, folders and sizes a run uses, so a value that no run writes is refused
+and never repaired.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from mmbert_core.storage.schema import (
 
 FORMAT_VERSION = 2
 STATE = "state.json"
-TEST_FOLDER = r"[a-z_]+-[0-9]{4}(-[0-9]{2}){5}"  # a folder that the run's test replaces
+TEST_FOLDER = r"[a-z_]+-[0-9]{4}(-[0-9]{2}){5}"  # name of the folder that a repeated test replaces
 MAX_MICRO_BATCHES = 1_000_000
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter that has had a gradient
 
@@ -45,7 +46,7 @@ PROGRESS: dict[str, Check] = {
     "train_seconds": number(0),
     "rows_trained": whole(0),
 }
-# Keys of PyTorch, whose versions have more or fewer of them; only these four are restored.
+# LambdaLR's keys differ between versions of PyTorch; only these four are restored.
 SCHEDULER = {
     "base_lrs": array(number(0)),
     "_last_lr": array(number(0)),
@@ -59,7 +60,7 @@ SCALER = {
     "growth_interval": whole(1),
     "_growth_tracker": whole(0),
 }
-SURROUNDINGS: dict[str, Check] = {
+RUN_RECORD: dict[str, Check] = {
     "scheduler": record(SCHEDULER, others=True),
     "scaler": either(record({}), record(SCALER)),  # empty: not in use
     "seed": whole(0),
@@ -78,19 +79,23 @@ SURROUNDINGS: dict[str, Check] = {
     "world_size": whole(1),
     "versions": mapping(text()),
 }
-SINCE = {
+# Keys that older checkpoints may lack.
+NEWER_KEYS = {
     "test_folder": nullable(text(pattern=TEST_FOLDER)),
     "due": boolean,
     "best_val_loss": nullable(number()),
-}  # older checkpoints have none of these
+}
+# `record(required, optional)`; `others`: newer versions may write more keys.
 READABLE_STATE = record(
-    {"format_version": constant(FORMAT_VERSION), "step": whole(0)}, {**PROGRESS, **SURROUNDINGS, **SINCE}, others=True
+    {"format_version": constant(FORMAT_VERSION), "step": whole(0)},
+    {**PROGRESS, **RUN_RECORD, **NEWER_KEYS},
+    others=True,
 )
-RUN_STATE = record({"step": whole(0), **PROGRESS, **SURROUNDINGS}, SINCE, others=True)  # newer versions may write more
+RUN_STATE = record({"step": whole(0), **PROGRESS, **RUN_RECORD}, NEWER_KEYS, others=True)
 
 
 def check_steps(state: Mapping[str, Any], step: int) -> None:
-    """Raise `InputError` unless the step is `step`, that of the folder's name, and the best step is not later."""
+    """Raise `InputError` unless the state's step is `step`, as in the folder's name, and its best step is not later."""
     if state["step"] != step or (state.get("best_step") or 0) > step:
         raise InputError(
             f"{STATE}: expected step {step} as in the folder's name, and no later best_step, "
@@ -107,26 +112,23 @@ def check_progress(state: Mapping[str, Any], *, num_rows: int, batch_size: int) 
     """Raise `InputError` unless epoch and rows are those of a run of N rows at the state's step."""
     steps_per_epoch = -(-num_rows // batch_size)
     epoch, step_of_epoch = divmod(state["step"], steps_per_epoch)
-    wanted = {
+    expected = {
         "epoch": epoch,
         "rows_consumed": step_of_epoch * batch_size,
         "rows_trained": epoch * num_rows + step_of_epoch * batch_size,
     }
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if state[key] != value:
             raise InputError(
-                f"{STATE}: {key}: expected {value}, as {num_rows} rows have it after step {state['step']}, "
-                f"found {state[key]}"
+                f"{STATE}: {key}: expected {value} for {num_rows} rows after step {state['step']}, found {state[key]}"
             )
 
 
 def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, file: str) -> None:
     """Raise `InputError` unless names and shapes are those of the model's own tensors."""
     if different := sorted(set(found) ^ set(expected)):
-        has = "has" if different[0] in found else "lacks"
-        raise InputError(
-            f"{file}: {has} the tensor {different[0]!r:.120}, which the model {'lacks' if has == 'has' else 'has'}"
-        )
+        in_file, in_model = ("has", "lacks") if different[0] in found else ("lacks", "has")
+        raise InputError(f"{file}: {in_file} the tensor {different[0]!r:.120}, which the model {in_model}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise InputError(f"{file}: {name}: expected shape {list(tensor.shape)}, found {list(found[name].shape)}")
@@ -136,16 +138,13 @@ def check_moments(moments: Mapping[str, torch.Tensor], parameters: Mapping[str, 
     """Raise `InputError` unless each parameter has all of MOMENTS, in its own shape, or none of them."""
     names = {key.rpartition(".")[0] for key in moments}
     scalar = torch.zeros(())
-    known = {name: parameter for name, parameter in parameters.items() if name in names}
-    check_tensors(
-        moments,
-        {
-            f"{name}.{entry}": scalar if entry == "step" else parameter
-            for name, parameter in known.items()
-            for entry in MOMENTS
-        },
-        file=file,
-    )
+    trained = {name: parameter for name, parameter in parameters.items() if name in names}
+    expected = {
+        f"{name}.{entry}": scalar if entry == "step" else parameter
+        for name, parameter in trained.items()
+        for entry in MOMENTS
+    }
+    check_tensors(moments, expected, file=file)
 
 
 def check_schedule(scheduler: Mapping[str, Any], *, num_groups: int) -> None:

@@ -1,4 +1,4 @@
-"""The start of a run: everything that the first step needs, new or from a checkpoint."""
+"""The start of a run: all that its first step needs, new or from a checkpoint."""
 
 import logging
 import math
@@ -47,8 +47,8 @@ from mmbert_core.training.run_folder import already_finished, open_folder
 from mmbert_core.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
-# Size of a micro-batch when microbatches_per_step is auto. Packed texts: smaller ones cost time, as each computes its
-# own gradient of the embeddings. Padded texts: larger ones cost padding.
+# Size of a micro-batch when microbatches_per_step is auto: in tokens for packed texts, else in rows. Smaller packed
+# ones cost time, as each computes its own gradient of the embeddings; larger padded ones cost padding.
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
 ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
@@ -57,16 +57,15 @@ ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 def prepare_model(config: Config, data: Data) -> MultimodalBert:
-    """Check the metric names and the threshold rule, build the model, and try its encoder on short texts of its tokens.
+    """Check the metric names and the threshold rule, build the model, and check its encoder on short texts.
 
     Needs no process group. Raises `InputError`.
     """
     parse_rule(config.threshold_rule)
     check_metric_choices(config.metric_choices, data.labels.names)
     if config.early_stop_metric != "val_loss":
-        check_metric_choices(
-            [config.early_stop_metric.removeprefix("val/")], data.labels.names, key="early_stop_metric"
-        )
+        metric = config.early_stop_metric.removeprefix("val/")
+        check_metric_choices([metric], data.labels.names, key="early_stop_metric")
     model = build_model(replace(config, pooling=resolve_stored_pooling(config)), data.features)
     if model.text_subnetwork is not None:
         tokens = ProbeTokens(**sample_tokens(data.tokenizer))
@@ -75,9 +74,9 @@ def prepare_model(config: Config, data: Data) -> MultimodalBert:
 
 
 def resolve_stored_pooling(config: Config) -> str:
-    """The config's pooling; for `auto`, where `model_path` has a run, what that run resolved it to.
+    """The config's pooling; `auto` becomes what a run in `model_path` with the same encoder resolved it to, if any.
 
-    The encoder's folder may have changed since and resolve `auto` to something else.
+    The encoder's folder may have changed since then, so that `auto` would be resolved to another pooling now.
     """
     if config.pooling != "auto" or config.resume == "never":
         return config.pooling
@@ -104,9 +103,9 @@ def resolve_class_weights(config: Config, data: Data) -> list[float] | None:
 def start_run(
     config: Config, data: Data, model: MultimodalBert, context: DistContext, *, loss_op: LossOp | None = None
 ) -> Run:
-    """Collective. A run before its first step, or at the step of the newest complete checkpoint.
+    """Collective. A new run before its first step, or a resumed one at the step of its checkpoint.
 
-    `loss_op` replaces cross entropy. Raises `InputError` when the checkpoint is of other settings, data or model.
+    `loss_op` replaces the cross entropy. Raises `InputError` when the checkpoint has other settings, data or model.
     """
     set_up_process(config, data, model, context)
     check_same_on_all_ranks(config, data, model.pooling, context)
@@ -156,15 +155,15 @@ def start_run(
         class_weights=class_weights,
         used_rows=used_rows,
     )
-    if source != 0:  # the checkpoint is on another node: from now on rank 0's disk has the run
+    if source != 0:  # the checkpoint is on another node: rank 0, which writes from now on, needs it too
         save(run)
     elif found:
-        distributed.on_main(lambda: rotate_checkpoints(run))  # the run was killed before the last save had done it
+        distributed.on_main(lambda: rotate_checkpoints(run))  # a run that was killed in its last save has not
     return run
 
 
 def set_up_process(config: Config, data: Data, model: MultimodalBert, context: DistContext) -> None:
-    """Settings of this process: packed batches, the memory allocator, deterministic kernels."""
+    """Set, for this process: packed batches, the memory allocator, deterministic kernels."""
     for dataset in (data.train, data.val, data.test):
         if dataset is not None:
             dataset.packed = model.text_subnetwork is not None and model.text_subnetwork.is_packed
@@ -178,7 +177,7 @@ def set_up_process(config: Config, data: Data, model: MultimodalBert, context: D
 def resolve_new(
     config: Config, data: Data, model: MultimodalBert, ddp_model: nn.Module, task: Task, context: DistContext
 ) -> dict[str, Any]:
-    """Collective. For a new run, what its `auto` settings mean; kept in config.json and the checkpoints."""
+    """Collective. The values of a new run's `auto` settings, which config.json and the checkpoints keep."""
     resolved = {"pooling": model.pooling, "precision": task.precision}
     if keeps_end(data.tokenizer):
         resolved["truncation_side"] = "left"  # without the key: right
@@ -188,7 +187,7 @@ def resolve_new(
 def open_run(
     config: Config, resolved: dict[str, Any], plan: Plan, state: TrainState, context: DistContext, *, is_resumed: bool
 ) -> RunLog:
-    """Collective. Write config.json, rename the checkpoints that the run was sent back from, and open the log."""
+    """Collective. Write config.json, rename the checkpoints later than the step in `resume`, and open the log."""
     folder = Path(config.model_path)
     distributed.on_main(lambda: open_folder(folder, config, resolved, fresh=not is_resumed, finished=state.finished))
     if is_resumed and config.resume == state.step:
@@ -206,7 +205,7 @@ def open_run(
 def make_task(
     config: Config, data: Data, precision: str, context: DistContext, loss_op: LossOp | None
 ) -> tuple[Task, np.ndarray]:
-    """What every batch needs, and the weight of each class in the loss, float64 [K]."""
+    """The task that the hooks use for every batch, and the weight of each class in the loss, float64 [K]."""
     loss_op = build_loss_op(resolve_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
     class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
     loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
@@ -216,7 +215,8 @@ def make_task(
 def used_embedding_rows(model: MultimodalBert, context: DistContext) -> UsedRows | None:
     """For `ddp.wrap_ddp`: the token embedding, of which only the rows of a step's tokens have a gradient.
 
-    None, for all rows, on a GPU, and where the encoder may look up other tokens than those of the step (not packed).
+    None, which sums the gradient of all rows, on a GPU and for an encoder that may look up other tokens than those of
+    the step (not packed).
     """
     if context.device.type != "cpu" or model.text_subnetwork is None or not model.text_subnetwork.is_packed:
         return None
@@ -266,30 +266,24 @@ def freeze_unused(model: nn.Module, data: Data, task: Task) -> None:
     """Freeze parameters that have no influence on the loss: DDP would wait for their gradients forever."""
     _, preds, _ = run_epoch(model, data.train.batch(np.arange(1)), "pred", task=task)
     preds.sum().backward()
-    unused = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.grad is None
-    }
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    unused = {name: parameter for name, parameter in trainable if parameter.grad is None}
     for parameter in unused.values():
         parameter.requires_grad_(False)
     model.zero_grad(set_to_none=True)
     if unused:
-        logger.info(
-            "%d parameters are not reached by the loss and stay as they are: %s",
-            len(unused),
-            ", ".join(list(unused)[:4]),
-        )
+        first = ", ".join(list(unused)[:4])
+        logger.info("%d parameters are not reached by the loss and are not trained: %s", len(unused), first)
 
 
 def warm_up(ddp_model: nn.Module, data: Data, task: Task) -> None:
-    """Collective. Under DDP, a forward and backward of one row with weight 0.
+    """Collective. Under DDP, a forward and backward pass of one row with weight 0.
 
     DDP rebuilds its buckets after its first backward, and the buckets decide the order in which the gradients of three
     and more ranks are summed. Without this, the first step after a resume would sum in another order than the same
     step of a run that was not interrupted.
     """
-    if ddp_model is not getattr(ddp_model, "module", ddp_model):
+    if hasattr(ddp_model, "module"):  # wrapped in DDP
         with distributed.as_peer_error():
             loss, _, _ = run_epoch(ddp_model, data.train.batch(np.arange(1)), "train", task=task, weight_sum=math.inf)
             loss.backward()

@@ -30,14 +30,13 @@ def train(config: Config, *, loss_op: LossOp | None = None) -> Results:
         results = train(read_config("run.yaml"))
         print(results.metrics["auroc"], results.folder)
 
-    Continues from the newest checkpoint in `config.model_path`; a finished run is not repeated. In a process that
-    torchrun has started it takes part in the training of all ranks. Progress is logged to standard error, unless the
-    script has set up logging, which then decides. `loss_op(logits, labels)` [B, K], [B] -> [B] replaces the weighted
-    cross entropy.
+    Resumes from the newest checkpoint in `config.model_path`; a finished run is not repeated. In a process that
+    torchrun has started, it is one rank of the training. Progress is logged to standard error, unless the script has
+    set up logging. `loss_op(logits, labels)` [B, K], [B] -> [B] replaces the weighted cross entropy.
 
     Ctrl-C stops after the current step with a checkpoint and raises KeyboardInterrupt; SIGTERM raises SystemExit
-    (exit code 75). A thread other than the main one gets no signals. Signal handlers, number of threads and logging
-    are afterwards as they were.
+    (exit code 75). Only the main thread receives signals. Signal handlers, the number of threads and logging are
+    restored at the end.
     Raises InputError for a mistake in config or data, RunError when the run itself fails.
     """
     context = ranks.read_context()
@@ -53,7 +52,7 @@ def train(config: Config, *, loss_op: LossOp | None = None) -> Results:
 
 @contextmanager
 def kept_torch_settings() -> Iterator[None]:
-    """Settings of the whole process that a training changes are as before afterwards."""
+    """Restore, at the end, the settings of PyTorch that a training changes for the whole process."""
     num_threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -67,14 +66,14 @@ def kept_torch_settings() -> Iterator[None]:
 def run_training(
     config: Config, context: DistContext, *, loss_op: LossOp | None = None, abort_on_error: bool = False
 ) -> Results:
-    """Collective. Read, prepare and fit, in a process group of its own or in the caller's."""
+    """Collective. Read the data, build the model and fit, in the caller's process group or in a new one."""
     data, model = prepare_training(config, context)
     with workers.process_group(context, config.timeout_seconds, abort_on_error=abort_on_error):
         return fit(config, data, model, context, loss_op=loss_op)
 
 
 def prepare_training(config: Config, context: DistContext) -> tuple[Data, MultimodalBert]:
-    """What needs no other rank: check the folders, set the threads, read the data, build the model, log what they are.
+    """Check the folders, set the threads, read the data, build the model and log both; needs no other rank.
 
     Writes nothing to the run's folder. Raises InputError.
     """
@@ -88,7 +87,7 @@ def prepare_training(config: Config, context: DistContext) -> tuple[Data, Multim
 
 
 def describe(config: Config, data: Data) -> None:
-    """Log rows and classes, class 1 of two classes, the inputs, and the metric that chooses the best step."""
+    """Log rows and classes, the positive one of two classes, the inputs, and the metric that chooses the best step."""
     datasets = {"train": data.train, "validation": data.val, "test": data.test}
     counts = ", ".join(
         f"{len(dataset)} {name} rows{'' if dataset.has_labels else ' without labels'}"

@@ -1,4 +1,4 @@
-"""Validation: the best step and the early stop. The figures are the same on all ranks, so they all decide alike."""
+"""Validation: the best step and the early stop. All ranks have the same metrics, so they decide the same."""
 
 import logging
 from collections.abc import Callable
@@ -30,12 +30,14 @@ def is_validation_due(run: Run) -> bool:
 def validate(run: Run) -> bool:
     """Collective. Evaluate the validation rows; True when this step is the best so far.
 
-    May set `run.state.finished` (early stop). A signal ends it with False and leaves the validation pending.
+    May set `run.state.finished` (early stop). After a signal it returns False and the validation stays pending.
     """
     outputs = hooks.on_validation_epoch_start()
-    if not evaluate(
-        run, run.data.val, lambda batch, index: hooks.validation_step(run.model, batch, index, outputs, task=run.task)
-    ):
+
+    def step(batch: Batch, index: int) -> None:
+        hooks.validation_step(run.model, batch, index, outputs, task=run.task)
+
+    if not evaluate(run, run.data.val, step):
         return False
     run.state.validation_pending = False
     values, result = hooks.on_validation_epoch_end(
@@ -45,24 +47,20 @@ def validate(run: Run) -> bool:
     improved = update_best_step(run, values)
     if improved:
         run.best_validation = result.preds
+    metrics = {name: value for name, value in values.items() if name != "undefined"}
     figures = "  ".join(
-        f"{name} {'undefined' if value is None else format(value, '.4f')}"
-        for name, value in values.items()
-        if name != "undefined"
+        f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in metrics.items()
     )
     run.log.say(f"step {run.state.step}/{run.plan.total_steps}  {figures}{'  (best so far)' if improved else ''}")
     return improved
 
 
 def update_best_step(run: Run, values: dict[str, Any]) -> bool:
-    """Compare with the best validation so far; count the ones in a row that were not better."""
+    """Compare with the best validation so far; True when better. Counts consecutive validations without a new best."""
     state, name = run.state, run.config.early_stop_metric
     if values[name] is None and values["val_loss"] is not None:
-        logger.warning(
-            "%s is undefined on these validation rows (%s): val_loss decides",
-            name,
-            values.get("undefined", {}).get(name),
-        )
+        reason = values.get("undefined", {}).get(name)
+        logger.warning("%s is undefined on these validation rows (%s): val_loss decides", name, reason)
         name = "val_loss"
     value = values[name]
     if value is None:
@@ -70,7 +68,7 @@ def update_best_step(run: Run, values: dict[str, Any]) -> bool:
         better = False
     elif state.best_value is None:
         better = True
-    elif state.best_metric != name:  # a value of the configured metric replaces one of val_loss
+    elif state.best_metric != name:  # two metrics: the configured one is better than val_loss
         better = name == run.config.early_stop_metric
     elif value == state.best_value:
         better = has_lower_loss(values["val_loss"], state.best_val_loss)
@@ -99,12 +97,12 @@ def has_lower_loss(val_loss: float | None, best_val_loss: float | None) -> bool:
 def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> bool:
     """Collective. Call `step(batch, index)` for every batch assigned to this rank, in eval mode, without gradients.
 
-    `step` uses the module itself: DDP's forward is a collective, and ranks may have different numbers of batches.
-    False, with `run.stopping` set, when a signal to any rank ended it before the last batch.
+    `step` uses the raw module: DDP's forward is a collective, and ranks may have different numbers of batches.
+    Returns False, with `run.stopping` set, when a signal to any rank has stopped it before the last batch.
     """
     stop_flag = distributed.AsyncFlag()
     run.model.eval()
-    # not inference_mode: an encoder may cache a table here and use it in training steps
+    # not inference_mode: an encoder may cache a tensor here and use it in training steps
     with torch.no_grad(), phase(f"the evaluation at step {run.state.step}"):
         for item in scoring.own_batches(dataset, run.context):
             run.stopping = stop_flag.any_rank(signals.requested() is not None)
