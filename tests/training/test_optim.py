@@ -153,7 +153,7 @@ def test_warmup_is_a_number_of_steps_or_a_share_of_all(asked, total, steps):
 def optimizer_for(
     *values: float, max_scale: float | None = None
 ) -> tuple[nn.Parameter, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR, torch.amp.GradScaler]:
-    """Ones as a parameter with gradient `values`, SGD with lr 1, 1 % less a step, a scaler (off without `max_scale`)."""
+    """Ones as a parameter with gradient `values`, SGD with lr 1, 1 % less a step, scaler (off without `max_scale`)."""
     parameter = nn.Parameter(torch.ones(len(values)))
     parameter.grad = torch.tensor(values)
     optimizer = torch.optim.SGD([parameter], lr=1.0)

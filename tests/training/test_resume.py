@@ -491,7 +491,7 @@ def test_a_run_that_dies_while_it_ends_is_ended_by_the_next_start(config_of, fil
 
 @pytest.mark.parametrize("where", ("on_test_epoch_end", "write_json", "close"))
 def test_a_run_has_one_test_folder_wherever_its_end_was_killed(config_of, files, monkeypatch, where):
-    """Folders of `mmbert evaluate` in the run's folder stay. `close`: killed after the last file, nothing is repeated."""
+    """Folders of `mmbert evaluate` in the run's folder stay. `close`: killed after the last file: no repeat."""
     config = config_of(test_path=(str(files / "test.csv"),), max_epochs=1)
     evaluated = Path(config.model_path) / "multimodal_bert-2026-01-01-00-00-00"
     evaluated.mkdir(parents=True)
