@@ -63,7 +63,7 @@ TRAINING_TABLES = {
     "column missing": ("train", without("age"), ["column 'age' not found", "columns are 'row_id', 'text'"]),
     "column in other case": ("train", header("age", "Age"), ["column 'age' not found", "nearest is 'Age'"]),
     "no header": ("train", lambda rows: rows[1:], ["column 'text' not found"]),
-    "column twice": ("train", header("amount", "age"), ["column 'age' stands 2 times in the header"]),
+    "column twice": ("train", header("amount", "age"), ["column 'age' occurs 2 times in the header"]),
     "label column missing": ("train", without("label"), ["column 'label' not found"]),
     "label column missing in validation": ("val", without("label"), ["column 'label' not found"]),
     "id column missing in test": ("test", without("row_id"), ["column 'row_id' not found"]),
@@ -173,7 +173,7 @@ PREDICT_TABLES = {
     "column missing": (without("amount"), ["column 'amount' not found"]),
     "column in other case": (header("text", "TEXT"), ["column 'text' not found", "nearest is 'TEXT'"]),
     "id column missing": (without("row_id"), ["column 'row_id' not found"]),
-    "column twice": (header("amount", "kind"), ["column 'kind' stands 2 times in the header"]),
+    "column twice": (header("amount", "kind"), ["column 'kind' occurs 2 times in the header"]),
     "text among numbers": (cell(21, "age", "abc"), [" row 21 (line 22), column 'age'", "found 'abc'"]),
     "infinity": (cell(20, "amount", "inf"), [" row 20 (line 21), column 'amount'", "found 'inf'"]),
     "row too short": (
