@@ -113,5 +113,5 @@ def describe(config: Config, data: Data) -> None:
     if data.val is not None:
         best = "lowest" if lower_is_better(config.early_stop_metric) else "highest"
         logger.info(
-            "best step: the %s %s (early_stop_metric), of equals the lowest val_loss", best, config.early_stop_metric
+            "best step: the %s %s (early_stop_metric); ties: the lowest val_loss", best, config.early_stop_metric
         )
