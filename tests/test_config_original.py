@@ -189,6 +189,5 @@ def test_what_chooses_the_best_step_is_said_in_one_line(tmp_path, capsys, change
     path = write(tmp_path, json.dumps(tiny.settings(tmp_path) | changes), "run.json")
     assert cli.main(["train", path, "--check"]) == 0
     assert (
-        capsys.readouterr().err.count(f"best step: the {words} (early_stop_metric); ties: the lowest val_loss\n")
-        == 1
+        capsys.readouterr().err.count(f"best step: the {words} (early_stop_metric); ties: the lowest val_loss\n") == 1
     )

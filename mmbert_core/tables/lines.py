@@ -17,6 +17,7 @@ MAX_CELL_CHARACTERS = 2**26  # a book has a few million
 EXCEL = "the file is an Excel workbook: save the sheet as CSV UTF-8"
 OPEN_DOCUMENT = "the file is an OpenDocument spreadsheet: save the sheet as CSV UTF-8"
 ZIP = "the file is a ZIP archive: unpack it"
+ZIP_MEMBER = b"PK\x03\x04"  # before each file of an archive
 SIGNATURES = {  # first bytes of a file -> its kind and what to do; no header begins with them
     b"\x1f\x8b": "the file is packed by gzip: its name should end in .gz",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": EXCEL,  # .xls
@@ -89,7 +90,9 @@ def text_lines(path: str) -> Iterator[str]:
         try:
             for raw in iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""):
                 if offset == 0:
-                    if kind := kind_of(raw):
+                    # an archive's time stamp may hold a line break: the name behind it tells a workbook
+                    start = raw + stream.read(512) if raw.startswith(ZIP_MEMBER) else raw
+                    if kind := kind_of(start):
                         raise BadLine(f"expected text; {kind}")
                     other_encoding = _wide_encoding(raw) or other_encoding
                 if len(raw) > MAX_LINE_BYTES:
@@ -111,7 +114,7 @@ def text_lines(path: str) -> Iterator[str]:
 
 def kind_of(start: bytes) -> str:
     """The kind of a file by its first bytes, and what to do with it; "" for text."""
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(ZIP_MEMBER):
         name = start[30:]  # of the first file in the archive
         if name.startswith((b"[Content_Types].xml", b"xl/", b"docProps/", b"_rels/")):
             return EXCEL

@@ -191,6 +191,13 @@ def test_the_error_for_another_file_format_names_it(tmp_path, kind):
     assert kind == "Parquet" or kind in error_of(tmp_path / "t.parquet", ["a"])
 
 
+def test_a_workbook_is_one_whenever_it_was_saved(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.csv", "w") as archive:  # line breaks among the first bytes: day 10 of month 8
+        archive.writestr(zipfile.ZipInfo("[Content_Types].xml", date_time=(2026, 8, 10, 1, 16, 20)), "<Types/>")
+    assert b"\n" in (tmp_path / "t.csv").read_bytes()[:30]
+    assert "Excel workbook" in error_of(tmp_path / "t.csv", ["a"])
+
+
 def test_text_that_begins_as_other_files_is_text(tmp_path):
     for header in ("PAR1", "ORC", "BZh", "PK", "Obj", "GIF89a"):
         (tmp_path / "t.csv").write_text(f"{header},b\n1,2\n")
