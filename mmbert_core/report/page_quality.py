@@ -12,6 +12,7 @@ from mmbert_core.evaluation.metrics import ONE_SIDED, lower_is_better
 from mmbert_core.report import charts
 from mmbert_core.report.charts import Chart, Texts
 from mmbert_core.report.confusion_chart import MAX_NUMBERED, confusion_grid, shades
+from mmbert_core.report.curves import MAX_MISTAKES
 from mmbert_core.report.formatting import bounds, decimals, is_number, short
 from mmbert_core.report.report_schema import Baseline, Baselines, Cell, Confusion, Metrics, Report
 from mmbert_core.report.typed_json import Missing
@@ -19,7 +20,6 @@ from mmbert_core.report.typed_json import Missing
 HEADLINE = 6  # metrics with a card of their own
 MAX_CLASSES = 40  # of the confusion grid: with more, the most frequent ones
 MAX_LISTED = 25  # classes of the table without a grid: as many as need no scrolling
-MAX_MISTAKES = 15  # pairs of label and predicted class
 
 View = dict[str, Any]
 

@@ -10,9 +10,9 @@ import torch
 
 from mmbert_core.evaluation.metrics import functional
 from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
+from mmbert_core.report.curves import MAX_CURVES
 from mmbert_core.report.thinning import evenly_spaced
 
-MAX_CURVES = 10  # with more classes: those of the most frequent ones
 MAX_POINTS = 2000  # of a curve: more than a picture has pixels in width
 MAX_CLASSES = 100  # of the confusion picture: with more, the most frequent ones
 MAX_NUMBERED = 20  # with more classes the confusion cells have no numbers
