@@ -200,12 +200,17 @@ def test_a_signal_stops_with_a_checkpoint_and_the_next_call_continues(config_of,
             time.sleep(0.01)
         return plain(run, order)
 
-    before = signal.getsignal(number)
+    # the default handler, as in a script: pytest-cov has its own in the processes of pytest-xdist
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, default)
     config = config_of()
-    with monkeypatch.context() as patches, pytest.raises(error):
-        patches.setattr(loop, "train_one_step", step_and_signal)
-        train(config)
-    assert signal.getsignal(number) is before
+    try:
+        with monkeypatch.context() as patches, pytest.raises(error):
+            patches.setattr(loop, "train_one_step", step_and_signal)
+            train(config)
+        assert signal.getsignal(number) is default
+    finally:
+        signal.signal(number, before)
     assert (Path(config.model_path) / "checkpoints/step-00000003/MANIFEST.json").exists()
     assert train(config).steps == 8
 
