@@ -4,12 +4,11 @@ Names and defaults are those of the original module, except for the metric that 
 `config_reader` turns files and flags into a `Config`.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from mmbert_core.config_checks import check_values
 from mmbert_core.config_setting import Setting, setting, setting_of
-from mmbert_core.runtime.errors import InputError, format_for_message
 
 # Defaults for two classes when neither key is set: with few rows or positives, F1 is the same at many steps, often 0,
 # and a ranking metric is not. In all other cases the defaults are the original's.
@@ -19,7 +18,6 @@ RANKING_DEFAULTS: dict[str, Any] = {
 }
 ORIGINAL_DEFAULTS: dict[str, Any] = {"metric_choices": ("accuracy", "f1_score"), "early_stop_metric": "val/f1_score"}
 MANY = 10**9  # steps or validations: more than any run has, and small enough for every counter
-PREDICTION_COLUMNS = ("prob", "label", "pred", "prob_calibrated")  # names that an id column must not have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,19 +286,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._resolve_metrics()
-        self._check_ranges()
-        self._check_paths()
-        self._check_columns()
-        if self.is_binary and self.num_classes != 2:
-            raise InputError(
-                f"num_classes is {self.num_classes} but is_binary is true: set is_binary to false, or num_classes to 2"
-            )
-        self._check_class_weights()
-        metric = self.early_stop_metric
-        if metric != "val_loss" and not metric.startswith("val/"):
-            raise InputError(
-                f"early_stop_metric: expected val_loss or val/<metric>, found {format_for_message(metric)}"
-            )
+        check_values(vars(self), SETTINGS)
 
     def _resolve_metrics(self) -> None:
         """Replace metrics that are None by the defaults, so that the stored config names the metrics that were used."""
@@ -308,72 +294,6 @@ class Config:
         for name, default in (RANKING_DEFAULTS if self.is_binary and has_no_metric else ORIGINAL_DEFAULTS).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-
-    def _check_ranges(self) -> None:
-        for name, key_setting in SETTINGS.items():
-            value = getattr(self, name)
-            if isinstance(value, (int, float)):
-                key_setting.check_range(name, value)
-        interval = self.val_check_interval
-        if interval == 0 or (isinstance(interval, float) and interval > 1):
-            raise InputError(
-                f"val_check_interval: expected a share of an epoch above 0 and up to 1.0, "
-                f"or a whole number of steps, found {interval}"
-            )
-
-    def _check_paths(self) -> None:
-        if not self.model_path.strip():
-            raise InputError("model_path: expected a folder, found an empty value")
-        for name, path in self._paths():
-            if "\0" in path and isinstance(getattr(self, name), str):  # table files are checked with their globs
-                raise InputError(f"{name}: expected a path, found a NUL character in it")
-        for name, path in self._paths():
-            try:
-                path.encode("utf-8")  # model folders and reports store paths as JSON
-            except UnicodeEncodeError:
-                raise InputError(
-                    f"{name}: expected a path in UTF-8, found other bytes in it: {format_for_message(path)}: rename it"
-                ) from None
-
-    def _paths(self) -> Iterator[tuple[str, str]]:
-        """(key, path) of every setting that names files or folders; `encoder` may be a name on the hub."""
-        for name in SETTINGS:
-            if name.endswith("_path") or name == "encoder":
-                value = getattr(self, name) or ()
-                yield from ((name, path) for path in ((value,) if isinstance(value, str) else value))
-
-    def _check_columns(self) -> None:
-        if not self.text_name and not self.tab_field_list and not self.cat_field_list:
-            raise InputError(
-                "text_name is empty and there are no tab_field_list or cat_field_list: there is nothing to learn from"
-            )
-        roles: dict[str, str] = {}
-        for key in ("text_name", "tab_field_list", "cat_field_list", "label_name"):
-            value = getattr(self, key)
-            for column in (value,) if isinstance(value, str) else value:
-                if column in roles:
-                    raise InputError(
-                        f"column {format_for_message(column)} stands in {roles[column]} and in {key}: "
-                        f"expected one role for each column"
-                    )
-                roles[column] = key
-        if self.id_name in (*PREDICTION_COLUMNS, self.label_name):
-            raise InputError(
-                f"id_name: {self.id_name!r} is a column that the prediction file has already: expected another column"
-            )
-
-    def _check_class_weights(self) -> None:
-        weights = self.class_weights
-        if not isinstance(weights, tuple):
-            return
-        if len(weights) != self.num_classes:
-            raise InputError(f"class_weights: expected {self.num_classes} weights (num_classes), found {len(weights)}")
-        low, high = SETTINGS["class_weights"].at_least, SETTINGS["class_weights"].at_most
-        if not all(low <= weight <= high for weight in weights) or sum(weights) == 0:
-            raise InputError(
-                f"class_weights: expected finite weights of at least {low} and at most {high:,}, not all 0, "
-                f"found {format_for_message(list(weights))}"
-            )
 
     @property
     def task(self) -> str:

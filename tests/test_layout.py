@@ -23,7 +23,11 @@ from tests.support.source import (
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("runtime",),),
     (("storage",),),
-    (("config_synonyms", "config_file", "config_setting", "config", "config_reader"), ("model",), ("evaluation",)),
+    (
+        ("config_synonyms", "config_file", "config_setting", "config_checks", "config", "config_reader"),
+        ("model",),
+        ("evaluation",),
+    ),
     (("tables",),),
     (("data",),),
     (("inference",),),
