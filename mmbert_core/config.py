@@ -111,6 +111,12 @@ class Config:
         at_least=1,
         at_most=10**5,
     )
+    column_encoding: Literal["standard", "piecewise_linear"] = setting(
+        "standard",
+        "numbers as inputs of the model: standard: standardised; piecewise_linear: scaled by their quartiles, and "
+        "one feature per bin between quantiles of the training rows; then also smaller embeddings of categories",
+        group="model",
+    )
     reinit_pooler: bool = setting(False, "initialise the pooler's weights at random before training", group="model")
     reinit_layers: int = setting(
         0,

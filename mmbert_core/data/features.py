@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mmbert_core.data.number_encoding import MAX_BINS, MAX_EDGE, quantile_edges, robust_scale
 from mmbert_core.data.splits import select_rows
 from mmbert_core.runtime.errors import InputError, list_for_message
 from mmbert_core.storage.schema import array, boolean, nullable, number, record, text
@@ -19,7 +20,9 @@ from mmbert_core.tables.table import Roles
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
 MAX_UNSEEN_SHARE = 0.2  # of a column's cells; if more are unseen, they are probably written in another way
 LIMIT_MARGIN = 0.1  # share of the training range; numbers further outside it are limited
-OPTIONAL = ("minimums", "maximums")  # fields that folders of version 0.2 and older may lack
+RANGES = ("minimums", "maximums")  # fields that folders of version 0.2 and older may lack
+ENCODING = ("scales", "edges")  # fields of runs with column_encoding piecewise_linear, absent in others
+OPTIONAL = (*RANGES, *ENCODING)
 FAR_STDS = 20  # standard deviations; numbers further from the mean are reported if the range is unknown
 MAX_FLOAT32 = float(np.finfo(np.float32).max)  # the model computes in float32
 MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # unseen values in a message; unseen cells searched for them
@@ -33,7 +36,11 @@ FEATURES_JSON = record(
         "category_names": array(text(), distinct=True),
         "categories": array(array(text(non_empty=True), distinct=True)),
     },
-    {name: nullable(array(number())) for name in OPTIONAL},
+    {
+        **{name: nullable(array(number())) for name in RANGES},
+        "scales": array(number(0)),
+        "edges": array(array(number())),
+    },
 )
 
 
@@ -52,6 +59,9 @@ class Features:
     # F, of the numbers in the training rows; None: unknown, as in older folders
     minimums: tuple[float, ...] | None = None
     maximums: tuple[float, ...] | None = None
+    # F; None without piecewise-linear encoding. See `number_encoding`
+    scales: tuple[float, ...] | None = None
+    edges: tuple[tuple[float, ...], ...] | None = None
 
     @classmethod
     def fit(
@@ -63,15 +73,17 @@ class Features:
         *,
         rows: np.ndarray | None = None,
         source: str = "training rows",
+        with_edges: bool = False,
     ) -> "Features":
         """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`.
 
-        `rows` (sorted) are the training rows, None: all. `source` begins messages. One column at a time is in memory,
-        also of a memory-mapped table. Raises `InputError` for a numeric column without any value.
+        `rows` (sorted) are the training rows, None: all. `source` begins messages. `with_edges`: also fit `scales` and
+        `edges`. One column at a time is in memory, also of a memory-mapped table. Raises `InputError` for a numeric
+        column without any value.
         """
         rows = np.arange(len(numbers)) if rows is None else rows
         medians, has_indicator, means, stds = [], [], [], []
-        minimums, maximums = [], []
+        minimums, maximums, scales, edges = [], [], [], []
         indicator_stats = []
         for index, name in enumerate(roles.numbers):
             column = select_rows(numbers[:, index], rows)  # [N]
@@ -86,6 +98,9 @@ class Features:
             mean, std = _mean_and_std(np.where(missing, medians[-1], column))
             means.append(mean)
             stds.append(std)
+            if with_edges:
+                scales.append(robust_scale(column[~missing]))
+                edges.append(quantile_edges(column[~missing]))
             if has_indicator[-1]:
                 indicator_stats.append(_mean_and_std(missing.astype(np.float64)))
         categories = []
@@ -103,6 +118,8 @@ class Features:
             categories=tuple(categories),
             minimums=tuple(minimums),
             maximums=tuple(maximums),
+            scales=tuple(scales) if with_edges else None,
+            edges=tuple(edges) if with_edges else None,
         )
 
     @property
@@ -167,7 +184,8 @@ class Features:
         return lookups
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Lists; without the fields of ENCODING where these are None."""
+        return {name: value for name, value in asdict(self).items() if name not in ENCODING or value is not None}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Features":
@@ -183,12 +201,21 @@ class Features:
             for field in fields(cls)
             if field.name in value or field.name not in OPTIONAL
         }
-        ranges = [known.get(name) for name in OPTIONAL]
-        if any(ranges) and not all(each and len(each) == num_numbers for each in ranges):
-            raise InputError(f"{' and '.join(OPTIONAL)}: expected {num_numbers} entries each, or neither")
-        if all(ranges) and any(low > high for low, high in zip(*ranges, strict=True)):
+        for names in (RANGES, ENCODING):
+            given = [known.get(name) for name in names]
+            if any(given) and not all(each and len(each) == num_numbers for each in given):
+                raise InputError(f"{' and '.join(names)}: expected {num_numbers} entries each, or neither")
+        if (low := known.get("minimums")) and bool((np.array(low) > np.array(known["maximums"])).any()):
             raise InputError("minimums: expected none above its maximum")
+        if not all(_is_edges(values) for values in known.get("edges") or ()):
+            raise InputError(f"edges: expected up to {MAX_BINS + 1} ascending numbers for each column, none or several")
         return cls(**known)
+
+
+def _is_edges(values: Sequence[float]) -> bool:
+    """Whether `quantile_edges` can have given the values."""
+    ascending = bool((np.diff(np.array(values, dtype=np.float32)) > 0).all())
+    return ascending and len(values) != 1 and len(values) <= MAX_BINS + 1 and all(abs(x) <= MAX_EDGE for x in values)
 
 
 def _tuples(value: Any) -> Any:

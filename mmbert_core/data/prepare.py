@@ -67,7 +67,13 @@ def prepare(config: Config) -> Data:
     labels = _fit_labels(train, config)
     train_rows, val_rows = choose_rows(train, labels, config)
     features = Features.fit(
-        train.numbers, train.category_codes, train.vocabularies, roles, rows=train_rows, source=train.paths[0]
+        train.numbers,
+        train.category_codes,
+        train.vocabularies,
+        roles,
+        rows=train_rows,
+        source=train.paths[0],
+        with_edges=config.column_encoding == "piecewise_linear",
     )
     dataset = partial(
         Dataset,

@@ -22,6 +22,7 @@ from mmbert_core.data.labels import Labels
 from mmbert_core.data.number_ranges import recover_number_ranges
 from mmbert_core.data.tokens import always_used_ids, load_tokenizer
 from mmbert_core.evaluation.decision import Decision
+from mmbert_core.inference.column_modules import build_tabular_encoder
 from mmbert_core.inference.model_files import (
     BASELINE_WEIGHTS,
     BASELINES,
@@ -46,7 +47,6 @@ from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.positions import max_tokens
 from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder, sentence_pooling
 from mmbert_core.model.probe import check_runs_once, check_token_ids
-from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase, reinitialise, resolve_pooling
 from mmbert_core.runtime.errors import InputError, RunError, shorten
 from mmbert_core.storage.encoder_files import Shapes, check_content, read_shapes
@@ -86,7 +86,7 @@ def build_model(config: Config, features: Features) -> MultimodalBert:
         text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
-    return MultimodalBert(text, _build_tabular_encoder(config, features), config.num_classes)
+    return MultimodalBert(text, build_tabular_encoder(config, features), config.num_classes)
 
 
 def check_length(config: Config, encoder: nn.Module) -> None:
@@ -97,18 +97,6 @@ def check_length(config: Config, encoder: nn.Module) -> None:
             f"max_length: expected at most {limit} tokens, as encoder {config.encoder!r} has positions, "
             f"found {config.max_length}"
         )
-
-
-def _build_tabular_encoder(config: Config, features: Features) -> TabAE | None:
-    if not features.num_numbers and not features.cardinalities:
-        return None
-    return TabAE(
-        features.num_numbers,
-        features.cardinalities,
-        hidden_common_dim=config.hidden_common_dim,
-        means=features.means,
-        stds=features.stds,
-    )
 
 
 # ---- save and load ----
@@ -203,7 +191,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         if config.text_name:
             pooling, width = settings.resolved["pooling"], config.hidden_common_dim
             text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=width)
-        model = MultimodalBert(text, _build_tabular_encoder(config, features), config.num_classes)
+        model = MultimodalBert(text, build_tabular_encoder(config, features), config.num_classes)
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:
         # RuntimeError: names or shapes differ

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmbert_core.model.column_features import NumberFeatures
+
 UNSEEN = 1  # index of a category that no training row has; 0 is a missing cell, 2.. are the training categories
 LIMIT = 1e4  # largest standardised number: a cell of 3.4e38 must not become an infinite logit
+MAX_SMALL_WIDTH = 16  # of an embedding where numbers are encoded
 
 
 def embedding_dim(cardinality: int) -> int:
     """Width of a category's embedding: fastai's rule of thumb, min(50, round(1.6 n^0.56))."""
     return min(50, round(1.6 * cardinality**0.56))
+
+
+def small_embedding_dim(cardinality: int) -> int:
+    """Width of a category's embedding where numbers are encoded."""
+    return min(MAX_SMALL_WIDTH, embedding_dim(cardinality))
 
 
 class TabAE(nn.Module):
@@ -25,6 +33,8 @@ class TabAE(nn.Module):
     They replace the original's BatchNorm, with which a row's output depended on the other rows of its batch.
     `cardinalities`: rows of each column's embedding, the two reserved indices included. The row of UNSEEN is zero and
     gets no gradient, so an unseen category adds nothing; the row of a missing cell starts at zero and is learned.
+    `number_features` replace the standardised numbers. Embeddings are then narrower and start at a standard deviation
+    of 1 / sqrt(width) instead of 1: hundreds of categories in a thousand rows would otherwise be memorised.
 
     Attribute: `output_tab_dim`. Raises `ValueError` without any column, or when the lengths differ.
     """
@@ -37,6 +47,7 @@ class TabAE(nn.Module):
         hidden_common_dim: int,
         means: Sequence[float],
         stds: Sequence[float],
+        number_features: NumberFeatures | None = None,
     ) -> None:
         super().__init__()
         if num_numbers == 0 and not cardinalities:
@@ -50,12 +61,17 @@ class TabAE(nn.Module):
         self.register_buffer("mean", mean)
         # a constant column is divided by 1, and so is one whose spread is too small for float32
         self.register_buffer("std", torch.where(std > 0, std, 1.0))
+        self.number_features = number_features
+        width_of = embedding_dim if number_features is None else small_embedding_dim
         self.embeddings = nn.ModuleList(
-            nn.Embedding(cardinality, embedding_dim(cardinality), padding_idx=UNSEEN) for cardinality in cardinalities
+            nn.Embedding(cardinality, width_of(cardinality), padding_idx=UNSEEN) for cardinality in cardinalities
         )
         for embedding in self.embeddings:
+            if number_features is not None:
+                embedding.weight.data.mul_(embedding.embedding_dim**-0.5)
             nn.init.zeros_(embedding.weight.data[0])
-        width = num_numbers + sum(embedding.embedding_dim for embedding in self.embeddings)
+        width = num_numbers if number_features is None else number_features.num_features
+        width += sum(embedding.embedding_dim for embedding in self.embeddings)
         self.linear = nn.Linear(width, hidden_common_dim)
         self.relu = nn.ReLU()
         self.output_tab_dim = hidden_common_dim
@@ -67,10 +83,13 @@ class TabAE(nn.Module):
 
     def forward(self, tab_data: torch.Tensor, cat_data: torch.Tensor | None = None) -> torch.Tensor:
         """`tab_data` float [B, F], imputed, in the columns' own units; `cat_data` int64 [B, K] -> [B, D]."""
-        inputs = [((tab_data.float() - self.mean) / self.std).clamp(-LIMIT, LIMIT)]  # [B, F]
+        if self.number_features is None:
+            inputs = [((tab_data.float() - self.mean) / self.std).clamp(-LIMIT, LIMIT)]  # [B, F]
+        else:
+            inputs = [self.number_features(tab_data)]  # [B, E]
         if len(self.embeddings):
             if cat_data is None or cat_data.shape[1] != len(self.embeddings):
                 found = "none" if cat_data is None else cat_data.shape[1]
                 raise ValueError(f"TabAE: expected {len(self.embeddings)} categorical columns, found {found}")
             inputs += [embedding(cat_data[:, column]) for column, embedding in enumerate(self.embeddings)]
-        return self.relu(self.linear(torch.cat(inputs, dim=1)))  # [B, F + widths of the embeddings] -> [B, D]
+        return self.relu(self.linear(torch.cat(inputs, dim=1)))  # [B, F or E + widths of the embeddings] -> [B, D]

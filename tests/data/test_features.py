@@ -224,3 +224,36 @@ def test_without_a_training_range_nothing_is_limited_and_far_numbers_are_reporte
     far = "1 of 2 numbers lie more than 20 standard deviations from the training mean 8.33333"
     assert line.startswith(f"input: column 'n0': {far}; they were not limited")
     assert Features.from_json(json.loads(json.dumps(older.to_json()))) == older
+
+
+# ---- fields of the encoding ----
+
+
+def test_edges_are_fitted_on_the_training_rows_and_stored_only_where_asked_for():
+    columns = [[1.0, 2, 6, nan, 900], [3, 3, 3, 3, 3]]
+    rows = np.array([0, 1, 2, 3])
+    plain, encoded = fit(columns, rows=rows), fit(columns, rows=rows, with_edges=True)
+    assert plain.edges is None and not {"scales", "edges"} & set(plain.to_json())
+    assert encoded.edges == ((1, 6), ()) and encoded.scales == (1 / 2.5, 0)
+    stored = json.loads(json.dumps(encoded.to_json()))
+    assert Features.from_json(stored) == encoded
+    assert {name: value for name, value in stored.items() if name in plain.to_json()} == json.loads(
+        json.dumps(plain.to_json())
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"edges": [[1.0, 1.0], []]}, "edges: expected up to 33 ascending numbers for each column"),
+        ({"edges": [[1.0], []]}, "edges: expected up to 33 ascending"),
+        ({"edges": [list(range(40)), []]}, "edges: expected up to 33 ascending"),
+        ({"edges": [[0, 3.4e38], []]}, "edges: expected up to 33 ascending"),
+        ({"edges": [[0, 1]]}, "scales and edges: expected 2 entries each, or neither"),
+        ({"scales": []}, "scales and edges: expected 2 entries each, or neither"),
+    ],
+)
+def test_edges_that_no_run_has_written_are_refused(changes, message):
+    stored = fit([[1.0, 2, 6], [3, 3, 3]], with_edges=True).to_json()
+    with pytest.raises(InputError, match=message):
+        Features.from_json(stored | changes)

@@ -1,0 +1,45 @@
+"""The modules of a model that read columns, built from the statistics of the training rows."""
+
+import numpy as np
+
+from mmbert_core.config import Config
+from mmbert_core.data.features import Features
+from mmbert_core.model.column_features import LinearColumnFeatures, NumberFeatures
+from mmbert_core.model.tabular_encoder import TabAE
+
+
+def build_tabular_encoder(config: Config, features: Features) -> TabAE | None:
+    """The tabular encoder; None without columns."""
+    if not features.num_numbers and not features.cardinalities:
+        return None
+    return TabAE(
+        features.num_numbers,
+        features.cardinalities,
+        hidden_common_dim=config.hidden_common_dim,
+        means=features.means,
+        stds=features.stds,
+        number_features=build_number_features(features) if config.column_encoding == "piecewise_linear" else None,
+    )
+
+
+def build_number_features(features: Features) -> NumberFeatures:
+    """Scaled numbers, indicators and bins; without edges in `features`, standardised numbers and no bins."""
+    if features.scales is not None and features.edges is not None:
+        return NumberFeatures(
+            centers=features.medians,
+            scales=features.scales,
+            has_indicator=features.has_indicator,
+            edges=features.edges,
+        )
+    num_columns = len(features.number_names)
+    scales = np.minimum(1 / np.array(features.stds[:num_columns]), np.finfo(np.float32).max)
+    return NumberFeatures(
+        centers=features.means[:num_columns], scales=scales.tolist(), has_indicator=features.has_indicator
+    )
+
+
+def build_linear_column_features(features: Features) -> LinearColumnFeatures | None:
+    """Scaled numbers, indicators, bins and one-hot categories; None without columns."""
+    if not features.num_numbers and not features.cardinalities:
+        return None
+    return LinearColumnFeatures(build_number_features(features), features.cardinalities)

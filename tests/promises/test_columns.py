@@ -1,0 +1,102 @@
+"""Promises of the column keys: ranks, resume, folder, export, explanation.   pytest tests/promises/test_columns.py"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmbert_core.config import Config
+from mmbert_core.config_reader import config_from_dict
+from mmbert_core.data.prepare import prepare
+from mmbert_core.export import exporter
+from mmbert_core.predictor import Predictor
+from mmbert_core.training import loop
+from tests.support import tiny
+
+KEYS = {"column_encoding": "piecewise_linear"}
+
+
+def command(num_processes: int, *arguments: str) -> None:
+    start = tiny.run_command if num_processes == 1 else lambda args, **more: tiny.torchrun(num_processes, args, **more)
+    done = start(["-m", "mmbert_core", *arguments], timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["train_loss"] for line in tiny.metrics_lines(folder) if "train_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The same run on one process and on two, in run1 and run2."""
+    folder = tmp_path_factory.mktemp("columns")
+    for num_processes in (1, 2):
+        settings = tiny.settings(folder, num_rows=90, model_path=str(folder / f"run{num_processes}"), **KEYS)
+        (folder / "config.json").write_text(json.dumps(settings))
+        command(num_processes, "train", str(folder / "config.json"))
+    return folder
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(runs):
+    np.testing.assert_allclose(losses(runs / "run2"), losses(runs / "run1"), rtol=1e-5)
+    assert len(losses(runs / "run1")) == 24
+
+
+def test_predictions_are_the_same_bytes_on_any_number_of_processes(runs):
+    for num_processes in (1, 2):
+        output = runs / f"by{num_processes}.tsv"
+        command(num_processes, "predict", str(runs / "run1"), str(runs / "test.csv"), str(output))
+    assert (runs / "by1.tsv").read_bytes() == (runs / "by2.tsv").read_bytes()
+    [tested] = (runs / "run1").glob("multimodal_bert-*/test_result_0.tsv")
+    probabilities = [
+        [float(line.split("\t")[1]) for line in path.read_text().splitlines()[1:]]
+        for path in (tested, runs / "by1.tsv")
+    ]
+    np.testing.assert_allclose(*probabilities, atol=1e-6)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(runs, monkeypatch):
+    saved = json.loads((runs / "run1" / "config.json").read_text())["config"]
+    config = config_from_dict(saved | {"model_path": str(runs / "resumed"), "save_every": 1})
+    save = loop.save
+
+    def interrupted_save(run):
+        save(run)
+        if run.state.step == 15:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save", interrupted_save)
+        tiny.train(config)
+    tiny.train(config)
+    assert losses(runs / "resumed") == losses(runs / "run1")
+    for name in ("model.safetensors", "features.json"):
+        assert (runs / "resumed" / name).read_bytes() == (runs / "run1" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("format", exporter.MODEL_FILES)
+def test_exports_give_the_same_probabilities(runs, format):
+    for package in exporter.ONNX_PACKAGES:
+        pytest.importorskip(package)
+    loaded = Predictor.from_folder(runs / "run1").loaded
+    assert exporter.export_model(loaded, runs / format, format=format) < 1e-5
+
+
+def test_explanation_and_importance_name_the_columns(runs):
+    explained = Predictor.from_folder(runs / "run1").explain(
+        {"text": "refund pay", "age": "31", "amount": "1.5", "kind": "a"}
+    )
+    assert [span for span, _ in explained["tokens"]] == ["refund", " ", "pay"]
+    assert 0 < explained["prediction"]["prob"] < 1
+    [report] = (runs / "run1").glob("multimodal_bert-*/report.json")
+    importance = json.loads(report.read_text())["importance"]
+    assert {item["name"] for item in importance["items"]} == {"text", "age", "amount", "kind"}
+
+
+def test_keys_left_out_leave_their_fields_out_of_the_folder(runs, tmp_path):
+    with_keys = json.loads((runs / "run1" / "features.json").read_text())
+    assert len(with_keys["edges"]) == len(with_keys["scales"]) == 2
+    plain = {**tiny.settings(runs), "model_path": str(tmp_path)}
+    plain_features = prepare(Config(**plain)).features.to_json()
+    assert set(with_keys) - set(plain_features) == {"edges", "scales"}
