@@ -1,6 +1,6 @@
 """The classifier: text and columns to logits.
 
-B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim.
+B rows, C chunks, T tokens, H hidden size of the encoder, F numeric inputs, K categorical columns, D hidden_common_dim.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from torch import nn
 from mmbert_core.model.fusion import build_merge_subnetwork
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase
+from mmbert_core.model.text_features import TextFeatures
 
 
 class MultimodalBert(nn.Module):
@@ -48,18 +49,28 @@ class MultimodalBert(nn.Module):
 
         Inputs of an encoder that the model lacks are ignored and may be None.
         """
-        text_vectors = None if self.text_subnetwork is None else self.text_subnetwork(input_ids, attention_mask)
-        return self.merge(text_vectors, tab_data, cat_data)
+        return self.merge(self.encode_text(input_ids, attention_mask), tab_data, cat_data)
+
+    def encode_text(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> TextFeatures | None:
+        """Token ids and mask [B, T] or [B, C, T] -> what `merge` reads of the texts; None without a text encoder."""
+        return None if self.text_subnetwork is None else self.text_subnetwork.features(input_ids, attention_mask)
+
+    def logits_from_pooled(
+        self, pooled: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Vectors of `TextBertBase.pool_rows` [B, H], numbers, categories -> logits: all layers but the encoder's."""
+        text = None if self.text_subnetwork is None else TextFeatures(self.text_subnetwork.project(pooled))
+        return self.merge(text, tab_data, cat_data)
 
     def merge(
-        self, text_vectors: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None
+        self, text: TextFeatures | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None
     ) -> torch.Tensor:
-        """Text vectors [B, D], numbers [B, F], categories [B, K] -> logits float32 [B, num_classes].
+        """Features of the texts, numbers [B, F], categories [B, K] -> logits float32 [B, num_classes].
 
         Everything after the text encoder; cheap. Computed in float32 even inside autocast: a standardised outlier of
         1e4 would overflow fp16 in the linear layers.
         """
-        vectors = [] if text_vectors is None else [text_vectors.float()]
+        vectors = [] if text is None else [text.float().vectors]
         with _without_autocast(self.final_merge_network.linear_layer_final.weight.device.type):
             if self.tab_subnetwork is not None:
                 vectors.append(self.tab_subnetwork(tab_data, cat_data))

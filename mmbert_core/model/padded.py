@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmbert_core.model.multimodal_bert import MultimodalBert
+from mmbert_core.model.text_features import TextFeatures
 
 
 class PaddedModel(nn.Module):
@@ -64,8 +65,8 @@ class AllChunks(nn.Module):
         super().__init__()
         self.text = text
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[B, C, T] twice -> [B, D]"""
+    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> TextFeatures:
+        """[B, C, T] twice -> as `TextBertBase.features`"""
         num_rows, num_chunks, num_tokens = attention_mask.shape
         is_chunk = attention_mask.any(dim=2)  # [B, C]
         is_first = torch.arange(num_tokens) == 0  # [T]; padding gets one token: attention over none would be NaN
@@ -75,4 +76,4 @@ class AllChunks(nn.Module):
         vectors = vectors[torch.arange(num_rows)[:, None] * num_chunks + torch.arange(num_chunks)]  # [B, C, D]
         weights = is_chunk / is_chunk.sum(dim=1, keepdim=True).clamp(min=1)  # [B, C]
         # TextBertBase projects after the mean; the result is the same, as the projection is linear and weights sum to 1
-        return (vectors * weights.unsqueeze(2)).sum(dim=1)
+        return TextFeatures((vectors * weights.unsqueeze(2)).sum(dim=1))

@@ -36,7 +36,8 @@ class TabAE(nn.Module):
     `number_features` replace the standardised numbers. Embeddings are then narrower and start at a standard deviation
     of 1 / sqrt(width) instead of 1: hundreds of categories in a thousand rows would otherwise be memorised.
 
-    Attribute: `output_tab_dim`. Raises `ValueError` without any column, or when the lengths differ.
+    Attributes: `output_tab_dim`; `widths`, of each column's values among those that `inputs` returns.
+    Raises `ValueError` without any column, or when the lengths differ.
     """
 
     def __init__(
@@ -70,9 +71,9 @@ class TabAE(nn.Module):
             if number_features is not None:
                 embedding.weight.data.mul_(embedding.embedding_dim**-0.5)
             nn.init.zeros_(embedding.weight.data[0])
-        width = num_numbers if number_features is None else number_features.num_features
-        width += sum(embedding.embedding_dim for embedding in self.embeddings)
-        self.linear = nn.Linear(width, hidden_common_dim)
+        self.widths = [1] * (num_numbers if number_features is None else number_features.num_features)
+        self.widths += [embedding.embedding_dim for embedding in self.embeddings]
+        self.linear = nn.Linear(sum(self.widths), hidden_common_dim)
         self.relu = nn.ReLU()
         self.output_tab_dim = hidden_common_dim
 
@@ -83,6 +84,10 @@ class TabAE(nn.Module):
 
     def forward(self, tab_data: torch.Tensor, cat_data: torch.Tensor | None = None) -> torch.Tensor:
         """`tab_data` float [B, F], imputed, in the columns' own units; `cat_data` int64 [B, K] -> [B, D]."""
+        return self.relu(self.linear(self.inputs(tab_data, cat_data)))
+
+    def inputs(self, tab_data: torch.Tensor, cat_data: torch.Tensor | None = None) -> torch.Tensor:
+        """Arguments as in `forward` -> [B, sum of widths]: the encoded numbers, then the categories' embeddings."""
         if self.number_features is None:
             inputs = [((tab_data.float() - self.mean) / self.std).clamp(-LIMIT, LIMIT)]  # [B, F]
         else:
@@ -92,4 +97,4 @@ class TabAE(nn.Module):
                 found = "none" if cat_data is None else cat_data.shape[1]
                 raise ValueError(f"TabAE: expected {len(self.embeddings)} categorical columns, found {found}")
             inputs += [embedding(cat_data[:, column]) for column, embedding in enumerate(self.embeddings)]
-        return self.relu(self.linear(torch.cat(inputs, dim=1)))  # [B, F or E + widths of the embeddings] -> [B, D]
+        return torch.cat(inputs, dim=1)

@@ -13,6 +13,7 @@ from torch import nn
 from mmbert_core.model import packed_attention, packing
 from mmbert_core.model.dropout import Dropout, replace_dropouts
 from mmbert_core.model.positions import position_offset
+from mmbert_core.model.text_features import TextFeatures
 from mmbert_core.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -155,22 +156,32 @@ class TextBertBase(nn.Module):
         self.output_text_dim = hidden_common_dim
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """`input_ids`, `attention_mask` int64 [B, T], or [B, C, T] for rows of several chunks -> [B, D].
+        """`input_ids`, `attention_mask` int64 [B, T], or [B, C, T] for rows of several chunks -> [B, D]."""
+        return self.project(self.pool_rows(input_ids, attention_mask))
+
+    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> TextFeatures:
+        """Ids and mask as in `forward` -> what the rest of the model reads of the texts."""
+        return TextFeatures(self(input_ids, attention_mask))
+
+    def project(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Vectors of `pool_rows` [B, H] -> [B, D]: dropout and the linear layer."""
+        return self.linear(self.dropout(pooled))
+
+    def pool_rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Ids and mask [B, T] or [B, C, T] -> [B, H], the encoder's vector of each row: the mean over its chunks.
 
         A chunk without tokens is padding: it is not encoded and does not count in the mean. Both may be on any device;
         on the CPU they are packed there, without waiting for the GPU.
         """
         if input_ids.ndim == 2:
-            pooled = self.pool(input_ids, attention_mask)  # [B, H]
-        else:
-            is_chunk = attention_mask.any(dim=2)  # [B, C]
-            chunks = self.pool(input_ids[is_chunk], attention_mask[is_chunk])  # [N, H]
-            index = packing.to_device(is_chunk.flatten().nonzero()[:, 0], chunks.device)  # [N], in the flat [B C]
-            counts = packing.to_device(is_chunk.sum(dim=1, keepdim=True).clamp(min=1), chunks.device)  # [B, 1]
-            # index_copy rather than index_add: each slot is written once, so the order of the sum is fixed
-            by_row = chunks.new_zeros(is_chunk.numel(), chunks.shape[-1]).index_copy(0, index, chunks)  # [B C, H]
-            pooled = by_row.unflatten(0, is_chunk.shape).sum(dim=1) / counts  # [B, H]
-        return self.linear(self.dropout(pooled))
+            return self.pool(input_ids, attention_mask)
+        is_chunk = attention_mask.any(dim=2)  # [B, C]
+        chunks = self.pool(input_ids[is_chunk], attention_mask[is_chunk])  # [N, H]
+        index = packing.to_device(is_chunk.flatten().nonzero()[:, 0], chunks.device)  # [N], in the flat [B C]
+        counts = packing.to_device(is_chunk.sum(dim=1, keepdim=True).clamp(min=1), chunks.device)  # [B, 1]
+        # index_copy rather than index_add: each slot is written once, so the order of the sum is fixed
+        by_row = chunks.new_zeros(is_chunk.numel(), chunks.shape[-1]).index_copy(0, index, chunks)  # [B C, H]
+        return by_row.unflatten(0, is_chunk.shape).sum(dim=1) / counts
 
     def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Ids and mask [N, T] -> [N, H], the encoder's vector of each text (chunk), before the projection."""

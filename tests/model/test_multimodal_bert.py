@@ -7,6 +7,7 @@ from torch import nn
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase
+from mmbert_core.model.text_features import TextFeatures
 
 IDS = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -66,3 +67,20 @@ def test_outliers_stay_finite_under_half_precision(halves):
     plain = model(IDS, MASK, NUMBERS, CATEGORIES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(model(IDS, MASK, NUMBERS, CATEGORIES), plain, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_logits_from_pooled_vectors_and_from_reordered_texts(make_encoder, halves, pooling):
+    model = MultimodalBert(TextBertBase(make_encoder("Bert"), pooling=pooling, hidden_common_dim=6), halves[1], 3)
+    model.eval()
+    chunks = torch.stack([IDS, IDS.flip(1)], dim=1)  # [B, C, T]
+    mask = torch.ones_like(chunks)
+    mask[1, 1] = 0  # the second row has one chunk
+    logits = model(chunks, mask, NUMBERS, CATEGORIES)
+    pooled = model.text_subnetwork.pool_rows(chunks, mask)
+    assert pooled.shape == (4, 32)
+    assert torch.equal(model.logits_from_pooled(pooled, NUMBERS, CATEGORIES), logits)
+    text, order = model.encode_text(chunks, mask), torch.tensor([2, 0, 3, 1])
+    both = TextFeatures.cat([text, text]).select(torch.cat([order, order + 4]))
+    merged = model.merge(both, NUMBERS[order].repeat(2, 1), CATEGORIES[order].repeat(2, 1))
+    torch.testing.assert_close(merged, logits[order].repeat(2, 1))
