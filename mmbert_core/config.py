@@ -117,6 +117,12 @@ class Config:
         "one feature per bin between quantiles of the training rows; then also smaller embeddings of categories",
         group="model",
     )
+    wide_columns: bool = setting(
+        False,
+        "add a linear path from the columns to the logits: scaled numbers, their bins between quantiles of the "
+        "training rows, and one weight per category and class",
+        group="model",
+    )
     reinit_pooler: bool = setting(False, "initialise the pooler's weights at random before training", group="model")
     reinit_layers: int = setting(
         0,

@@ -73,7 +73,7 @@ def prepare(config: Config) -> Data:
         roles,
         rows=train_rows,
         source=train.paths[0],
-        with_edges=config.column_encoding == "piecewise_linear",
+        with_edges=config.column_encoding == "piecewise_linear" or config.wide_columns,
     )
     dataset = partial(
         Dataset,

@@ -6,6 +6,7 @@ from mmbert_core.config import Config
 from mmbert_core.data.features import Features
 from mmbert_core.model.column_features import LinearColumnFeatures, NumberFeatures
 from mmbert_core.model.tabular_encoder import TabAE
+from mmbert_core.model.wide_columns import WideColumns
 
 
 def build_tabular_encoder(config: Config, features: Features) -> TabAE | None:
@@ -43,3 +44,9 @@ def build_linear_column_features(features: Features) -> LinearColumnFeatures | N
     if not features.num_numbers and not features.cardinalities:
         return None
     return LinearColumnFeatures(build_number_features(features), features.cardinalities)
+
+
+def build_wide_columns(config: Config, features: Features) -> WideColumns | None:
+    """The linear path from the columns to the logits; None where it is not asked for, or without columns."""
+    linear = build_linear_column_features(features) if config.wide_columns else None
+    return None if linear is None else WideColumns(linear, config.num_classes)

@@ -22,7 +22,7 @@ from mmbert_core.data.labels import Labels
 from mmbert_core.data.number_ranges import recover_number_ranges
 from mmbert_core.data.tokens import always_used_ids, load_tokenizer
 from mmbert_core.evaluation.decision import Decision
-from mmbert_core.inference.column_modules import build_tabular_encoder
+from mmbert_core.inference.column_modules import build_tabular_encoder, build_wide_columns
 from mmbert_core.inference.model_files import (
     BASELINE_WEIGHTS,
     BASELINES,
@@ -86,7 +86,8 @@ def build_model(config: Config, features: Features) -> MultimodalBert:
         text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
-    return MultimodalBert(text, build_tabular_encoder(config, features), config.num_classes)
+    tabular, wide = build_tabular_encoder(config, features), build_wide_columns(config, features)
+    return MultimodalBert(text, tabular, config.num_classes, wide_columns=wide)
 
 
 def check_length(config: Config, encoder: nn.Module) -> None:
@@ -191,7 +192,8 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         if config.text_name:
             pooling, width = settings.resolved["pooling"], config.hidden_common_dim
             text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=width)
-        model = MultimodalBert(text, build_tabular_encoder(config, features), config.num_classes)
+        tabular, wide = build_tabular_encoder(config, features), build_wide_columns(config, features)
+        model = MultimodalBert(text, tabular, config.num_classes, wide_columns=wide)
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:
         # RuntimeError: names or shapes differ

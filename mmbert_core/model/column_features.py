@@ -20,14 +20,15 @@ MAX_ROWS_AT_ONCE = 8192  # of a design matrix, dense before they become sparse
 class NumberFeatures(nn.Module):
     """Numeric inputs [B, F + I] (columns imputed with `centers`, then indicators) to features [B, E].
 
-    E: each column's scaled number x = (number - center) * scale, smoothly clipped to x / sqrt(1 + (x / 3)^2), then the
-    indicators, then for each column with `edges` one feature per bin: 0 below it, 1 above it, linear inside. A cell
-    that an indicator calls missing has 0 in all features of its column, so it does not look like a number.
+    E, column by column: the scaled number x = (number - center) * scale, smoothly clipped to x / sqrt(1 + (x / 3)^2);
+    then one feature for each bin between `edges`, 0 below it, 1 above it, linear inside; then the indicator, if any. A
+    cell that an indicator calls missing has 0 in the other features of its column, so it does not look like a number.
 
     Scaling and clipping: Holzmüller et al. 2024, "Better by Default", RealMLP. Bins: Gorishniy et al. 2022, "On
     Embeddings for Numerical Features", piecewise-linear encoding over quantiles; here the outer bins end, too.
 
-    `edges`: ascending, two or more, or none, of each column. All are buffers. Attribute: `num_features`, E.
+    `edges`: ascending, two or more, or none, of each column. All are buffers. Attributes: `widths`, the number of
+    features of each column; `num_features`, their sum E.
     """
 
     def __init__(
@@ -57,7 +58,11 @@ class NumberFeatures(nn.Module):
         selection = torch.zeros(self.num_indicators, self.num_columns)
         selection[torch.arange(self.num_indicators), self.with_indicator] = 1.0
         self.register_buffer("indicator_to_column", selection, persistent=False)
-        self.num_features = self.num_columns + self.num_indicators + len(bins)
+        columns = [*range(self.num_columns), *(column for column, _, _ in bins), *with_indicator]
+        order = sorted(range(len(columns)), key=columns.__getitem__)  # stable: number, bins, indicator
+        self.register_buffer("order", torch.tensor(order).long(), persistent=False)
+        self.widths = [columns.count(column) for column in range(self.num_columns)]
+        self.num_features = len(columns)
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         """Float [B, F + I], imputed, in the columns' own units -> float32 [B, E]."""
@@ -67,7 +72,8 @@ class NumberFeatures(nn.Module):
         scaled = ((columns - self.center).clamp(-MAX_DIFFERENCE, MAX_DIFFERENCE) * self.scale).clamp(-1e18, 1e18)
         scaled = scaled / torch.sqrt(1 + (scaled / SOFT_LIMIT).square())
         filled = ((columns[:, self.bin_column] - self.bin_start) / self.bin_width).clamp(0, 1)
-        return torch.cat([scaled * present, indicators, filled * present[:, self.bin_column]], dim=1)
+        features = [scaled * present, filled * present[:, self.bin_column], indicators]
+        return torch.cat(features, dim=1)[:, self.order]
 
 
 class LinearColumnFeatures(nn.Module):

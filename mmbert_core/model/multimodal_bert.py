@@ -12,22 +12,33 @@ from mmbert_core.model.fusion import build_merge_subnetwork
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase
 from mmbert_core.model.text_features import TextFeatures
+from mmbert_core.model.wide_columns import WideColumns
 
 
 class MultimodalBert(nn.Module):
     """Text encoder, tabular encoder and head. One of the encoders may be None; both None is a ValueError.
 
-    Attributes: `text_subnetwork`, `tab_subnetwork`, `final_merge_network`, `num_classes`, `pooling`.
+    `wide_columns`, a linear path from the columns, adds its logits to those of the head.
+
+    Attributes: `text_subnetwork`, `tab_subnetwork`, `wide_columns`, `final_merge_network`, `num_classes`, `pooling`.
     """
 
     build_merge_subnetwork = staticmethod(build_merge_subnetwork)
 
-    def __init__(self, text_subnetwork: TextBertBase | None, tab_subnetwork: TabAE | None, num_classes: int) -> None:
+    def __init__(
+        self,
+        text_subnetwork: TextBertBase | None,
+        tab_subnetwork: TabAE | None,
+        num_classes: int,
+        *,
+        wide_columns: WideColumns | None = None,
+    ) -> None:
         super().__init__()
         if text_subnetwork is None and tab_subnetwork is None:
             raise ValueError("MultimodalBert: expected a text encoder, a tabular encoder or both, found neither")
         self.text_subnetwork = text_subnetwork
         self.tab_subnetwork = tab_subnetwork
+        self.wide_columns = wide_columns
         self.num_classes = num_classes
         output_text_dim = 0 if text_subnetwork is None else text_subnetwork.output_text_dim
         output_tab_dim = 0 if tab_subnetwork is None else tab_subnetwork.output_tab_dim
@@ -74,7 +85,8 @@ class MultimodalBert(nn.Module):
         with _without_autocast(self.final_merge_network.linear_layer_final.weight.device.type):
             if self.tab_subnetwork is not None:
                 vectors.append(self.tab_subnetwork(tab_data, cat_data))
-            return self.final_merge_network(torch.cat(vectors, dim=1))  # [B, D] or [B, 2 D] -> [B, num_classes]
+            logits = self.final_merge_network(torch.cat(vectors, dim=1))  # [B, D] or [B, 2 D] -> [B, num_classes]
+            return logits if self.wide_columns is None else logits + self.wide_columns(tab_data, cat_data)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:

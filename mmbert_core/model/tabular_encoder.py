@@ -71,7 +71,7 @@ class TabAE(nn.Module):
             if number_features is not None:
                 embedding.weight.data.mul_(embedding.embedding_dim**-0.5)
             nn.init.zeros_(embedding.weight.data[0])
-        self.widths = [1] * (num_numbers if number_features is None else number_features.num_features)
+        self.widths = [1] * num_numbers if number_features is None else list(number_features.widths)
         self.widths += [embedding.embedding_dim for embedding in self.embeddings]
         self.linear = nn.Linear(sum(self.widths), hidden_common_dim)
         self.relu = nn.ReLU()

@@ -6,6 +6,7 @@ import torch
 
 from mmbert_core.model.column_features import LinearColumnFeatures, NumberFeatures
 from mmbert_core.model.tabular_encoder import TabAE
+from mmbert_core.model.wide_columns import WideColumns
 
 MAX = float(np.finfo(np.float32).max)
 
@@ -20,23 +21,24 @@ def three_columns() -> NumberFeatures:
     )
 
 
-def test_scaled_numbers_then_indicators_then_bins():
+def test_of_each_column_the_scaled_number_its_bins_and_its_indicator():
     features = three_columns()
     numbers = torch.tensor(
         [[12, -3, 5, 0], [10, 7, 5, 1], [-1, -3, 5, 0], [5, -3, 5, 0], [99, -3, 5, 0]], dtype=torch.float64
     )
     found = features(numbers)
     assert features.num_features == found.shape[1] == 6 and found.dtype == torch.float32
+    assert features.widths == [4, 1, 1]
 
     def clipped(x: float) -> float:
         return x / (1 + (x / 3) ** 2) ** 0.5
 
     expected = [
-        [clipped(1), 0, 0, 0, 1, 0.5],
-        [0, clipped(20), 0, 1, 0, 0],  # missing: no bin of its own column, although the median 10 was imputed
+        [clipped(1), 1, 0.5, 0, 0, 0],
+        [0, 0, 0, 1, clipped(20), 0],  # missing: no bin, although the median 10 was imputed
         [clipped(-5.5), 0, 0, 0, 0, 0],
-        [clipped(-2.5), 0, 0, 0, 0.5, 0],
-        [clipped(44.5), 0, 0, 0, 1, 1],
+        [clipped(-2.5), 0.5, 0, 0, 0, 0],
+        [clipped(44.5), 1, 1, 0, 0, 0],
     ]
     torch.testing.assert_close(found, torch.tensor(expected))
     assert found.abs().max() < 3.0001
@@ -94,3 +96,13 @@ def test_the_tabular_encoder_reads_them_with_small_embeddings():
     raw, categories = torch.tensor([[12.0, -3, 5, 0]]), torch.tensor([[7]])
     inputs = torch.cat([numbers(raw), embedding(categories[:, 0])], dim=1)
     torch.testing.assert_close(model(raw, categories), torch.relu(model.linear(inputs)))
+
+
+def test_the_wide_path_starts_at_zero_and_adds_nothing_for_an_unseen_category():
+    wide = WideColumns(LinearColumnFeatures(three_columns(), [4]), 2)
+    raw, categories = torch.tensor([[12.0, -3, 5, 0]] * 2), torch.tensor([[1], [3]])
+    assert not wide(raw, categories).any()
+    wide(raw[:1], categories[1:]).square().sum().backward()  # no gradient at 0
+    (wide(raw[:1], categories[1:]) * torch.tensor([1.0, -1.0])).sum().backward()
+    assert not wide.weight.grad[7].any() and wide.weight.grad[9].tolist() == [1, -1]  # rows of the indices 1 and 3
+    assert [name for name, _ in wide.named_parameters()] == ["weight"]
