@@ -6,7 +6,7 @@ N rows, K classes.
 import difflib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import ModuleType
 
@@ -15,13 +15,15 @@ import torch
 
 from mmbert_core.evaluation.class_counts import COUNT_METRICS, ClassCounts, class_counts, value_of
 from mmbert_core.evaluation.class_ranking import FEW_CLASSES, ClassRankings, class_rankings
+from mmbert_core.evaluation.temperature import best_temperature, log_odds, rows_to_fit, scaled
 from mmbert_core.evaluation.thresholds import BINARY_THRESHOLD, predicted_classes
 from mmbert_core.runtime.errors import InputError
 
 CLASS_PREFIX = "average_precision_class_"
 NUM_BINS = 15  # of the expected calibration error: equal width, [a, b), the last one closed
 ONE_SIDED = ("precision", "recall")  # recall is 1 if every row is predicted as class 1: alone, they cannot rank models
-LOWER_IS_BETTER = ("val_loss", "log_loss", "ece")
+LOG_LOSSES = ("log_loss", "log_loss_calibrated")
+LOWER_IS_BETTER = ("val_loss", "log_loss", "log_loss_calibrated", "ece")
 EPS = float(np.finfo(np.float32).eps)  # log_loss keeps probabilities in [EPS, 1 - EPS], whatever their dtype
 
 
@@ -122,11 +124,11 @@ def compute_metrics(
 
 
 def within_range(name: str, value: float) -> float:
-    """The value clipped to the metric's range, 0 to 1 (mcc -1 to 1, log_loss from 0); NaN stays.
+    """The value clipped to the metric's range, 0 to 1 (mcc -1 to 1, log losses from 0); NaN stays.
 
     Sums of rounded terms can reach 1.0000001.
     """
-    low, high = {"mcc": (-1.0, 1.0), "log_loss": (0.0, np.inf)}.get(name, (0.0, 1.0))
+    low, high = {"mcc": (-1.0, 1.0), **dict.fromkeys(LOG_LOSSES, (0.0, np.inf))}.get(name, (0.0, 1.0))
     return min(max(value, low), high)
 
 
@@ -259,6 +261,19 @@ def _log_loss(rows: _EvaluatedRows) -> torch.Tensor:
     return -of_label.double().clamp(EPS, 1.0 - EPS).log().mean()
 
 
+def _log_loss_calibrated(rows: _EvaluatedRows) -> torch.Tensor:
+    """The log loss at the temperature that is best for these rows: how well the model tells the classes apart.
+
+    A model that is only too sure, as after many epochs, loses nothing here, as its temperature is fitted after training
+    (Berta et al. 2025, arXiv 2501.19195). Not what a reader of the probabilities gets: that is log_loss.
+    """
+    indices = rows_to_fit(len(rows.labels), rows.num_classes)
+    preds, labels = rows.preds.numpy()[indices], rows.labels.numpy()[indices]
+    temperature = best_temperature(preds, labels, rows.num_classes)
+    calibrated = torch.from_numpy(scaled(log_odds(preds), 1 / temperature))
+    return _log_loss(replace(rows, preds=calibrated, labels=torch.from_numpy(labels)))
+
+
 def _ece(rows: _EvaluatedRows) -> torch.Tensor:
     """Expected calibration error: mean gap of confidence and accuracy in NUM_BINS equal bins, weighted by their rows.
 
@@ -285,6 +300,7 @@ _METRICS: dict[str, Callable[[_EvaluatedRows], torch.Tensor | float]] = {
     "average_precision": _average_precision,
     "mcc": _mcc,
     "log_loss": _log_loss,
+    "log_loss_calibrated": _log_loss_calibrated,
     "ece": _ece,
 }
 METRICS = tuple(_METRICS)  # and average_precision_class_<name>, one per class

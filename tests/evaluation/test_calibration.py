@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmbert_core.evaluation import calibration
+from mmbert_core.evaluation import temperature
 from mmbert_core.evaluation.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, Calibration, fit_temperature
 from mmbert_core.export import example as export_example
 
@@ -174,10 +174,10 @@ def test_of_many_classes_a_share_of_the_rows_gives_the_temperature_and_of_few_cl
 ) -> None:
     preds, _, labels = sharpened(40, 2.0, num_rows=3_000)
     whole = fit_temperature(preds, labels, num_classes=40)
-    monkeypatch.setattr(calibration, "MAX_CELLS", 40 * 1_500)
+    monkeypatch.setattr(temperature, "MAX_CELLS", 40 * 1_500)
     share = fit_temperature(preds, labels, num_classes=40)
     assert (whole.rows, share.rows) == (3_000, 1_500) and share.temperature == pytest.approx(
         whole.temperature, rel=0.05
     )
-    assert calibration.rows_to_fit(100_000, 30).tolist() == list(range(100_000))
-    assert len(calibration.rows_to_fit(50_000, 10_000)) == 200
+    assert temperature.rows_to_fit(100_000, 30).tolist() == list(range(100_000))
+    assert len(temperature.rows_to_fit(50_000, 10_000)) == 200

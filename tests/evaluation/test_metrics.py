@@ -4,12 +4,14 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from sklearn import metrics as sklearn_metrics
 
 from mmbert_core.data import leaks
 from mmbert_core.evaluation import metrics
 from mmbert_core.evaluation.intervals import weighted_metric
-from mmbert_core.evaluation.metrics import EPS, METRICS, compute_metrics, within_range
+from mmbert_core.evaluation.metrics import EPS, LOG_LOSSES, METRICS, compute_metrics, lower_is_better, within_range
 from mmbert_core.runtime.errors import InputError
 
 BINARY = (*METRICS, "average_precision_class_no", "average_precision_class_yes")
@@ -35,6 +37,20 @@ def binary_rows(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def sklearn_counts(labels, chosen, average):
     return sklearn_metrics.precision_recall_fscore_support(labels, chosen, average=average, zero_division=0)[:3]
+
+
+def loss_after_temperature(table: np.ndarray, labels: np.ndarray) -> float:
+    """Of probabilities [N, K], at the temperature from 0.05 to 20 with the least loss of smoothed labels."""
+    num_rows, num_classes = table.shape
+    logits = np.log(np.maximum(table, [2.0**-25, 2.0**-150] if num_classes == 2 else 2.0**-150))  # rounded to 1, to 0
+    targets = np.eye(num_classes)[labels] * (1 - 1 / (num_rows + 1)) + 1 / (num_rows + 1) / num_classes
+
+    def loss(inverse: float, targets: np.ndarray) -> float:
+        calibrated = log_softmax(inverse * logits, axis=1)
+        return -(targets * calibrated.clip(np.log(EPS) if targets.max() == 1 else None)).sum(axis=1).mean()
+
+    best = minimize_scalar(loss, bounds=(0.05, 20), args=(targets,), method="bounded", options={"xatol": 1e-9}).x
+    return loss(best, np.eye(num_classes)[labels])
 
 
 def reference(preds: np.ndarray, labels: np.ndarray, class_names: str | list[str]) -> dict[str, float]:
@@ -64,6 +80,7 @@ def reference(preds: np.ndarray, labels: np.ndarray, class_names: str | list[str
         "average_precision": average(*((labels, preds) if binary else (one_hot, preds))),
         "mcc": sklearn_metrics.matthews_corrcoef(labels, chosen),
         "log_loss": -np.log(of_label).mean(),
+        "log_loss_calibrated": loss_after_temperature(table, labels),
         "ece": sum(gaps),
         **{f"average_precision_class_{name}": each[k] for k, name in enumerate(class_names)},
     }
@@ -229,7 +246,11 @@ def test_no_metric_leaves_its_range(seed: int) -> None:
         values = compute_metrics(scores, labels, METRICS, "binary", 2, "x").values
         assert values["x/auroc"] == pytest.approx(expected, abs=1e-6)
         assert (
-            all(0 <= value <= 1 for name, value in values.items() if name not in ("x/mcc", "x/log_loss"))
+            all(
+                0 <= value <= 1
+                for name, value in values.items()
+                if name not in ("x/mcc", *(f"x/{name}" for name in LOG_LOSSES))
+            )
             and -1 <= values["x/mcc"] <= 1
         )
         drawn = [
@@ -245,6 +266,19 @@ def test_no_metric_leaves_its_range(seed: int) -> None:
         within_range("mcc", -1.1),
         within_range("log_loss", 7.0),
     ) == (1.0, 0.0, -1.0, 7.0)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_a_model_that_is_only_too_sure_loses_nothing_after_the_temperature(temperature: float) -> None:
+    """The metric is that of the same ranking at any temperature, and not above the plain log loss."""
+    preds, labels = several_rows("random")
+    logits = temperature * np.log(preds.astype(np.float64))
+    sharper = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    names = ["log_loss", "log_loss_calibrated"]
+    plain, values = (compute_metrics(each, labels, names, "multiclass", 4, "val").values for each in (preds, sharper))
+    assert values["val/log_loss_calibrated"] == pytest.approx(plain["val/log_loss_calibrated"], abs=1e-5)
+    assert values["val/log_loss_calibrated"] <= values["val/log_loss"] + 1e-4
+    assert lower_is_better("val/log_loss_calibrated")
 
 
 # ---- many classes ----
