@@ -156,15 +156,26 @@ class Config:
         at_most=10**6,
         may_change_on_resume=True,
     )
-    lr: float = setting(
+    lr: float | Literal["auto"] = setting(
         2e-5,
-        "peak learning rate of AdamW; small encoders need about 2e-4",
+        "peak learning rate of AdamW; small encoders need about 2e-4; auto: by the encoder's hidden size, printed",
         group="optimisation",
         at_least=0,
         at_most=100,
     )
-    head_lr: float | None = setting(
-        None, "peak learning rate of all but the encoder; none: lr", group="optimisation", at_least=0, at_most=100
+    head_lr: float | Literal["auto"] | None = setting(
+        None,
+        "peak learning rate of all but the encoder; none: lr; auto: printed",
+        group="optimisation",
+        at_least=0,
+        at_most=100,
+    )
+    layer_decay: float = setting(
+        1.0,
+        "learning rate of each encoder layer relative to the layer after it; that of the embeddings is the smallest",
+        group="optimisation",
+        at_least=0.01,
+        at_most=1,
     )
     weight_decay: float = setting(
         0.0, "AdamW weight decay; never on biases and normalisation", group="optimisation", at_least=0, at_most=1_000
@@ -177,12 +188,25 @@ class Config:
         "true: linear decay of the learning rate to 0 after warm-up; false: constant after warm-up",
         group="optimisation",
     )
+    schedule: Literal["linear", "cosine", "constant"] | None = setting(
+        None,
+        "learning rate after warm-up: linear or cosine decay to 0, or constant; none: as run_scheduler says",
+        group="optimisation",
+    )
     warmup_steps: int | float = setting(
         0,
         "optimizer steps of linear warm-up; below 1: a share of all steps, such as 0.1",
         group="optimisation",
         at_least=0,
         at_most=MANY,
+    )
+    ema_decay: float = setting(
+        0.0,
+        "moving average of the weights, validated and saved as the model: the share kept at each step, such as 0.99, "
+        "less at first; 0: none",
+        group="optimisation",
+        at_least=0,
+        at_most=0.99999,
     )
     gradient_clip_val: float = setting(
         0.0, "largest gradient norm; 0: no clipping", group="optimisation", at_least=0, at_most=10**9
@@ -299,6 +323,8 @@ class Config:
     def __post_init__(self) -> None:
         self._resolve_metrics()
         check_values(vars(self), SETTINGS)
+        if self.schedule is not None:  # so that the stored config does not contradict itself
+            object.__setattr__(self, "run_scheduler", self.schedule != "constant")
 
     def _resolve_metrics(self) -> None:
         """Replace metrics that are None by the defaults, so that the stored config names the metrics that were used."""

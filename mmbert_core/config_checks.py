@@ -18,6 +18,7 @@ def check_values(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> 
     check_paths(values)
     check_columns(values)
     check_classes(values, settings["class_weights"])
+    check_schedule(values["schedule"], values["run_scheduler"], are_both_named=not values["run_scheduler"])
     metric = values["early_stop_metric"]
     if metric != "val_loss" and not metric.startswith("val/"):
         raise InputError(f"early_stop_metric: expected val_loss or val/<metric>, found {format_for_message(metric)}")
@@ -95,4 +96,12 @@ def check_classes(values: Mapping[str, Any], weights_setting: Setting) -> None:
         raise InputError(
             f"class_weights: expected finite weights of at least {low} and at most {high:,}, not all 0, "
             f"found {format_for_message(list(weights))}"
+        )
+
+
+def check_schedule(schedule: str | None, run_scheduler: bool, *, are_both_named: bool) -> None:
+    """`are_both_named`: whether the user has set both; true, the default of `run_scheduler`, contradicts nothing."""
+    if are_both_named and schedule is not None and run_scheduler != (schedule != "constant"):
+        raise InputError(
+            f"run_scheduler is {str(run_scheduler).lower()} and schedule is {schedule}: they contradict, keep schedule"
         )

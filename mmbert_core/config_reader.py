@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mmbert_core.config import ORIGINAL_DEFAULTS, SETTINGS, Config
+from mmbert_core.config_checks import check_schedule
 from mmbert_core.config_file import read_config_file
 from mmbert_core.config_synonyms import nearest_name
 from mmbert_core.runtime.errors import InputError, format_for_message
@@ -35,7 +36,13 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     # translated before they are merged, so that --encoder also overrides the file's `tokenizer`
     flags = _checked(overrides or {}, COMMAND_LINE)
     source = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
-    return _build(_with_metrics_of_the_run({**values, **flags}), source)
+    named = {**values, **flags}
+    if "schedule" in named and "run_scheduler" in named:
+        try:
+            check_schedule(named["schedule"], named["run_scheduler"], are_both_named=True)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+    return _build(_with_metrics_of_the_run(named), source)
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Config:

@@ -203,7 +203,7 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch, words, key, value):
         ({"label_name": None}, "label_name: expected a text, found None"),
         ({"label_name": True}, "write a name in quotes"),
         ({"tab_field_list": [False]}, "write a name in quotes"),
-        ({"lr": "fast"}, "lr: expected a number, found 'fast'"),
+        ({"lr": "fast"}, "lr: expected a number or auto, found 'fast'"),
         ({"lr": float("nan")}, "lr: expected a number of at least 0, found nan"),
         ({"lr": -1}, "lr: expected a number of at least 0"),
         ({"batch_size": 0}, "batch_size: expected a number of at least 1, found 0"),
@@ -228,7 +228,7 @@ def test_values_that_cannot_be(tmp_path, changes, words):
 
 def test_a_mistake_in_a_flag_is_not_blamed_on_the_file(tmp_path):
     path = write(tmp_path, json.dumps(REQUIRED), "run.json")
-    assert message_of(path, {"lr": "fast"}).startswith("command line: lr: expected a number")
+    assert message_of(path, {"lr": "fast"}).startswith("command line: lr: expected a number or auto")
     assert message_of(path, {"num_classes": "3"}).startswith(f"{path} and command line: num_classes is 3")
 
 

@@ -48,6 +48,8 @@ RESOLVED = record(
         "microbatches_asked": whole(1),
         "microbatches_per_step": whole(1),
         "truncation_side": text(choices=("left", "right")),
+        "lr": number(0),
+        "head_lr": number(0),
     },
     others=True,  # versions differ in what they resolve
 )

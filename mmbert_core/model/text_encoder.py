@@ -111,15 +111,46 @@ def _redraw(encoder: nn.Module, module: nn.Module, *, name: str) -> None:
 
 
 def _encoder_layers(encoder: nn.Module) -> nn.ModuleList:
-    """The encoder's layers in order: the ModuleList of `num_hidden_layers` modules, the largest of several."""
+    """The encoder's separate layers in order."""
     count = getattr(encoder.config, "num_hidden_layers", None)
-    stacks = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not stacks:
+    stack = _largest_stack(encoder, count)
+    if stack is None:
         raise InputError(
             f"reinit_layers: {type(encoder).__name__} has no list of {count} separate layers "
             "(it shares weights between layers); expected 0"
         )
-    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
+    return stack
+
+
+def _largest_stack(encoder: nn.Module, count: int | None = None) -> nn.ModuleList | None:
+    """Of the lists of `count` modules (None: of any number) the one with the most parameters; None without any."""
+    stacks = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == (len(module) if count is None else count)
+    ]
+    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()), default=None)
+
+
+def layers_above(encoder: nn.Module) -> dict[str, int]:
+    """How many layers are above each parameter of the encoder, by name: 0 for the last layer and what follows it.
+
+    What comes before the first layer (embeddings) has all layers above it. Layers that share their weights (ALBERT)
+    count as one; so does all that is not an embedding, in an encoder without a list of layers.
+    """
+    stack = _largest_stack(encoder, getattr(encoder.config, "num_hidden_layers", None))
+    layers = list(_largest_stack(encoder) or []) if stack is None else list(stack)
+    count = max(1, len(layers))
+    of_layer = {parameter: count - 1 - index for index, layer in enumerate(layers) for parameter in layer.parameters()}
+    if not layers:
+        embeddings = set(encoder.get_input_embeddings().parameters())
+        return {name: int(parameter in embeddings) for name, parameter in encoder.named_parameters()}
+    above, outside = {}, count  # of parameters outside of the list: those before its first, those after it
+    for name, parameter in encoder.named_parameters():
+        if parameter in of_layer:
+            outside = 0
+        above[name] = of_layer.get(parameter, outside)
+    return above
 
 
 class TextBertBase(nn.Module):

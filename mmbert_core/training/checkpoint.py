@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,7 +33,7 @@ from mmbert_core.storage.files import (
     write_json,
 )
 from mmbert_core.storage.manifest import MANIFEST, manifest_of, read_manifest, why_different
-from mmbert_core.training.saved_state import FORMAT_VERSION, NEWER_KEYS, READABLE_STATE, STATE, check_steps
+from mmbert_core.training.saved_state import AVERAGE, FORMAT_VERSION, NEWER_KEYS, READABLE_STATE, STATE, check_steps
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state as `<parameter>.<entry>` CPU tensors (entries of AdamW: step, exp_avg, exp_avg_sq)."""
+    """Optimizer state as `<parameter>.<entry>` CPU tensors: `saved_state.MOMENTS` and AVERAGE."""
     moments = {}
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
@@ -278,14 +278,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights of a step's checkpoint, without the optimizer's tensors. Raises `InputError` when it is damaged."""
+    """The weights of a step's checkpoint, averaged where the run has an average, as they were validated.
+
+    Raises `InputError` when it is damaged.
+    """
     path = step_folder(folder, step)
     if reason := why_invalid(path):
         raise InputError(f"{path}: the checkpoint of the best step is damaged: {reason}")
     try:
-        return load_file(path / "model.safetensors")
+        weights = load_file(path / "model.safetensors")
+        with safe_open(path / "optimizer.safetensors", framework="pt") as file:
+            averaged = [name for name in weights if f"{name}.{AVERAGE}" in file.keys()]  # noqa: SIM118
+            return weights | {name: file.get_tensor(f"{name}.{AVERAGE}") for name in averaged}
     except SafetensorError as error:  # as in the manifest, but no run has written it
-        raise InputError(f"{path}: model.safetensors: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def clean_up(folder: Path) -> None:

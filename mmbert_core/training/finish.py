@@ -22,6 +22,7 @@ from mmbert_core.runtime.errors import RunError, Stopped, phase
 from mmbert_core.runtime.memory import peak_mb
 from mmbert_core.storage.files import remove_stale_temporaries, write_json
 from mmbert_core.training import checkpoint
+from mmbert_core.training.average import swap_average
 from mmbert_core.training.checkpoint import TrainState
 from mmbert_core.training.decision_fit import fit_decision
 from mmbert_core.training.run import Run, rotate_checkpoints
@@ -44,6 +45,8 @@ def finish(run: Run) -> dict[str, Any]:
     best = run.state.best_step or run.state.step
     if best != run.state.step:
         run.model.load_state_dict(weights_for_all(run, best))
+    else:
+        swap_average(run.optimizer)  # for good: no step follows
     val_preds = validation_of_best(run)
     distributed.on_main(lambda: check_finite_predictions(run, best, val_preds))
     with phase("threshold, calibration and baselines"):

@@ -22,6 +22,7 @@ from mmbert_core.runtime import ddp, distributed, signals
 from mmbert_core.runtime.errors import PeerError, RunError, Stopped, phase
 from mmbert_core.runtime.progress import format_seconds
 from mmbert_core.runtime.ranks import DistContext
+from mmbert_core.training.average import update_average
 from mmbert_core.training.finish import finish
 from mmbert_core.training.memory import return_freed_memory
 from mmbert_core.training.optim import optimizer_step
@@ -138,6 +139,8 @@ def train_one_step(run: Run, order: np.ndarray) -> dict[str, float]:
     lr = run.scheduler.get_last_lr()[0]
     stepped, grad_norm = step_optimizer(run) if all_finite else (False, math.nan)
     state.skipped_steps += not stepped
+    if stepped and config.ema_decay:
+        update_average(run.optimizer, decay=config.ema_decay, num_updates=state.step + 1 - state.skipped_steps)
     if (state.step + 1) % STEPS_BETWEEN_TRIMS == 0:
         return_freed_memory()
     seconds = time.perf_counter() - started

@@ -42,7 +42,9 @@ def resolve_by_trial(configured: int, ddp_model: nn.Module, dataset: Dataset, *,
     orders = (epoch_order(len(dataset), config.seed, epoch) for epoch in range(epochs))
     steps = heaviest_steps(orders, dataset.lengths, batch_size)
     count = configured
-    while reason := memory_shortage_on_any_rank(steps, count, ddp_model, dataset, task, config.memory_limit_mb):
+    copies = 3 if config.ema_decay else 2  # of the weights: AdamW's two moments, and the moving average
+    limit = config.memory_limit_mb
+    while reason := memory_shortage_on_any_rank(steps, count, ddp_model, dataset, task, limit, copies):
         if count >= batch_size:
             num_tokens = int(dataset.lengths[largest_micro_batches(steps, dataset, count)[0]].max())
             distributed.on_main(partial(raise_one_row_too_large, num_tokens, reason))
@@ -54,14 +56,23 @@ def resolve_by_trial(configured: int, ddp_model: nn.Module, dataset: Dataset, *,
 
 
 def memory_shortage_on_any_rank(
-    steps: list[np.ndarray], count: int, ddp_model: nn.Module, dataset: Dataset, task: Task, limit_mb: int | None
+    steps: list[np.ndarray],
+    count: int,
+    ddp_model: nn.Module,
+    dataset: Dataset,
+    task: Task,
+    limit_mb: int | None,
+    copies: int = 2,
 ) -> str | None:
-    """Collective. Why `steps`, in `count` micro-batches each, do not fit into memory on every rank; else None."""
+    """Collective. Why `steps`, in `count` micro-batches each, do not fit into memory on every rank; else None.
+
+    `copies`: of the trained weights, which are allocated with the model and its gradients.
+    """
     largest = largest_micro_batches(steps, dataset, count)
 
     def compute_all() -> None:
         for rows in largest:
-            forward_backward(ddp_model, dataset, rows, task)
+            forward_backward(ddp_model, dataset, rows, task, copies)
 
     with phase("the trial of the largest micro-batch"):
         reason = memory_shortage(compute_all, task.device, limit_mb)
@@ -113,11 +124,10 @@ def largest_micro_batches(steps: list[np.ndarray], dataset: Dataset, count: int)
     return [candidates[index] for index in dict.fromkeys(np.argmax(sizes, axis=0).tolist())]
 
 
-def forward_backward(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task) -> None:
-    """Forward and backward of `rows` without DDP's all-reduce, with the memory of AdamW's two moments allocated."""
-    moments = [
-        torch.ones_like(parameter) for parameter in ddp_model.parameters() if parameter.requires_grad for _ in range(2)
-    ]
+def forward_backward(ddp_model: nn.Module, dataset: Dataset, rows: np.ndarray, task: Task, copies: int = 2) -> None:
+    """Forward and backward of `rows` without DDP's all-reduce, with `copies` of the trained weights allocated."""
+    trained = [parameter for parameter in ddp_model.parameters() if parameter.requires_grad]
+    moments = [torch.ones_like(parameter) for parameter in trained for _ in range(copies)]
     with ddp.no_sync(ddp_model, enabled=True):
         loss, _, _ = run_epoch(ddp_model, dataset.batch(rows), "train", task=task)
         loss.backward()

@@ -8,14 +8,24 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from mmbert_core.config import Config
+from mmbert_core.model.multimodal_bert import MultimodalBert
+from mmbert_core.model.text_encoder import layers_above
 from mmbert_core.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
 MIN_LOSS_SCALE = 1e-4  # of fp16, 30 halvings below the initial scale: gradients that overflow here always will
+ENCODER = "text_subnetwork.encoder."
+# What `lr: auto` and `head_lr: auto` mean.
+LR_OF_BASE, HIDDEN_SIZE_OF_BASE, MAX_RATIO = 2e-5, 768, 10
+HEAD_LR = 1e-3
 
 
 # ---- optimizer and schedule ----
@@ -37,27 +47,61 @@ def names_without_decay(model: nn.Module) -> set[str]:
     return names
 
 
+def resolve_learning_rates(config: Config, model: MultimodalBert) -> dict[str, float]:
+    """The values of `lr` and `head_lr` where they are `auto`.
+
+    The narrower an encoder, the larger the rate: LR_OF_BASE at HIDDEN_SIZE_OF_BASE and above, growing with the third
+    power of the ratio, to MAX_RATIO times that. Without an encoder all is head.
+    """
+    resolved = {}
+    if config.lr == "auto" and model.text_subnetwork is None:
+        resolved["lr"] = HEAD_LR
+    elif config.lr == "auto":
+        hidden_size = model.text_subnetwork.encoder.config.hidden_size
+        ratio = min(max(1.0, (HIDDEN_SIZE_OF_BASE / hidden_size) ** 3), MAX_RATIO)
+        resolved["lr"] = float(f"{LR_OF_BASE * ratio:.2g}")
+    if config.head_lr == "auto":
+        resolved["head_lr"] = HEAD_LR
+    if resolved:
+        values = ", ".join(f"{key} {value:g}" for key, value in resolved.items())
+        logger.info("%s: auto, by the encoder's hidden size", values)
+    return resolved
+
+
 def configure_optimizers(model: nn.Module, config: Config, total_steps: int) -> tuple[Optimizer, LambdaLR]:
     """Hook `configure_optimizers`: AdamW in two groups, with and without weight decay; a schedule by optimizer step.
 
-    With `head_lr` each group is split into the text encoder's parameters and the rest. Every trainable parameter is in
-    exactly one group.
+    With `head_lr` each group is split into the text encoder's parameters and the rest, with `layer_decay` by encoder
+    layer, the last one first. Every trainable parameter is in exactly one group. The learning rates are numbers, what
+    `resolve_learning_rates` has made of auto.
     """
     undecayed = names_without_decay(model)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    above: dict[str, int] = {}
+    if config.layer_decay != 1 and model.text_subnetwork is not None:
+        above = {ENCODER + name: count for name, count in layers_above(model.text_subnetwork.encoder).items()}
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_head = config.head_lr is not None and not name.startswith("text_subnetwork.encoder.")
-            groups.setdefault((is_head, name in undecayed), []).append(parameter)
+            is_head = config.head_lr is not None and not name.startswith(ENCODER)
+            key = (is_head, above.get(name, 0), name in undecayed)
+            groups.setdefault(key, []).append(parameter)
     param_groups = []
-    for (is_head, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0]):
-        weight_decay, lr = 0.0 if no_decay else config.weight_decay, config.head_lr if is_head else config.lr
+    for (is_head, num_above, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        lr = config.head_lr if is_head else config.lr * config.layer_decay**num_above
+        weight_decay = 0.0 if no_decay else config.weight_decay
         param_groups.append({"params": parameters, "weight_decay": weight_decay, "lr": lr})
     optimizer = AdamW(param_groups, lr=config.lr, eps=config.adam_epsilon, fused=True)
+    return optimizer, build_schedule(optimizer, config, total_steps)
+
+
+def build_schedule(optimizer: Optimizer, config: Config, total_steps: int) -> LambdaLR:
+    """The learning rate by optimizer step: warm-up, then as `schedule`, or `run_scheduler`, says."""
     warmup = warmup_in_steps(config.warmup_steps, total_steps)
-    if config.run_scheduler:
-        return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, total_steps)
-    return optimizer, get_constant_schedule_with_warmup(optimizer, num_warmup_steps=warmup)
+    schedule = config.schedule or ("linear" if config.run_scheduler else "constant")
+    if schedule == "constant":
+        return get_constant_schedule_with_warmup(optimizer, num_warmup_steps=warmup)
+    get_schedule = get_linear_schedule_with_warmup if schedule == "linear" else get_cosine_schedule_with_warmup
+    return get_schedule(optimizer, warmup, total_steps)
 
 
 def warmup_in_steps(warmup_steps: int | float, total_steps: int) -> int:

@@ -218,7 +218,9 @@ def restore(
     if found is None:
         return TrainState()
     with naming_checkpoint(found.path):
-        check_moments(found.moments, dict(model.named_parameters()), file="optimizer.safetensors")
+        has_average = bool(found.state["config"].get("ema_decay"))
+        parameters = dict(model.named_parameters())
+        check_moments(found.moments, parameters, has_average=has_average, file="optimizer.safetensors")
         check_schedule(found.state["scheduler"], num_groups=len(optimizer.param_groups))
     checkpoint.restore_moments(model, optimizer, found.moments)
     scheduler.load_state_dict({**scheduler.state_dict(), **{key: found.state["scheduler"][key] for key in SCHEDULER}})

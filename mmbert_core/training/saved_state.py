@@ -32,6 +32,7 @@ STATE = "state.json"
 TEST_FOLDER = r"[a-z_]+-[0-9]{4}(-[0-9]{2}){5}"  # name of the folder that a repeated test replaces
 MAX_MICRO_BATCHES = 1_000_000
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter that has had a gradient
+AVERAGE = "average"  # and, with ema_decay, the moving average of the weights
 
 PROGRESS: dict[str, Check] = {
     "epoch": whole(0),
@@ -72,6 +73,7 @@ RUN_RECORD: dict[str, Check] = {
             "microbatches_asked": whole(1, MAX_MICRO_BATCHES),
             "microbatches_per_step": whole(1, MAX_MICRO_BATCHES),
         },
+        {"lr": number(0), "head_lr": number(0)},  # where they were auto
         others=True,  # versions differ in what they resolve
     ),
     "fingerprints": mapping(record({"sha256": text()}, {"bytes": whole(0)})),
@@ -134,15 +136,20 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             raise InputError(f"{file}: {name}: expected shape {list(tensor.shape)}, found {list(found[name].shape)}")
 
 
-def check_moments(moments: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], *, file: str) -> None:
-    """Raise `InputError` unless each parameter has all of MOMENTS, in its own shape, or none of them."""
+def check_moments(
+    moments: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], *, has_average: bool, file: str
+) -> None:
+    """Raise `InputError` unless each parameter has all of MOMENTS, in its own shape, or none of them.
+
+    `has_average`: and AVERAGE too.
+    """
     names = {key.rpartition(".")[0] for key in moments}
     scalar = torch.zeros(())
     trained = {name: parameter for name, parameter in parameters.items() if name in names}
     expected = {
         f"{name}.{entry}": scalar if entry == "step" else parameter
         for name, parameter in trained.items()
-        for entry in MOMENTS
+        for entry in (*MOMENTS, *((AVERAGE,) if has_average else ()))
     }
     check_tensors(moments, expected, file=file)
 

@@ -33,7 +33,7 @@ from mmbert_core.storage.files import read_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
 from mmbert_core.training.memory import keep_freed_memory, resolve_by_trial
-from mmbert_core.training.optim import configure_optimizers
+from mmbert_core.training.optim import configure_optimizers, resolve_learning_rates
 from mmbert_core.training.resume import (
     changed_micro_batches,
     check_pooling,
@@ -130,7 +130,8 @@ def start_run(
 
     # ---- optimizer and state ----
     plan = make_plan(config, len(data.train), resolved["microbatches_per_step"])
-    optimizer, scheduler = configure_optimizers(model, config, plan.total_steps)
+    rates = {key: resolved[key] for key in ("lr", "head_lr") if key in resolved}
+    optimizer, scheduler = configure_optimizers(model, replace(config, **rates), plan.total_steps)
     scaler = build_scaler(precision, context.device)
     with phase("load"):
         states = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler))
@@ -178,7 +179,7 @@ def resolve_new(
     config: Config, data: Data, model: MultimodalBert, ddp_model: nn.Module, task: Task, context: DistContext
 ) -> dict[str, Any]:
     """Collective. The values of a new run's `auto` settings, which config.json and the checkpoints keep."""
-    resolved = {"pooling": model.pooling, "precision": task.precision}
+    resolved = {"pooling": model.pooling, "precision": task.precision, **resolve_learning_rates(config, model)}
     if keeps_end(data.tokenizer):
         resolved["truncation_side"] = "left"  # without the key: right
     return resolved | resolve_batching(config, data, ddp_model, task, context)

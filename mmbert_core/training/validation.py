@@ -12,6 +12,7 @@ from mmbert_core.evaluation.metrics import lower_is_better
 from mmbert_core.inference import scoring
 from mmbert_core.runtime import distributed, signals
 from mmbert_core.runtime.errors import phase
+from mmbert_core.training.average import averaged_weights
 from mmbert_core.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ def validate(run: Run) -> bool:
     def step(batch: Batch, index: int) -> None:
         hooks.validation_step(run.model, batch, index, outputs, task=run.task)
 
-    if not evaluate(run, run.data.val, step):
+    with averaged_weights(run.optimizer):
+        is_complete = evaluate(run, run.data.val, step)
+    if not is_complete:
         return False
     run.state.validation_pending = False
     values, result = hooks.on_validation_epoch_end(

@@ -1,20 +1,34 @@
 """Parameter groups, schedule, precision, and the one order of an optimizer step."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from mmbert_core.config import Config
+from mmbert_core.config_reader import config_from_dict, read_config
 from mmbert_core.inference.precision import AUTOCAST_DTYPES, autocast, build_scaler, resolve_precision
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase
-from mmbert_core.runtime.errors import RunError
-from mmbert_core.training.optim import configure_optimizers, names_without_decay, optimizer_step, warmup_in_steps
+from mmbert_core.runtime.errors import InputError, RunError
+from mmbert_core.training.optim import (
+    configure_optimizers,
+    names_without_decay,
+    optimizer_step,
+    resolve_learning_rates,
+    warmup_in_steps,
+)
 from tests.model.conftest import build
+from tests.support.configs import REQUIRED
 from tests.training.conftest import warnings_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -70,6 +84,54 @@ def test_normalisations_of_every_family_are_found_without_their_usual_name():
     assert f"{ENCODER}layers.0.mlp_norm.weight" in found["ModernBert"]
 
 
+@pytest.mark.parametrize("head_lr", (None, 1e-3))
+@pytest.mark.parametrize(
+    ("family", "layer", "first", "last"),
+    [
+        ("Bert", "encoder.layer", "embeddings.LayerNorm.bias", "encoder.layer.2.output.dense.weight"),
+        ("DistilBert", "transformer.layer", "embeddings.word_embeddings.weight", "transformer.layer.2.ffn.lin1.weight"),
+        ("ModernBert", "layers", "embeddings.tok_embeddings.weight", "final_norm.weight"),
+        ("MPNet", "encoder.layer", "embeddings.position_embeddings.weight", "encoder.relative_attention_bias.weight"),
+        ("DebertaV2", "encoder.layer", "embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight"),
+        ("Electra", "encoder.layer", "embeddings_project.weight", "encoder.layer.2.output.dense.weight"),
+        ("Albert", None, "embeddings.word_embeddings.weight", "encoder.embedding_hidden_mapping_in.weight"),
+    ],
+)
+def test_learning_rate_by_layer(family, layer, first, last, head_lr):
+    """Half of it a layer down; one group for each pair of learning rate and weight decay, the head's last."""
+    encoder = build(family, num_hidden_layers=3)
+    model = MultimodalBert(TextBertBase(encoder, pooling="cls", hidden_common_dim=8), None, 2)
+    config = config_of(lr=0.8, head_lr=head_lr, layer_decay=0.5, weight_decay=0.01)
+    optimizer, scheduler = configure_optimizers(model, config, 10)
+    groups = names_by_group(model, optimizer)
+    assert sorted(sum(groups, [])) == sorted(name for name, _ in model.named_parameters())
+    rates = {name: group["initial_lr"] for names, group in zip(groups, optimizer.param_groups) for name in names}
+    num_layers = 1 if layer is None else 3
+    expected = {first: 0.8 * 0.5**num_layers, last: 0.4 if family == "Albert" else 0.8}
+    for index in range(3 if layer else 0):
+        names = [name for name in rates if name.startswith(f"{ENCODER}{layer}.{index}.")]
+        assert names and {rates[name] for name in names} == {0.8 * 0.5 ** (2 - index)}
+    assert {name: rates[ENCODER + name] for name in expected} == pytest.approx(expected)
+    assert rates["text_subnetwork.linear.weight"] == (head_lr or 0.8)
+    of_encoder = [rate for rate in scheduler.base_lrs if rate != head_lr]
+    assert of_encoder == sorted(of_encoder, reverse=True) and len(groups) <= 2 * (num_layers + 1) + 2
+    again = names_by_group(model, configure_optimizers(model, config, 10)[0])
+    assert again == groups
+
+
+@pytest.mark.parametrize(
+    ("hidden", "lr"), [(128, 2e-4), (312, 2e-4), (384, 1.6e-4), (512, 6.8e-5), (768, 2e-5), (1024, 2e-5)]
+)
+def test_automatic_learning_rates_follow_from_the_hidden_size(hidden, lr, caplog):
+    encoder = nn.Module()
+    encoder.config = SimpleNamespace(hidden_size=hidden)
+    model = SimpleNamespace(text_subnetwork=SimpleNamespace(encoder=encoder))
+    assert resolve_learning_rates(config_of(lr="auto", head_lr="auto"), model) == {"lr": lr, "head_lr": 1e-3}
+    assert resolve_learning_rates(config_of(lr=1e-4, head_lr=None), model) == {}
+    assert resolve_learning_rates(config_of(lr="auto"), SimpleNamespace(text_subnetwork=None)) == {"lr": 1e-3}
+    assert caplog.messages[0] == f"lr {lr:g}, head_lr 0.001: auto, by the encoder's hidden size"
+
+
 class StrangeRMSNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -114,19 +176,29 @@ def test_biases_and_normalisations_by_type_whatever_their_names():
 # ---- schedule ----
 
 
-@pytest.mark.parametrize("run_scheduler", (True, False))
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"run_scheduler": True}, "linear"),
+        ({"run_scheduler": False}, "constant"),
+        ({"schedule": "linear"}, "linear"),
+        ({"schedule": "cosine"}, "cosine"),
+        ({"schedule": "constant"}, "constant"),
+        ({"schedule": "constant", "run_scheduler": False}, "constant"),
+    ],
+)
 @pytest.mark.parametrize("warmup", (0, 5, 0.25))
-def test_schedule_equals_transformers_at_every_step(run_scheduler, warmup):
+def test_schedule_equals_transformers_at_every_step(keys, kind, warmup):
     total, in_steps = 20, {0: 0, 5: 5, 0.25: 5}[warmup]
-    optimizer, scheduler = configure_optimizers(
-        Odd(), config_of(lr=1e-3, head_lr=4e-3, run_scheduler=run_scheduler, warmup_steps=warmup), total
-    )
+    config = config_of(lr=1e-3, head_lr=4e-3, warmup_steps=warmup, **keys)
+    assert config.run_scheduler == (kind != "constant")
+    optimizer, scheduler = configure_optimizers(Odd(), config, total)
     plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=4e-3)  # all of Odd is head
-    expected = (
-        get_linear_schedule_with_warmup(plain, in_steps, total)
-        if run_scheduler
-        else get_constant_schedule_with_warmup(plain, in_steps)
-    )
+    expected = {
+        "linear": lambda: get_linear_schedule_with_warmup(plain, in_steps, total),
+        "cosine": lambda: get_cosine_schedule_with_warmup(plain, in_steps, total),
+        "constant": lambda: get_constant_schedule_with_warmup(plain, in_steps),
+    }[kind]()
     rates = []
     for step in range(total + 1):
         assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
@@ -135,8 +207,19 @@ def test_schedule_equals_transformers_at_every_step(run_scheduler, warmup):
         for stepping in (optimizer, scheduler, plain, expected):
             stepping.step()
     assert rates[0] == (0 if in_steps else 4e-3) and rates[in_steps] == 4e-3
-    assert rates[-1] == (0 if run_scheduler else 4e-3)
-    assert rates[15] == pytest.approx(4e-3 * 5 / (20 - in_steps) if run_scheduler else 4e-3)
+    left = 5 / (20 - in_steps)  # of the decay, at step 15
+    share = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[kind]
+    assert rates[-1] == pytest.approx(4e-3 if kind == "constant" else 0, abs=1e-18)
+    assert rates[15] == pytest.approx(4e-3 * share)
+
+
+def test_a_schedule_that_contradicts_run_scheduler_is_refused():
+    with pytest.raises(InputError, match="run_scheduler is false and schedule is cosine: they contradict"):
+        config_of(run_scheduler=False, schedule="cosine")
+    with pytest.raises(InputError, match="run_scheduler is true and schedule is constant: they contradict"):
+        read_config(None, {**REQUIRED, "run_scheduler": True, "schedule": "constant"})
+    stored = read_config(None, {**REQUIRED, "schedule": "constant"})
+    assert config_from_dict(stored.to_dict()) == stored and not stored.run_scheduler
 
 
 @pytest.mark.parametrize(

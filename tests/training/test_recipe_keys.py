@@ -1,0 +1,139 @@
+"""Keys that change how the weights are trained: the same on any number of processes, and after a kill."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmbert_core import hooks
+from mmbert_core.runtime.errors import InputError
+from mmbert_core.training import loop
+from tests.support import tiny
+from tests.training.conftest import STEPS, Interrupted, die_before, lines_of, train, weights_in
+
+KEYS = {
+    "rates": {"lr": "auto", "head_lr": "auto", "layer_decay": 0.8, "schedule": "cosine"},
+    "average": {"ema_decay": 0.9, "gradient_clip_val": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_run_killed_within_an_epoch_ends_with_the_same_bytes(config_of, tmp_path, monkeypatch, name):
+    straight = config_of(save_every=3, val_check_interval=0.5, model_path=str(tmp_path / "straight"), **KEYS[name])
+    train(straight)
+    config = replace(straight, model_path=str(tmp_path / "killed"))
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        die_before(patches, step=8)
+        train(config)
+    train(config)
+    assert weights_in(config) == weights_in(straight)
+    last = f"checkpoints/step-{STEPS:08d}"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "killed" / last / file).read_bytes() == (tmp_path / "straight" / last / file).read_bytes()
+    values = [[(line["step"], line["val_loss"]) for line in lines_of(each, "val_loss")] for each in (config, straight)]
+    assert values[0] == values[1] and len(values[0]) == 5
+
+
+def test_two_processes_train_what_one_does(config_of, tmp_path):
+    keys = {key: value for group in KEYS.values() for key, value in group.items()}
+    alone = config_of(microbatches_per_step=4, model_path=str(tmp_path / "by1"), **keys)
+    train(alone)
+    config = replace(alone, model_path=str(tmp_path / "by2"))
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict()))
+    result = tiny.torchrun(2, ["train.py", str(tmp_path / "run.json")])
+    assert result.returncode == 0, result.stderr
+    for key in ("train_loss", "val_loss", "lr"):
+        values = [[line[key] for line in lines_of(each, key)] for each in (alone, config)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    weights, others = (load_file(Path(each.model_path) / "model.safetensors") for each in (alone, config))
+    # Adam divides by the root of its second moment: rounding grows where a gradient is nearly 0
+    assert all(torch.allclose(weights[name], others[name], atol=1e-4) for name in weights)
+
+
+# ---- moving average ----
+
+
+def test_the_average_is_validated_and_saved_as_the_model_and_training_continues_from_the_weights(
+    config_of, tmp_path, monkeypatch
+):
+    """Compared with a run without average: the same losses, and averages computed from its weights."""
+    plain = config_of(save_every=1, keep_checkpoints=100, max_epochs=1, early_stop_metric="val_loss", lr=1e-2)
+    config = replace(plain, ema_decay=0.5, model_path=str(tmp_path / "averaged"))
+    train(plain)
+    validated, step_of_hook = [], hooks.validation_step
+
+    def validation_step(model, *arguments, **options):
+        validated.append(model.final_merge_network.linear_layer_final.weight.detach().clone())
+        return step_of_hook(model, *arguments, **options)
+
+    monkeypatch.setattr(hooks, "validation_step", validation_step)
+    results, data, model = train(config)
+    assert [line["train_loss"] for line in lines_of(config)] == [line["train_loss"] for line in lines_of(plain)]
+    averages: dict[str, torch.Tensor] = {}
+    for step in range(1, 6):
+        folder = f"checkpoints/step-{step:08d}"
+        weights = load_file(Path(plain.model_path) / folder / "model.safetensors")
+        assert weights.keys() == load_file(tmp_path / "averaged" / folder / "model.safetensors").keys()
+        kept = min(0.5, (1 + step) / (10 + step))
+        averages = {
+            name: weights[name] if step == 1 else kept * averages[name] + (1 - kept) * weights[name] for name in weights
+        }
+        stored = load_file(tmp_path / "averaged" / folder / "optimizer.safetensors")
+        stored = {key.removesuffix(".average"): value for key, value in stored.items() if key.endswith(".average")}
+        trained = dict(model.named_parameters()).keys()
+        assert stored.keys() == trained
+        assert all(torch.allclose(stored[name], averages[name], atol=1e-6) for name in trained)
+    final = load_file(tmp_path / "averaged/model.safetensors")
+    assert results.best_step == 5 and all(torch.equal(final[name], stored[name]) for name in stored)
+    assert torch.equal(validated[-1], stored["final_merge_network.linear_layer_final.weight"])
+    assert not torch.allclose(final["final_merge_network.linear_layer_final.weight"], weights_of_last(plain))
+
+
+def weights_of_last(config) -> torch.Tensor:
+    return load_file(Path(config.model_path) / "model.safetensors")["final_merge_network.linear_layer_final.weight"]
+
+
+def test_the_best_step_s_average_is_the_model_also_when_it_is_not_the_last(config_of, monkeypatch, tmp_path):
+    config = config_of(ema_decay=0.5, early_stop_metric="val_loss", save_every=1, val_check_interval=2)
+    end = hooks.on_validation_epoch_end
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+
+    def on_validation_epoch_end(*arguments, **options):
+        values, result = end(*arguments, **options)
+        return {**values, "val_loss": next(losses)}, result
+
+    monkeypatch.setattr(hooks, "on_validation_epoch_end", on_validation_epoch_end)
+    results, _, _ = train(config)
+    stored = load_file(Path(config.model_path) / "checkpoints/step-00000004/optimizer.safetensors")
+    final = load_file(Path(config.model_path) / "model.safetensors")
+    assert results.best_step == 4
+    assert all(torch.equal(final[name], stored[f"{name}.average"]) for name in final if f"{name}.average" in stored)
+
+
+def test_a_step_that_is_left_out_does_not_move_the_average(config_of, monkeypatch):
+    config = config_of(ema_decay=0.5, on_nonfinite="skip", save_every=1, keep_checkpoints=100)
+    plain = loop.step_optimizer
+
+    def step_optimizer(run):
+        if run.state.step in (0, 3):
+            next(run.model.parameters()).grad.fill_(np.nan)
+        return plain(run)
+
+    monkeypatch.setattr(loop, "step_optimizer", step_optimizer)
+    assert train(config)[0].skipped_steps == 2
+    stored = [
+        load_file(Path(config.model_path) / f"checkpoints/step-{step:08d}/optimizer.safetensors") for step in (1, 3, 4)
+    ]
+    assert stored[0] == {} and stored[1].keys() == stored[2].keys()
+    assert all(torch.equal(stored[1][name], stored[2][name]) for name in stored[1])
+
+
+def test_a_checkpoint_without_its_average_is_refused(config_of):
+    config = config_of()
+    train(replace(config, max_epochs=1))
+    with pytest.raises(InputError, match="ema_decay was 0.0 in the checkpoint at step 5 and is 0.5 now"):
+        train(replace(config, max_epochs=1, ema_decay=0.5))
