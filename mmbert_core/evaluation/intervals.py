@@ -24,9 +24,7 @@ LEVEL = 0.95
 DRAWS, MIN_DRAWS = 1000, 200
 WORK = 4_000_000_000  # rows x draws x curves at most, some minutes; metrics that need more have no interval
 RANKINGS: dict[str, Curve] = {"auroc": auroc, "average_precision": average_precision}
-# ece is biased upwards, in a draw even more: the true value would be below the interval. The temperature of
-# log_loss_calibrated would be fitted to each draw.
-WITHOUT = ("ece", "log_loss_calibrated")
+WITHOUT = ("ece",)  # biased upwards, in a draw even more: the true value would be below the interval
 WORK_OF_CLASSES = 6e9  # approximate nanoseconds at most to rank classes, with more than FEW_CLASSES
 DRAW_CELLS = 1_000_000  # rows x draws in memory at a time
 MAX_UNDEFINED = 0.05  # share of draws in which a metric may be undefined because a class has no row

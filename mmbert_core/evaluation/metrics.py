@@ -136,14 +136,16 @@ def check_metric_choices(
     metric_choices: Sequence[str], class_names: Sequence[str], *, key: str = "metric_choices"
 ) -> None:
     """Raise `InputError`, with the choices and the nearest one, for an unknown metric."""
-    known = metric_names(class_names)
+    known = (*METRICS, *VALIDATION_ONLY, *metric_names(class_names)[len(METRICS) :])
     unknown = set(metric_choices) - set(known)
     for name in metric_choices:
         if name in unknown:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
             # with many classes the message lists the metrics of the first 12
-            choices = ", ".join(known[: len(METRICS) + 12]) + (", ..." if len(class_names) > 12 else "")
+            choices = ", ".join(known[: len(METRICS) + len(VALIDATION_ONLY) + 12]) + (
+                ", ..." if len(class_names) > 12 else ""
+            )
             raise InputError(f"{key}: expected names among {choices}; found {name!r}{hint}")
 
 
@@ -303,11 +305,15 @@ _METRICS: dict[str, Callable[[_EvaluatedRows], torch.Tensor | float]] = {
     "log_loss_calibrated": _log_loss_calibrated,
     "ece": _ece,
 }
-METRICS = tuple(_METRICS)  # and average_precision_class_<name>, one per class
+# For the best step, whose temperature is fitted to the same rows afterwards; of test rows it would be too good.
+VALIDATION_ONLY = ("log_loss_calibrated",)
+METRICS = tuple(
+    name for name in _METRICS if name not in VALIDATION_ONLY
+)  # and average_precision_class_<name>, one per class
 
 
 def metric_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """All metrics, those of single classes last."""
+    """All metrics of test rows, those of single classes last."""
     return (*METRICS, *(CLASS_PREFIX + name for name in class_names))
 
 

@@ -97,6 +97,11 @@ def resolve_class_weights(config: Config, data: Data) -> list[float] | None:
     return None if config.class_weights is None else list(config.class_weights)
 
 
+def with_resolved_rates(config: Config, resolved: dict[str, Any]) -> Config:
+    """The config with numbers where `lr` and `head_lr` were auto."""
+    return replace(config, **{key: resolved[key] for key in ("lr", "head_lr") if key in resolved})
+
+
 # ---- within the process group ----
 
 
@@ -130,8 +135,7 @@ def start_run(
 
     # ---- optimizer and state ----
     plan = make_plan(config, len(data.train), resolved["microbatches_per_step"])
-    rates = {key: resolved[key] for key in ("lr", "head_lr") if key in resolved}
-    optimizer, scheduler = configure_optimizers(model, replace(config, **rates), plan.total_steps)
+    optimizer, scheduler = configure_optimizers(model, with_resolved_rates(config, resolved), plan.total_steps)
     scaler = build_scaler(precision, context.device)
     with phase("load"):
         states = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler))

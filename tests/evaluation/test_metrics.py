@@ -11,11 +11,11 @@ from sklearn import metrics as sklearn_metrics
 from mmbert_core.data import leaks
 from mmbert_core.evaluation import metrics
 from mmbert_core.evaluation.intervals import weighted_metric
-from mmbert_core.evaluation.metrics import EPS, LOG_LOSSES, METRICS, compute_metrics, lower_is_better, within_range
+from mmbert_core.evaluation.metrics import EPS, METRICS, VALIDATION_ONLY, compute_metrics, lower_is_better, within_range
 from mmbert_core.runtime.errors import InputError
 
-BINARY = (*METRICS, "average_precision_class_no", "average_precision_class_yes")
-SEVERAL = (*METRICS, *(f"average_precision_class_{name}" for name in "abcd"))
+BINARY = (*METRICS, *VALIDATION_ONLY, "average_precision_class_no", "average_precision_class_yes")
+SEVERAL = (*METRICS, *VALIDATION_ONLY, *(f"average_precision_class_{name}" for name in "abcd"))
 
 
 def binary_rows(kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -246,11 +246,7 @@ def test_no_metric_leaves_its_range(seed: int) -> None:
         values = compute_metrics(scores, labels, METRICS, "binary", 2, "x").values
         assert values["x/auroc"] == pytest.approx(expected, abs=1e-6)
         assert (
-            all(
-                0 <= value <= 1
-                for name, value in values.items()
-                if name not in ("x/mcc", *(f"x/{name}" for name in LOG_LOSSES))
-            )
+            all(0 <= value <= 1 for name, value in values.items() if name not in ("x/mcc", "x/log_loss"))
             and -1 <= values["x/mcc"] <= 1
         )
         drawn = [
@@ -292,7 +288,7 @@ def test_many_classes_equal_scikit_learn_without_torchmetrics(kind, monkeypatch)
     preds = rng.random((300, 41)) + np.eye(41)[labels] * (50 if kind == "perfect" else 0.5)
     preds = np.ones_like(preds) if kind == "constant" else np.round(preds, 1) if kind == "tied" else preds
     preds = (preds / preds.sum(axis=1, keepdims=True)).astype(np.float32)
-    wanted = (*METRICS, *(f"average_precision_class_{name}" for name in names))
+    wanted = (*METRICS, *VALIDATION_ONLY, *(f"average_precision_class_{name}" for name in names))
     result = compute_metrics(preds, labels, wanted, "multiclass", 41, "val", class_names=names)
     assert_equal_to_reference(result, reference(preds, labels, names))
     if kind == "perfect":
