@@ -121,12 +121,14 @@ def logistic_regression(inputs: Inputs, *blocks: dict[str, Any]) -> dict[str, np
     """Blocks of features, C by validation log loss."""
     from scipy import sparse
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     blocks = tuple(block for block in blocks if block)
     features = {name: sparse.hstack([sparse.csr_matrix(each[name]) for each in blocks], format="csr") for name in FILES}
 
     def fitted(c: float) -> dict[str, np.ndarray]:
-        model = LogisticRegression(C=c, max_iter=2000).fit(features["train"], inputs.labels["train"])
+        with threadpool_limits(1):  # many products of small vectors, which threads only slow down
+            model = LogisticRegression(C=c, max_iter=2000).fit(features["train"], inputs.labels["train"])
         found = {}
         for name in ("val", "test"):
             found[name] = np.zeros((features[name].shape[0], inputs.num_classes))
@@ -225,7 +227,7 @@ class Vectors:
         self.sha = encoder_sha(encoder)
         self.path = folder / f"{self.sha}.npz"
         self.known: dict[str, np.ndarray] = {}
-        self.seconds_per_text = 0.0
+        self.seconds_per_text = self.seconds_spent = 0.0
         if self.path.exists():
             with np.load(self.path) as stored:
                 self.known = dict(zip(stored["keys"].tolist(), stored["vectors"]))
@@ -236,7 +238,9 @@ class Vectors:
         keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
         missing = {key: text for key, text in zip(keys, texts) if key not in self.known}
         if missing:
+            started = time.perf_counter()
             self._encode(missing)
+            self.seconds_spent += time.perf_counter() - started
         return np.stack([self.known[key] for key in keys])
 
     def _encode(self, texts: dict[str, str]) -> None:

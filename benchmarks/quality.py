@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -61,7 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     each = commands.add_parser("table", help="means, spread and paired differences as Markdown")
     each.add_argument("output", type=Path, metavar="runs")
-    each.add_argument("--candidate", nargs="+", default=[], help="compare these with the best peer (all that are ours)")
+    each.add_argument("--candidate", nargs="+", default=[], help="compare these (all that are ours)")
+    each.add_argument("--against", help="with this candidate (the best peer of each set)")
     each.add_argument("--draws", type=int, default=2000, help="of the bootstrap (%(default)s)")
     each.add_argument("--write", type=Path, help="into this file too")
 
@@ -129,7 +130,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     candidates = candidates_of(arguments.candidates, arguments.configs)
     started, num_failed = time.monotonic(), 0
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second benchmark with the same output waits
+        _wait_for(lock, arguments.output)
         remove_unfinished_line(arguments.output)
         for name in arguments.only or sets:
             for rows in write_rows(sets[name], limits, folder / "rows"):
@@ -140,6 +141,15 @@ def run_all(arguments: argparse.Namespace) -> int:
                         return UNFINISHED
                     num_failed += not _run_one(candidate, rows, setup, arguments.output)
     return 1 if num_failed else 0
+
+
+def _wait_for(lock: TextIO, output: Path) -> None:
+    """Two benchmarks with the same output run one after the other."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{output}: waiting for another benchmark that writes to it", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _is_finished(candidate: Candidate, rows: Any, setup: Setup, output: Path) -> bool:
@@ -176,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "plot":
         draw(runs, options.metric, options.picture)
         return 0
-    text = quality_table(runs, folder, options.candidate, num_draws=options.draws)
+    text = quality_table(runs, folder, options.candidate, num_draws=options.draws, against=options.against)
     print(text)
     if options.write:
         options.write.write_text(text + "\n", encoding="utf-8")

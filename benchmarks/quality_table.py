@@ -49,14 +49,17 @@ def mean(runs: Runs, metric: str) -> float:
 # ---- Markdown ----
 
 
-def quality_table(runs: Runs, folder: Path, candidates: Sequence[str], *, num_draws: int) -> str:
-    """All candidates of each set; then for each of `candidates` its paired differences to the best peer."""
+def quality_table(
+    runs: Runs, folder: Path, candidates: Sequence[str], *, num_draws: int, against: str | None = None
+) -> str:
+    """All candidates of each set; then for each of `candidates` its paired differences to one, or to the best peer."""
     by_set = grouped(runs)
     sections = [_set_table(name, by_set[name], folder) for name in by_set]
     sections.append(_mean_table(by_set))
     ours = {run["candidate"]: None for run in runs if not run["is_peer"]}
     for candidate in candidates or ours:
-        sections.append(_difference_table(candidate, by_set, folder, num_draws))
+        if candidate != against:
+            sections.append(_difference_table(candidate, against, by_set, folder, num_draws))
     return "\n\n".join(sections)
 
 
@@ -70,7 +73,7 @@ def _set_table(name: str, candidates: dict[str, Runs], folder: Path) -> str:
             text = f"{mean(runs, metric):.4f} ({min(values):.4f} - {max(values):.4f})"
             cells.append(f"**{text}**" if candidate == best[metric] else text)
         calibrated = f"{mean(runs, 'log_loss_calibrated'):.4f}" if "log_loss_calibrated" in runs[0] else ""
-        seconds = statistics.mean(run["seconds"] + run.get("encoding_seconds", 0) for run in runs)
+        seconds = statistics.mean(run["seconds"] for run in runs)
         lines.append([candidate, str(len(runs)), *cells, calibrated, f"{seconds:.0f}"])
     first = next(iter(candidates.values()))[0]
     sizes = json.loads((folder / "rows" / name / f"resample-{first['resample']}" / "rows.json").read_text())["rows"]
@@ -89,33 +92,46 @@ def _mean_table(by_set: Grouped) -> str:
     return f"**Mean of {len(by_set)} sets**\n\n{table(['', *METRICS.values()], lines)}"
 
 
-def _difference_table(candidate: str, by_set: Grouped, folder: Path, num_draws: int) -> str:
-    """Rows are sets, with the mean over them last; the best peer is chosen for each metric on the test rows."""
+def _difference_table(candidate: str, against: str | None, by_set: Grouped, folder: Path, num_draws: int) -> str:
+    """Rows are sets, with the mean over them last. The best peer is chosen for each metric, on the test rows.
+
+    All sets have the same seed, so that sets of the same test rows have the same draws.
+    """
     lines, points, draws = [], defaultdict(list), defaultdict(list)
     for name, candidates in by_set.items():
         if candidate not in candidates:
             continue
         cells = [name]
         for metric in METRICS:
-            peer = best_peer({key: runs for key, runs in candidates.items() if key != candidate}, metric)
-            if peer is None or len(candidates[peer]) != len(candidates[candidate]):
-                cells += ["", "runs are missing"]
+            other = against or best_peer({key: runs for key, runs in candidates.items() if key != candidate}, metric)
+            if other not in candidates or len(candidates[other]) != len(candidates[candidate]):
+                cells += [other or "", "runs are missing"]
                 continue
-            ours, other = (_predictions(candidates[key], folder) for key in (candidate, peer))
-            point, drawn = differences(metric, ours, other, num_draws=num_draws, seed=len(lines))
+            pair = (_predictions(candidates[key], folder) for key in (candidate, other))
+            point, drawn = differences(metric, *pair, num_draws=num_draws)
             points[metric].append(point)
             draws[metric].append(drawn)
-            cells += [peer, _difference(point, drawn)]
+            cells += [other, _difference(point, drawn)]
         lines.append(cells)
     last = ["mean of the sets"]
     for metric in METRICS:
         last += ["", _difference(np.mean(points[metric]), np.mean(draws[metric], axis=0)) if points[metric] else ""]
-    header = [
-        "set",
-        *(cell for metric in METRICS.values() for cell in (f"best peer, {metric}", f"{metric}, difference")),
+    header = ["set"] + [
+        cell for label in METRICS.values() for cell in (f"compared with, {label}", f"{label}, difference")
     ]
-    title = f"**{candidate}** minus the best peer of each set, with the 95 % interval of {num_draws:,} paired draws"
-    return f"{title}\n\n{table(header, [*lines, last])}"
+    title = f"**{candidate}** minus {against or 'the best peer of each set'}, with the 95 % interval of paired draws"
+    counts = ", ".join(_count(metric, points[metric], draws[metric]) for metric in METRICS if points[metric])
+    return f"{title}\n\n{table(header, [*lines, last])}\n\n{counts}."
+
+
+def _count(metric: str, points: Sequence[float], draws: Sequence[np.ndarray]) -> str:
+    """In how many sets the candidate is as good or better, and in how many the whole interval is."""
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    as_good = sum(sign * point >= 0 for point in points)
+    better = sum(min(sign * bound for bound in interval(drawn)) > 0 for drawn in draws)
+    return (
+        f"{METRICS[metric]}: as good or better in {as_good} of {len(points)} sets, with the whole interval in {better}"
+    )
 
 
 def _difference(point: float, draws: np.ndarray) -> str:

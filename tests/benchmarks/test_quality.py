@@ -87,6 +87,9 @@ def test_ours_reads_the_rows_of_the_peers_and_the_table_compares_them(tmp_path: 
     assert "120 / 40 / 40 rows" in text and "**ours** minus the best peer" in text
     best = max((each for each in runs if each["is_peer"]), key=lambda each: each["auroc"])
     assert f"| {best['candidate']} | {runs[-1]['auroc'] - best['auroc']:+.4f} (" in text
+    options = ("--draws", "50", "--candidate", CHEAP[0], "--against", CHEAP[1], "--write", str(table))
+    assert quality.main(["table", str(tmp_path / "runs.jsonl"), *options]) == 0
+    assert f"| {CHEAP[1]} | {runs[0]['auroc'] - runs[1]['auroc']:+.4f} (" in table.read_text()
     pytest.importorskip("matplotlib")
     assert quality.main(["plot", str(tmp_path / "runs.jsonl"), str(tmp_path / "runs.png")]) == 0
     assert (tmp_path / "runs.png").stat().st_size > 5000
