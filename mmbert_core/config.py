@@ -117,6 +117,14 @@ class Config:
         "one feature per bin between quantiles of the training rows; then also smaller embeddings of categories",
         group="model",
     )
+    min_category_count: int = setting(
+        1,
+        "categories of fewer training rows share one learned weight, which an unseen category has too; 1: each has its "
+        "own, and an unseen one adds nothing",
+        group="model",
+        at_least=1,
+        at_most=10**6,
+    )
     wide_columns: bool = setting(
         False,
         "add a linear path from the columns to the logits: scaled numbers, their bins between quantiles of the "

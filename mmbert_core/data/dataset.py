@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mmbert_core.data.encoding import EncodedRows, encode_chunk
-from mmbert_core.data.features import Features, OutOfRange, Unseen, out_of_range_cells, unseen_cells
+from mmbert_core.data.features import POOLED, Features, OutOfRange, Unseen, out_of_range_cells, unseen_cells
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.splits import select_rows
 from mmbert_core.data.tokens import Tokens
@@ -127,10 +127,13 @@ class Dataset:
         )
 
     def unseen(self) -> Unseen:
-        """Categorical column -> its cells with a value that no training row has."""
+        """Categorical column -> its cells with a value that no training row has; a pooled value is none of these."""
         codes, vocabularies = self.encoded.category_codes, self.encoded.vocabularies
+        lookups = self._lookups
+        if self.features.pooled is not None:
+            lookups = self.features.category_lookup(vocabularies, pooled_index=POOLED)
         return {
-            name: unseen_cells(self._lookups[index], select_rows(codes[:, index], self.rows), vocabularies[index])
+            name: unseen_cells(lookups[index], select_rows(codes[:, index], self.rows), vocabularies[index])
             for index, name in enumerate(self.features.category_names)
         }
 

@@ -18,11 +18,13 @@ from mmbert_core.tables.cells import index_by_form, normal_form
 from mmbert_core.tables.table import Roles
 
 MISSING, UNSEEN, FIRST_CATEGORY = 0, 1, 2  # indices of a categorical column
+POOLED = -1  # of rare values where unseen cells are counted; in the model rare values have the index UNSEEN
 MAX_UNSEEN_SHARE = 0.2  # of a column's cells; if more are unseen, they are probably written in another way
 LIMIT_MARGIN = 0.1  # share of the training range; numbers further outside it are limited
 RANGES = ("minimums", "maximums")  # fields that folders of version 0.2 and older may lack
 ENCODING = ("scales", "edges")  # fields of runs with column_encoding piecewise_linear, absent in others
-OPTIONAL = (*RANGES, *ENCODING)
+POOLING = "pooled"  # field of runs with min_category_count above 1, absent in others
+OPTIONAL = (*RANGES, *ENCODING, POOLING)
 FAR_STDS = 20  # standard deviations; numbers further from the mean are reported if the range is unknown
 MAX_FLOAT32 = float(np.finfo(np.float32).max)  # the model computes in float32
 MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # unseen values in a message; unseen cells searched for them
@@ -40,6 +42,7 @@ FEATURES_JSON = record(
         **{name: nullable(array(number())) for name in RANGES},
         "scales": array(number(0)),
         "edges": array(array(number())),
+        POOLING: array(array(text(non_empty=True), distinct=True)),
     },
 )
 
@@ -62,6 +65,8 @@ class Features:
     # F; None without piecewise-linear encoding. See `number_encoding`
     scales: tuple[float, ...] | None = None
     edges: tuple[tuple[float, ...], ...] | None = None
+    # K, sorted normal forms of values with too few training rows: their index is UNSEEN. None: no minimum
+    pooled: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
     def fit(
@@ -74,17 +79,17 @@ class Features:
         rows: np.ndarray | None = None,
         source: str = "training rows",
         with_edges: bool = False,
+        min_category_count: int = 1,
     ) -> "Features":
         """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`.
 
         `rows` (sorted) are the training rows, None: all. `source` begins messages. `with_edges`: also fit `scales` and
-        `edges`. One column at a time is in memory, also of a memory-mapped table. Raises `InputError` for a numeric
-        column without any value.
+        `edges`. Values of fewer than `min_category_count` rows are pooled. One column at a time is in memory, also of
+        a memory-mapped table. Raises `InputError` for a numeric column without any value.
         """
         rows = np.arange(len(numbers)) if rows is None else rows
         medians, has_indicator, means, stds = [], [], [], []
-        minimums, maximums, scales, edges = [], [], [], []
-        indicator_stats = []
+        minimums, maximums, scales, edges, indicator_stats = [], [], [], [], []
         for index, name in enumerate(roles.numbers):
             column = select_rows(numbers[:, index], rows)  # [N]
             missing = np.isnan(column)
@@ -103,11 +108,11 @@ class Features:
                 edges.append(quantile_edges(column[~missing]))
             if has_indicator[-1]:
                 indicator_stats.append(_mean_and_std(missing.astype(np.float64)))
-        categories = []
+        categories, pooled = [], []
         for index, vocabulary in enumerate(vocabularies):
-            counts = np.bincount(select_rows(codes[:, index], rows), minlength=len(vocabulary))
-            seen = {normal_form(vocabulary[code]) for code in np.flatnonzero(counts) if vocabulary[code]}
-            categories.append(tuple(sorted(seen)))
+            counts = _category_counts(select_rows(codes[:, index], rows), vocabulary)
+            categories.append(sorted(value for value, count in counts.items() if count >= min_category_count))
+            pooled.append(sorted(counts.keys() - set(categories[-1])))
         return cls(
             number_names=roles.numbers,
             medians=tuple(medians),
@@ -115,11 +120,12 @@ class Features:
             means=tuple(means + [mean for mean, _ in indicator_stats]),
             stds=tuple(stds + [std for _, std in indicator_stats]),
             category_names=roles.categories,
-            categories=tuple(categories),
+            categories=_tuples(categories),
             minimums=tuple(minimums),
             maximums=tuple(maximums),
             scales=tuple(scales) if with_edges else None,
             edges=tuple(edges) if with_edges else None,
+            pooled=_tuples(pooled) if min_category_count > 1 else None,
         )
 
     @property
@@ -166,16 +172,17 @@ class Features:
         output[:, raw.shape[1] :] = missing[:, with_indicator]
         return output
 
-    def category_lookup(self, vocabularies: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    def category_lookup(self, vocabularies: Sequence[Sequence[str]], *, pooled_index: int = UNSEEN) -> list[np.ndarray]:
         """For each categorical column an int64 array: code of a table's vocabulary -> index in the model's embedding.
 
         Folders of version 0.2 and older hold categories as written in the training file, not in normal form: an exact
-        match comes first, so that their predictions do not change.
+        match comes first, so that their predictions do not change. `pooled_index`: that of pooled values.
         """
         lookups = []
-        for values, vocabulary in zip(self.categories, vocabularies, strict=True):
+        pooled = self.pooled or ((),) * len(self.categories)
+        for values, rare, vocabulary in zip(self.categories, pooled, vocabularies, strict=True):
             index_of = {value: index for index, value in enumerate(values, start=FIRST_CATEGORY)}
-            index_of_form = index_by_form(index_of)
+            index_of_form = dict.fromkeys(rare, pooled_index) | index_by_form(index_of)
             indices = [
                 index_of.get(cell) or index_of_form.get(normal_form(cell), UNSEEN) if cell else MISSING
                 for cell in vocabulary
@@ -184,8 +191,9 @@ class Features:
         return lookups
 
     def to_json(self) -> dict[str, Any]:
-        """Lists; without the fields of ENCODING where these are None."""
-        return {name: value for name, value in asdict(self).items() if name not in ENCODING or value is not None}
+        """Lists; without the fields of ENCODING and POOLING where these are None."""
+        absent = {name for name in (*ENCODING, POOLING) if getattr(self, name) is None}
+        return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Features":
@@ -201,6 +209,8 @@ class Features:
             for field in fields(cls)
             if field.name in value or field.name not in OPTIONAL
         }
+        if known.get(POOLING) and len(known[POOLING]) != len(value["category_names"]):
+            raise InputError(f"{POOLING}: expected an entry for each of {len(value['category_names'])} columns")
         for names in (RANGES, ENCODING):
             given = [known.get(name) for name in names]
             if any(given) and not all(each and len(each) == num_numbers for each in given):
@@ -210,6 +220,17 @@ class Features:
         if not all(_is_edges(values) for values in known.get("edges") or ()):
             raise InputError(f"edges: expected up to {MAX_BINS + 1} ascending numbers for each column, none or several")
         return cls(**known)
+
+
+def _category_counts(codes: np.ndarray, vocabulary: Sequence[str]) -> dict[str, int]:
+    """Normal form of each value -> its cells among `codes` [N] into `vocabulary`, without missing ones."""
+    counts: dict[str, int] = {}
+    by_code = np.bincount(codes, minlength=len(vocabulary))
+    for code in np.flatnonzero(by_code):
+        if vocabulary[code]:
+            form = normal_form(vocabulary[code])
+            counts[form] = counts.get(form, 0) + int(by_code[code])
+    return counts
 
 
 def _is_edges(values: Sequence[float]) -> bool:

@@ -74,6 +74,7 @@ def prepare(config: Config) -> Data:
         rows=train_rows,
         source=train.paths[0],
         with_edges=config.column_encoding == "piecewise_linear" or config.wide_columns,
+        min_category_count=config.min_category_count,
     )
     dataset = partial(
         Dataset,

@@ -20,6 +20,7 @@ def build_tabular_encoder(config: Config, features: Features) -> TabAE | None:
         means=features.means,
         stds=features.stds,
         number_features=build_number_features(features) if config.column_encoding == "piecewise_linear" else None,
+        learns_unseen=features.pooled is not None,
     )
 
 

@@ -33,6 +33,7 @@ class TabAE(nn.Module):
     They replace the original's BatchNorm, with which a row's output depended on the other rows of its batch.
     `cardinalities`: rows of each column's embedding, the two reserved indices included. The row of UNSEEN is zero and
     gets no gradient, so an unseen category adds nothing; the row of a missing cell starts at zero and is learned.
+    With `learns_unseen`, for columns whose rare values share it, the row of UNSEEN is learned too, from zero.
     `number_features` replace the standardised numbers. Embeddings are then narrower and start at a standard deviation
     of 1 / sqrt(width) instead of 1: hundreds of categories in a thousand rows would otherwise be memorised.
 
@@ -49,6 +50,7 @@ class TabAE(nn.Module):
         means: Sequence[float],
         stds: Sequence[float],
         number_features: NumberFeatures | None = None,
+        learns_unseen: bool = False,
     ) -> None:
         super().__init__()
         if num_numbers == 0 and not cardinalities:
@@ -65,12 +67,13 @@ class TabAE(nn.Module):
         self.number_features = number_features
         width_of = embedding_dim if number_features is None else small_embedding_dim
         self.embeddings = nn.ModuleList(
-            nn.Embedding(cardinality, width_of(cardinality), padding_idx=UNSEEN) for cardinality in cardinalities
+            nn.Embedding(cardinality, width_of(cardinality), padding_idx=None if learns_unseen else UNSEEN)
+            for cardinality in cardinalities
         )
         for embedding in self.embeddings:
             if number_features is not None:
                 embedding.weight.data.mul_(embedding.embedding_dim**-0.5)
-            nn.init.zeros_(embedding.weight.data[0])
+            nn.init.zeros_(embedding.weight.data[: UNSEEN + 1])
         self.widths = [1] * num_numbers if number_features is None else list(number_features.widths)
         self.widths += [embedding.embedding_dim for embedding in self.embeddings]
         self.linear = nn.Linear(sum(self.widths), hidden_common_dim)

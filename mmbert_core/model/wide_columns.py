@@ -9,7 +9,8 @@ from mmbert_core.model.column_features import LinearColumnFeatures
 class WideColumns(nn.Module):
     """Numbers [B, F] and categories [B, K] -> logits [B, num_classes]: a logistic regression without a bias.
 
-    Its weights start at zero, so that a new model is the one without it. An unseen category adds nothing.
+    Its weights start at zero, so that a new model is the one without it. An unseen category adds nothing, unless
+    rare ones of the training rows have its index.
     """
 
     def __init__(self, features: LinearColumnFeatures, num_classes: int) -> None:

@@ -109,9 +109,12 @@ def _columns(loaded: LoadedModel) -> list[dict[str, str]]:
         (name, "number", f"missing: {median:g}{known_range}")
         for name, median, known_range in zip(features.number_names, features.medians, ranges, strict=True)
     ]
+    pooled = [""] * len(features.category_names)
+    if features.pooled is not None:
+        pooled = [f", and {len(rare):,} rare ones that share a weight" for rare in features.pooled]
     rows += [
-        (name, "category", f"{len(values):,} known values")
-        for name, values in zip(features.category_names, features.categories, strict=True)
+        (name, "category", f"{len(values):,} known values{rare}")
+        for name, values, rare in zip(features.category_names, features.categories, pooled, strict=True)
     ]
     if config.id_name:
         rows.append((config.id_name, "id", "carried through"))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mmbert_core.data.features import (
     MISSING,
+    POOLED,
     UNSEEN,
     Features,
     add_by_column,
@@ -257,3 +258,25 @@ def test_edges_that_no_run_has_written_are_refused(changes, message):
     stored = fit([[1.0, 2, 6], [3, 3, 3]], with_edges=True).to_json()
     with pytest.raises(InputError, match=message):
         Features.from_json(stored | changes)
+
+
+# ---- pooled categories ----
+
+
+def test_rare_values_share_the_index_of_unseen_ones_but_are_not_counted_as_unseen():
+    vocabulary = ["", "a", "b", "1", "1.0", "c"]
+    codes = np.array([1, 1, 1, 2, 3, 3, 4, 5, 0], dtype=np.int32)[:, None]
+    rows, roles = np.arange(8), roles_of(categories=["k"])
+    features = Features.fit(np.zeros((9, 0)), codes, [vocabulary], roles, rows=rows, min_category_count=3)
+    assert features.categories == (("1", "a"),) and features.pooled == (("b", "c"),)  # 1 and 1.0 count together
+    assert features.cardinalities == (4,)
+    cells = ["", "a", "b", "c", "new", "1.0"]
+    [lookup] = features.category_lookup([cells])
+    assert lookup.tolist() == [MISSING, 3, UNSEEN, UNSEEN, UNSEEN, 2]
+    [told] = features.category_lookup([cells], pooled_index=POOLED)
+    assert unseen_cells(told, np.arange(6), cells).examples == ("new",)
+    stored = json.loads(json.dumps(features.to_json()))
+    assert Features.from_json(stored) == features
+    with pytest.raises(InputError, match="pooled: expected an entry for each of 1 columns"):
+        Features.from_json(stored | {"pooled": [[], []]})
+    assert "pooled" not in Features.fit(np.zeros((9, 0)), codes, [vocabulary], roles).to_json()

@@ -89,3 +89,12 @@ def test_combine_tab_data_is_float32():
 
 def test_embedding_dim_rule():
     assert [embedding_dim(n) for n in (2, 3, 10, 100, 10**6)] == [2, 3, 6, 21, 50]
+
+
+def test_a_shared_row_of_rare_and_unseen_categories_is_learned_from_zero():
+    model = tab(num_numbers=0, cardinalities=[6], learns_unseen=True)
+    embedding = model.embeddings[0]
+    assert not embedding.weight[:2].any()
+    model.linear.bias.data.fill_(1.0)  # ReLU open
+    model(torch.zeros(1, 0), torch.tensor([[1]])).sum().backward()
+    assert embedding.weight.grad[1].any() and not embedding.weight.grad[2:].any()
