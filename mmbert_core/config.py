@@ -150,6 +150,13 @@ class Config:
         at_most=10**4,
     )
     # ---- optimisation ----
+    recipe: Literal["original", "recommended"] | None = setting(
+        None,
+        "recommended: every key that is not set gets the value that was measured best, printed; original: the default "
+        "in this table; none: original. Applied to config files and flags",
+        group="optimisation",
+        may_change_on_resume=True,
+    )
     max_epochs: int = setting(10, "passes over the training rows", group="optimisation", at_least=1, at_most=10**6)
     batch_size: int = setting(
         32, "rows of one optimizer step over all processes", group="optimisation", at_least=1, at_most=10**7

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from mmbert_core.config import ORIGINAL_DEFAULTS, SETTINGS, Config
 from mmbert_core.config_checks import check_schedule
 from mmbert_core.config_file import read_config_file
+from mmbert_core.config_recipe import with_recipe
 from mmbert_core.config_synonyms import nearest_name
 from mmbert_core.runtime.errors import InputError, format_for_message
 from mmbert_core.storage.files import read_json
@@ -32,7 +33,8 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
 
     Raises `InputError` with the key and what was expected.
     """
-    values = _checked(read_config_file(path), path) if path else {}
+    in_file = read_config_file(path) if path else {}
+    values = _checked(in_file, path) if path else {}
     # translated before they are merged, so that --encoder also overrides the file's `tokenizer`
     flags = _checked(overrides or {}, COMMAND_LINE)
     source = f"{path} and {COMMAND_LINE}" if path and flags else path or COMMAND_LINE
@@ -42,7 +44,15 @@ def read_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
             check_schedule(named["schedule"], named["run_scheduler"], are_both_named=True)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
-    return _build(_with_metrics_of_the_run(named), source)
+    run_config = _config_of_the_run(named)
+    unset = {key for key, value in {**in_file, **(overrides or {})}.items() if value is None}
+    is_original = path is not None and (path.lower().endswith(".json") or _is_of_the_original(in_file))
+    values = with_recipe(
+        {key: value for key, value in named.items() if key not in unset},
+        is_original=is_original,
+        run_config=run_config,
+    )
+    return _build(_with_metrics_of_the_run({**named, **values}, run_config), source)
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Config:
@@ -66,27 +76,40 @@ def _with_original_metrics(values: Mapping[str, Any], source: str) -> dict[str, 
 
     Not for flags: `--tokenizer` says nothing about the metrics.
     """
-    if source == COMMAND_LINE or not any(key in values for key in (*ALIASES, *IGNORED_KEYS)):
+    if source == COMMAND_LINE or not _is_of_the_original(values):
         return dict(values)
     return {**values, **{key: default for key, default in ORIGINAL_DEFAULTS.items() if values.get(key) is None}}
 
 
-def _with_metrics_of_the_run(values: dict[str, Any]) -> dict[str, Any]:
-    """For a config without metrics whose run has checkpoints, the metrics are those that the run started with.
+def _is_of_the_original(values: Mapping[str, Any]) -> bool:
+    """Whether a file has keys that only the original had."""
+    return any(key in values for key in (*ALIASES, *IGNORED_KEYS))
+
+
+def _config_of_the_run(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The stored config of the run that these values would resume; None for a new run, and where it cannot be read."""
+    folder = Path(values.get("model_path") or "")
+    if values.get("resume") == "never":
+        return None
+    try:
+        if not (folder / "checkpoints").is_dir():  # raises for a name that is too long or a folder without access
+            return None
+        stored = read_json(folder / "config.json")["config"]
+        known = {key: value for key, value in stored.items() if key in SETTINGS}
+        return coerce_all(known, source=str(folder / "config.json"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reported when the folder is loaded
+        return None
+
+
+def _with_metrics_of_the_run(values: dict[str, Any], run_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """For a config without metrics that resumes a run, the metrics are those that the run started with.
 
     A run that version 0.2 began had other defaults for two classes.
     """
-    folder = Path(values.get("model_path") or "")
-    if any(values.get(key) is not None for key in ORIGINAL_DEFAULTS) or values.get("resume") == "never":
+    if run_config is None or any(values.get(key) is not None for key in ORIGINAL_DEFAULTS):
         return values
-    try:
-        if not (folder / "checkpoints").is_dir():  # raises for a name that is too long or a folder without access
-            return values
-        run_config = read_json(folder / "config.json")["config"]
-        metrics = {key: run_config[key] for key in ORIGINAL_DEFAULTS}
-        return values | _checked(metrics, str(folder / "config.json"))
-    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the folder is reported when it is loaded
-        return values
+    metrics = {key: run_config[key] for key in ORIGINAL_DEFAULTS if key in run_config}
+    return values | metrics if len(metrics) == len(ORIGINAL_DEFAULTS) else values
 
 
 def _unknown_keys(unknown: list[str]) -> str:

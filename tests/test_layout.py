@@ -24,7 +24,15 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("runtime",),),
     (("storage",),),
     (
-        ("config_synonyms", "config_file", "config_setting", "config_checks", "config", "config_reader"),
+        (
+            "config_synonyms",
+            "config_file",
+            "config_setting",
+            "config_checks",
+            "config",
+            "config_recipe",
+            "config_reader",
+        ),
         ("model",),
         ("evaluation",),
     ),

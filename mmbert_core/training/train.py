@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from mmbert_core.config import Config
+from mmbert_core.config_recipe import recipe_line
 from mmbert_core.data.class_messages import positive_class_line
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.evaluation.metrics import lower_is_better
@@ -110,6 +111,8 @@ def describe(config: Config, data: Data) -> None:
         if names
     ]
     logger.info("inputs: %s", "; ".join(inputs))
+    if line := recipe_line(config.to_dict()):
+        logger.info("%s", line)
     if data.val is not None:
         best = "lowest" if lower_is_better(config.early_stop_metric) else "highest"
         logger.info(

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmbert_core import hooks
+from mmbert_core import config_recipe, hooks
+from mmbert_core.config_reader import read_config
+from mmbert_core.config_recipe import RECOMMENDED_VALUES, recipe_line
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.training import loop
 from tests.support import tiny
@@ -52,6 +54,30 @@ def test_two_processes_train_what_one_does(config_of, tmp_path):
     weights, others = (load_file(Path(each.model_path) / "model.safetensors") for each in (alone, config))
     # Adam divides by the root of its second moment: rounding grows where a gradient is nearly 0
     assert all(torch.allclose(weights[name], others[name], atol=1e-4) for name in weights)
+
+
+# ---- recipe ----
+
+
+def test_a_run_of_an_older_recipe_resumes_with_its_own_values(config_of, files, monkeypatch, caplog):
+    """What version 1 calls recommended may be something else in version 2."""
+    unnamed = [*RECOMMENDED_VALUES, "recipe"]
+    values = {key: value for key, value in config_of(save_every=3).to_dict().items() if key not in unnamed}
+    began = read_config(None, {**values, "recipe": "recommended"})
+    assert (began.lr, began.warmup_steps) == ("auto", 0.1)
+    with monkeypatch.context() as patches, pytest.raises(Interrupted):
+        die_before(patches, step=8)
+        train(began)
+    assert [line for line in caplog.messages if line.startswith("recipe recommended: ")] == [recipe_line(vars(began))]
+    assert json.loads((Path(began.model_path) / "config.json").read_text())["resolved"]["head_lr"] == 1e-3
+    monkeypatch.setattr(config_recipe, "RECOMMENDED_VALUES", {**RECOMMENDED_VALUES, "warmup_steps": 0.5, "lr": 1.0})
+    assert read_config(None, {**values, "recipe": "recommended", "model_path": "other"}).lr == 1.0
+    for named in ({}, {"recipe": "recommended"}):
+        again = read_config(None, {**values, **named})
+        assert again == began
+    assert train(again)[0].steps == STEPS
+    with pytest.raises(InputError, match="was .* in the checkpoint at step 10 and is .* now"):
+        train(read_config(None, {**values, "recipe": "original"}))
 
 
 # ---- moving average ----
