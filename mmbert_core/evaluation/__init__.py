@@ -1,5 +1,5 @@
 """From arrays of predictions and labels: metrics, intervals, thresholds, calibration. Independent of the model.
 
 Modules, each importing only those before it: thresholds, class_counts, class_ranking, temperature, metrics, intervals,
-slices, calibration, baselines, decision.
+slices, calibration, baselines, convex_fit, blending, decision.
 """

@@ -1,6 +1,6 @@
 """Tensors to logits: text encoder, tabular encoder, fusion, loss. Pretrained encoders are the only files it reads.
 
 Modules, each importing only those before it: text_features, fusion, losses, column_features, wide_columns,
-tabular_encoder, positions, pretrained, dropout, int8, packing, packed_attention, text_encoder, probe, multimodal_bert,
-padded.
+tabular_encoder, positions, pretrained, dropout, int8, packing, bag_of_words, blend, packed_attention,
+text_encoder, probe, multimodal_bert, padded.
 """

@@ -4,10 +4,12 @@ B rows, C chunks, T tokens, H hidden size of the encoder, F numeric inputs, K ca
 """
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from mmbert_core.model.blend import Blend
 from mmbert_core.model.fusion import build_merge_subnetwork
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.text_encoder import TextBertBase
@@ -39,6 +41,7 @@ class MultimodalBert(nn.Module):
         self.text_subnetwork = text_subnetwork
         self.tab_subnetwork = tab_subnetwork
         self.wide_columns = wide_columns
+        self.blend: Blend | None = None  # fitted after training; in eval mode the logits are then the blend's
         self.num_classes = num_classes
         output_text_dim = 0 if text_subnetwork is None else text_subnetwork.output_text_dim
         output_tab_dim = 0 if tab_subnetwork is None else tab_subnetwork.output_tab_dim
@@ -64,7 +67,12 @@ class MultimodalBert(nn.Module):
 
     def encode_text(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> TextFeatures | None:
         """Token ids and mask [B, T] or [B, C, T] -> what `merge` reads of the texts; None without a text encoder."""
-        return None if self.text_subnetwork is None else self.text_subnetwork.features(input_ids, attention_mask)
+        if self.text_subnetwork is None:
+            return None
+        text = self.text_subnetwork.features(input_ids, attention_mask)
+        if self.training or self.blend is None or self.blend.words is None:
+            return text
+        return replace(text, words=self.blend.words(input_ids, attention_mask))
 
     def logits_from_pooled(
         self, pooled: torch.Tensor | None, tab_data: torch.Tensor | None, cat_data: torch.Tensor | None
@@ -86,7 +94,11 @@ class MultimodalBert(nn.Module):
             if self.tab_subnetwork is not None:
                 vectors.append(self.tab_subnetwork(tab_data, cat_data))
             logits = self.final_merge_network(torch.cat(vectors, dim=1))  # [B, D] or [B, 2 D] -> [B, num_classes]
-            return logits if self.wide_columns is None else logits + self.wide_columns(tab_data, cat_data)
+            if self.wide_columns is not None:
+                logits = logits + self.wide_columns(tab_data, cat_data)
+            if self.training or self.blend is None:
+                return logits
+            return self.blend(logits, None if text is None else text.words, tab_data, cat_data)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
