@@ -131,6 +131,13 @@ class Config:
         "training rows, and one weight per category and class",
         group="model",
     )
+    blend: Literal["none", "auto"] = setting(
+        "none",
+        "auto: predict a weighted mean of the probabilities of the trained network and of logistic regressions on "
+        "words and columns, with weights fitted after training; needs validation rows",
+        group="model",
+        may_change_on_resume=True,
+    )
     reinit_pooler: bool = setting(False, "initialise the pooler's weights at random before training", group="model")
     reinit_layers: int = setting(
         0,

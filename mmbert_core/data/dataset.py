@@ -185,6 +185,17 @@ class Dataset:
         ids = [tokens.ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         return np.concatenate([np.zeros(0, np.int32), *ids]), offsets
 
+    def token_chunks(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids as `token_ids` gives them, offsets [Q + 1] of the chunks in them, and the row [Q] of each chunk."""
+        ids, _ = self.token_ids(positions)
+        tokens, rows = self.encoded.tokens, self.rows[positions]
+        first, counts = tokens.row_chunks[rows], tokens.row_chunks[rows + 1] - tokens.row_chunks[rows]  # [B]
+        row_of_chunk = np.repeat(np.arange(len(rows)), counts)
+        of_row = np.arange(len(row_of_chunk)) - np.repeat(np.cumsum(counts) - counts, counts)
+        chunks = first[row_of_chunk] + of_row
+        lengths = tokens.chunk_offsets[chunks + 1] - tokens.chunk_offsets[chunks]
+        return ids, np.concatenate([[0], np.cumsum(lengths)]), row_of_chunk
+
     def _release_pages_before(self, num_rows: int) -> None:
         """Call before reading `num_rows` texts: releases the pages of the earlier ones when these are many."""
         self._num_rows_in_memory += num_rows

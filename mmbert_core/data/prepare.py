@@ -73,7 +73,7 @@ def prepare(config: Config) -> Data:
         roles,
         rows=train_rows,
         source=train.paths[0],
-        with_edges=config.column_encoding == "piecewise_linear" or config.wide_columns,
+        with_edges=config.column_encoding == "piecewise_linear" or config.wide_columns or config.blend == "auto",
         min_category_count=config.min_category_count,
     )
     dataset = partial(

@@ -24,6 +24,8 @@ DESCRIPTIONS = {
     WORDS_AND_COLUMNS: "logistic regression on tokens, pairs of tokens and the columns",
     COLUMNS: "logistic regression on the columns: numbers in bins, one-hot categories",
 }
+# Words have 2^18 weights per class.
+MAX_CLASSES = {WORDS: 50, WORDS_AND_COLUMNS: 50, COLUMNS: 500}
 MIN_WEIGHT = 0.02  # a member with less is left out
 MIN_GAIN = 1e-4  # of the mean log loss; so is a member that brings less
 GRID = np.linspace(0, 1, 201)  # of the network's weight
@@ -79,14 +81,14 @@ class BlendRecord:
         return {**asdict(self), "members": [asdict(member) for member in self.members]}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], *, has_text: bool, has_columns: bool) -> "BlendRecord":
+    def from_json(cls, values: dict[str, Any], *, has_text: bool, has_columns: bool, num_classes: int) -> "BlendRecord":
         """From a value that BLEND_JSON has checked. Raises `InputError` for members that the model cannot have."""
         members = tuple(Member(**member) for member in values["members"])
         names = [member.name for member in members]
         total = sum(member.weight for member in members)
         if abs(total - 1) > 1e-6:
             raise InputError(f"members: expected weights that sum to 1, found {total:.6g}")
-        possible = member_names(has_text=has_text, has_columns=has_columns)
+        possible = member_names(has_text=has_text, has_columns=has_columns, num_classes=num_classes)
         if names != [name for name in possible if name in names]:
             raise InputError(
                 f"members: expected some of {', '.join(possible)}, in this order, found {', '.join(names)}"
@@ -94,10 +96,11 @@ class BlendRecord:
         return cls(**{**values, "members": members})
 
 
-def member_names(*, has_text: bool, has_columns: bool) -> list[str]:
-    """The members of a model with these inputs, in their order."""
+def member_names(*, has_text: bool, has_columns: bool, num_classes: int) -> list[str]:
+    """The members of a model with these inputs and so many classes, in their order."""
     words = [WORDS_AND_COLUMNS if has_columns else WORDS] if has_text else []
-    return [NETWORK, *words, *([COLUMNS] if has_columns else [])]
+    simple = [*words, *([COLUMNS] if has_columns else [])]
+    return [NETWORK, *(name for name in simple if num_classes <= MAX_CLASSES[name])]
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,9 @@ def fit_weights(val: LabelProbabilities, simple: LabelProbabilities | None) -> n
         return _without_idle(val)
     among_simple = _without_idle(simple)
     share = network_share(val, among_simple)
-    share = 0.0 if share < MIN_WEIGHT else 1.0 if share > 1 - MIN_WEIGHT else share
-    return np.concatenate([[share], (1 - share) * among_simple])
+    weights = np.concatenate([[share], (1 - share) * among_simple])
+    weights[weights < MIN_WEIGHT] = 0
+    return weights / weights.sum()
 
 
 def refit_weights(val: LabelProbabilities, simple: LabelProbabilities | None, weights: np.ndarray) -> np.ndarray:
@@ -143,7 +147,7 @@ def refit_weights(val: LabelProbabilities, simple: LabelProbabilities | None, we
     refitted = np.zeros(len(weights))
     if simple is None:
         refitted[kept] = mixture_weights(val.select(slice(None), kept))
-    elif weights[0] == 0:
+    elif weights[0] in (0, 1):
         refitted = weights
     else:
         among_simple = weights[1:] / weights[1:].sum()

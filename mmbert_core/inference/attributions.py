@@ -1,14 +1,16 @@
 """How much each span of a text contributed to the predicted class: integrated gradients at the word embeddings.
 
-B rows, C chunks, T tokens, S tokens of all rows, E size of a word embedding, K classes.
+B rows, C chunks, T tokens, S tokens of all rows, E size of a word embedding, K classes, W word scores.
 
 Gradient x input at the text alone is unreliable: the softmax is flat where the model is confident, and layer
 normalisation removes the rest. In a test it gave a word that decided the class a negative attribution. Gradients are
-therefore averaged along the path from zero embeddings to the text's own (Sundararajan et al. 2017). Attributions hint
-at what the model used; they do not prove a cause.
+therefore averaged along the path from zero embeddings to the text's own (Sundararajan et al. 2017). The word scores of
+a blend follow the same path: each token gets its share of them. Attributions hint at what the model used; they do not
+prove a cause.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -64,22 +66,41 @@ def token_attributions(model: MultimodalBert, batch: Batch, predicted: torch.Ten
     batch, predicted = batch.to(task.device), predicted.to(task.device)[:, None]
     # Embeddings are [1, S, E] if packed, else [B or chunks with tokens, T, E]; some encoders pad T to a multiple.
     products = torch.zeros(())  # summed over E, so [1, S] or [B or chunks with tokens, T]
+    slopes = torch.zeros(())  # mean gradient of the word scores [B, W]
     for step in range(STEPS):
+        factor = (step + 0.5) / STEPS
         with (
             torch.enable_grad(),
             autocast("fp32", task.device),
-            _ScaledEmbeddings(model.text_subnetwork.encoder, (step + 0.5) / STEPS) as embeddings,
+            _ScaledEmbeddings(model.text_subnetwork.encoder, factor) as embeddings,
         ):
-            logits = model(batch.input_ids, batch.attention_mask, TabAE.combine_tab_data(batch), batch.categories)
+            text = model.encode_text(batch.input_ids, batch.attention_mask)
+            scaled = [] if text.words is None else [(factor * text.words.detach()).requires_grad_()]
+            text = replace(text, words=scaled[0]) if scaled else text
+            logits = model.merge(text, TabAE.combine_tab_data(batch), batch.categories)
             chosen = logits.gather(1, predicted).squeeze(1)  # [B]
             others = (logits.sum(1) - chosen) / (logits.shape[1] - 1)  # [B]
-            [gradient] = torch.autograd.grad((chosen - others).sum(), embeddings.scaled)  # [..., E]
+            difference = (chosen - others).sum()
+            gradient, *of_words = torch.autograd.grad(  # [..., E], [B, W]; zeros for a network without weight
+                difference, [embeddings.scaled, *scaled], allow_unused=True, materialize_grads=True
+            )
         products = products + (gradient * embeddings.original).sum(-1).cpu() / STEPS
-    if model.text_subnetwork.is_packed:
+        slopes = slopes + of_words[0].cpu() / STEPS if of_words else slopes
+    by_token = _of_tokens(products, batch.attention_mask, is_packed=model.text_subnetwork.is_packed)  # [S]
+    if not scaled:
+        return by_token
+    shares = model.blend.words.contributions(batch.input_ids, batch.attention_mask).cpu()  # [B, (C,) T, W]
+    slopes = slopes.reshape(len(slopes), *[1] * (shares.ndim - 2), -1)
+    return by_token + (shares * slopes).sum(-1)[batch.attention_mask.bool().cpu()]
+
+
+def _of_tokens(products: torch.Tensor, attention_mask: torch.Tensor, *, is_packed: bool) -> torch.Tensor:
+    """[1, S] if packed, else [B or chunks with tokens, T] -> [S], the values of tokens alone."""
+    if is_packed:
         return products[0]
-    mask = batch.attention_mask.flatten(0, -2).bool()  # [B or B C, T]
+    mask = attention_mask.flatten(0, -2).bool()  # [B or B C, T]
     mask = mask[mask.any(1)]  # without the padding of the chunk axis
-    return products[:, : mask.shape[1]][mask]  # [S]
+    return products[:, : mask.shape[1]][mask]
 
 
 class _ScaledEmbeddings:

@@ -1,9 +1,11 @@
-"""The modules of a model that read columns, built from the statistics of the training rows."""
+"""The modules of a model that read columns, and its blend, built from the statistics of the training rows."""
 
 import numpy as np
 
 from mmbert_core.config import Config
 from mmbert_core.data.features import Features
+from mmbert_core.evaluation.blending import COLUMNS, NETWORK, WORDS, WORDS_AND_COLUMNS, BlendRecord
+from mmbert_core.model.blend import Blend
 from mmbert_core.model.column_features import LinearColumnFeatures, NumberFeatures
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.wide_columns import WideColumns
@@ -51,3 +53,13 @@ def build_wide_columns(config: Config, features: Features) -> WideColumns | None
     """The linear path from the columns to the logits; None where it is not asked for, or without columns."""
     linear = build_linear_column_features(features) if config.wide_columns else None
     return None if linear is None else WideColumns(linear, config.num_classes)
+
+
+def build_blend(config: Config, features: Features, record: BlendRecord) -> Blend:
+    """The blend of a model without the values of its members' tensors."""
+    return Blend(
+        (record.weight(NETWORK), record.weight(WORDS, WORDS_AND_COLUMNS), record.weight(COLUMNS)),
+        num_classes=config.num_classes,
+        temperature=record.temperature,
+        column_features=build_linear_column_features(features),
+    )

@@ -15,6 +15,7 @@ from mmbert_core.config_reader import config_from_dict
 from mmbert_core.data.features import FEATURES_JSON, Features
 from mmbert_core.data.labels import LABELS_JSON, Labels
 from mmbert_core.evaluation.baselines import BASELINES_JSON, Baselines
+from mmbert_core.evaluation.blending import BLEND_JSON, BlendRecord
 from mmbert_core.evaluation.calibration import CALIBRATION_JSON, Calibration
 from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.thresholds import THRESHOLD_JSON, Threshold
@@ -27,10 +28,11 @@ from mmbert_core.storage.schema import Check, anything, array, constant, mapping
 FORMAT_VERSION = 1
 CONFIG, FEATURES, LABELS, ENCODER = "config.json", "features.json", "labels.json", "encoder"
 THRESHOLDS, BASELINES, BASELINE_WEIGHTS = "thresholds.json", "baselines.json", "baselines.safetensors"
+BLEND = "blend.json"  # of a model with a blend
 SUMMARY, CARD = "summary.json", "README.md"  # data, best step and test figures of the run; written after the test
 WEIGHTS = "model.safetensors"  # written last: a folder that has it is complete
 # Files that decide a prediction, together with those of the encoder.
-PREDICTION_FILES = (CONFIG, FEATURES, LABELS, THRESHOLDS, BASELINES, BASELINE_WEIGHTS, WEIGHTS)
+PREDICTION_FILES = (CONFIG, FEATURES, LABELS, THRESHOLDS, BASELINES, BASELINE_WEIGHTS, BLEND, WEIGHTS)
 ENCODER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # of the files that transformers reads
 # Files that a tokenizer of transformers reads wherever they exist, also if they did not in training.
 TOKENIZER_NAMES = re.compile(
@@ -192,7 +194,9 @@ def check_complete(folder: Path) -> None:
         if not (folder / name).is_file():
             unfinished = " (the run has not ended)" if name == WEIGHTS and folder.is_dir() else ""
             raise InputError(f"{folder}: not a model folder: {name} is missing{unfinished}")
-    check_readable(folder / ENCODER, *(folder / name for name in (THRESHOLDS, BASELINES, BASELINE_WEIGHTS, MANIFEST)))
+    check_readable(
+        folder / ENCODER, *(folder / name for name in (THRESHOLDS, BASELINES, BASELINE_WEIGHTS, BLEND, MANIFEST))
+    )
     if (folder / ENCODER).is_dir():
         check_readable(*sorted((folder / ENCODER).iterdir()))
 
@@ -235,6 +239,20 @@ def read_decision(folder: Path, settings: ModelSettings) -> Decision:
     }
     baselines = _build_from(folder / BASELINES, lambda: Baselines.from_json(baselines_json, tensors, **sizes))
     return Decision(threshold, calibration, baselines)
+
+
+def read_blend(folder: Path, settings: ModelSettings) -> BlendRecord | None:
+    """The members of the folder's blend and their weights; None for a model without one."""
+    if not (folder / BLEND).is_file():
+        return None
+    values, config = read_folder_json(folder / BLEND, BLEND_JSON), settings.config
+    has_columns = bool(config.tab_field_list or config.cat_field_list)
+    return _build_from(
+        folder / BLEND,
+        lambda: BlendRecord.from_json(
+            values, has_text=bool(config.text_name), has_columns=has_columns, num_classes=config.num_classes
+        ),
+    )
 
 
 def read_summary(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
     config.json  model.safetensors  encoder/ (config and tokenizer)  features.json  labels.json
     thresholds.json  baselines.json  baselines.safetensors  MANIFEST.json (older folders have none of the last four)
+    blend.json (of a model with a blend, whose tensors are in model.safetensors, too)
 
 Without text columns there is no encoder/, and baselines are optional.
 """
@@ -21,11 +22,13 @@ from mmbert_core.data.features import Features
 from mmbert_core.data.labels import Labels
 from mmbert_core.data.number_ranges import recover_number_ranges
 from mmbert_core.data.tokens import always_used_ids, load_tokenizer
+from mmbert_core.evaluation.blending import BlendRecord
 from mmbert_core.evaluation.decision import Decision
-from mmbert_core.inference.column_modules import build_tabular_encoder, build_wide_columns
+from mmbert_core.inference.column_modules import build_blend, build_tabular_encoder, build_wide_columns
 from mmbert_core.inference.model_files import (
     BASELINE_WEIGHTS,
     BASELINES,
+    BLEND,
     CARD,
     CONFIG,
     ENCODER,
@@ -40,6 +43,7 @@ from mmbert_core.inference.model_files import (
     is_own_card,
     manifest_record,
     prediction_files,
+    read_blend,
     read_decision,
     read_settings,
 )
@@ -54,6 +58,7 @@ from mmbert_core.storage.files import TEMPORARY_PREFIX, missing_space, save_tens
 from mmbert_core.storage.manifest import MANIFEST
 
 ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
+BLEND_PREFIX = "blend."  # of a blend's tensors in the weights
 PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tested with: a prime, so no multiple of a chunk size
 LAST_LAYER = "final_merge_network.linear_layer_final.weight"  # [num_classes, width of the text and the tabular vector]
 
@@ -69,6 +74,7 @@ class LoadedModel:
     tokenizer: Any  # None for a columns-only model
     resolved: dict[str, Any]  # settings that were "auto", as used
     decision: Decision = Decision()
+    blend: BlendRecord | None = None  # of `model.blend`
 
 
 def build_model(config: Config, features: Features) -> MultimodalBert:
@@ -121,6 +127,8 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], loaded: Lo
         write_json(folder / LABELS, loaded.labels.to_json())
         write_json(folder / CONFIG, config_record(loaded.config, loaded.resolved))
         write_json(folder / THRESHOLDS, loaded.decision.to_json())
+        if loaded.blend is not None:
+            write_json(folder / BLEND, loaded.blend.to_json())
         if (baselines := loaded.decision.baselines) is not None:
             write_json(folder / BASELINES, baselines.to_json())
             _replace_tensors(baselines.tensors(), temporaries[BASELINE_WEIGHTS], folder / BASELINE_WEIGHTS)
@@ -134,11 +142,11 @@ def save_model_folder(folder: Path, weights: dict[str, torch.Tensor], loaded: Lo
 
 
 def _remove_old_model(folder: Path, *, replaces_baselines: bool) -> None:
-    """Remove an earlier model's weights, manifest, summary, unedited card, and baselines that no new ones replace.
+    """Remove an earlier model's weights, manifest, summary, blend, unedited card, and baselines that nothing replaces.
 
     The weights are removed first: without them the folder counts as incomplete.
     """
-    names = [WEIGHTS, MANIFEST, SUMMARY]
+    names = [WEIGHTS, MANIFEST, SUMMARY, BLEND]
     names += [CARD] if is_own_card(folder / CARD) else []
     names += [] if replaces_baselines else [BASELINES, BASELINE_WEIGHTS]
     for name in names:
@@ -177,7 +185,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     settings = read_settings(folder)
     config = settings.config
     features = recover_number_ranges(settings.features, settings.labels, config, folder)
-    decision = read_decision(folder, settings)
+    decision, blend = read_decision(folder, settings), read_blend(folder, settings)
     shapes = read_shapes(folder / WEIGHTS)
     _check_head(folder / WEIGHTS, config, shapes)
     text, tokenizer = None, None
@@ -194,7 +202,10 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
             text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=width)
         tabular, wide = build_tabular_encoder(config, features), build_wide_columns(config, features)
         model = MultimodalBert(text, tabular, config.num_classes, wide_columns=wide)
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.blend = None if blend is None else build_blend(config, features, blend)
+        weights = load_file(folder / WEIGHTS)
+        check_blend_tensors(weights)
+        model.load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError, SafetensorError, OSError) as error:
         # RuntimeError: names or shapes differ
         raise InputError(
@@ -203,7 +214,14 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     if text is not None:
         ids = [max(always_used_ids(tokenizer), default=0)] * min(config.max_length, PROBE_LENGTH)
         check_runs_once(text, ids, name=str(folder / ENCODER))
-    return LoadedModel(model.eval(), config, features, settings.labels, tokenizer, settings.resolved, decision)
+    return LoadedModel(model.eval(), config, features, settings.labels, tokenizer, settings.resolved, decision, blend)
+
+
+def check_blend_tensors(weights: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` for a tensor of a blend that is not finite float32; names and shapes are checked later."""
+    for name, tensor in weights.items():
+        if name.startswith(BLEND_PREFIX) and not (tensor.dtype == torch.float32 and torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}: expected finite float32, found {tensor.dtype} of shape {list(tensor.shape)}")
 
 
 def _encoder_shapes(shapes: Shapes) -> Shapes:

@@ -52,16 +52,17 @@ class BagOfWords(nn.Module):
         """[B, (C,) T, S]: each token's share of the scores, half of a pair's. Their sum is what forward gives."""
         features, idf = self._features(input_ids, attention_mask)
         values = functional.embedding(features, self.weight) * (idf / _norm(idf)).unsqueeze(-1)
-        num_tokens = input_ids.shape[-1]
-        tokens, pairs = values.split([num_tokens, max(0, num_tokens - 1)], dim=-2)
-        return tokens + functional.pad(pairs, (0, 0, 0, 1)) / 2 + functional.pad(pairs, (0, 0, 1, 0)) / 2
+        tokens, pairs = values.chunk(2, dim=-2)
+        return tokens + pairs / 2 + functional.pad(pairs, (0, 0, 1, 0))[..., :-1, :] / 2
 
     def _features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and their idf [B, (C,) T + T - 1], tokens first; padding has idf 0."""
+        """Features and their idf [B, (C,) 2 T]: tokens, then each token with the next; what is no token has idf 0."""
         ids = to_device(input_ids, self.idf.device)
         is_token = to_device(attention_mask, self.idf.device) != 0
-        features = torch.cat([token_features(ids), pair_features(ids[..., :-1], ids[..., 1:])], dim=-1)
-        is_set = torch.cat([is_token, is_token[..., :-1] & is_token[..., 1:]], dim=-1)
+        # by padding, as an exported graph cannot have an axis of T - 1 where T may be 2
+        following, is_followed = (functional.pad(values, (0, 1))[..., 1:] for values in (ids, is_token))
+        features = torch.cat([token_features(ids), pair_features(ids, following)], dim=-1)
+        is_set = torch.cat([is_token, is_token & is_followed], dim=-1)
         return features, functional.embedding(features, self.idf.unsqueeze(-1)).squeeze(-1) * is_set
 
 

@@ -9,6 +9,7 @@ import torch
 
 from mmbert_core import hooks
 from mmbert_core.data.dataset import Batch
+from mmbert_core.evaluation.blending import BlendRecord
 from mmbert_core.inference import scoring
 from mmbert_core.inference.model_folder import LoadedModel, save_model_folder
 from mmbert_core.report.build import PAGE, write_report
@@ -23,6 +24,7 @@ from mmbert_core.runtime.memory import peak_mb
 from mmbert_core.storage.files import remove_stale_temporaries, write_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.average import swap_average
+from mmbert_core.training.blend_fit import blend_with_members
 from mmbert_core.training.checkpoint import TrainState
 from mmbert_core.training.decision_fit import fit_decision
 from mmbert_core.training.run import Run, rotate_checkpoints
@@ -49,8 +51,9 @@ def finish(run: Run) -> dict[str, Any]:
         swap_average(run.optimizer)  # for good: no step follows
     val_preds = validation_of_best(run)
     distributed.on_main(lambda: check_finite_predictions(run, best, val_preds))
-    with phase("threshold, calibration and baselines"):
-        loaded = distributed.on_main(lambda: model_with_decision(run, val_preds), share=False, long_timeout=True)
+    with phase("blend, threshold, calibration and baselines"):
+        blend, val_preds = blend_with_members(run, val_preds)
+        loaded = distributed.on_main(lambda: model_with_decision(run, val_preds, blend), share=False, long_timeout=True)
     with phase("writing the model folder"):
         distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), loaded))
     run.log.say(f"model of step {best} written to {run.folder}")
@@ -153,11 +156,11 @@ def first_predictions(run: Run) -> np.ndarray:
     return preds.numpy(force=True)
 
 
-def model_with_decision(run: Run, val_preds: np.ndarray | None) -> LoadedModel:
-    """Rank 0 only. The trained model with its threshold, calibration and baselines."""
+def model_with_decision(run: Run, val_preds: np.ndarray | None, blend: BlendRecord | None) -> LoadedModel:
+    """Rank 0 only. The trained model with its blend, threshold, calibration and baselines."""
     decision = fit_decision(run.data, run.config, val_preds)
     data = run.data
-    return LoadedModel(run.model, run.config, data.features, data.labels, data.tokenizer, run.resolved, decision)
+    return LoadedModel(run.model, run.config, data.features, data.labels, data.tokenizer, run.resolved, decision, blend)
 
 
 def weights_for_all(run: Run, step: int) -> dict[str, torch.Tensor]:
