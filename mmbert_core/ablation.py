@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmbert_core.config import Config
+from mmbert_core.config_checks import COLUMN_KEYS
 from mmbert_core.data.prepare import prepare
 from mmbert_core.runtime import distributed
 from mmbert_core.runtime.errors import InputError
@@ -23,9 +24,9 @@ METRICS = ("auroc", "average_precision", "f1_score", "accuracy")
 
 def variants_of(config: Config) -> dict[str, dict[str, Any]]:
     """Name -> the settings that remove an input. Raises `InputError` when the config has only one kind of input."""
-    if not config.text_name or not (config.tab_field_list or config.cat_field_list):
+    if not config.text_name or not config.has_columns:
         raise InputError("ablate: expected a config with text and columns, found one kind of input only")
-    return {"text only": {"tab_field_list": (), "cat_field_list": ()}, "columns only": {"text_name": ()}, "both": {}}
+    return {"text only": dict.fromkeys(COLUMN_KEYS, ()), "columns only": {"text_name": ()}, "both": {}}
 
 
 def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Names and defaults are those of the original module, except for the metric that 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from mmbert_core.config_checks import check_values
+from mmbert_core.config_checks import COLUMN_KEYS, check_values
 from mmbert_core.config_setting import Setting, setting, setting_of
 
 # Defaults for two classes when neither key is set: with few rows or positives, F1 is the same at many steps, often 0,
@@ -45,6 +45,17 @@ class Config:
     id_name: str | None = setting(None, "id column, copied to the predictions byte for byte", group="data")
     tab_field_list: tuple[str, ...] = setting((), "numeric columns; none: a text-only model", group="data")
     cat_field_list: tuple[str, ...] = setting((), "categorical columns", group="data")
+    date_field_list: tuple[str, ...] = setting(
+        (),
+        "date columns (2019-09-24, 2019/9/24, with a time, 24 Sep 2019): read as age in days to the newest training "
+        "date, month, weekday and, where there are times, hour",
+        group="data",
+    )
+    date_order: Literal["unambiguous", "day_first", "month_first"] = setting(
+        "unambiguous",
+        "order in dates that end with the year, as 24/09/2019; unambiguous: 03/04/2019 is refused",
+        group="data",
+    )
     group_name: str | None = setting(
         None, "column whose groups are never split between training and validation", group="data"
     )
@@ -359,6 +370,11 @@ class Config:
     def task(self) -> str:
         """'binary' or 'multiclass', as torchmetrics and the original call it."""
         return "binary" if self.is_binary else "multiclass"
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the model reads any column that is no text."""
+        return any(getattr(self, key) for key in COLUMN_KEYS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `Config(**config_reader.coerce_all(d))` reads them back."""

@@ -9,6 +9,7 @@ from typing import Any
 from mmbert_core.config_setting import Setting
 from mmbert_core.runtime.errors import InputError, format_for_message
 
+COLUMN_KEYS = ("tab_field_list", "date_field_list", "cat_field_list")  # of the columns that are no text
 PREDICTION_COLUMNS = ("prob", "label", "pred", "prob_calibrated")  # names that an id column must not have
 
 
@@ -60,12 +61,12 @@ def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def check_columns(values: Mapping[str, Any]) -> None:
     """At least one input, one role for each column, and an id column that the prediction file does not have."""
-    if not values["text_name"] and not values["tab_field_list"] and not values["cat_field_list"]:
+    if not any(values[key] for key in ("text_name", *COLUMN_KEYS)):
         raise InputError(
             "text_name is empty and there are no tab_field_list or cat_field_list: there is nothing to learn from"
         )
     roles: dict[str, str] = {}
-    for key in ("text_name", "tab_field_list", "cat_field_list", "label_name"):
+    for key in ("text_name", *COLUMN_KEYS, "label_name"):
         value = values[key]
         for column in (value,) if isinstance(value, str) else value:
             if column in roles:

@@ -122,7 +122,7 @@ def open_or_build_cache(
         "format": CACHE_FORMAT,
         "files": [[fingerprints[path]["sha256"], "".join(Path(path).suffixes[-2:]).lower()] for path in files],
         "columns": columns,
-        "roles": asdict(roles),
+        "roles": {name: value for name, value in asdict(roles).items() if roles.dates or not name.startswith("date")},
         "tokenizer": tokenizer_fingerprint(tokenizer) if roles.text else None,
         "lengths": [max_length, max_chunks] if roles.text else None,
         "tsv_quoting": tsv_quoting if any(format_of(path) == ".tsv" for path in files) else None,

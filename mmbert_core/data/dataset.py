@@ -141,7 +141,7 @@ class Dataset:
         """Numeric column -> its numbers outside the training range."""
         numbers = self.encoded.numbers
         return {
-            name: out_of_range_cells(self.features, index, select_rows(numbers[:, index], self.rows))
+            name: out_of_range_cells(self.features, index, self.features.number_column(numbers, index, self.rows))
             for index, name in enumerate(self.features.number_names)
         }
 
@@ -212,8 +212,9 @@ class Dataset:
         """Column -> raw numbers [B] (NaN: missing), or normal forms of categories ("": missing)."""
         self.encoded.check_files()
         rows, encoded = self.rows[positions], self.encoded
+        numbers = self.features.raw_numbers(encoded.numbers[rows])
         cells: dict[str, np.ndarray | list[str]] = {
-            name: encoded.numbers[rows, index] for index, name in enumerate(self.features.number_names)
+            name: numbers[:, index] for index, name in enumerate(self.features.number_names)
         }
         named = zip(self.features.category_names, encoded.vocabularies, strict=True)
         for index, (name, vocabulary) in enumerate(named):

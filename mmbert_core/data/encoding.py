@@ -1,7 +1,8 @@
 """Text cells as arrays before anything is fitted: token ids, numbers, codes of categories and labels.
 
-N rows, F numeric columns, K categorical columns. Codes number the distinct texts of a column in order of appearance;
-code 0 is "" (missing). `Features` and `Labels`, fitted on the training rows, map codes to the model's indices.
+N rows, F numeric columns, D date columns, K categorical columns. Codes number the distinct texts of a column in order
+of appearance; code 0 is "" (missing). `Features` and `Labels`, fitted on the training rows, map codes to the model's
+indices.
 """
 
 import math
@@ -14,6 +15,7 @@ from mmap import MADV_DONTNEED, mmap
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mmbert_core.data.dates import AmbiguousDate, seconds_of
 from mmbert_core.data.features import MAX_FLOAT32
 from mmbert_core.data.tokens import Tokens, characters_read, join_texts, tokenise
 from mmbert_core.runtime.errors import InputError, RunError, format_for_message
@@ -23,6 +25,7 @@ from mmbert_core.tables.lines import row_location
 from mmbert_core.tables.table import Chunk, Roles
 
 MISSING_NUMBERS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "<na>"})  # in lower case
+MISSING_DATES = MISSING_NUMBERS | {"nat"}
 MAX_WINDOW_CHARACTERS = 2**27  # of the cells that a window holds as texts: ids, labels, categories
 # Offsets of variable-length items, which begin with 0: joining chunks adds the last value of the previous ones.
 OFFSET_ARRAYS = frozenset({"chunk_offsets", "row_chunks", "id_offsets"})
@@ -73,7 +76,7 @@ class EncodedRows:
     num_rows: int
     max_chunks: int
     tokens: Tokens | None  # None: no text columns
-    numbers: np.ndarray  # [N, F] float64, NaN = missing
+    numbers: np.ndarray  # [N, F + D] float64, NaN = missing; dates in seconds
     category_codes: np.ndarray  # [N, K] int32
     vocabularies: list[list[str]]  # K, text of each code
     label_codes: np.ndarray | None  # [N] int32; None: the table has no label column
@@ -208,9 +211,11 @@ def encode_arrays(
 ) -> tuple[Arrays, int]:
     """Name -> array of a chunk that begins at row `first_row`, and the number of truncated texts. Extends `books`."""
     cells = chunk.cells
-    numbers = np.empty((len(chunk), len(roles.numbers)), dtype=np.float64)
+    numbers = np.empty((len(chunk), len(roles.numbers) + len(roles.dates)), dtype=np.float64)
     for index, name in enumerate(roles.numbers):
         numbers[:, index] = _parse_column(cells[name], column=name, row_location=chunk.row_location)
+    for index, name in enumerate(roles.dates, start=len(roles.numbers)):
+        numbers[:, index] = _parse_dates(cells[name], roles.date_order, column=name, row_location=chunk.row_location)
     codes = np.empty((len(chunk), len(roles.categories)), dtype=np.int32)
     for index, name in enumerate(roles.categories):
         codes[:, index] = books[name].encode(cells[name])
@@ -303,6 +308,30 @@ def _parse_column(cells: Sequence[str], *, column: str, row_location: Callable[[
                 f"{row_location(index)}, column {column!r}: {expected}, found {format_for_message(cell)}"
             ) from None
     return numbers
+
+
+def _parse_dates(cells: Sequence[str], order: str, *, column: str, row_location: Callable[[int], str]) -> np.ndarray:
+    """A date column -> seconds, float64 [N], NaN = missing."""
+    seconds: dict[str, float] = {}  # of each distinct cell
+    for index, cell in enumerate(cells):
+        if cell in seconds:
+            continue
+        try:
+            missing = cell.strip().lower() in MISSING_DATES
+            seconds[cell] = math.nan if missing else seconds_of(cell, order)
+        except AmbiguousDate:
+            expected = "expected a date whose order of day and month is known"
+            advice = "set date_order to day_first or month_first"
+            raise InputError(
+                f"{row_location(index)}, column {column!r}: {expected}, found {format_for_message(cell)}: {advice}"
+            ) from None
+        except ValueError:
+            order_named = f" with {order.replace('_', ' ')}" if order != "unambiguous" else ""
+            expected = f"expected a date{order_named} (such as 2019-09-24 or 2019-09-24T10:15:00Z) or an empty cell"
+            raise InputError(
+                f"{row_location(index)}, column {column!r}: {expected}, found {format_for_message(cell)}"
+            ) from None
+    return np.fromiter((seconds[cell] for cell in cells), dtype=np.float64, count=len(cells))
 
 
 def _hash_cells(cells: Sequence[str], first_row: int) -> np.ndarray:

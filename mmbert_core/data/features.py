@@ -1,6 +1,7 @@
 """Statistics and vocabularies of the tabular columns, fitted on the training rows only.
 
-N rows of a table, B rows of a batch, F numeric columns, I missing-indicators, K categorical columns.
+N rows of a table, B rows of a batch, F numeric columns and units of dates, I missing-indicators, K categorical columns.
+C columns of a table's numbers: numeric columns, then date columns in seconds; without dates the F columns.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mmbert_core.data.dates import DATES_JSON, DateColumns
 from mmbert_core.data.number_encoding import MAX_BINS, MAX_EDGE, quantile_edges, robust_scale
 from mmbert_core.data.splits import select_rows
 from mmbert_core.runtime.errors import InputError, list_for_message
@@ -24,7 +26,8 @@ LIMIT_MARGIN = 0.1  # share of the training range; numbers further outside it ar
 RANGES = ("minimums", "maximums")  # fields that folders of version 0.2 and older may lack
 ENCODING = ("scales", "edges")  # fields of runs with column_encoding piecewise_linear, absent in others
 POOLING = "pooled"  # field of runs with min_category_count above 1, absent in others
-OPTIONAL = (*RANGES, *ENCODING, POOLING)
+DATES = "dates"  # field of runs with date_field_list, absent in others
+OPTIONAL = (*RANGES, *ENCODING, POOLING, DATES)
 FAR_STDS = 20  # standard deviations; numbers further from the mean are reported if the range is unknown
 MAX_FLOAT32 = float(np.finfo(np.float32).max)  # the model computes in float32
 MAX_EXAMPLES, MAX_EXAMINED = 3, 100_000  # unseen values in a message; unseen cells searched for them
@@ -43,15 +46,19 @@ FEATURES_JSON = record(
         "scales": array(number(0)),
         "edges": array(array(number())),
         POOLING: array(array(text(non_empty=True), distinct=True)),
+        DATES: DATES_JSON,
     },
 )
+
+
+Values = tuple[tuple[str, ...], ...]  # of each categorical column
 
 
 @dataclass(frozen=True)
 class Features:
     """Statistics and vocabularies of the training rows. All fields are (nested) tuples: lists in features.json."""
 
-    number_names: tuple[str, ...]  # F
+    number_names: tuple[str, ...]  # F, the units of dates after the numeric columns
     medians: tuple[float, ...]  # F, replaces a missing number
     has_indicator: tuple[bool, ...]  # F, whether the column had a missing cell in the training rows
     means: tuple[float, ...]  # F + I, of the output columns
@@ -67,6 +74,7 @@ class Features:
     edges: tuple[tuple[float, ...], ...] | None = None
     # K, sorted normal forms of values with too few training rows: their index is UNSEEN. None: no minimum
     pooled: tuple[tuple[str, ...], ...] | None = None
+    dates: DateColumns | None = None  # None: no date columns
 
     @classmethod
     def fit(
@@ -81,17 +89,21 @@ class Features:
         with_edges: bool = False,
         min_category_count: int = 1,
     ) -> "Features":
-        """Fit on `numbers` [N, F] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`.
+        """Fit on `numbers` [N, C] float64 (NaN = missing) and `codes` [N, K] into `vocabularies`.
 
         `rows` (sorted) are the training rows, None: all. `source` begins messages. `with_edges`: also fit `scales` and
         `edges`. Values of fewer than `min_category_count` rows are pooled. One column at a time is in memory, also of
         a memory-mapped table. Raises `InputError` for a numeric column without any value.
         """
         rows = np.arange(len(numbers)) if rows is None else rows
+        dates = None
+        if roles.dates:
+            dates = DateColumns.fit(numbers[:, len(roles.numbers) :], roles.dates, rows=rows, source=source)
+        number_names = roles.numbers + (dates.unit_names if dates else ())
         medians, has_indicator, means, stds = [], [], [], []
         minimums, maximums, scales, edges, indicator_stats = [], [], [], [], []
-        for index, name in enumerate(roles.numbers):
-            column = select_rows(numbers[:, index], rows)  # [N]
+        for index, name in enumerate(number_names):
+            column = _column_of(numbers, index, rows, dates)  # [N]
             missing = np.isnan(column)
             if missing.all():
                 found = f"found no value in any of {len(column)} rows"
@@ -108,25 +120,28 @@ class Features:
                 edges.append(quantile_edges(column[~missing]))
             if has_indicator[-1]:
                 indicator_stats.append(_mean_and_std(missing.astype(np.float64)))
-        categories, pooled = [], []
-        for index, vocabulary in enumerate(vocabularies):
-            counts = _category_counts(select_rows(codes[:, index], rows), vocabulary)
-            categories.append(sorted(value for value, count in counts.items() if count >= min_category_count))
-            pooled.append(sorted(counts.keys() - set(categories[-1])))
+        counts = [_category_counts(select_rows(codes[:, k], rows), values) for k, values in enumerate(vocabularies)]
+        categories, pooled = _split_rare(counts, min_category_count)
         return cls(
-            number_names=roles.numbers,
+            number_names=number_names,
             medians=tuple(medians),
             has_indicator=tuple(has_indicator),
             means=tuple(means + [mean for mean, _ in indicator_stats]),
             stds=tuple(stds + [std for _, std in indicator_stats]),
             category_names=roles.categories,
-            categories=_tuples(categories),
+            categories=categories,
             minimums=tuple(minimums),
             maximums=tuple(maximums),
             scales=tuple(scales) if with_edges else None,
             edges=tuple(edges) if with_edges else None,
-            pooled=_tuples(pooled) if min_category_count > 1 else None,
+            pooled=pooled if min_category_count > 1 else None,
+            dates=dates,
         )
+
+    @property
+    def plain_number_names(self) -> tuple[str, ...]:
+        """The numeric columns without the units of dates."""
+        return self.number_names[: len(self.number_names) - (len(self.dates.unit_names) if self.dates else 0)]
 
     @property
     def num_numbers(self) -> int:
@@ -157,11 +172,20 @@ class Features:
         margin = LIMIT_MARGIN * (high - low)
         return np.maximum(low - margin, -MAX_FLOAT32), np.minimum(high + margin, MAX_FLOAT32)
 
-    def transform_numbers(self, raw: np.ndarray) -> np.ndarray:
-        """Raw numbers [B, F] (NaN = missing) -> float32 [B, F + I]: limited, imputed with medians, then the indicators.
+    def number_column(self, numbers: np.ndarray, index: int, rows: np.ndarray) -> np.ndarray:
+        """The raw numbers of the numeric column or unit of a date `index` at `rows`, of a table's `numbers` [N, C]."""
+        return _column_of(numbers, index, rows, self.dates)
 
-        Not standardised: that is the model's first layer.
+    def raw_numbers(self, numbers: np.ndarray) -> np.ndarray:
+        """A table's numbers [B, C] -> numeric columns and units of dates [B, F]."""
+        return numbers if self.dates is None else self.dates.expand(numbers)
+
+    def transform_numbers(self, raw: np.ndarray) -> np.ndarray:
+        """A table's numbers [B, C] (NaN = missing) -> float32 [B, F + I].
+
+        Limited, imputed with medians, then the indicators. Not standardised: that is the model's first layer.
         """
+        raw = self.raw_numbers(raw)
         medians, with_indicator = self._medians_and_indicators
         missing = np.isnan(raw)
         if self.limits is not None:
@@ -191,8 +215,8 @@ class Features:
         return lookups
 
     def to_json(self) -> dict[str, Any]:
-        """Lists; without the fields of ENCODING and POOLING where these are None."""
-        absent = {name for name in (*ENCODING, POOLING) if getattr(self, name) is None}
+        """Lists; without the fields of ENCODING, POOLING and DATES where these are None."""
+        absent = {name for name in (*ENCODING, POOLING, DATES) if getattr(self, name) is None}
         return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @classmethod
@@ -209,6 +233,10 @@ class Features:
             for field in fields(cls)
             if field.name in value or field.name not in OPTIONAL
         }
+        if (dates := value.get(DATES)) is not None:
+            known[DATES] = DateColumns.from_json(dates)
+            if known["number_names"][-len(known[DATES].unit_names) :] != known[DATES].unit_names:
+                raise InputError("dates: expected their units as the last of number_names")
         if known.get(POOLING) and len(known[POOLING]) != len(value["category_names"]):
             raise InputError(f"{POOLING}: expected an entry for each of {len(value['category_names'])} columns")
         for names in (RANGES, ENCODING):
@@ -222,6 +250,11 @@ class Features:
         return cls(**known)
 
 
+def _column_of(numbers: np.ndarray, index: int, rows: np.ndarray, dates: DateColumns | None) -> np.ndarray:
+    """Column `index` of the numbers with the units of dates, at `rows`."""
+    return select_rows(numbers[:, index], rows) if dates is None else dates.column(numbers, index, rows)
+
+
 def _category_counts(codes: np.ndarray, vocabulary: Sequence[str]) -> dict[str, int]:
     """Normal form of each value -> its cells among `codes` [N] into `vocabulary`, without missing ones."""
     counts: dict[str, int] = {}
@@ -231,6 +264,13 @@ def _category_counts(codes: np.ndarray, vocabulary: Sequence[str]) -> dict[str, 
             form = normal_form(vocabulary[code])
             counts[form] = counts.get(form, 0) + int(by_code[code])
     return counts
+
+
+def _split_rare(counts: Sequence[dict[str, int]], minimum: int) -> tuple[Values, Values]:
+    """For each column its values with at least `minimum` cells, and those with fewer, each sorted."""
+    kept = [sorted(value for value, count in column.items() if count >= minimum) for column in counts]
+    rare = [sorted(value for value, count in column.items() if count < minimum) for column in counts]
+    return _tuples(kept), _tuples(rare)
 
 
 def _is_edges(values: Sequence[float]) -> bool:

@@ -14,6 +14,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 WHOLE_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 POINT_IN_TIME = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})?"
+)
+EPOCH, SECONDS_PER_DAY = datetime(1970, 1, 1), 86_400
+MONTHS = "january february march april may june july august september october november december".split()
+DATE = re.compile(
+    r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,? )?"
+    r"(?:([0-9]{4})([-/.])([0-9]{1,2})\2([0-9]{1,2})|([0-9]{4})([0-9]{2})([0-9]{2})"  # year, month, day
+    r"|([0-9]{1,2})([-/.])([0-9]{1,2})\9([0-9]{4})"  # day and month, or month and day; year
+    r"|([0-9]{1,2})[ -]([a-z]{3,9})[ -]([0-9]{4})|([a-z]{3,9}) ([0-9]{1,2}),? ([0-9]{4}))"  # with the month's name
+    r"(?:(?:t|,? )([0-9]{1,2}):([0-9]{2})(?::([0-9]{2})(?:[.,][0-9]+)?)?(?: ?([ap])m)?"
+    r"(?: ?(?:z|utc|gmt|[+-][0-9]{2}(?::?[0-9]{2})?))?)?"
 )
 DURATION = re.compile(r"(-?[0-9]+ days)(?: (\+?[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?)?()")
 
@@ -111,12 +122,60 @@ def number_of(cell: str, column: str, missing_words: Sequence[str], largest: flo
     return number
 
 
+def seconds_of(cell: str, column: str, missing_words: Sequence[str], order: str) -> float:
+    """Seconds from 1970-01-01 to a date with or without a time, as it is written; NaN for an empty cell."""
+    text = cell.strip().lower()
+    if text in missing_words:
+        return math.nan
+    found = DATE.fullmatch(text)
+    groups = found.groups() if found else ("",) * 21
+    year, month, day = (int(groups[index] or groups[index + more] or 0) for index, more in ((0, 4), (2, 3), (3, 3)))
+    if groups[7]:
+        first, second, year = int(groups[7]), int(groups[9]), int(groups[10])
+        if order == "unambiguous" and first <= 12 and second <= 12 and first != second:
+            raise ValueError(f"column {column!r}: expected day and month in an order that is known, found {cell!r:.60}")
+        is_day_first = order == "day_first" or (order == "unambiguous" and first > 12)
+        day, month = (first, second) if is_day_first else (second, first)
+    elif name := groups[12] or groups[14]:
+        day, year = int(groups[11] or groups[15]), int(groups[13] or groups[16])
+        month = next((number for number, known in enumerate(MONTHS, start=1) if known.startswith(name)), 0)
+    hour, minute, second = (int(group or 0) for group in groups[17:20])
+    if groups[20]:  # am or pm
+        hour = hour % 12 + 12 * (groups[20] == "p") if 1 <= hour <= 12 else 99
+    try:
+        return (datetime(year, month, day, hour, minute, second) - EPOCH).total_seconds()
+    except ValueError:
+        raise ValueError(f"column {column!r}: expected a date, found {cell!r:.60}") from None
+
+
+def unit_of(seconds: np.ndarray, unit: str, newest: float) -> np.ndarray:
+    """Age in days, month, weekday or hour of dates in `seconds` [N], NaN where missing."""
+    if unit == "age in days":
+        return (newest - seconds) / SECONDS_PER_DAY
+    known = np.where(np.isnan(seconds), 0, seconds)
+    days = np.floor(known / SECONDS_PER_DAY).astype(np.int64)
+    numbers = {
+        "month": days.astype("datetime64[D]").astype("datetime64[M]").astype(np.int64) % 12 + 1,
+        "weekday": (days + EPOCH.weekday()) % 7,
+        "hour": np.floor((known - days * SECONDS_PER_DAY) / 3600),
+    }
+    return np.where(np.isnan(seconds), math.nan, numbers[unit])
+
+
 def numbers_of(rows: Sequence[Row], numbers: dict[str, Any]) -> np.ndarray:
-    """float32 [N, F]: the columns, medians for missing numbers, then 1 (missing) or 0 for each column's indicator."""
+    """float32 [N, F]: the columns, then the units of dates, medians for missing ones, then an indicator of each column.
+
+    An indicator is 1 (missing) or 0.
+    """
     missing_words, largest = numbers["missing_words"], numbers["largest"]
     raw = np.array(
         [[number_of(row[column], column, missing_words, largest) for column in numbers["columns"]] for row in rows]
     )
+    for date in numbers.get("dates", ()):
+        words, order = numbers["missing_dates"], numbers["date_order"]
+        seconds = np.array([seconds_of(row[date["column"]], date["column"], words, order) for row in rows])
+        units = [unit_of(seconds, unit, date["newest_seconds"]) for unit in date["units"]]
+        raw = np.concatenate([raw, np.stack(units, axis=1)], axis=1)
     missing = np.isnan(raw)
     indicators = missing[:, np.array(numbers["has_indicator"])]
     return np.concatenate([np.where(missing, numbers["medians"], raw), indicators], axis=1).astype(np.float32)
@@ -174,7 +233,7 @@ def score(
     """Probabilities float32 in the order of the rows: of class 1 [N], or of all classes [N, number of classes]."""
     text, columns = settings["text"], {}
     chunks = chunks_of(rows, text, tokenizer) if text else []
-    if settings["numbers"]["columns"]:
+    if settings["numbers"]["medians"]:
         columns["numbers"] = numbers_of(rows, settings["numbers"])
     if settings["categories"]["columns"]:
         columns["categories"] = categories_of(rows, settings["categories"])
@@ -255,7 +314,8 @@ def main(source: str, output: str) -> None:
     classes, is_binary = settings["classes"], settings["is_binary"]
     ids = [settings["id"]] if settings["id"] else []
     texts = settings["text"]["columns"] if settings["text"] else []
-    columns = [*ids, *texts, *settings["numbers"]["columns"], *settings["categories"]["columns"]]
+    dates = [date["column"] for date in settings["numbers"].get("dates", ())]
+    columns = [*ids, *texts, *settings["numbers"]["columns"], *dates, *settings["categories"]["columns"]]
     rows = read_rows(source, columns)
     if Path(output).exists() and Path(output).samefile(source):
         raise ValueError(f"{output}: is the input file; choose another output")

@@ -20,7 +20,7 @@ import torch
 
 import mmbert_core
 from mmbert_core.data.dataset import encode_for_prediction, pad_token_id_of
-from mmbert_core.data.encoding import MISSING_NUMBERS
+from mmbert_core.data.encoding import MISSING_DATES, MISSING_NUMBERS
 from mmbert_core.data.features import FIRST_CATEGORY, MAX_FLOAT32, MISSING, UNSEEN
 from mmbert_core.data.tokens import characters_read, keeps_end
 from mmbert_core.export import example as export_example
@@ -151,7 +151,8 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
         "temperature": loaded.decision.calibration.temperature,
         "text": text,
         "numbers": {
-            "columns": list(features.number_names),
+            "columns": list(features.plain_number_names),
+            **_date_settings(loaded),
             "medians": list(features.medians),
             "has_indicator": list(features.has_indicator),
             "missing_words": sorted(MISSING_NUMBERS),
@@ -166,6 +167,18 @@ def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
             "unseen_index": UNSEEN,
             "first_index": FIRST_CATEGORY,
         },
+    }
+
+
+def _date_settings(loaded: LoadedModel) -> dict[str, Any]:
+    """Date columns, whose units follow the numbers; {} without any."""
+    if (dates := loaded.features.dates) is None:
+        return {}
+    columns = zip(dates.names, dates.newest_seconds(), dates.units, strict=True)
+    return {
+        "dates": [{"column": name, "newest_seconds": newest, "units": list(units)} for name, newest, units in columns],
+        "date_order": loaded.config.date_order,
+        "missing_dates": sorted(MISSING_DATES),
     }
 
 
@@ -287,9 +300,11 @@ def generated_rows(loaded: LoadedModel) -> Rows:
     choices: dict[str, Sequence[str]] = {}
     out_of_range = [] if features.limits is None else ["1e30", "-1e30"]  # to compare the clipping too
     # not strict: means and deviations continue with those of the indicators
-    columns = zip(features.number_names, features.medians, features.means, features.stds, strict=False)
+    columns = zip(features.plain_number_names, features.medians, features.means, features.stds, strict=False)
     for column, median, mean, std in columns:
         choices[column] = ["", "NA", repr(median), repr(mean + 3 * std), repr(mean - std), *out_of_range]
+    for column, newest in zip(features.dates.names, features.dates.newest, strict=True) if features.dates else ():
+        choices[column] = ["", "NaT", newest, newest[:10].replace("-", "/"), f"{newest[:4]}-02-03 17:45", "1970-01-01"]
     for column, values in zip(features.category_names, features.categories, strict=True):
         choices[column] = ["", "a value that no training row has", *values]
     rows: Rows = []

@@ -208,10 +208,13 @@ def read_settings(folder: Path) -> ModelSettings:
     if config.text_name and resolved["pooling"] is None:
         raise InputError(f"{folder / CONFIG}: resolved.pooling: expected {', '.join(POOLINGS[1:])}, found null")
     features_json = read_folder_json(folder / FEATURES, FEATURES_JSON, max_bytes=MAX_FEATURES_BYTES)
-    columns = (list(config.tab_field_list), list(config.cat_field_list))
-    if (features_json["number_names"], features_json["category_names"]) != columns:
-        raise InputError(f"{folder / FEATURES}: its columns are not those of {CONFIG}")
     features = _build_from(folder / FEATURES, lambda: Features.from_json(features_json))
+    dates, units = (), ()
+    if features.dates is not None:
+        dates, units = features.dates.names, features.dates.unit_names
+    columns = (config.tab_field_list + units, config.date_field_list, config.cat_field_list)
+    if (features.number_names, dates, features.category_names) != columns:
+        raise InputError(f"{folder / FEATURES}: its columns are not those of {CONFIG}")
     labels = Labels.from_json(read_folder_json(folder / LABELS, LABELS_JSON))
     if len(labels.names) != config.num_classes:
         raise InputError(

@@ -233,7 +233,7 @@ def _encoder_shapes(shapes: Shapes) -> Shapes:
 
 def _check_head(path: Path, config: Config, shapes: Shapes) -> None:
     """Raise `InputError` where the config's widths are not those of the weights, before they are allocated."""
-    num_vectors = bool(config.text_name) + bool(config.tab_field_list or config.cat_field_list)
+    num_vectors = bool(config.text_name) + config.has_columns
     expected = (config.num_classes, config.hidden_common_dim * num_vectors)
     if (shape := shapes.get(LAST_LAYER)) != expected:
         found = "none" if shape is None else f"shape {list(shape)}"

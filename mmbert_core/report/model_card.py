@@ -107,8 +107,18 @@ def _columns(loaded: LoadedModel) -> list[dict[str, str]]:
         ranges = [f"; {low:.6g} to {high:.6g} in the training rows, limited a little beyond" for low, high in pairs]
     rows += [
         (name, "number", f"missing: {median:g}{known_range}")
-        for name, median, known_range in zip(features.number_names, features.medians, ranges, strict=True)
+        # not strict: the units of dates follow
+        for name, median, known_range in zip(features.plain_number_names, features.medians, ranges, strict=False)
     ]
+    if (dates := features.dates) is not None:
+        rows += [
+            (
+                name,
+                "date",
+                f"read as {', '.join(units)}; newest in the training rows: {newest.removesuffix('T00:00:00')}",
+            )
+            for name, newest, units in zip(dates.names, dates.newest, dates.units, strict=True)
+        ]
     pooled = [""] * len(features.category_names)
     if features.pooled is not None:
         pooled = [f", and {len(rare):,} rare ones that share a weight" for rare in features.pooled]

@@ -24,7 +24,7 @@ class FormField:
     """The input of one column."""
 
     name: str
-    kind: Literal["text", "number", "category", "id"]
+    kind: Literal["text", "number", "date", "category", "id"]
     hint: str
     suggestions: tuple[str, ...] = ()
 
@@ -70,8 +70,13 @@ def form_fields(config: Config, features: Features) -> list[FormField]:
     fields: dict[str, FormField] = {}
     for name in config.text_name:
         fields[name] = FormField(name, "text", "text")
-    for name, median in zip(features.number_names, features.medians, strict=True):
+    # not strict: the units of dates follow
+    for name, median in zip(features.plain_number_names, features.medians, strict=False):
         fields[name] = FormField(name, "number", f"number; empty: the training median, {median:g}")
+    for name, newest in zip(features.dates.names, features.dates.newest, strict=True) if features.dates else ():
+        fields[name] = FormField(
+            name, "date", f"date, such as the newest in training, {newest.removesuffix('T00:00:00')}"
+        )
     for name, values in zip(features.category_names, features.categories, strict=True):
         hint = f"one of {len(values)} known values, or another"
         fields[name] = FormField(name, "category", hint, tuple(values[:MAX_SUGGESTIONS]))

@@ -37,6 +37,8 @@ class Roles:
     label: str | None
     id: str | None
     group: str | None
+    dates: tuple[str, ...] = ()
+    date_order: str = "unambiguous"  # see `dates.seconds_of`
 
     @classmethod
     def from_config(cls, config: Config) -> "Roles":
@@ -47,11 +49,13 @@ class Roles:
             label=config.label_name,
             id=config.id_name,
             group=config.group_name,
+            dates=config.date_field_list,
+            date_order=config.date_order,
         )
 
     def features(self) -> list[str]:
-        """Columns that the model reads: text, numbers, categories. Each once."""
-        return list(dict.fromkeys([*self.text, *self.numbers, *self.categories]))
+        """Columns that the model reads: text, numbers, dates, categories. Each once."""
+        return list(dict.fromkeys([*self.text, *self.numbers, *self.dates, *self.categories]))
 
     def inputs(self) -> list[str]:
         """Columns that prediction reads: features and id. Each once."""

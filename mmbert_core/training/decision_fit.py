@@ -54,7 +54,7 @@ def fit_baselines(data: Data, config: Config) -> Baselines:
     rows, labels = sample(data.train, config.seed, config.num_classes)
     val_rows, val_labels = (None, None) if data.val is None else sample(data.val, config.seed, config.num_classes)
     models, thresholds, reasons = {}, {}, {}
-    has_columns = bool(config.tab_field_list or config.cat_field_list)
+    has_columns = config.has_columns
     for name, has_input in ((COLUMNS_ONLY, has_columns), (TEXT_ONLY, bool(config.text_name))):
         if not has_input:
             reasons[name] = f"the model has no {'columns' if name == COLUMNS_ONLY else 'text'}"

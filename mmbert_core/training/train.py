@@ -107,7 +107,11 @@ def describe(config: Config, data: Data) -> None:
     inputs = [f"text of {lengths.mean():.0f} tokens on average, at most {lengths.max()}"] if config.text_name else []
     inputs += [
         f"{kind} columns: {', '.join(names)}"
-        for kind, names in (("numeric", config.tab_field_list), ("categorical", config.cat_field_list))
+        for kind, names in (
+            ("numeric", config.tab_field_list),
+            ("date", config.date_field_list),
+            ("categorical", config.cat_field_list),
+        )
         if names
     ]
     logger.info("inputs: %s", "; ".join(inputs))
