@@ -233,6 +233,14 @@ class Config:
         at_least=0,
         at_most=MANY,
     )
+    aux_loss_weight: float = setting(
+        0.0,
+        "weight of the losses of two further heads in training, one on the text alone, one on the columns alone, which "
+        "are not part of the saved model; 0: none",
+        group="optimisation",
+        at_least=0,
+        at_most=100,
+    )
     ema_decay: float = setting(
         0.0,
         "moving average of the weights, validated and saved as the model: the share kept at each step, such as 0.99, "

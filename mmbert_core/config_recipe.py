@@ -20,7 +20,15 @@ RECOMMENDED_VALUES: dict[str, Any] = {
     "gradient_clip_val": 1.0,
 }
 # Keys that the original does not have and that change what is trained: who names one has chosen the settings.
-NEW_KEYS = ("column_encoding", "min_category_count", "wide_columns", "layer_decay", "schedule", "ema_decay")
+NEW_KEYS = (
+    "column_encoding",
+    "min_category_count",
+    "wide_columns",
+    "layer_decay",
+    "schedule",
+    "aux_loss_weight",
+    "ema_decay",
+)
 SAME_SUBJECT = {"schedule": "run_scheduler"}  # a key of a recipe -> an older key that says the same in another way
 
 

@@ -66,6 +66,7 @@ NAMES_ELSEWHERE = {
     "run_scheduler": "scheduler",
     "schedule": "lr_scheduler lr_scheduler_type lr_schedule",
     "warmup_steps": "warmup warmup_ratio num_warmup_steps warmup_proportion",
+    "aux_loss_weight": "aux_weight auxiliary_loss_weight auxiliary_weight",
     "ema_decay": "ema ema_rate moving_average weight_averaging swa",
     "gradient_clip_val": "max_grad_norm grad_clip gradient_clip clip clip_grad_norm",
     "memory_limit_mb": "memory_limit",

@@ -41,20 +41,24 @@ def run_epoch(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """`(loss, preds, labels)` of one batch, although the original's name says epoch.
 
-    loss: the sum of the weighted losses divided by `weight_sum`; by default that is the sum of the batch's weights, as
-    in `nn.CrossEntropyLoss(weight)`. preds: softmax probability of class 1 [B] when binary, else of all [B, K].
-    labels [B]. Loss and labels are None in stage `pred` and for a batch without labels.
+    loss: the sum of the weighted losses, those of auxiliary heads included, divided by `weight_sum`; by default that is
+    the sum of the batch's weights, as in `nn.CrossEntropyLoss(weight)`. preds: softmax probability of class 1 [B] when
+    binary, else of all [B, K]. labels [B]. Loss and labels are None in stage `pred` and for a batch without labels.
     """
     batch = batch.to(task.device)
     with autocast(task.precision, task.device):
-        logits = model(batch.input_ids, batch.attention_mask, TabAE.combine_tab_data(batch), batch.categories)
+        outputs = model(batch.input_ids, batch.attention_mask, TabAE.combine_tab_data(batch), batch.categories)
+    logits, *auxiliary = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     logits = logits.float()
     probabilities = torch.softmax(logits, dim=1)
     preds = probabilities[:, 1] if task.is_binary else probabilities
     if stage == "pred" or batch.labels is None:
         return None, preds, None
     divisor = row_weights(task.loss_op, batch.labels).sum() if weight_sum is None else weight_sum
-    return row_losses(task.loss_op, logits, batch.labels).sum() / divisor, preds, batch.labels
+    losses = row_losses(task.loss_op, logits, batch.labels)
+    for other_logits in auxiliary:
+        losses = losses + task.aux_loss_weight * row_losses(task.loss_op, other_logits, batch.labels)
+    return losses.sum() / divisor, preds, batch.labels
 
 
 def training_step(

@@ -27,6 +27,7 @@ class Task:
     loss_op: LossOp  # logits [B, K], labels [B] -> weighted losses [B]
     precision: str
     device: torch.device
+    aux_loss_weight: float = 0.0  # of each auxiliary head's losses, in training
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,5 @@
 
 Modules, each importing only those before it: text_features, fusion, losses, column_features, wide_columns,
 tabular_encoder, positions, pretrained, dropout, int8, packing, bag_of_words, blend, packed_attention,
-text_encoder, probe, multimodal_bert, padded.
+text_encoder, probe, auxiliary, multimodal_bert, padded.
 """

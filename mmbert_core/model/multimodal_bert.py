@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from mmbert_core.model.auxiliary import AuxiliaryHeads
 from mmbert_core.model.blend import Blend
 from mmbert_core.model.fusion import build_merge_subnetwork
 from mmbert_core.model.tabular_encoder import TabAE
@@ -21,6 +22,8 @@ class MultimodalBert(nn.Module):
     """Text encoder, tabular encoder and head. One of the encoders may be None; both None is a ValueError.
 
     `wide_columns`, a linear path from the columns, adds its logits to those of the head.
+
+    `auxiliary_heads`, where training has set them, give `forward` two more logits in training mode.
 
     Attributes: `text_subnetwork`, `tab_subnetwork`, `wide_columns`, `final_merge_network`, `num_classes`, `pooling`.
     """
@@ -41,6 +44,7 @@ class MultimodalBert(nn.Module):
         self.text_subnetwork = text_subnetwork
         self.tab_subnetwork = tab_subnetwork
         self.wide_columns = wide_columns
+        self.auxiliary_heads: AuxiliaryHeads | None = None
         self.blend: Blend | None = None  # fitted after training; in eval mode the logits are then the blend's
         self.num_classes = num_classes
         output_text_dim = 0 if text_subnetwork is None else text_subnetwork.output_text_dim
@@ -58,12 +62,24 @@ class MultimodalBert(nn.Module):
         attention_mask: torch.Tensor | None,
         tab_data: torch.Tensor | None = None,
         cat_data: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Token ids and mask [B, T] or [B, C, T], numbers [B, F], categories [B, K] -> logits float32 [B, num_classes].
 
-        Inputs of an encoder that the model lacks are ignored and may be None.
+        Inputs of an encoder that the model lacks are ignored and may be None. In training mode with `auxiliary_heads`:
+        a tuple, theirs last.
         """
-        return self.merge(self.encode_text(input_ids, attention_mask), tab_data, cat_data)
+        text = self.encode_text(input_ids, attention_mask)
+        logits = self.merge(text, tab_data, cat_data)
+        if self.auxiliary_heads is None or not self.training:
+            return logits
+        with _without_autocast(logits.device.type):
+            return logits, *self.auxiliary_heads(text.float().vectors, self.tab_subnetwork(tab_data, cat_data))
+
+    def add_auxiliary_heads(self) -> None:
+        """Draws their weights from torch's global generator. A model of text or of columns alone gets none."""
+        if self.text_subnetwork is not None and self.tab_subnetwork is not None:
+            dims = self.text_subnetwork.output_text_dim, self.tab_subnetwork.output_tab_dim
+            self.auxiliary_heads = AuxiliaryHeads(*dims, self.num_classes)
 
     def encode_text(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> TextFeatures | None:
         """Token ids and mask [B, T] or [B, C, T] -> what `merge` reads of the texts; None without a text encoder."""

@@ -49,6 +49,7 @@ def finish(run: Run) -> dict[str, Any]:
         run.model.load_state_dict(weights_for_all(run, best))
     else:
         swap_average(run.optimizer)  # for good: no step follows
+    run.model.auxiliary_heads = None  # have served their purpose
     val_preds = validation_of_best(run)
     distributed.on_main(lambda: check_finite_predictions(run, best, val_preds))
     with phase("blend, threshold, calibration and baselines"):

@@ -70,6 +70,8 @@ def prepare_model(config: Config, data: Data) -> MultimodalBert:
     if model.text_subnetwork is not None:
         tokens = ProbeTokens(**sample_tokens(data.tokenizer))
         check_text_encoder(model.text_subnetwork, tokens, max_length=config.max_length, name=config.encoder)
+    if config.aux_loss_weight:
+        model.add_auxiliary_heads()
     return model
 
 
@@ -214,7 +216,7 @@ def make_task(
     loss_op = build_loss_op(resolve_class_weights(config, data)) if loss_op is None else add_loss_op(loss_op)
     class_weights = row_weights(loss_op, torch.arange(config.num_classes)).double().numpy()
     loss_op = loss_op.to(context.device) if isinstance(loss_op, nn.Module) else loss_op
-    return Task(config.is_binary, loss_op, precision, context.device), class_weights
+    return Task(config.is_binary, loss_op, precision, context.device, config.aux_loss_weight), class_weights
 
 
 def used_embedding_rows(model: MultimodalBert, context: DistContext) -> UsedRows | None:
@@ -269,8 +271,8 @@ def resolve_batching(
 
 def freeze_unused(model: nn.Module, data: Data, task: Task) -> None:
     """Freeze parameters that have no influence on the loss: DDP would wait for their gradients forever."""
-    _, preds, _ = run_epoch(model, data.train.batch(np.arange(1)), "pred", task=task)
-    preds.sum().backward()
+    loss, _, _ = run_epoch(model, data.train.batch(np.arange(1)), "train", task=task, weight_sum=1.0)
+    loss.backward()
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     unused = {name: parameter for name, parameter in trainable if parameter.grad is None}
     for parameter in unused.values():

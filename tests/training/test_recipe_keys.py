@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mmbert_core import config_recipe, hooks
 from mmbert_core.config_reader import read_config
 from mmbert_core.config_recipe import RECOMMENDED_VALUES, recipe_line
+from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.training import loop
 from tests.support import tiny
@@ -19,7 +20,7 @@ from tests.training.conftest import STEPS, Interrupted, die_before, lines_of, tr
 
 KEYS = {
     "rates": {"lr": "auto", "head_lr": "auto", "layer_decay": 0.8, "schedule": "cosine"},
-    "average": {"ema_decay": 0.9, "gradient_clip_val": 1.0},
+    "average": {"ema_decay": 0.9, "gradient_clip_val": 1.0, "aux_loss_weight": 0.5},
 }
 
 
@@ -78,6 +79,45 @@ def test_a_run_of_an_older_recipe_resumes_with_its_own_values(config_of, files, 
     assert train(again)[0].steps == STEPS
     with pytest.raises(InputError, match="was .* in the checkpoint at step 10 and is .* now"):
         train(read_config(None, {**values, "recipe": "original"}))
+
+
+# ---- auxiliary heads ----
+
+
+def test_auxiliary_losses_are_added_in_training_only_and_no_part_of_the_model(config_of, monkeypatch, tmp_path):
+    config = config_of(aux_loss_weight=0.5, class_weights=(1.0, 3.0), save_every=5)
+    seen, plain_step = [], hooks.training_step
+
+    def training_step(model, batch, batch_idx, *, task, weight_sum):
+        torch.manual_seed(0)
+        outputs = model(batch.input_ids, batch.attention_mask, hooks.TabAE.combine_tab_data(batch), batch.categories)
+        torch.manual_seed(0)
+        step = plain_step(model, batch, batch_idx, task=task, weight_sum=weight_sum)
+        losses = [torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none") for logits in outputs]
+        expected = ((losses[0] + 0.5 * losses[1] + 0.5 * losses[2]) * (1.0 + 2.0 * batch.labels)).sum() / weight_sum
+        seen.append((step["loss"].item(), expected.item()))
+        return step
+
+    monkeypatch.setattr(hooks, "training_step", training_step)
+    _, _, model = train(config)
+    assert len(seen) == 2 * STEPS and all(found == pytest.approx(expected, rel=1e-5) for found, expected in seen)
+    in_checkpoint = load_file(Path(config.model_path) / "checkpoints/step-00000005/model.safetensors")
+    in_folder = load_file(Path(config.model_path) / "model.safetensors")
+    assert set(in_checkpoint) - set(in_folder) == {
+        f"auxiliary_heads.{name}.{kind}" for name in ("text", "columns") for kind in ("weight", "bias")
+    }
+    predictor = Predictor.from_folder(config.model_path)
+    predictor.predict_file([str(config.val_path[0])], tmp_path / "out.tsv")
+    assert len((tmp_path / "out.tsv").read_text().splitlines()) == 24
+
+
+@pytest.mark.parametrize("missing", ({"text_name": ()}, {"tab_field_list": (), "cat_field_list": ()}))
+def test_a_model_of_one_input_has_no_auxiliary_heads(config_of, tmp_path, missing):
+    plain = config_of(max_epochs=1, **missing)
+    config = replace(plain, aux_loss_weight=0.5, model_path=str(tmp_path / "with"))
+    for each in (plain, config):
+        train(each)
+    assert weights_in(config) == weights_in(plain)
 
 
 # ---- moving average ----
