@@ -18,12 +18,14 @@ RECOMMENDED_VALUES: dict[str, Any] = {
     "weight_decay": 0.01,
     "warmup_steps": 0.1,
     "gradient_clip_val": 1.0,
+    "blend": "auto",
 }
 # Keys that the original does not have and that change what is trained: who names one has chosen the settings.
 NEW_KEYS = (
     "column_encoding",
     "min_category_count",
     "wide_columns",
+    "blend",
     "layer_decay",
     "schedule",
     "aux_loss_weight",
