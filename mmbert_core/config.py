@@ -8,15 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from mmbert_core.config_checks import COLUMN_KEYS, check_values
+from mmbert_core.config_metrics import ORIGINAL_DEFAULTS, RANKING_DEFAULTS, default_metrics
 from mmbert_core.config_setting import Setting, setting, setting_of
 
-# Defaults for two classes when neither key is set: with few rows or positives, F1 is the same at many steps, often 0,
-# and a ranking metric is not. In all other cases the defaults are the original's.
-RANKING_DEFAULTS: dict[str, Any] = {
-    "metric_choices": ("auroc", "average_precision", "f1_score", "accuracy"),
-    "early_stop_metric": "val/auroc",
-}
-ORIGINAL_DEFAULTS: dict[str, Any] = {"metric_choices": ("accuracy", "f1_score"), "early_stop_metric": "val/f1_score"}
 MANY = 10**9  # steps or validations: more than any run has, and small enough for every counter
 
 
@@ -210,6 +204,12 @@ class Config:
         at_least=0.01,
         at_most=1,
     )
+    head_first: Literal["never", "auto", "always"] = setting(
+        "never",
+        "before step 1, fit all but the encoder to the encoder's vectors and start from there; that model is kept "
+        "unless fine-tuning beats it; auto: where there are validation rows and at least 50 training rows",
+        group="optimisation",
+    )
     weight_decay: float = setting(
         0.0, "AdamW weight decay; never on biases and normalisation", group="optimisation", at_least=0, at_most=1_000
     )
@@ -370,7 +370,7 @@ class Config:
     def _resolve_metrics(self) -> None:
         """Replace metrics that are None by the defaults, so that the stored config names the metrics that were used."""
         has_no_metric = self.metric_choices is None and self.early_stop_metric is None
-        for name, default in (RANKING_DEFAULTS if self.is_binary and has_no_metric else ORIGINAL_DEFAULTS).items():
+        for name, default in default_metrics(has_no_metric=has_no_metric, is_binary=self.is_binary).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
 

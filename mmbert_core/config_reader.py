@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mmbert_core.config import ORIGINAL_DEFAULTS, SETTINGS, Config
+from mmbert_core.config import SETTINGS, Config
 from mmbert_core.config_checks import check_schedule
 from mmbert_core.config_file import read_config_file
+from mmbert_core.config_metrics import ORIGINAL_DEFAULTS
 from mmbert_core.config_recipe import with_recipe
 from mmbert_core.config_synonyms import nearest_name
 from mmbert_core.runtime.errors import InputError, format_for_message

@@ -60,6 +60,7 @@ NAMES_ELSEWHERE = {
     """,
     "lr": "learning_rate learningrate learn_rate encoder_lr bert_lr",
     "head_lr": "head_learning_rate classifier_lr",
+    "head_first": "lp_ft linear_probe linear_probing freeze_encoder fit_head",
     "weight_decay": "wd decay l2",
     "adam_epsilon": "epsilon eps adam_eps",
     "layer_decay": "llrd layer_lr_decay layerwise_lr_decay layerwise_decay lr_decay",

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "config_file",
             "config_setting",
             "config_checks",
+            "config_metrics",
             "config",
             "config_recipe",
             "config_reader",

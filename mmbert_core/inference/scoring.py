@@ -58,13 +58,19 @@ def non_finite_rows(preds: np.ndarray) -> np.ndarray:
     return np.unique(np.argwhere(~np.isfinite(preds))[:, 0])
 
 
-def own_batches(dataset: Dataset, context: DistContext) -> Iterator[tuple[int, Batch] | None]:
+def own_batches(
+    dataset: Dataset, context: DistContext, positions: np.ndarray | None = None
+) -> Iterator[tuple[int, Batch] | None]:
     """This rank's evaluation batches with their indices; the batches do not depend on the number of ranks.
 
     Every rank yields the same number of items, so that the caller can synchronise at each: a rank with fewer batches
-    yields None after them.
+    yields None after them. `positions`: of these rows only.
     """
-    plan = evaluation_batches(dataset.lengths, token_budget=TOKEN_BUDGETS[context.device.type])
+    token_budget = TOKEN_BUDGETS[context.device.type]
+    if positions is None:
+        plan = evaluation_batches(dataset.lengths, token_budget=token_budget)
+    else:
+        plan = [positions[rows] for rows in evaluation_batches(dataset.lengths[positions], token_budget=token_budget)]
     batches_by_rank = assign_to_ranks([dataset.cost(rows) for rows in plan], context.world_size)
     own = batches_by_rank[context.rank]
     for index in own:

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 NO_VALUE = "–"
+BEFORE_FINE_TUNING = "the model before fine-tuning"  # what step 0 is
 # Control characters are drawn as ␀, ␁, ...
 CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {13: "\n", 0x7F: "\u2421"}
 # C1 controls and noncharacters are not allowed in HTML; direction overrides would reorder the text around them.

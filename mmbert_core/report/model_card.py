@@ -12,6 +12,7 @@ import mmbert_core
 from mmbert_core.data.class_messages import format_share
 from mmbert_core.inference.model_files import CARD, SUMMARY, SUMMARY_JSON, is_own_card, read_folder_json, with_card_mark
 from mmbert_core.inference.model_folder import LoadedModel, load_model_folder
+from mmbert_core.report.formatting import BEFORE_FINE_TUNING
 from mmbert_core.report.results import listed_figures
 from mmbert_core.runtime.templates import environment
 from mmbert_core.storage.files import write_json, write_text
@@ -86,6 +87,7 @@ def render_card(name: str, loaded: LoadedModel, summary: Values) -> str:
         columns=_columns(loaded),
         splits=[_split(name, values) for name, values in summary["data"].items() if name != "files"],
         best_step=best.get("step"),
+        before_fine_tuning=BEFORE_FINE_TUNING if best.get("step") == 0 else None,
         best_metric=best.get("metric") or "val_loss",
         best_value=best.get("value"),
         test=_test(summary.get("test")),

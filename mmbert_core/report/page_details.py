@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from mmbert_core.report import charts
 from mmbert_core.report.charts import Axis, Chart, Guide, Line, Texts
-from mmbert_core.report.formatting import bounds, figure, is_number
+from mmbert_core.report.formatting import BEFORE_FINE_TUNING, bounds, figure, is_number
 from mmbert_core.report.report_schema import (
     Cell,
     Column,
@@ -59,6 +59,7 @@ def training(section: Training, report: Report) -> View:
         "charts": [by_step_chart(*plot) for plot in plots],
         "best": best,
         "metric": metric or "val_loss",
+        "before_fine_tuning": BEFORE_FINE_TUNING,
         "keys": keys,
         "rows": [(row.get("step"), [row.get(key) for key in keys]) for row in validations],
     }

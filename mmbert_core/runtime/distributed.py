@@ -88,6 +88,21 @@ def all_gather_objects(items: Sequence[T], *, per_round: int = ITEMS_PER_ROUND) 
     return gathered
 
 
+def gather_objects(items: Sequence[T], *, per_round: int = ITEMS_PER_ROUND) -> list[list[T]] | None:
+    """Collective. As `all_gather_objects`, on rank 0 alone: None on the others, which need no memory for the items."""
+    if not is_distributed():
+        return [list(items)]
+    is_main = dist.get_rank() == 0
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    for start in range(0, max(_all_gather(len(items))), per_round):
+        of_ranks: list[Any] | None = [None] * dist.get_world_size() if is_main else None
+        with as_peer_error():
+            dist.gather_object(list(items[start : start + per_round]), of_ranks, dst=0, group=_object_group)
+        for all_items, round_items in zip(gathered, of_ranks or (), strict=is_main):
+            all_items.extend(round_items)
+    return gathered if is_main else None
+
+
 def _all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     with as_peer_error():

@@ -14,6 +14,7 @@ from mmbert_core.inference import scoring
 from mmbert_core.inference.model_folder import LoadedModel, save_model_folder
 from mmbert_core.report.build import PAGE, write_report
 from mmbert_core.report.evaluated_rows import EvaluatedRows
+from mmbert_core.report.formatting import BEFORE_FINE_TUNING
 from mmbert_core.report.model_card import write_card
 from mmbert_core.report.results import listed_figures
 from mmbert_core.report.run_sections import data_section, training_section
@@ -44,7 +45,7 @@ def finish(run: Run) -> dict[str, Any]:
     probabilities are not finite.
     """
     distributed.on_main(lambda: check_not_all_skipped(run.state))
-    best = run.state.best_step or run.state.step
+    best = run.state.step if run.state.best_step is None else run.state.best_step
     if best != run.state.step:
         run.model.load_state_dict(weights_for_all(run, best))
     else:
@@ -57,7 +58,8 @@ def finish(run: Run) -> dict[str, Any]:
         loaded = distributed.on_main(lambda: model_with_decision(run, val_preds, blend), share=False, long_timeout=True)
     with phase("writing the model folder"):
         distributed.on_main(lambda: save_model_folder(run.folder, checkpoint.weights_of(run.model), loaded))
-    run.log.say(f"model of step {best} written to {run.folder}")
+    which = f"step 0 ({BEFORE_FINE_TUNING})" if best == 0 else f"step {best}"
+    run.log.say(f"model of {which} written to {run.folder}")
     test_figures, test_folder = test(run, loaded) if run.data.test is not None else (None, None)
     best_figures = {"step": best, "metric": run.state.best_metric, "value": run.state.best_value}
     distributed.on_main(
@@ -124,7 +126,7 @@ def remove_old_checkpoints(run: Run) -> None:
 def check_not_all_skipped(state: TrainState) -> None:
     """Rank 0 only. Raise `RunError` when every step was left out; warn when some were."""
     reason = "because their loss or gradient was not finite"
-    if state.skipped_steps >= state.step:
+    if state.skipped_steps >= state.step and state.best_step != 0:
         nothing = "nothing was trained, and no model is written; see the first of these errors"
         raise RunError(f"all {state.step} steps were left out {reason}: {nothing}")
     if state.skipped_steps:

@@ -24,6 +24,8 @@ from mmbert_core.runtime.progress import format_seconds
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training.average import update_average
 from mmbert_core.training.finish import finish
+from mmbert_core.training.head_first import fit_head_first
+from mmbert_core.training.head_fit import wants_head_first
 from mmbert_core.training.memory import return_freed_memory
 from mmbert_core.training.optim import optimizer_step
 from mmbert_core.training.results import Results
@@ -54,6 +56,8 @@ def fit(
             if run.state.finished and (record := already_finished(config)):
                 run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")
                 return Results.from_record(run.folder, record)
+            if not run.is_resumed and wants_head_first(config, data, model):
+                fit_head_first(run)
             train_to_the_end(run)
             return Results.from_record(run.folder, finish(run))
         finally:

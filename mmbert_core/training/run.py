@@ -60,6 +60,7 @@ class Run:
     # predictions [N] or [N, K] of the best step; None when it was not validated since the start or resume
     best_validation: np.ndarray | None = None
     folder_lock: Claim | None = None  # rank 0 only
+    is_resumed: bool = False  # from a checkpoint
     stopping: bool = False  # whether any rank has received a signal; the same on all ranks
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics.jsonl
 

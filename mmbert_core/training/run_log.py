@@ -28,6 +28,7 @@ SECONDS_BETWEEN_LINES = 5.0
 class RunLog:
     """Appends to metrics.jsonl and shows the progress. On resume, lines of steps after `first_step` are removed.
 
+    `is_resumed`: from a checkpoint of `first_step`; those of step 0 have lines too. A new run begins an empty file.
     `validated`, `tested`: whether the validation of `first_step`, if one is due there, and the test are complete. If
     not, their lines are removed too, as they will be repeated.
     """
@@ -39,6 +40,7 @@ class RunLog:
         is_main: bool,
         first_step: int,
         total_steps: int,
+        is_resumed: bool,
         validated: bool = True,
         tested: bool = False,
     ) -> None:
@@ -48,10 +50,11 @@ class RunLog:
         if not is_main:
             return
         self._path = Path(folder) / "metrics.jsonl"
-        kept = kept_lines(self._path, first_step, validated=validated, tested=tested)
+        kept = kept_lines(self._path, first_step if is_resumed else -1, validated=validated, tested=tested)
         write_text(self._path, "".join(line + "\n" for line in kept))
         self._stream = open(self._path, "a", encoding="utf-8")
-        self._first_step, self._tensorboard, self._has_curves = first_step, None, False
+        self._purge_step = first_step + 1 if is_resumed else None  # TensorBoard hides events from there on
+        self._tensorboard, self._has_curves = None, False
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -65,8 +68,8 @@ class RunLog:
             self._stream.flush()
         if not self._has_curves:  # not in the constructor: a finished run that is started again writes no files
             self._has_curves = True
-            self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", self._first_step)
-        if self._tensorboard is not None:
+            self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", self._purge_step)
+        if self._tensorboard is not None and "stage" not in values:
             try:
                 for name, value in values.items():
                     if name not in ("step", "epoch") and isinstance(value, (int, float)):
@@ -105,7 +108,7 @@ class RunLog:
                     self._tensorboard.close()
 
 
-def _open_tensorboard(folder: Path, first_step: int) -> Any:
+def _open_tensorboard(folder: Path, purge_step: int | None) -> Any:
     """A SummaryWriter when the extra `tensorboard` is installed, else None."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -113,7 +116,7 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
         return None
     if getattr(threading.excepthook, "func", None) is not _on_thread_error:
         threading.excepthook = partial(_on_thread_error, threading.excepthook)
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _on_thread_error(previous_hook: Callable[[Any], object], failure: Any) -> None:

@@ -32,6 +32,7 @@ from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import read_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
+from mmbert_core.training.head_fit import wants_head_first
 from mmbert_core.training.memory import keep_freed_memory, resolve_by_trial
 from mmbert_core.training.optim import configure_optimizers, resolve_learning_rates
 from mmbert_core.training.resume import (
@@ -72,6 +73,7 @@ def prepare_model(config: Config, data: Data) -> MultimodalBert:
         check_text_encoder(model.text_subnetwork, tokens, max_length=config.max_length, name=config.encoder)
     if config.aux_loss_weight:
         model.add_auxiliary_heads()
+    wants_head_first(config, data, model)  # raises where the model cannot
     return model
 
 
@@ -140,10 +142,9 @@ def start_run(
     optimizer, scheduler = configure_optimizers(model, with_resolved_rates(config, resolved), plan.total_steps)
     scaler = build_scaler(precision, context.device)
     with phase("load"):
-        states = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler))
+        state = distributed.on_all(lambda: restore(found, model, optimizer, scheduler, scaler))[context.rank]
 
     # ---- the first files of the run ----
-    state = states[context.rank]
     log = open_run(config, resolved, plan, state, context, is_resumed=found is not None)
     run = Run(
         config=config,
@@ -161,6 +162,7 @@ def start_run(
         resolved=resolved,
         class_weights=class_weights,
         used_rows=used_rows,
+        is_resumed=found is not None,
     )
     if source != 0:  # the checkpoint is on another node: rank 0, which writes from now on, needs it too
         save(run)
@@ -204,6 +206,7 @@ def open_run(
         is_main=context.is_main,
         first_step=state.step,
         total_steps=plan.total_steps,
+        is_resumed=is_resumed,
         validated=not state.validation_pending,
         tested=state.finished and already_finished(config) is not None,
     )

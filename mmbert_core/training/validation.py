@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmbert_core import hooks
@@ -97,17 +98,20 @@ def has_lower_loss(val_loss: float | None, best_val_loss: float | None) -> bool:
     return val_loss is not None and best_val_loss is not None and val_loss < best_val_loss
 
 
-def evaluate(run: Run, dataset: Dataset, step: Callable[[Batch, int], None]) -> bool:
+def evaluate(
+    run: Run, dataset: Dataset, step: Callable[[Batch, int], None], positions: np.ndarray | None = None
+) -> bool:
     """Collective. Call `step(batch, index)` for every batch assigned to this rank, in eval mode, without gradients.
 
     `step` uses the raw module: DDP's forward is a collective, and ranks may have different numbers of batches.
     Returns False, with `run.stopping` set, when a signal to any rank has stopped it before the last batch.
+    `positions`: of these rows only.
     """
     stop_flag = distributed.AsyncFlag()
     run.model.eval()
     # not inference_mode: an encoder may cache a tensor here and use it in training steps
     with torch.no_grad(), phase(f"the evaluation at step {run.state.step}"):
-        for item in scoring.own_batches(dataset, run.context):
+        for item in scoring.own_batches(dataset, run.context, positions):
             run.stopping = stop_flag.any_rank(signals.requested() is not None)
             if run.stopping:
                 break

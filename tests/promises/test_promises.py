@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.promises.worker import KILLED_STEPS
+from tests.promises.worker import HEAD_FIRST_KILLS, KILLED_STEPS
 from tests.support import tiny
 
 WORKER = str(tiny.ROOT / "tests/promises/worker.py")
@@ -85,3 +85,20 @@ def test_resume_after_any_step_is_bit_equal(tmp_path, num_processes):
     assert set(digests) == {str(step) for step in range(KILLED_STEPS + 1)}
     for killed_after, digest in digests.items():
         assert digest == digests["0"], f"killed after step {killed_after}"
+
+
+def test_a_head_that_is_fitted_first_is_the_same_on_any_number_of_processes_and_after_kills(tmp_path):
+    tiny.settings(tmp_path, num_rows=27)
+    digests = {}
+    for num_processes in (1, 2, 3):
+        launch(num_processes, str(tmp_path), "head_first")
+        digests[num_processes] = json.loads((tmp_path / f"head_first{num_processes}.json").read_text())
+    one = digests[1][""]
+    assert len(one["head"]) > 5 and [step for step, _ in one["validations"]] == [0, 2, 4, 6, 8]
+    for num_processes, by_kill in digests.items():
+        found = by_kill[""]
+        assert (found["step 0"], found["head"]) == (one["step 0"], one["head"]), num_processes
+        assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        for kill, digest in by_kill.items():
+            assert digest == found, f"{num_processes} processes, killed {kill}"
+    assert list(digests[2]) == list(HEAD_FIRST_KILLS)

@@ -15,6 +15,7 @@ from mmbert_core.predictor import Predictor
 from mmbert_core.runtime import distributed, ranks, workers
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import sha256_of
+from mmbert_core.training import head_first as head_first_stage
 from mmbert_core.training import loop
 from tests.support import tiny
 
@@ -145,13 +146,78 @@ def resume(folder: Path, context: DistContext) -> None:
         (folder / f"resume{context.world_size}.json").write_text(json.dumps(digests))
 
 
+HEAD_FIRST_KILLS = ("", "in the fit", "before the validation of step 0", "after step 0", "after step 3")
+
+
+def head_first(folder: Path, context: DistContext) -> None:
+    """A run whose head is fitted first, then one that is killed and resumed for each of HEAD_FIRST_KILLS."""
+    kills = HEAD_FIRST_KILLS if context.world_size < 3 else HEAD_FIRST_KILLS[:1]
+    digests = {}
+    for number, kill in enumerate(kills):
+        model_path = folder / f"head{context.world_size}-{number}"
+        config = Config(
+            **tiny.settings(
+                folder,
+                test_path=(),
+                val_check_interval=0.5,
+                save_every=1,
+                keep_checkpoints=100,
+                head_first="always",
+                model_path=str(model_path),
+            )
+        )
+        if kill:
+            train_until(kill, config, context)
+        tiny.train(config, context)
+        if context.is_main:
+            first, last = model_path / "checkpoints/step-00000000", model_path / "checkpoints/step-00000008"
+            lines = tiny.metrics_lines(model_path)
+            digests[kill] = {
+                "step 0": sha256_of(first / "model.safetensors"),
+                "weights": sha256_of(last / "model.safetensors"),
+                "moments": sha256_of(last / "optimizer.safetensors"),
+                "model": sha256_of(model_path / "model.safetensors"),
+                "head": [[x["head_train_loss"], x["head_val_loss"]] for x in lines if "head_epoch" in x],
+                "losses": [x["train_loss"] for x in lines if "train_loss" in x],
+                "validations": [[x["step"], x["val_loss"]] for x in lines if "val_loss" in x],
+            }
+    if context.is_main:
+        (folder / f"head_first{context.world_size}.json").write_text(json.dumps(digests))
+
+
+def train_until(kill: str, config: Config, context: DistContext) -> None:
+    """A training in which every rank is killed there."""
+    plain_save, plain_validate, plain_stop = loop.save, loop.validate, head_first_stage.stop_if_asked
+
+    def interrupted_save(run):
+        plain_save(run)
+        if f"after step {run.state.step}" == kill:
+            raise Interrupted
+
+    def interrupt(*_):
+        raise Interrupted
+
+    try:
+        loop.save = interrupted_save
+        if kill == "in the fit":
+            head_first_stage.stop_if_asked = interrupt
+        elif kill == "before the validation of step 0":
+            loop.validate = interrupt
+        tiny.train(config, context)
+        raise AssertionError("the run should have been interrupted")
+    except Interrupted:
+        pass
+    finally:
+        loop.save, loop.validate, head_first_stage.stop_if_asked = plain_save, plain_validate, plain_stop
+
+
 def main() -> None:
     folder, tasks = Path(sys.argv[1]), sys.argv[2:]
     context = ranks.read_context()
     ranks.set_threads(1, context)
     with workers.process_group(context):
         for task in tasks:
-            {"steps": steps, "score": score, "resume": resume}[task](folder, context)
+            {"steps": steps, "score": score, "resume": resume, "head_first": head_first}[task](folder, context)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_lines_after_the_loaded_step_and_torn_ones_are_dropped(tmp_path):
     )
     assert kept_lines(path, 3) == [*lines[:2], '{"step": 2, "val_loss": 0.1}', lines[2]]
     assert kept_lines(path, 0) == []  # a fresh start
-    log = RunLog(tmp_path, is_main=True, first_step=3, total_steps=9)
+    log = RunLog(tmp_path, is_main=True, first_step=3, total_steps=9, is_resumed=True)
     log.record({"step": 4, "train_loss": 0.25, "val/f1_score": None})
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2, 3, 4]
@@ -43,7 +43,7 @@ def test_lines_after_the_loaded_step_and_torn_ones_are_dropped(tmp_path):
 
 
 def test_tensorboard_has_the_same_curves(tmp_path):
-    log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=2)
+    log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=2, is_resumed=False)
     for step in (1, 2):
         log.record({"step": step, "epoch": 0, "train_loss": step / 2, "val/auroc": None if step == 1 else 0.75})
     log.close()
@@ -54,7 +54,7 @@ def test_tensorboard_has_the_same_curves(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path, caplog):
-    log = RunLog(tmp_path, is_main=False, first_step=0, total_steps=2)
+    log = RunLog(tmp_path, is_main=False, first_step=0, total_steps=2, is_resumed=False)
     log.record({"step": 1}), log.progress(1, "x"), log.say("y"), log.close()
     assert list(tmp_path.iterdir()) == [] and caplog.messages == []
 
@@ -67,7 +67,7 @@ def test_plain_lines_every_few_seconds_without_a_terminal_a_bar_in_one(
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(run_log.sys.stderr, "isatty", lambda: is_terminal)
-    log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=20)
+    log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=20, is_resumed=False)
     for step in range(1, 21):
         now[0] += 1.0
         log.progress(step, f"loss {step}")
@@ -91,13 +91,16 @@ def test_lines_of_what_is_done_once_more_are_dropped(tmp_path, validated, tested
         '{"st',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    RunLog(tmp_path, is_main=True, first_step=2, total_steps=4, validated=validated, tested=tested).close()
+    log = RunLog(
+        tmp_path, is_main=True, first_step=2, total_steps=4, is_resumed=True, validated=validated, tested=tested
+    )
+    log.close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:left]
 
 
 def test_curves_without_a_folder_are_one_warning(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's; put back afterwards
-    log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=9)
+    log = RunLog(tmp_path, is_main=True, first_step=0, total_steps=9, is_resumed=False)
     log.record({"step": 1, "train_loss": 0.5})
     shutil.rmtree(tmp_path)
     worker = log._tensorboard.file_writer.event_writer._async_writer._worker
