@@ -18,6 +18,7 @@ from mmbert_core.storage.schema import array, boolean, nullable, number, record,
 
 NETWORK, WORDS, WORDS_AND_COLUMNS, COLUMNS = "network", "words", "words + columns", "columns"
 MEMBERS = (NETWORK, WORDS, WORDS_AND_COLUMNS, COLUMNS)
+READ_WORDS, READ_COLUMNS = (WORDS, WORDS_AND_COLUMNS), (WORDS_AND_COLUMNS, COLUMNS)
 DESCRIPTIONS = {
     NETWORK: "the trained network, at its own temperature",
     WORDS: "logistic regression on tokens and pairs of tokens",
@@ -73,9 +74,9 @@ class BlendRecord:
     val_log_loss: float | None  # of the blend, each validation row with weights fitted without it
     is_cross_fitted: bool  # whether training rows decided the weights among the simple members
 
-    def weight(self, *names: str) -> float:
-        """The weight of the member of one of these names; 0 without one."""
-        return next((member.weight for member in self.members if member.name in names), 0.0)
+    def weight(self, name: str) -> float:
+        """The weight of the member of that name; 0 without one."""
+        return next((member.weight for member in self.members if member.name == name), 0.0)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "members": [asdict(member) for member in self.members]}
@@ -98,9 +99,9 @@ class BlendRecord:
 
 def member_names(*, has_text: bool, has_columns: bool, num_classes: int) -> list[str]:
     """The members of a model with these inputs and so many classes, in their order."""
-    words = [WORDS_AND_COLUMNS if has_columns else WORDS] if has_text else []
-    simple = [*words, *([COLUMNS] if has_columns else [])]
-    return [NETWORK, *(name for name in simple if num_classes <= MAX_CLASSES[name])]
+    lacking = {*(() if has_text else READ_WORDS), *(() if has_columns else READ_COLUMNS)}
+    simple = [name for name in MEMBERS[1:] if name not in lacking and num_classes <= MAX_CLASSES[name]]
+    return [NETWORK, *simple]
 
 
 @dataclass(frozen=True)

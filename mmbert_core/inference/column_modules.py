@@ -4,8 +4,8 @@ import numpy as np
 
 from mmbert_core.config import Config
 from mmbert_core.data.features import Features
-from mmbert_core.evaluation.blending import COLUMNS, NETWORK, WORDS, WORDS_AND_COLUMNS, BlendRecord
-from mmbert_core.model.blend import Blend
+from mmbert_core.evaluation.blending import READ_COLUMNS, READ_WORDS, BlendRecord
+from mmbert_core.model.blend import Blend, MemberInputs
 from mmbert_core.model.column_features import LinearColumnFeatures, NumberFeatures
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.wide_columns import WideColumns
@@ -57,9 +57,19 @@ def build_wide_columns(config: Config, features: Features) -> WideColumns | None
 
 def build_blend(config: Config, features: Features, record: BlendRecord) -> Blend:
     """The blend of a model without the values of its members' tensors."""
+    members = [
+        MemberInputs(tensor_name(member.name), member.weight, member.name in READ_WORDS, member.name in READ_COLUMNS)
+        for member in record.members
+        if member.weight
+    ]
     return Blend(
-        (record.weight(NETWORK), record.weight(WORDS, WORDS_AND_COLUMNS), record.weight(COLUMNS)),
+        members,
         num_classes=config.num_classes,
         temperature=record.temperature,
         column_features=build_linear_column_features(features),
     )
+
+
+def tensor_name(member: str) -> str:
+    """The name of a member's tensors."""
+    return member.replace(" + ", "_and_")

@@ -17,7 +17,7 @@ from mmbert_core.evaluation import blending
 from mmbert_core.evaluation.blending import COLUMNS, NETWORK, WORDS, BlendRecord, Member, member_names, of_labels
 from mmbert_core.evaluation.calibration import fit_temperature
 from mmbert_core.evaluation.convex_fit import LinearModel, assign_folds, fit_cross_fitted, fit_validated, log_loss
-from mmbert_core.inference.column_modules import build_blend, build_linear_column_features
+from mmbert_core.inference.column_modules import build_blend, build_linear_column_features, tensor_name
 from mmbert_core.model import bag_of_words
 from mmbert_core.model.blend import Blend
 from mmbert_core.runtime import distributed
@@ -206,14 +206,14 @@ class SimpleMembers:
     def tensors(self, blend: Blend) -> dict[str, torch.Tensor]:
         """The state of `blend` with the members' weights."""
         for name, model in zip(self.names, self.models, strict=True):
-            member = blend.columns if name == COLUMNS else blend.with_words
-            if member is None:
+            if tensor_name(name) not in blend.linear:
                 continue
-            of_columns = model.weight
+            member, of_columns = blend.linear[tensor_name(name)], model.weight
             if name != COLUMNS:
                 of_words, of_columns = model.weight.split([len(self.used), len(model.weight) - len(self.used)])
                 blend.words.idf.copy_(self.idf)
-                blend.words.weight[torch.from_numpy(self.used)] = WORDS_SCALE * of_words
+                scores = blend.word_scores_of(tensor_name(name))
+                blend.words.weight[torch.from_numpy(self.used), scores] = WORDS_SCALE * of_words
             if member.weight is not None:
                 member.weight.copy_(of_columns if name == COLUMNS else COLUMNS_SCALE * of_columns)
             member.bias.copy_(model.bias)

@@ -51,7 +51,7 @@ def test_few_validation_rows_give_a_moderate_weight():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"members": [Member("network", 0.4, 0.6), Member("words", 0.6, 0.5)]}, "expected some of network"),
+        ({"members": [Member("network", 0.4, 0.6), Member("network", 0.6, 0.5)]}, "expected some of network"),
         ({"members": [Member("network", 0.4, 0.6), Member("columns", 0.5, 0.5)]}, "weights that sum to 1"),
         ({"members": [Member("columns", 0.4, 0.6), Member("network", 0.6, 0.5)]}, "in this order"),
     ],

@@ -14,7 +14,7 @@ from mmbert_core.model.bag_of_words import (
     token_features,
     word_cells,
 )
-from mmbert_core.model.blend import Blend
+from mmbert_core.model.blend import Blend, MemberInputs
 
 IDS = 60
 
@@ -96,8 +96,10 @@ def test_hash_is_the_same_in_numpy_and_torch_and_never_overflows():
 
 
 def test_blend_is_the_weighted_mean_of_probabilities():
-    blend = Blend((0.3, 0.7, 0.0), num_classes=2, temperature=2.0, column_features=None)
-    blend.with_words.bias.fill_(0.4)
-    logits, words = torch.tensor([[0.0, 3.0], [90.0, -90.0]]), torch.tensor([[-2.0], [0.5]])
-    expected = 0.3 * torch.softmax(logits / 2, dim=1)[:, 1] + 0.7 * torch.sigmoid(words[:, 0] + 0.4)
+    members = [MemberInputs("network", 0.3), MemberInputs("a", 0.5, True), MemberInputs("b", 0.2, True)]
+    blend = Blend(members, num_classes=2, temperature=2.0, column_features=None)
+    blend.linear["a"].bias.fill_(0.4)
+    logits, words = torch.tensor([[0.0, 3.0], [90.0, -90.0]]), torch.tensor([[-2.0, 3.0], [0.5, 0.1]])
+    expected = 0.3 * torch.softmax(logits / 2, dim=1)[:, 1] + 0.5 * torch.sigmoid(words[:, 0] + 0.4)
+    expected += 0.2 * torch.sigmoid(words[:, 1])
     torch.testing.assert_close(torch.softmax(blend(logits, words, None, None), dim=1)[:, 1], expected)

@@ -53,7 +53,11 @@ def runs(tmp_path_factory) -> Path:
 
 def test_every_rank_predicts_with_the_blend(runs):
     weights = members_of(runs / "run1")
-    assert weights["network"] < 1 and weights["words + columns"] > 0 and sum(weights.values()) == pytest.approx(1)
+    assert (
+        weights["network"] < 1
+        and weights["words"] + weights["words + columns"] > 0
+        and sum(weights.values()) == pytest.approx(1)
+    )
     tested = [next((runs / name).glob("multimodal_bert-*/test_result_0.tsv")) for name in ("run1", "run2")]
     np.testing.assert_allclose(*map(probabilities, tested), atol=1e-4)
     for num_processes in (1, 2, 3):
@@ -114,7 +118,7 @@ def test_every_kind_of_model_has_a_blend(tmp_path, kind):
     names = {
         "text only": ["network", "words"],
         "columns only": ["network", "columns"],
-        "three classes in chunks": ["network", "words + columns", "columns"],
+        "three classes in chunks": ["network", "words", "words + columns", "columns"],
     }[kind]
     assert list(members_of(Path(config.model_path))) == names
     loaded = load_model_folder(config.model_path)
