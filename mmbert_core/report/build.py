@@ -20,6 +20,7 @@ from mmbert_core.evaluation.metrics import METRICS
 from mmbert_core.evaluation.slices import MIN_ROWS, slices_of
 from mmbert_core.inference.permutation_importance import permutation_importance
 from mmbert_core.report import curves
+from mmbert_core.report.blend_members import blend_section
 from mmbert_core.report.evaluated_rows import EvaluatedRows
 from mmbert_core.report.page import render
 from mmbert_core.report.report_schema import (
@@ -132,6 +133,7 @@ def labelled_sections(evaluated: EvaluatedRows) -> dict[str, Any]:
     sections: dict[str, Callable[[], Any]] = {
         "metrics": lambda: metrics_section(evaluated),
         "baselines": lambda: baselines_section(evaluated),
+        **({} if evaluated.loaded.blend is None else {"blend": lambda: blend_section(evaluated)}),
         "threshold": lambda: curves.threshold_section(preds, labels, decision),
         "calibration": lambda: curves.calibration_section(preds, labels, decision),
         "roc": lambda: curves.roc_section(preds, labels, names),

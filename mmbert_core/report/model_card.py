@@ -94,6 +94,7 @@ def render_card(name: str, loaded: LoadedModel, summary: Values) -> str:
         positive_label=labels[1] if config.is_binary else None,
         positive_share=_positive_share(labels[1], train_classes),
         threshold=loaded.decision.threshold,
+        members=[] if loaded.blend is None else [member for member in loaded.blend.members if member.weight],
         calibration=loaded.decision.calibration,
     )
 

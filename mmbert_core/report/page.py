@@ -30,6 +30,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any, Report], dict[str, Any]]], .
     ("Headline", "metrics", "quality", page_quality.headline),
     ("Warnings", "warnings", "quality", page_quality.warnings),
     ("Baselines", "baselines", "quality", page_quality.baselines),
+    ("Blend", "blend", "quality", page_quality.blend),
     ("Threshold", "threshold", "probabilities", page_probabilities.threshold),
     ("Calibration", "calibration", "probabilities", page_probabilities.calibration),
     ("ROC", "roc", "probabilities", page_probabilities.roc),
@@ -44,6 +45,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any, Report], dict[str, Any]]], .
     ("Data", "data", "details", page_details.data),
     ("Versions", "versions", "details", page_details.versions),
 )
+OPTIONAL = ("blend",)  # sections that a page leaves out where the report lacks them
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def render(report: Report) -> str:
     sections = []
     for title, key, template, prepare in SECTIONS:
         section = getattr(report, key)
+        if key in OPTIONAL and section == Missing():
+            continue
         if isinstance(section, Missing):
             sections.append(PageSection(title, key, template, section.reason, {}))
         else:

@@ -1,4 +1,4 @@
-"""Values for the page's sections Headline, Warnings, Baselines and Confusion.
+"""Values for the page's sections Headline, Warnings, Baselines, Blend and Confusion.
 
 Each section's function takes the section and the whole report, and returns the values for the macro of the section's
 key in quality.html. K classes.
@@ -14,7 +14,7 @@ from mmbert_core.report.charts import Chart, Texts
 from mmbert_core.report.confusion_chart import MAX_NUMBERED, confusion_grid, shades
 from mmbert_core.report.curves import MAX_MISTAKES
 from mmbert_core.report.formatting import bounds, decimals, is_number, short
-from mmbert_core.report.report_schema import Baseline, Baselines, Cell, Confusion, Metrics, Report
+from mmbert_core.report.report_schema import Baseline, Baselines, Blend, Cell, Confusion, Metrics, Report
 from mmbert_core.report.typed_json import Missing
 
 HEADLINE = 6  # metrics with a card of their own
@@ -92,6 +92,12 @@ def baselines_chart(metric: str, dots: Sequence[tuple[str, float, tuple[float, f
     desc = "; ".join(f"{short(title, 40)} {decimals(value)}" for title, value, _ in dots)
     title = f"{metric} of the model and of simple models"
     return Chart(title, charts.interval_dots(dots, Texts(title, desc), label=metric))
+
+
+def blend(section: Blend, report: Report) -> View:
+    """The blend, then its members: what each is, its weight, its log loss on validation rows, metrics alone."""
+    rows = [(row, [(row.metrics.get(metric) or Cell()).value for metric in section.metrics]) for row in section.rows]
+    return {"metrics": section.metrics, "rows": rows, "val_rows": section.val_rows}
 
 
 # ---- classes ----

@@ -52,6 +52,24 @@ class Baselines:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlendMember:
+    """A member with its metrics alone, or the blend itself, which has no weight."""
+
+    name: str
+    how: str | None = None
+    weight: Number = None
+    val_log_loss: Number = None
+    metrics: dict[str, Cell | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    rows: list[BlendMember]
+    metrics: list[str]
+    val_rows: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ThresholdRow:
     """The metrics of the report's rows at one threshold."""
 
@@ -241,6 +259,7 @@ class Report:
     warnings: list[str] | Missing = Missing()
     metrics: Metrics | Missing = Missing()
     baselines: Baselines | Missing = Missing()
+    blend: Blend | Missing = left_out(Missing())
     threshold: Threshold | Missing = Missing()
     calibration: Calibration | Missing = Missing()
     roc: Curves | Missing = Missing()

@@ -1,5 +1,6 @@
 """Promises of the blend: ranks, resume, folder, export, int8, explanation.   pytest tests/promises/test_blend.py"""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -109,6 +110,29 @@ def test_explanation_and_importance_count_the_words(runs):
     [report] = (runs / "run1").glob("multimodal_bert-*/report.json")
     drops = {item["name"]: item["drop"] for item in json.loads(report.read_text())["importance"]["items"]}
     assert set(drops) == {"text", "age", "amount", "kind"}
+
+
+def test_report_card_and_inspect_show_the_members(runs):
+    [report] = (runs / "run1").glob("multimodal_bert-*/report.json")
+    section = json.loads(report.read_text())["blend"]
+    weights = members_of(runs / "run1")
+    assert {row["name"]: row["weight"] for row in section["rows"]} == {"the blend": None, **weights}
+    predictor = Predictor.from_folder(runs / "run1")
+    with open(runs / "test.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    blended = log_loss_of(predictor, rows)
+    predictor.loaded.model.blend = None
+    alone = {row["name"]: row["metrics"]["log_loss"]["value"] for row in section["rows"] if row["metrics"]}
+    assert alone["the blend"] == pytest.approx(blended, abs=1e-5)
+    assert alone["network"] == pytest.approx(log_loss_of(predictor, rows), abs=1e-4)  # at temperature 1
+    assert "The blend and each member alone" in (report.parent / "report.html").read_text()
+    assert "`prob` is a weighted mean of the probabilities of network" in (runs / "run1" / "README.md").read_text()
+
+
+def log_loss_of(predictor: Predictor, rows: list[dict[str, str]]) -> float:
+    of_class_1 = np.array([row["prob"] for row in predictor.predict(rows)])
+    is_class_1 = np.array([row["label"] == "1" for row in rows])
+    return float(-np.log(np.where(is_class_1, of_class_1, 1 - of_class_1)).mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)

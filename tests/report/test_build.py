@@ -17,7 +17,7 @@ from mmbert_core.config import Config
 from mmbert_core.inference.model_files import WEIGHTS
 from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.report import build, results, wrong_rows
-from mmbert_core.report.page import SECTIONS
+from mmbert_core.report.page import OPTIONAL, SECTIONS
 from mmbert_core.training import decision_fit, finish
 from tests.support import tiny
 from tests.support.page_tree import tree_of
@@ -93,7 +93,8 @@ def page_of(folder: Path) -> dict[str, str]:
         section.attributes["id"]: section.text
         for section in tree_of((folder / "report.html").read_text()).all("section")
     }
-    return {key: report[title.lower().replace(" ", "-")] for title, key, *_ in SECTIONS}
+    anchors = {key: title.lower().replace(" ", "-") for title, key, *_ in SECTIONS}
+    return {key: report[anchor] for key, anchor in anchors.items() if key not in OPTIONAL}
 
 
 # ---- little to show ----

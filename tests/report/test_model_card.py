@@ -40,6 +40,7 @@ def loaded(name: str = "x", **changes: Any) -> SimpleNamespace:
         "features": Features((f"{name}n",), (1.5,), (0.0,), (1.0,), (False,), (f"{name}c",), (("a", "b"),)),
         "labels": Labels((f"{name}0", f"{name}1")),
         "decision": Decision(Threshold(0.25, "best_f1", rows=1234), Calibration(1.5, 900, 0.04, 0.02, method=name)),
+        "blend": None,
     }
     return SimpleNamespace(**values | changes)
 

@@ -16,7 +16,7 @@ from tests.support.page_tree import Element, tree_of
 from tests.support.report_pages import CSS, page_of, section, sections_of
 
 NAMES = (
-    "Headline,Warnings,Baselines,Threshold,Calibration,ROC,Precision and recall,Confusion,Scores,Training,Slices,"
+    "Headline,Warnings,Baselines,Blend,Threshold,Calibration,ROC,Precision and recall,Confusion,Scores,Training,Slices,"
     "Importance,Errors,Config,Data,Versions"
 ).split(",")
 

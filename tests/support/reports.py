@@ -8,8 +8,8 @@ from typing import Any
 METRICS = ["auroc", "average_precision", "f1_score", "accuracy", "log_loss", "ece", "mcc", "precision", "recall"]
 TYPICAL = dict(zip(METRICS, (0.9575, 0.9904, 0.9503, 0.9178, 0.2042, 0.02, 0.7142, 0.9466, 0.954)))
 SECTIONS = """
-    metrics warnings baselines threshold calibration roc precision_recall confusion scores training slices importance
-    errors config data versions
+    metrics warnings baselines blend threshold calibration roc precision_recall confusion scores training slices
+    importance errors config data versions
 """.split()
 HOSTILE = (
     """<script>document.title='hit'</script>"'&</style></title></svg>--><img src=x onerror=alert(1)>"""
@@ -154,6 +154,21 @@ def quality_sections(names: list[str], counts: list[list[int]]) -> dict[str, Any
                 {"name": "text only", "how": "bag of words", "metrics": metric_values(shift=0.0151)},
             ],
             "verdict": "The model is above all baselines in auroc: 0.958 against 0.942 (text only).",
+        },
+        "blend": {
+            "rows": [
+                {"name": "the blend", "val_log_loss": 0.2021, "metrics": metric_values(interval=False)},
+                {
+                    "name": "network",
+                    "how": "the trained network",
+                    "weight": 0.71,
+                    "val_log_loss": 0.22,
+                    "metrics": metric_values(shift=0.01, interval=False),
+                },
+                {"name": "columns", "how": "logistic regression", "weight": 0.0, "val_log_loss": 0.46, "metrics": {}},
+            ],
+            "metrics": METRICS[:2],
+            "val_rows": 2349,
         },
         "threshold": {"reason": "several classes: the class with the highest probability is chosen"},
         "calibration": {
