@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmbert_core.config import Config
-from mmbert_core.config_checks import COLUMN_KEYS
+from mmbert_core.config_checks import COLUMN_KEYS, FUSIONS_OF_BOTH
 from mmbert_core.data.prepare import prepare
 from mmbert_core.runtime import distributed
 from mmbert_core.runtime.errors import InputError
@@ -26,7 +26,12 @@ def variants_of(config: Config) -> dict[str, dict[str, Any]]:
     """Name -> the settings that remove an input. Raises `InputError` when the config has only one kind of input."""
     if not config.text_name or not config.has_columns:
         raise InputError("ablate: expected a config with text and columns, found one kind of input only")
-    return {"text only": dict.fromkeys(COLUMN_KEYS, ()), "columns only": {"text_name": ()}, "both": {}}
+    alone = {"fusion": "concat"} if config.fusion in FUSIONS_OF_BOTH else {}
+    return {
+        "text only": {**dict.fromkeys(COLUMN_KEYS, ()), **alone},
+        "columns only": {"text_name": (), **alone},
+        "both": {},
+    }
 
 
 def run_ablation(config: Config, seeds: Sequence[int], context: DistContext) -> dict[str, Any]:

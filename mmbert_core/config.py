@@ -116,6 +116,13 @@ class Config:
         at_least=1,
         at_most=10**5,
     )
+    fusion: Literal["concat", "gate", "cross_attention", "moe", "tabm"] = setting(
+        "concat",
+        "how text and columns are joined: concat: their vectors side by side, ReLU, one linear layer, no interaction; "
+        "gate, moe: weighted sums of the two; cross_attention: columns attend to words and words to columns; tabm: "
+        "an ensemble of MLPs that share weights",
+        group="model",
+    )
     column_encoding: Literal["standard", "piecewise_linear"] = setting(
         "standard",
         "numbers as inputs of the model: standard: standardised; piecewise_linear: scaled by their quartiles, and "

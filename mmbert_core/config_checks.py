@@ -11,6 +11,7 @@ from mmbert_core.runtime.errors import InputError, format_for_message
 
 COLUMN_KEYS = ("tab_field_list", "date_field_list", "cat_field_list")  # of the columns that are no text
 PREDICTION_COLUMNS = ("prob", "label", "pred", "prob_calibrated")  # names that an id column must not have
+FUSIONS_OF_BOTH = ("gate", "cross_attention", "moe")  # values of `fusion` that need text and columns
 
 
 def check_values(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> None:
@@ -60,10 +61,16 @@ def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def check_columns(values: Mapping[str, Any]) -> None:
-    """At least one input, one role for each column, and an id column that the prediction file does not have."""
-    if not any(values[key] for key in ("text_name", *COLUMN_KEYS)):
+    """Inputs that suit the fusion, one role for each column, an id column that the predictions do not have."""
+    has_columns = any(values[key] for key in COLUMN_KEYS)
+    if not values["text_name"] and not has_columns:
         raise InputError(
             "text_name is empty and there are no tab_field_list or cat_field_list: there is nothing to learn from"
+        )
+    if values["fusion"] in FUSIONS_OF_BOTH and not (values["text_name"] and has_columns):
+        raise InputError(
+            f"fusion: {values['fusion']} joins text and columns, found {'text' if values['text_name'] else 'columns'} "
+            "only: set fusion to concat or tabm"
         )
     roles: dict[str, str] = {}
     for key in ("text_name", *COLUMN_KEYS, "label_name"):

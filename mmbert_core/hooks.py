@@ -22,7 +22,7 @@ from mmbert_core.evaluation.decision import Decision
 from mmbert_core.evaluation.metrics import compute_metrics
 from mmbert_core.inference.precision import autocast
 from mmbert_core.inference.scoring import BatchResult, EpochResult, Task, gather_results
-from mmbert_core.model.losses import row_losses, row_weights
+from mmbert_core.model.losses import mean_over_members, row_losses, row_weights
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.report.results import write_results
 from mmbert_core.runtime import distributed
@@ -50,7 +50,7 @@ def run_epoch(
         outputs = model(batch.input_ids, batch.attention_mask, TabAE.combine_tab_data(batch), batch.categories)
     logits, *auxiliary = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     logits = logits.float()
-    probabilities = torch.softmax(logits, dim=1)
+    probabilities = torch.softmax(mean_over_members(logits), dim=1)
     preds = probabilities[:, 1] if task.is_binary else probabilities
     if stage == "pred" or batch.labels is None:
         return None, preds, None

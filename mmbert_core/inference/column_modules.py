@@ -7,6 +7,7 @@ from mmbert_core.data.features import Features
 from mmbert_core.evaluation.blending import READ_COLUMNS, READ_WORDS, BlendRecord
 from mmbert_core.model.blend import Blend, MemberInputs
 from mmbert_core.model.column_features import LinearColumnFeatures, NumberFeatures
+from mmbert_core.model.fusion import READ_VALUES
 from mmbert_core.model.tabular_encoder import TabAE
 from mmbert_core.model.wide_columns import WideColumns
 
@@ -18,7 +19,7 @@ def build_tabular_encoder(config: Config, features: Features) -> TabAE | None:
     return TabAE(
         features.num_numbers,
         features.cardinalities,
-        hidden_common_dim=config.hidden_common_dim,
+        hidden_common_dim=None if config.fusion in READ_VALUES else config.hidden_common_dim,
         means=features.means,
         stds=features.stds,
         number_features=build_number_features(features) if config.column_encoding == "piecewise_linear" else None,

@@ -47,6 +47,7 @@ from mmbert_core.inference.model_files import (
     read_decision,
     read_settings,
 )
+from mmbert_core.model.fusion import READ_TOKENS, READ_VALUES, build_fusion
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.model.positions import max_tokens
 from mmbert_core.model.pretrained import build_encoder, load_pretrained_encoder, sentence_pooling
@@ -60,7 +61,7 @@ from mmbert_core.storage.manifest import MANIFEST
 ENCODER_PREFIX = "text_subnetwork.encoder."  # of the encoder's tensors in the weights
 BLEND_PREFIX = "blend."  # of a blend's tensors in the weights
 PROBE_LENGTH = 11  # tokens of the text that a loaded encoder is tested with: a prime, so no multiple of a chunk size
-LAST_LAYER = "final_merge_network.linear_layer_final.weight"  # [num_classes, width of the text and the tabular vector]
+HEAD_PREFIX = "final_merge_network."  # of the head's tensors
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,16 @@ def build_model(config: Config, features: Features) -> MultimodalBert:
         check_length(config, encoder)
         trained = sentence_pooling(config.encoder) if config.pooling == "auto" else None
         pooling = resolve_pooling(config.pooling, encoder, has_stored_pooler, trained)
-        text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim)
+        text = _build_text_encoder(config, encoder, pooling)
         if config.reinit_pooler or config.reinit_layers:
             reinitialise(encoder, pooler=config.reinit_pooler, layers=config.reinit_layers)
     tabular, wide = build_tabular_encoder(config, features), build_wide_columns(config, features)
-    return MultimodalBert(text, tabular, config.num_classes, wide_columns=wide)
+    return MultimodalBert(text, tabular, config.num_classes, fusion=config.fusion, wide_columns=wide)
+
+
+def _build_text_encoder(config: Config, encoder: nn.Module, pooling: str) -> TextBertBase:
+    reads_tokens = config.fusion in READ_TOKENS
+    return TextBertBase(encoder, pooling=pooling, hidden_common_dim=config.hidden_common_dim, reads_tokens=reads_tokens)
 
 
 def check_length(config: Config, encoder: nn.Module) -> None:
@@ -187,7 +193,7 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
     features = recover_number_ranges(settings.features, settings.labels, config, folder)
     decision, blend = read_decision(folder, settings), read_blend(folder, settings)
     shapes = read_shapes(folder / WEIGHTS)
-    _check_head(folder / WEIGHTS, config, shapes)
+    _check_head(folder / WEIGHTS, config, features, shapes)
     text, tokenizer = None, None
     if config.text_name:
         tokenizer = load_tokenizer(str(folder / ENCODER))
@@ -198,10 +204,9 @@ def load_model_folder(folder: str | Path) -> LoadedModel:
         check_token_ids(encoder, max(always_used_ids(tokenizer), default=0), name=str(folder / ENCODER))
     try:
         if config.text_name:
-            pooling, width = settings.resolved["pooling"], config.hidden_common_dim
-            text = TextBertBase(encoder, pooling=pooling, hidden_common_dim=width)
+            text = _build_text_encoder(config, encoder, settings.resolved["pooling"])
         tabular, wide = build_tabular_encoder(config, features), build_wide_columns(config, features)
-        model = MultimodalBert(text, tabular, config.num_classes, wide_columns=wide)
+        model = MultimodalBert(text, tabular, config.num_classes, fusion=config.fusion, wide_columns=wide)
         model.blend = None if blend is None else build_blend(config, features, blend)
         weights = load_file(folder / WEIGHTS)
         check_blend_tensors(weights)
@@ -231,13 +236,19 @@ def _encoder_shapes(shapes: Shapes) -> Shapes:
     }
 
 
-def _check_head(path: Path, config: Config, shapes: Shapes) -> None:
-    """Raise `InputError` where the config's widths are not those of the weights, before they are allocated."""
-    num_vectors = bool(config.text_name) + config.has_columns
-    expected = (config.num_classes, config.hidden_common_dim * num_vectors)
-    if (shape := shapes.get(LAST_LAYER)) != expected:
-        found = "none" if shape is None else f"shape {list(shape)}"
-        raise InputError(
-            f"{path}: does not fit the other files of the folder: expected {LAST_LAYER} of shape {list(expected)}, "
-            f"found {found}"
-        )
+def _check_head(path: Path, config: Config, features: Features, shapes: Shapes) -> None:
+    """Raise `InputError` where the config's widths are not those of the head's weights, before they are allocated."""
+    width, column_widths = config.hidden_common_dim, []
+    if config.fusion in READ_VALUES and (tabular := build_tabular_encoder(config, features)) is not None:
+        column_widths = tabular.output_widths
+    elif features.num_numbers or features.cardinalities:
+        column_widths = [width]
+    with torch.device("meta"):
+        head = build_fusion(config.fusion, width if config.text_name else 0, column_widths, config.num_classes)
+    for name, tensor in head.state_dict().items():
+        if (shape := shapes.get(HEAD_PREFIX + name)) != tuple(tensor.shape):
+            found = "none" if shape is None else f"shape {list(shape)}"
+            raise InputError(
+                f"{path}: does not fit the other files of the folder: expected {HEAD_PREFIX}{name} of shape "
+                f"{list(tensor.shape)}, found {found}"
+            )

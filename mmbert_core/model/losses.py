@@ -1,9 +1,10 @@
 """One loss and one weight per row: the mean is taken once, over all rows of an optimizer step.
 
-B rows, K classes.
+B rows, M members of an ensemble, K classes.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,12 +33,25 @@ def add_loss_op(loss_op: LossOp) -> LossOp:
 
 
 def row_losses(loss_op: LossOp, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Losses [B] in float32, class weights included. Raises `ValueError` when the loss op returns another shape."""
+    """Losses [B] in float32, class weights included, of logits [B, K] or [B, M, K]: then the mean of the members'.
+
+    Raises `ValueError` when the loss op returns another shape.
+    """
+    if logits.ndim == 3:
+        member_labels = labels.repeat_interleave(logits.shape[1])  # [B M]
+        return row_losses(loss_op, logits.flatten(0, 1), member_labels).unflatten(0, logits.shape[:2]).mean(dim=1)
     losses = loss_op(logits.float(), labels)
     if losses.shape != labels.shape:
         expected, found = tuple(labels.shape), tuple(losses.shape)
         raise ValueError(f"loss_op: expected one loss per row, shape {expected}, found {found}")
     return losses
+
+
+def mean_over_members(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [B, M, K] -> [B, K], whose softmax is the mean of the members' probabilities; [B, K] as they are."""
+    if logits.ndim == 2:
+        return logits
+    return torch.logsumexp(torch.log_softmax(logits.float(), dim=2), dim=1) - math.log(logits.shape[1])
 
 
 def row_weights(loss_op: LossOp, labels: torch.Tensor) -> torch.Tensor:

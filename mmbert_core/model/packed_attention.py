@@ -196,9 +196,7 @@ def attend_first_tokens(
 
 def _pad(states: torch.Tensor, packing: Packing) -> torch.Tensor:
     """[S, h, d] -> [N, h, T, d]"""
-    num_texts, longest = packing.is_token.shape
-    flat = states.new_zeros(num_texts * longest, *states.shape[1:]).index_copy(0, packing.padded_index, states)
-    return flat.unflatten(0, (num_texts, longest)).transpose(1, 2)
+    return packing.pad(states).transpose(1, 2)
 
 
 class AttentionWithDropout(torch.autograd.Function):

@@ -74,6 +74,11 @@ class Packing:
         indices = [torch.arange(length) + row * longest for row, length in enumerate(self.lengths)]
         return to_device(torch.cat(indices), self.device)
 
+    def pad(self, states: torch.Tensor) -> torch.Tensor:
+        """[S, ...] -> [N, T, ...], zeros after the end of each text"""
+        flat = states.new_zeros(self.is_token.numel(), *states.shape[1:]).index_copy(0, self.padded_index, states)
+        return flat.unflatten(0, self.is_token.shape)
+
     def first_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] -> [N, H]"""
         return hidden.index_select(0, self.offsets[:-1])

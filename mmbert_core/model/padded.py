@@ -1,6 +1,6 @@
 """The model in a form that torch.export can trace: padded batches to probabilities.
 
-B rows, C chunks, T tokens, F numeric inputs, K categorical columns, D hidden_common_dim.
+B rows, C chunks, T tokens, L tokens of all chunks, F numeric inputs, K categorical columns, D hidden_common_dim.
 """
 
 import copy
@@ -68,12 +68,17 @@ class AllChunks(nn.Module):
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> TextFeatures:
         """[B, C, T] twice -> as `TextBertBase.features`"""
         num_rows, num_chunks, num_tokens = attention_mask.shape
+        # by an index, not a reshape: a graph with that reshape is refused where all texts have one chunk
+        slots = torch.arange(num_rows)[:, None] * num_chunks + torch.arange(num_chunks)  # [B, C], in the flat [B C]
         is_chunk = attention_mask.any(dim=2)  # [B, C]
         is_first = torch.arange(num_tokens) == 0  # [T]; padding gets one token: attention over none would be NaN
         mask = torch.where(is_first, 1, attention_mask)
-        vectors = self.text(input_ids.flatten(0, 1), mask.flatten(0, 1))  # [B C, D]
-        # by an index, not a reshape: a graph with that reshape is refused where all texts have one chunk
-        vectors = vectors[torch.arange(num_rows)[:, None] * num_chunks + torch.arange(num_chunks)]  # [B, C, D]
+        chunks = self.text.features(input_ids.flatten(0, 1), mask.flatten(0, 1))
+        vectors = chunks.vectors[slots]  # [B, C, D]
         weights = is_chunk / is_chunk.sum(dim=1, keepdim=True).clamp(min=1)  # [B, C]
         # TextBertBase projects after the mean; the result is the same, as the projection is linear and weights sum to 1
-        return TextFeatures((vectors * weights.unsqueeze(2)).sum(dim=1))
+        vectors = (vectors * weights.unsqueeze(2)).sum(dim=1)  # [B, D]
+        if chunks.tokens is None:
+            return TextFeatures(vectors)
+        is_token = chunks.is_token[slots] & is_chunk.unsqueeze(2)  # [B, C, T]
+        return TextFeatures(vectors, chunks.tokens[slots].flatten(1, 2), is_token.flatten(1, 2))

@@ -34,10 +34,11 @@ class TabAE(nn.Module):
     `cardinalities`: rows of each column's embedding, the two reserved indices included. The row of UNSEEN is zero and
     gets no gradient, so an unseen category adds nothing; the row of a missing cell starts at zero and is learned.
     With `learns_unseen`, for columns whose rare values share it, the row of UNSEEN is learned too, from zero.
+    `hidden_common_dim` None: no linear layer, the output is what it would read, `inputs`.
     `number_features` replace the standardised numbers. Embeddings are then narrower and start at a standard deviation
     of 1 / sqrt(width) instead of 1: hundreds of categories in a thousand rows would otherwise be memorised.
 
-    Attributes: `output_tab_dim`; `widths`, of each column's values among those that `inputs` returns.
+    Attributes: `output_tab_dim`; `widths`, of each column's values among those that `inputs` returns; `output_widths`.
     Raises `ValueError` without any column, or when the lengths differ.
     """
 
@@ -46,7 +47,7 @@ class TabAE(nn.Module):
         num_numbers: int,
         cardinalities: Sequence[int],
         *,
-        hidden_common_dim: int,
+        hidden_common_dim: int | None,
         means: Sequence[float],
         stds: Sequence[float],
         number_features: NumberFeatures | None = None,
@@ -76,9 +77,11 @@ class TabAE(nn.Module):
             nn.init.zeros_(embedding.weight.data[: UNSEEN + 1])
         self.widths = [1] * num_numbers if number_features is None else list(number_features.widths)
         self.widths += [embedding.embedding_dim for embedding in self.embeddings]
-        self.linear = nn.Linear(sum(self.widths), hidden_common_dim)
+        self.linear = None if hidden_common_dim is None else nn.Linear(sum(self.widths), hidden_common_dim)
         self.relu = nn.ReLU()
-        self.output_tab_dim = hidden_common_dim
+        # of what `forward` returns: one vector, or the values of each column
+        self.output_widths = self.widths if hidden_common_dim is None else [hidden_common_dim]
+        self.output_tab_dim = sum(self.output_widths)
 
     @staticmethod
     def combine_tab_data(batch: Any) -> torch.Tensor:
@@ -87,7 +90,8 @@ class TabAE(nn.Module):
 
     def forward(self, tab_data: torch.Tensor, cat_data: torch.Tensor | None = None) -> torch.Tensor:
         """`tab_data` float [B, F], imputed, in the columns' own units; `cat_data` int64 [B, K] -> [B, D]."""
-        return self.relu(self.linear(self.inputs(tab_data, cat_data)))
+        inputs = self.inputs(tab_data, cat_data)
+        return inputs if self.linear is None else self.relu(self.linear(inputs))
 
     def inputs(self, tab_data: torch.Tensor, cat_data: torch.Tensor | None = None) -> torch.Tensor:
         """Arguments as in `forward` -> [B, sum of widths]: the encoded numbers, then the categories' embeddings."""

@@ -1,6 +1,7 @@
 """The text encoder: a pretrained encoder, its pooling and a projection.
 
 B rows, C chunks of a row, N chunks of the batch that have tokens, T tokens of a chunk, S tokens of all chunks,
+L tokens of the row with the most,
 H hidden size of the encoder, D hidden_common_dim.
 """
 
@@ -157,12 +158,20 @@ class TextBertBase(nn.Module):
     """Token ids to one vector of `hidden_common_dim` per row: encoder, pooling, mean over chunks, Dropout, Linear.
 
     `pooling` is what `resolve_pooling` returned. An unused pooler is removed: parameters without a gradient would stop
-    DDP at the second step. The encoder keeps its train or eval mode.
+    DDP at the second step. The encoder keeps its train or eval mode. `reads_tokens`: `features` has the tokens, too.
 
     Attributes: `encoder`, `dropout`, `linear`, `output_text_dim`, `is_packed`.
     """
 
-    def __init__(self, encoder: nn.Module, *, pooling: str, hidden_common_dim: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        pooling: str,
+        hidden_common_dim: int,
+        dropout: float = 0.1,
+        reads_tokens: bool = False,
+    ) -> None:
         super().__init__()
         if pooling not in POOLINGS[1:]:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS[1:])}, found {pooling!r}")
@@ -176,7 +185,7 @@ class TextBertBase(nn.Module):
         replace_dropouts(encoder)
         self.is_packed = packed_attention.use_packed_attention(encoder)
         self.position_offset = position_offset(encoder)
-        reads_first_tokens = pooling in ("pooler", "cls")
+        reads_first_tokens = pooling in ("pooler", "cls") and not reads_tokens
         self.ends_at_first_tokens = (
             self.is_packed and reads_first_tokens and packed_attention.end_at_first_tokens(encoder)
         )
@@ -184,6 +193,7 @@ class TextBertBase(nn.Module):
         self.has_global_attention = "global_attention_mask" in inspect.signature(encoder.forward).parameters
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(encoder.config.hidden_size, hidden_common_dim)
+        self.token_linear = nn.Linear(encoder.config.hidden_size, hidden_common_dim) if reads_tokens else None
         self.output_text_dim = hidden_common_dim
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -192,7 +202,22 @@ class TextBertBase(nn.Module):
 
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> TextFeatures:
         """Ids and mask as in `forward` -> what the rest of the model reads of the texts."""
-        return TextFeatures(self(input_ids, attention_mask))
+        if self.token_linear is None:
+            return TextFeatures(self(input_ids, attention_mask))
+        is_chunk = None
+        if input_ids.ndim == 3:
+            is_chunk = attention_mask.any(dim=2)  # [B, C]
+            input_ids, attention_mask = input_ids[is_chunk], attention_mask[is_chunk]  # [N, T]
+        pooled, hidden, layout = self._encode(input_ids, attention_mask)
+        vectors = self.project(pooled if is_chunk is None else _means_of_rows(pooled, is_chunk))
+        return TextFeatures(vectors, *_tokens_of_rows(self.token_linear(hidden), attention_mask, layout, is_chunk))
+
+    def features_of_pooled(self, pooled: torch.Tensor) -> TextFeatures:
+        """Vectors of `pool_rows` [B, H] -> the features; where tokens are read, the vector is the text's one token."""
+        if self.token_linear is None:
+            return TextFeatures(self.project(pooled))
+        is_token = torch.ones(len(pooled), 1, dtype=torch.bool, device=pooled.device)
+        return TextFeatures(self.project(pooled), self.token_linear(pooled).unsqueeze(1), is_token)
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
         """Vectors of `pool_rows` [B, H] -> [B, D]: dropout and the linear layer."""
@@ -207,17 +232,18 @@ class TextBertBase(nn.Module):
         if input_ids.ndim == 2:
             return self.pool(input_ids, attention_mask)
         is_chunk = attention_mask.any(dim=2)  # [B, C]
-        chunks = self.pool(input_ids[is_chunk], attention_mask[is_chunk])  # [N, H]
-        index = packing.to_device(is_chunk.flatten().nonzero()[:, 0], chunks.device)  # [N], in the flat [B C]
-        counts = packing.to_device(is_chunk.sum(dim=1, keepdim=True).clamp(min=1), chunks.device)  # [B, 1]
-        # index_copy rather than index_add: each slot is written once, so the order of the sum is fixed
-        by_row = chunks.new_zeros(is_chunk.numel(), chunks.shape[-1]).index_copy(0, index, chunks)  # [B C, H]
-        return by_row.unflatten(0, is_chunk.shape).sum(dim=1) / counts
+        return _means_of_rows(self.pool(input_ids[is_chunk], attention_mask[is_chunk]), is_chunk)
 
     def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Ids and mask [N, T] -> [N, H], the encoder's vector of each text (chunk), before the projection."""
+        return self._encode(input_ids, attention_mask)[0]
+
+    def _encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, packing.Packing | None]:
+        """[N, T] -> vectors [N, H], and the tokens: packed [S, H] with their layout, or padded [N, T, H] and None."""
         if self.is_packed:
-            return self._pool_packed(input_ids, attention_mask)
+            return self._encode_packed(input_ids, attention_mask)
         device = self.linear.weight.device
         input_ids, attention_mask = (tensor.to(device, non_blocking=True) for tensor in (input_ids, attention_mask))
         extra = {}
@@ -228,28 +254,65 @@ class TextBertBase(nn.Module):
                 is_global = is_global.scatter(1, _last_index(attention_mask)[:, None], 1)  # [N, T]
             extra["global_attention_mask"] = is_global
         outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
-        if self.pooling == "pooler":
-            return outputs.pooler_output
         hidden = outputs.last_hidden_state  # [N, T, H]
+        if self.pooling == "pooler":
+            return outputs.pooler_output, hidden, None
         if self.pooling == "cls":
-            return hidden[:, 0]
+            return hidden[:, 0], hidden, None
         if self.pooling == "last":
             index = _last_index(attention_mask)[:, None, None].expand(-1, 1, hidden.shape[2])
-            return hidden.gather(1, index).squeeze(1)
+            return hidden.gather(1, index).squeeze(1), hidden, None
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
-        return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), hidden, None
 
-    def _pool_packed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[N, T] -> [N, H]"""
+    def _encode_packed(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, packing.Packing]:
+        """As `_encode`; the tokens are the first ones only, [N, H], where the last layer computes no others."""
         arguments, layout = packing.pack(self.encoder, input_ids, attention_mask, position_offset=self.position_offset)
         # [S, H], or [N, H] where the last layer computes first tokens only
         hidden = self.encoder(**arguments, return_dict=True).last_hidden_state.squeeze(0)
         if self.pooling == "mean":
-            return layout.means(hidden)
+            return layout.means(hidden), hidden, layout
         if self.pooling == "last":
-            return layout.last_tokens(hidden)
+            return layout.last_tokens(hidden), hidden, layout
         first = hidden if self.ends_at_first_tokens else layout.first_tokens(hidden)  # [N, H]
-        return first if self.pooling == "cls" else self.encoder.pooler(first[:, None])
+        return first if self.pooling == "cls" else self.encoder.pooler(first[:, None]), hidden, layout
+
+
+def _means_of_rows(chunks: torch.Tensor, is_chunk: torch.Tensor) -> torch.Tensor:
+    """Vectors of the chunks [N, H], which of a row's C slots hold one [B, C] -> [B, H]"""
+    counts = packing.to_device(is_chunk.sum(dim=1, keepdim=True).clamp(min=1), chunks.device)  # [B, 1]
+    return _chunks_of_rows(chunks, is_chunk).sum(dim=1) / counts
+
+
+def _chunks_of_rows(chunks: torch.Tensor, is_chunk: torch.Tensor) -> torch.Tensor:
+    """[N, ...], which of a row's C slots hold a chunk [B, C] -> [B, C, ...], zeros where there is none"""
+    index = packing.to_device(is_chunk.flatten().nonzero()[:, 0], chunks.device)  # [N], in the flat [B C]
+    # index_copy rather than index_add: each slot is written once, so the order of the sum is fixed
+    by_slot = chunks.new_zeros(is_chunk.numel(), *chunks.shape[1:]).index_copy(0, index, chunks)  # [B C, ...]
+    return by_slot.unflatten(0, is_chunk.shape)
+
+
+def _tokens_of_rows(
+    tokens: torch.Tensor, attention_mask: torch.Tensor, layout: packing.Packing | None, is_chunk: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of N chunks, packed [S, D] or padded [N, T, D] -> of B rows, [B, L, D], and which are no padding [B, L].
+
+    `is_chunk`: which of a row's C slots hold a chunk, [B, C]; None where each row is one. Packed, the tokens of a row
+    follow each other; padded, there may be padding between its chunks.
+    """
+    if layout is None:
+        is_first = torch.arange(attention_mask.shape[1], device=attention_mask.device) == 0  # [T]
+        is_token = packing.to_device(attention_mask.bool() | is_first, tokens.device)  # a text without tokens keeps one
+        if is_chunk is None:
+            return tokens, is_token
+        return tuple(_chunks_of_rows(values, is_chunk).flatten(1, 2) for values in (tokens, is_token))
+    if is_chunk is not None:
+        row_of_chunk = is_chunk.nonzero()[:, 0].cpu()  # [N]
+        lengths = torch.zeros(len(is_chunk), dtype=torch.long).index_add(0, row_of_chunk, torch.tensor(layout.lengths))
+        layout = packing.Packing(tuple(lengths.tolist()), tokens.device)
+    return layout.pad(tokens), layout.is_token
 
 
 def _last_index(attention_mask: torch.Tensor) -> torch.Tensor:
