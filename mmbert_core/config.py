@@ -117,11 +117,7 @@ class Config:
         at_most=10**5,
     )
     fusion: Literal["concat", "gate", "cross_attention", "moe", "tabm"] = setting(
-        "concat",
-        "how text and columns are joined: concat: their vectors side by side, ReLU, one linear layer, no interaction; "
-        "gate, moe: weighted sums of the two; cross_attention: columns attend to words and words to columns; tabm: "
-        "an ensemble of MLPs that share weights",
-        group="model",
+        "concat", "how text and columns are joined: concat adds up what they say, the others combine it", group="model"
     )
     column_encoding: Literal["standard", "piecewise_linear"] = setting(
         "standard",
