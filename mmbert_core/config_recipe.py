@@ -13,6 +13,7 @@ DEFAULT_RECIPE = ORIGINAL
 RECOMMENDED_VALUES: dict[str, Any] = {
     "column_encoding": "piecewise_linear",
     "wide_columns": True,
+    "head_first": "auto",
     "lr": "auto",
     "head_lr": "auto",
     "weight_decay": 0.01,
@@ -26,6 +27,7 @@ NEW_KEYS = (
     "min_category_count",
     "wide_columns",
     "blend",
+    "head_first",
     "layer_decay",
     "schedule",
     "aux_loss_weight",
