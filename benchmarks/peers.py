@@ -26,7 +26,7 @@ from mmbert_core.storage.files import sha256_of
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 MAX_LENGTH = 512  # tokens of a text that frozen vectors are of; fewer where the encoder has fewer positions
 BATCH_TOKENS = 8192  # padded, of one forward pass
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = 20.0
 LIGHTGBM = {
     "learning_rate": 0.05,
     "deterministic": True,
@@ -227,15 +227,16 @@ class Vectors:
         self.sha = encoder_sha(encoder)
         self.path = folder / f"{self.sha}.npz"
         self.known: dict[str, np.ndarray] = {}
-        self.seconds_per_text = self.seconds_spent = 0.0
+        self.seconds: dict[str, float] = {}  # that each text took
+        self.seconds_spent = 0.0  # by this object
         if self.path.exists():
             with np.load(self.path) as stored:
                 self.known = dict(zip(stored["keys"].tolist(), stored["vectors"]))
-                self.seconds_per_text = float(stored["seconds_per_text"])
+                self.seconds = dict(zip(stored["keys"].tolist(), stored["seconds"].tolist()))
 
     def of(self, texts: Sequence[str]) -> np.ndarray:
         """[N, H] float32."""
-        keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
+        keys = _keys(texts)
         missing = {key: text for key, text in zip(keys, texts) if key not in self.known}
         if missing:
             started = time.perf_counter()
@@ -243,25 +244,29 @@ class Vectors:
             self.seconds_spent += time.perf_counter() - started
         return np.stack([self.known[key] for key in keys])
 
+    def seconds_of(self, texts: Sequence[str]) -> float:
+        """What encoding these texts took."""
+        return sum(self.seconds[key] for key in _keys(texts))
+
     def _encode(self, texts: dict[str, str]) -> None:
-        """Saved every minute, so that a killed benchmark continues."""
+        """Saved now and then, so that a killed benchmark continues."""
         torch.set_num_threads(self.num_threads)
         tokenizer = AutoTokenizer.from_pretrained(self.encoder)
         model = AutoModel.from_pretrained(self.encoder).eval()
         positions = getattr(model.config, "max_position_embeddings", MAX_LENGTH)
         encoded = tokenizer(list(texts.values()), truncation=True, max_length=min(MAX_LENGTH, positions))["input_ids"]
         keys, saved = list(texts), time.perf_counter()
-        started, num_known = saved, len(self.known)
         order = sorted(range(len(keys)), key=lambda index: len(encoded[index]))
         while order:
             size = max(1, BATCH_TOKENS // max(1, len(encoded[order[-1]])))
             batch, order = order[-size:], order[:-size]
-            for key, vector in zip((keys[i] for i in batch), _vectors(model, tokenizer, [encoded[i] for i in batch])):
-                self.known[key] = vector
+            started = time.perf_counter()
+            for index, vector in zip(batch, _vectors(model, tokenizer, [encoded[index] for index in batch])):
+                self.known[keys[index]] = vector
+            self.seconds |= {keys[index]: (time.perf_counter() - started) / len(batch) for index in batch}
             if not order or time.perf_counter() - saved > SAVE_SECONDS:
-                saved = time.perf_counter()
-                self.seconds_per_text = (saved - started) / (len(self.known) - num_known)
                 self._save()
+                saved = time.perf_counter()
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -270,9 +275,13 @@ class Vectors:
             temporary,
             keys=np.array(list(self.known)),
             vectors=np.stack(list(self.known.values())),
-            seconds_per_text=self.seconds_per_text,
+            seconds=np.array([self.seconds[key] for key in self.known]),
         )
         os.replace(temporary, self.path)
+
+
+def _keys(texts: Sequence[str]) -> list[str]:
+    return [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
 
 
 def encoder_sha(folder: str) -> str:

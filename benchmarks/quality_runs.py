@@ -101,8 +101,8 @@ def _peer(name: str, rows: Rows, setup: Setup) -> tuple[dict[str, np.ndarray], d
     inputs, peer, more = inputs_of(rows, num_threads=setup.num_threads), PEERS[name], {}
     if peer.needs_vectors:
         inputs.vectors = {name: setup.vectors.of(inputs.texts[name]) for name in FILES}
-        texts = sum(len(each) for each in inputs.texts.values())
-        more["encoding_seconds"] = round(texts * setup.vectors.seconds_per_text, 2)  # as if nothing had been stored
+        taken = sum(setup.vectors.seconds_of(texts) for texts in inputs.texts.values())
+        more["encoding_seconds"] = round(taken, 2)  # as if nothing had been stored
     found = peer.run(inputs)
     result = {"val": found["val"], "test": found["test"], "predicted": found["test"].argmax(axis=1)}
     return result, more | {"val_log_loss": log_loss(found["val"], inputs.labels["val"])}
