@@ -255,7 +255,8 @@ def inject_phases(folder: str) -> None:
     before(train, "prepare", lambda *_: note("data"))
     before(loop, "start_run", lambda *_, **__: note("start"))
     before(loop, "train_one_step", lambda run, order: note("step", run.state.step + 1))
-    for name, phase in (("validate", "validation"), ("save", "save"), ("finish", "finish")):
+    phases = {"fit_head_first": "head first", "validate": "validation", "save": "save", "finish": "finish"}
+    for name, phase in phases.items():
         before(loop, name, lambda run, phase=phase: note(phase, run.state.step))
 
 
