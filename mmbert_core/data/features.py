@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mmbert_core.data.dates import DATES_JSON, DateColumns
-from mmbert_core.data.number_encoding import MAX_BINS, MAX_EDGE, quantile_edges, robust_scale
+from mmbert_core.data.number_encoding import MAX_EDGE, MAX_EDGES, quantile_edges, robust_scale
 from mmbert_core.data.splits import select_rows
 from mmbert_core.runtime.errors import InputError, list_for_message
 from mmbert_core.storage.schema import array, boolean, nullable, number, record, text
@@ -246,7 +246,7 @@ class Features:
         if (low := known.get("minimums")) and bool((np.array(low) > np.array(known["maximums"])).any()):
             raise InputError("minimums: expected none above its maximum")
         if not all(_is_edges(values) for values in known.get("edges") or ()):
-            raise InputError(f"edges: expected up to {MAX_BINS + 1} ascending numbers for each column, none or several")
+            raise InputError(f"edges: expected up to {MAX_EDGES} ascending numbers for each column, none or several")
         return cls(**known)
 
 
@@ -274,9 +274,9 @@ def _split_rare(counts: Sequence[dict[str, int]], minimum: int) -> tuple[Values,
 
 
 def _is_edges(values: Sequence[float]) -> bool:
-    """Whether `quantile_edges` can have given the values."""
+    """Whether the values can be edges of bins: none, or several that ascend in float32."""
     ascending = bool((np.diff(np.array(values, dtype=np.float32)) > 0).all())
-    return ascending and len(values) != 1 and len(values) <= MAX_BINS + 1 and all(abs(x) <= MAX_EDGE for x in values)
+    return ascending and len(values) != 1 and len(values) <= MAX_EDGES and all(abs(x) <= MAX_EDGE for x in values)
 
 
 def _tuples(value: Any) -> Any:

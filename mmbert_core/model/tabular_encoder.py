@@ -14,6 +14,8 @@ from mmbert_core.model.column_features import NumberFeatures
 UNSEEN = 1  # index of a category that no training row has; 0 is a missing cell, 2.. are the training categories
 LIMIT = 1e4  # largest standardised number: a cell of 3.4e38 must not become an infinite logit
 MAX_SMALL_WIDTH = 16  # of an embedding where numbers are encoded
+# its initial standard deviation times the root of its width: for 268 companies in 1,000 rows AUROC .764, with 1 .730
+SMALL_STD = 0.1
 
 
 def embedding_dim(cardinality: int) -> int:
@@ -36,7 +38,7 @@ class TabAE(nn.Module):
     With `learns_unseen`, for columns whose rare values share it, the row of UNSEEN is learned too, from zero.
     `hidden_common_dim` None: no linear layer, the output is what it would read, `inputs`.
     `number_features` replace the standardised numbers. Embeddings are then narrower and start at a standard deviation
-    of 1 / sqrt(width) instead of 1: hundreds of categories in a thousand rows would otherwise be memorised.
+    of SMALL_STD / sqrt(width) instead of 1: hundreds of categories in a thousand rows would otherwise be memorised.
 
     Attributes: `output_tab_dim`; `widths`, of each column's values among those that `inputs` returns; `output_widths`.
     Raises `ValueError` without any column, or when the lengths differ.
@@ -73,7 +75,7 @@ class TabAE(nn.Module):
         )
         for embedding in self.embeddings:
             if number_features is not None:
-                embedding.weight.data.mul_(embedding.embedding_dim**-0.5)
+                embedding.weight.data.mul_(SMALL_STD * embedding.embedding_dim**-0.5)
             nn.init.zeros_(embedding.weight.data[: UNSEEN + 1])
         self.widths = [1] * num_numbers if number_features is None else list(number_features.widths)
         self.widths += [embedding.embedding_dim for embedding in self.embeddings]

@@ -246,10 +246,10 @@ def test_edges_are_fitted_on_the_training_rows_and_stored_only_where_asked_for()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"edges": [[1.0, 1.0], []]}, "edges: expected up to 33 ascending numbers for each column"),
-        ({"edges": [[1.0], []]}, "edges: expected up to 33 ascending"),
-        ({"edges": [list(range(40)), []]}, "edges: expected up to 33 ascending"),
-        ({"edges": [[0, 3.4e38], []]}, "edges: expected up to 33 ascending"),
+        ({"edges": [[1.0, 1.0], []]}, "edges: expected up to 65 ascending numbers for each column"),
+        ({"edges": [[1.0], []]}, "edges: expected up to 65 ascending"),
+        ({"edges": [list(range(66)), []]}, "edges: expected up to 65 ascending"),
+        ({"edges": [[0, 3.4e38], []]}, "edges: expected up to 65 ascending"),
         ({"edges": [[0, 1]]}, "scales and edges: expected 2 entries each, or neither"),
         ({"scales": []}, "scales and edges: expected 2 entries each, or neither"),
     ],
