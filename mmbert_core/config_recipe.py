@@ -23,6 +23,7 @@ RECOMMENDED_VALUES: dict[str, Any] = {
 }
 # Keys that the original does not have and that change what is trained: who names one has chosen the settings.
 NEW_KEYS = (
+    "fusion",
     "column_encoding",
     "min_category_count",
     "wide_columns",

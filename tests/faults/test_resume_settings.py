@@ -73,8 +73,22 @@ CHANGES: dict[str, Any] = {  # one other value of every key; file names are in t
     "threshold_rule": "half",
     "slice_columns": ["age"],
     "tsv_quoting": "none",
+    "recipe": "original",
+    "schedule": "cosine",
+    "layer_decay": 0.8,
+    "ema_decay": 0.9,
+    "aux_loss_weight": 0.1,
+    "head_first": "auto",
+    "fusion": "gate",
+    "blend": "auto",
+    "column_encoding": "piecewise_linear",
+    "min_category_count": 2,
+    "wide_columns": True,
+    "date_field_list": ["row_id2"],
+    "date_order": "day_first",
 }
-BY_DATA = {"num_classes"}  # refused before the checkpoint is read, because the data have two labels
+# Refused before the checkpoint is read: the data have two labels, and no dates.
+BY_DATA = {"num_classes": "num_classes", "date_field_list": "expected a date"}
 
 
 def try_key(figures: Figures, started: StoppedRun, key: str) -> None:
@@ -89,14 +103,16 @@ def try_key(figures: Figures, started: StoppedRun, key: str) -> None:
         if key == "model_path":
             run, old = Path(shutil.move(run, started.folder / new)), run
         config = started.write(run, **({} if key == "model_path" else {key: new}))
-        same_bits = key not in ("num_threads", "log_every", "microbatches_per_step")
+        same_bits = key not in ("num_threads", "log_every", "microbatches_per_step", "blend")
         err = count_resume(figures, key, config, run, started.expected, same_bits=same_bits)
         if key == "resume":
             figures.count("step-00000003" in err, f"resume: 3: {err[-500:]}")
     else:
         old = json.loads((run / "config.json").read_text())["config"][key]
         also = {"is_binary": False} if key == "num_classes" else {}
-        words = [key] if key in BY_DATA else [f"{key} was {old!r} in the checkpoint at step 5 and is {new!r} now"]
+        words = (
+            [BY_DATA[key]] if key in BY_DATA else [f"{key} was {old!r} in the checkpoint at step 5 and is {new!r} now"]
+        )
         before = tiny.file_hashes(run)
         for check in ((), ("--check",)):
             done = command("train", started.write(run, **{key: new}, **also), *check)

@@ -15,8 +15,9 @@ from mmbert_core.config_recipe import RECOMMENDED_VALUES, recipe_line
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.training import loop
+from mmbert_core.training.train import prepare_training
 from tests.support import tiny
-from tests.training.conftest import STEPS, Interrupted, die_before, lines_of, train, weights_in
+from tests.training.conftest import CONTEXT, STEPS, Interrupted, die_before, lines_of, train, weights_in
 
 KEYS = {
     "rates": {"lr": "auto", "head_lr": "auto", "layer_decay": 0.8, "schedule": "cosine"},
@@ -118,6 +119,19 @@ def test_a_model_of_one_input_has_no_auxiliary_heads(config_of, tmp_path, missin
     for each in (plain, config):
         train(each)
     assert weights_in(config) == weights_in(plain)
+
+
+@pytest.mark.parametrize("fusion", ("concat", "gate", "cross_attention", "moe", "tabm"))
+def test_auxiliary_heads_of_every_fusion_reach_text_and_columns(config_of, fusion):
+    data, model = prepare_training(config_of(fusion=fusion, aux_loss_weight=0.5), CONTEXT)
+    batch = data.train.batch(np.arange(3))
+    inputs = batch.input_ids, batch.attention_mask, hooks.TabAE.combine_tab_data(batch), batch.categories
+    _, *auxiliary = model.train()(*inputs)
+    assert [logits.shape for logits in auxiliary] == [(3, 2), (3, 2)]
+    sum(logits.square().sum() for logits in auxiliary).backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert {name.split(".")[0] for name in trained} == {"text_subnetwork", "tab_subnetwork", "auxiliary_heads"}
+    assert isinstance(model.eval()(*inputs), torch.Tensor)
 
 
 # ---- moving average ----
