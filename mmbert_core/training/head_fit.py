@@ -20,6 +20,7 @@ from mmbert_core.data.batches import epoch_order
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.inference.model_folder import ENCODER_PREFIX
+from mmbert_core.model.fusion import READ_TOKENS
 from mmbert_core.model.losses import LossOp, row_losses, row_weights
 from mmbert_core.model.multimodal_bert import MultimodalBert
 from mmbert_core.runtime.errors import InputError
@@ -27,7 +28,6 @@ from mmbert_core.training.optim import names_without_decay
 
 logger = logging.getLogger(__name__)
 
-TOKEN_FUSIONS = ("cross_attention",)  # that need more of a text than its vector
 MIN_TRAIN_ROWS = 50  # of head_first: auto
 LR = 1e-3
 WEIGHT_DECAYS = (0.0, 1.0, 3.0)  # each is tried, the lowest validation loss wins
@@ -88,20 +88,19 @@ class StoppedFit(Exception):
 # ---- whether ----
 
 
-def wants_head_first(config: Config, data: Data, model: MultimodalBert) -> bool:
-    """Whether a new run fits the head first; the reason is logged where `auto` does not.
+def check_head_first(config: Config) -> None:
+    """Raise `InputError` where the config demands the fit of a fusion that cannot have it."""
+    if config.head_first == "always" and config.fusion in READ_TOKENS:
+        advice = "set it to auto or never, or choose another fusion"
+        raise InputError(f"head_first is always, but {_reads_tokens(config)}: {advice}")
 
-    Raises `InputError` where the config demands it of a model that cannot.
-    """
-    if config.head_first == "never":
-        return False
-    fusion = getattr(config, "fusion", None)
-    if fusion in TOKEN_FUSIONS:
-        reason = f"fusion {fusion} reads the text's tokens, not only its vector"
-        if config.head_first == "always":
-            raise InputError(f"head_first is always, but {reason}: set it to auto or never, or choose another fusion")
-    elif config.head_first == "always":
-        return True
+
+def wants_head_first(config: Config, data: Data) -> bool:
+    """Whether a new run fits the head first; the reason is logged where `auto` does not."""
+    if config.head_first != "auto":
+        return config.head_first == "always"
+    if config.fusion in READ_TOKENS:
+        reason = _reads_tokens(config)
     elif data.val is None:
         reason = "there are no validation rows"
     elif len(data.train) < MIN_TRAIN_ROWS:
@@ -110,6 +109,10 @@ def wants_head_first(config: Config, data: Data, model: MultimodalBert) -> bool:
         return True
     logger.info("head_first is auto: the head is not fitted before fine-tuning: %s", reason)
     return False
+
+
+def _reads_tokens(config: Config) -> str:
+    return f"fusion {config.fusion} reads the text's tokens, not only its vector"
 
 
 # ---- the fit ----

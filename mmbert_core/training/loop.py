@@ -56,7 +56,7 @@ def fit(
             if run.state.finished and (record := already_finished(config)):
                 run.log.say(f"{config.model_path}: this run is finished at step {run.state.step}; nothing to do")
                 return Results.from_record(run.folder, record)
-            if not run.is_resumed and wants_head_first(config, data, model):
+            if not run.is_resumed and wants_head_first(config, data):
                 fit_head_first(run)
             train_to_the_end(run)
             return Results.from_record(run.folder, finish(run))

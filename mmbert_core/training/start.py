@@ -32,7 +32,7 @@ from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.storage.files import read_json
 from mmbert_core.training import checkpoint
 from mmbert_core.training.checkpoint import Checkpoint, TrainState
-from mmbert_core.training.head_fit import wants_head_first
+from mmbert_core.training.head_fit import check_head_first
 from mmbert_core.training.memory import keep_freed_memory, resolve_by_trial
 from mmbert_core.training.optim import configure_optimizers, resolve_learning_rates
 from mmbert_core.training.resume import (
@@ -58,11 +58,12 @@ ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 def prepare_model(config: Config, data: Data) -> MultimodalBert:
-    """Check the metric names and the threshold rule, build the model, and check its encoder on short texts.
+    """Check the metric names, the threshold rule and `head_first`, build the model, and check its encoder on short texts.
 
     Needs no process group. Raises `InputError`.
     """
     parse_rule(config.threshold_rule)
+    check_head_first(config)
     check_metric_choices(config.metric_choices, data.labels.names)
     if config.early_stop_metric != "val_loss":
         metric = config.early_stop_metric.removeprefix("val/")
@@ -73,7 +74,6 @@ def prepare_model(config: Config, data: Data) -> MultimodalBert:
         check_text_encoder(model.text_subnetwork, tokens, max_length=config.max_length, name=config.encoder)
     if config.aux_loss_weight:
         model.add_auxiliary_heads()
-    wants_head_first(config, data, model)  # raises where the model cannot
     return model
 
 

@@ -12,7 +12,7 @@ from mmbert_core import hooks
 from mmbert_core.config import Config
 from mmbert_core.report.formatting import BEFORE_FINE_TUNING
 from mmbert_core.runtime import signals
-from mmbert_core.runtime.errors import Stopped
+from mmbert_core.runtime.errors import InputError, Stopped
 from mmbert_core.training import checkpoint, head_first, head_fit, loop
 from mmbert_core.training.head_first import pooled_vectors, sample_rows
 from mmbert_core.training.head_fit import HeadRows, fit_head, mean_loss
@@ -80,8 +80,10 @@ def test_a_sample_is_seeded_ascending_and_of_distinct_rows():
         {"num_classes": 3, "class_weights": "balanced"},
         {"text_name": ()},
         {"tab_field_list": (), "cat_field_list": ()},
+        {"fusion": "tabm", "column_encoding": "piecewise_linear"},
+        {"fusion": "moe", "aux_loss_weight": 0.1, "wide_columns": True},
     ),
-    ids=("text and columns", "three weighted classes", "columns only", "text only"),
+    ids=("text and columns", "three weighted classes", "columns only", "text only", "tabm", "moe, wide"),
 )
 def test_the_fit_lowers_the_loss_and_leaves_the_encoder(tmp_path, changes):
     same = {"num_rows": 300, "val_path": (), "val_fraction": 0.3, "test_path": (), "pooling": "mean", "max_epochs": 1}
@@ -136,6 +138,10 @@ def test_a_fit_is_repeatable_and_never_worse_than_the_weights_before(config_of):
     [
         ({"head_first": "auto"}, "there are fewer than 50 training rows"),
         ({"head_first": "auto", **NO_VALIDATION}, "there are no validation rows"),
+        (
+            {"head_first": "auto", "fusion": "cross_attention"},
+            "fusion cross_attention reads the text's tokens, not only its vector",
+        ),
         ({"head_first": "never"}, None),
     ],
 )
@@ -143,10 +149,15 @@ def test_auto_says_why_not(config_of, caplog, changes, reason):
     config = config_of(max_epochs=1, **changes)
     train(config)
     assert not stage_lines(config) and 0 not in steps_saved(config)
-    lines = {line for line in caplog.messages if line.startswith("head_first")}
-    assert lines == (
-        set() if reason is None else {f"head_first is auto: the head is not fitted before fine-tuning: {reason}"}
-    )
+    lines = [line for line in caplog.messages if line.startswith("head_first")]
+    expected = f"head_first is auto: the head is not fitted before fine-tuning: {reason}"
+    assert lines == ([] if reason is None else [expected])
+
+
+def test_always_is_refused_where_the_fusion_reads_tokens(config_of):
+    config = config_of(head_first="always", fusion="cross_attention")
+    with pytest.raises(InputError, match="^head_first is always, but fusion cross_attention reads the text's tokens"):
+        prepare_training(config, CONTEXT)
 
 
 # ---- step 0 ----
