@@ -58,7 +58,7 @@ ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 def prepare_model(config: Config, data: Data) -> MultimodalBert:
-    """Check the metric names, the threshold rule and `head_first`, build the model, and check its encoder on short texts.
+    """Check metric names, threshold rule and `head_first`; build the model; check its encoder on short texts.
 
     Needs no process group. Raises `InputError`.
     """
