@@ -12,7 +12,7 @@ import torch
 C_GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # inverse strengths of the L2 penalty, strongest first
 ITERATIONS = 100
 MAX_WEIGHTS = 3_000_000  # of the models that are fitted together
-GRADIENT_TOLERANCE = 3e-6  # of the mean loss
+GRADIENT_TOLERANCE, LOSS_TOLERANCE = 3e-6, 1e-6  # of the mean loss, and of its change in a step
 CLEARLY_WORSE = 1.02  # factor to the lowest loss so far at which weaker penalties are not tried
 LOWEST = 1e-6  # probability of a label in a mean log loss
 
@@ -157,6 +157,7 @@ def _fit_together(
         history_size=10,
         line_search_fn="strong_wolfe",
         tolerance_grad=GRADIENT_TOLERANCE,
+        tolerance_change=LOSS_TOLERANCE * len(bias),
     )
 
     def closure() -> float:
