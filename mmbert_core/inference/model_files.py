@@ -249,7 +249,7 @@ def read_blend(folder: Path, settings: ModelSettings) -> BlendRecord | None:
     if not (folder / BLEND).is_file():
         return None
     values, config = read_folder_json(folder / BLEND, BLEND_JSON), settings.config
-    has_columns = bool(config.tab_field_list or config.cat_field_list)
+    has_columns = bool(settings.features.num_numbers or settings.features.cardinalities)
     return _build_from(
         folder / BLEND,
         lambda: BlendRecord.from_json(

@@ -83,7 +83,7 @@ def fit_blend(data: Data, config: Config, val_preds: np.ndarray, class_weights: 
 
     All members, and their weights, are fitted to the loss of the training, with its `class_weights` [K].
     """
-    has_columns = bool(config.tab_field_list or config.cat_field_list)
+    has_columns = bool(data.features.num_numbers or data.features.cardinalities)
     names = member_names(has_text=bool(config.text_name), has_columns=has_columns, num_classes=config.num_classes)
     if len(names) == 1:
         logger.info("blend: none, because there are too many classes for its simple members")

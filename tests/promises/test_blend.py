@@ -21,6 +21,7 @@ from tests.support import tiny
 
 KINDS = {  # what a model may have and lack
     "three classes in chunks": {"num_classes": 3, "max_chunks": 3, "max_length": 9},
+    "with all else": {"fusion": "cross_attention", "head_first": "auto", "aux_loss_weight": 0.2, "ema_decay": 0.9},
     "text only": {"tab_field_list": (), "cat_field_list": ()},
     "columns only": {"text_name": ()},
 }
@@ -142,8 +143,7 @@ def test_every_kind_of_model_has_a_blend(tmp_path, kind):
     names = {
         "text only": ["network", "words"],
         "columns only": ["network", "columns"],
-        "three classes in chunks": ["network", "words", "words + columns", "columns"],
-    }[kind]
+    }.get(kind, ["network", "words", "words + columns", "columns"])
     assert list(members_of(Path(config.model_path))) == names
     loaded = load_model_folder(config.model_path)
     stored = load_file(Path(config.model_path) / "model.safetensors")
