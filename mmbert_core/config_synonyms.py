@@ -24,6 +24,9 @@ NAMES_ELSEWHERE = {
         categorical_columns categorical_cols category_columns cat_columns cat_cols categorical_features
         categorical categories
     """,
+    "date_field_list": "date_columns date_cols dates datetime_columns datetimes timestamp_columns time_columns",
+    "date_order": "dayfirst day_first date_format",
+    "min_category_count": "min_frequency min_count rare_threshold count_threshold",
     "group_name": "group groups group_column group_col group_by",
     "train_path": "train train_file train_data training_data train_csv data data_path dataset input train_files",
     "val_path": """

@@ -321,7 +321,7 @@ def _parse_dates(cells: Sequence[str], order: str, *, column: str, row_location:
             seconds[cell] = math.nan if missing else seconds_of(cell, order)
         except AmbiguousDate:
             expected = "expected a date whose order of day and month is known"
-            advice = "set date_order to day_first or month_first"
+            advice = "write the year first, or train with date_order: day_first or month_first"
             raise InputError(
                 f"{row_location(index)}, column {column!r}: {expected}, found {format_for_message(cell)}: {advice}"
             ) from None

@@ -113,7 +113,7 @@ def test_fields_that_no_run_has_written_are_refused(changes, message):
 
 def test_messages_name_row_column_and_what_to_do():
     with pytest.raises(
-        InputError, match="data row 2, column 'sent': .*found '03/04/2019': set date_order to day_first or"
+        InputError, match="data row 2, column 'sent': .*found '03/04/2019': write the year first, or train with"
     ):
         fit(["2019-09-24", "03/04/2019"])
     with pytest.raises(InputError, match="data row 1, column 'sent': expected a date .* found 'yesterday'$"):

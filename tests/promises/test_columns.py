@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmbert_core import cli
 from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict
 from mmbert_core.data.prepare import prepare
 from mmbert_core.export import exporter
 from mmbert_core.predictor import Predictor
+from mmbert_core.serve.page import form_fields
 from mmbert_core.training import loop
 from tests.support import tiny
 
@@ -118,6 +120,30 @@ def test_explanation_and_importance_name_the_columns(runs):
         *("text", "age", "amount", "kind"),
         *("sent (age in days)", "sent (month)", "sent (weekday)", "sent (hour)"),
     }
+
+
+def test_the_form_and_the_model_card_ask_for_the_dates_themselves(runs):
+    loaded = Predictor.from_folder(runs / "run1").loaded
+    kinds = {field.name: field.kind for field in form_fields(loaded.config, loaded.features)}
+    assert kinds == {
+        "text": "text",
+        "age": "number",
+        "amount": "number",
+        "kind": "category",
+        "sent": "date",
+        "row_id": "id",
+    }
+    card = (runs / "run1" / "README.md").read_text()
+    assert "read as age in days, month, weekday, hour; newest in the training rows: 2019-09-24T10:15:00" in card
+    assert "rare ones that share a weight" in card and "sent (month) | number" not in card
+
+
+def test_a_date_that_is_none_is_one_line_and_exit_code_2(runs, capsys):
+    bad = runs / "bad.csv"
+    bad.write_text((runs / "test.csv").read_text().replace("2018/1/5", "03/04/2018"))
+    assert cli.main(["predict", str(runs / "run1"), str(bad), str(runs / "bad.tsv")]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "column 'sent': " in line and line.endswith("or train with date_order: day_first or month_first")
 
 
 def test_keys_left_out_leave_their_fields_out_of_the_folder(runs, tmp_path):
