@@ -50,10 +50,11 @@ class Candidate:
 
     def fits(self, rows: Rows) -> bool:
         """Whether the set has what a peer reads."""
-        peer = PEERS.get(self.name) if self.overrides is None else None
-        table_set = rows.table_set
+        if self.overrides is not None or self.name == MEAN:
+            return True
+        peer, table_set = PEERS[self.name], rows.table_set
         has_columns = bool(table_set.numbers or table_set.categories or table_set.dates)
-        return peer is None or ((table_set.text or not peer.needs_text) and (has_columns or not peer.needs_columns))
+        return (bool(table_set.text) or not peer.needs_text) and (has_columns or not peer.needs_columns)
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
