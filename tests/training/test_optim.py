@@ -120,7 +120,7 @@ def test_learning_rate_by_layer(family, layer, first, last, head_lr):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "lr"), [(128, 2e-4), (312, 2e-4), (384, 1.6e-4), (512, 6.8e-5), (768, 2e-5), (1024, 2e-5)]
+    ("hidden", "lr"), [(128, 2e-4), (312, 1.9e-4), (384, 1.1e-4), (512, 5.5e-5), (768, 2e-5), (1024, 2e-5)]
 )
 def test_automatic_learning_rates_follow_from_the_hidden_size(hidden, lr, caplog):
     encoder = nn.Module()
