@@ -31,6 +31,7 @@ MIN_WEIGHT = 0.02  # a member with less is left out
 MIN_GAIN = 1e-4  # of the mean log loss; so is a member that brings less
 GRID = np.linspace(0, 1, 201)  # of the network's weight
 STEPS = 1000  # of the iteration for several weights
+MAX_ROWS = 20_000  # that decide weights: of more, evenly spread ones
 SMALLEST = 1e-9  # probability of a label, so that a single row does not decide
 
 BLEND_JSON = record(
@@ -114,6 +115,10 @@ class LabelProbabilities:
     def select(self, rows: np.ndarray | slice, members: Sequence[int] | slice = slice(None)) -> "LabelProbabilities":
         return LabelProbabilities(self.by_member[rows][:, members], self.row_weights[rows])
 
+    def thinned(self) -> "LabelProbabilities":
+        """At most MAX_ROWS of the rows, evenly spread."""
+        return self.select(slice(None, None, -(-len(self.row_weights) // MAX_ROWS) or 1))
+
     def log_loss(self, weights: np.ndarray) -> float:
         """Of the members' mixture."""
         of_label = np.maximum(self.by_member @ weights, SMALLEST)
@@ -159,6 +164,7 @@ def refit_weights(val: LabelProbabilities, simple: LabelProbabilities | None, we
 
 def network_share(val: LabelProbabilities, among_simple: np.ndarray) -> float:
     """The mean of the posterior of the network's weight under a flat prior: moderate where rows are few."""
+    val = val.thinned()
     mixture = val.by_member[:, 1:] @ among_simple  # [N]
     log_likelihood = np.array(
         [(val.row_weights * np.log(share * val.by_member[:, 0] + (1 - share) * mixture)).sum() for share in GRID]
@@ -169,6 +175,7 @@ def network_share(val: LabelProbabilities, among_simple: np.ndarray) -> float:
 
 def mixture_weights(rows: LabelProbabilities) -> np.ndarray:
     """Weights [M] of the lowest log loss by expectation maximisation; each member starts with one row more."""
+    rows = rows.thinned()
     weights = np.full(rows.by_member.shape[1], 1 / rows.by_member.shape[1])
     for _ in range(STEPS):
         shares = rows.by_member * weights
