@@ -1,7 +1,8 @@
 """Weights of a blend: a convex combination of the probabilities of several members, by its log loss.
 
-With few training rows, the simple members share their weight by rows that they were not fitted on, and the validation
-rows decide one number, the weight of the network. With many, the validation rows decide all weights.
+With few training rows, the simple members share their weight by training rows, each predicted by models that were
+fitted without it, and by validation rows; these alone decide the weight of the network. With many training rows, the
+validation rows decide all weights.
 
 N rows, M members, K classes.
 """
@@ -135,12 +136,12 @@ def of_labels(probabilities: Sequence[np.ndarray], labels: np.ndarray, row_weigh
 def fit_weights(val: LabelProbabilities, simple: LabelProbabilities | None) -> np.ndarray:
     """Weights [M] of the network and the simple members, as `val` has them; those left out are 0.
 
-    `simple`: the simple members' probabilities [N, M - 1] of training rows that they were not fitted on. None: the
-    validation rows decide all weights.
+    `simple`: the simple members' probabilities [N, M - 1] of training rows that they were not fitted on, which count
+    with the validation rows when these members share their weight. None: the validation rows decide all weights.
     """
     if simple is None:
         return _without_idle(val)
-    among_simple = _without_idle(simple)
+    among_simple = _without_idle(_of_simple(val, simple))
     share = network_share(val, among_simple)
     weights = np.concatenate([[share], (1 - share) * among_simple])
     weights[weights < MIN_WEIGHT] = 0
@@ -153,13 +154,22 @@ def refit_weights(val: LabelProbabilities, simple: LabelProbabilities | None, we
     refitted = np.zeros(len(weights))
     if simple is None:
         refitted[kept] = mixture_weights(val.select(slice(None), kept))
-    elif weights[0] in (0, 1):
+    elif weights[0] == 1:
         refitted = weights
     else:
-        among_simple = weights[1:] / weights[1:].sum()
-        share = network_share(val, among_simple)
+        simple_kept = np.flatnonzero(weights[1:])
+        among_simple = np.zeros(len(weights) - 1)
+        among_simple[simple_kept] = mixture_weights(_of_simple(val, simple).select(slice(None), simple_kept))
+        share = network_share(val, among_simple) if weights[0] else 0.0
         refitted = np.concatenate([[share], (1 - share) * among_simple])
     return refitted
+
+
+def _of_simple(val: LabelProbabilities, simple: LabelProbabilities) -> LabelProbabilities:
+    """The simple members' probabilities of training and validation rows."""
+    return LabelProbabilities(
+        np.concatenate([simple.by_member, val.by_member[:, 1:]]), np.concatenate([simple.row_weights, val.row_weights])
+    )
 
 
 def network_share(val: LabelProbabilities, among_simple: np.ndarray) -> float:
