@@ -13,6 +13,7 @@ DEFAULT_RECIPE = ORIGINAL
 RECOMMENDED_VALUES: dict[str, Any] = {
     "column_encoding": "piecewise_linear",
     "wide_columns": True,
+    "min_category_count": 5,
     "head_first": "auto",
     "lr": "auto",
     "head_lr": "auto",
