@@ -70,6 +70,7 @@ def saved_settings(run: Path) -> dict:
     return json.loads((run / "run" / "config.json").read_text())["config"]
 
 
+@pytest.mark.slow
 def test_losses_are_the_same_on_three_processes(run):
     settings = saved_settings(run) | {"model_path": str(run / "run3"), "test_path": []}
     (run / "config.json").write_text(json.dumps(settings))
