@@ -296,14 +296,19 @@ def test_files_of_different_models(tmp_path, capsys, earlier):
     for name, edit, expected in (
         ("config.json", lambda record: {**record, "format_version": 99}, "format_version: expected 1, found 99"),
         ("config.json", lambda record: [record], "expected an object, found a list of 1"),
-        ("config.json", changed(lr="fast"), "lr: expected a number, found 'fast'"),
+        ("config.json", changed(lr="fast"), "lr: expected a number or auto, found 'fast'"),
         ("config.json", changed(leftover=1), "unknown key 'leftover'"),
         ("config.json", lambda record: {**record, "resolved": {}}, "expected the key 'pooling', found none"),
         ("config.json", changed(hidden_common_dim=17), "does not fit the other files of the folder"),
         (
             "features.json",
-            lambda record: {**record, "number_names": ["age"]},
+            lambda record: {**record, "number_names": record["number_names"][::-1]},
             "its columns are not those of config.json",
+        ),
+        (
+            "features.json",
+            lambda record: {**record, "number_names": ["age"]},
+            "medians: expected 1 entries, as the columns have, found 2",
         ),
         (
             "features.json",

@@ -56,8 +56,8 @@ class BlendMember:
     """A member with its metrics alone, or the blend itself, which has no weight."""
 
     name: str
-    how: str | None = None
-    weight: Number = None
+    how: str | None = left_out(None)
+    weight: Number = left_out(None)
     val_log_loss: Number = None
     metrics: dict[str, Cell | None]
 
