@@ -117,7 +117,7 @@ def test_report_card_and_inspect_show_the_members(runs):
     [report] = (runs / "run1").glob("multimodal_bert-*/report.json")
     section = json.loads(report.read_text())["blend"]
     weights = members_of(runs / "run1")
-    assert {row["name"]: row["weight"] for row in section["rows"]} == {"the blend": None, **weights}
+    assert {row["name"]: row.get("weight") for row in section["rows"]} == {"the blend": None, **weights}
     predictor = Predictor.from_folder(runs / "run1")
     with open(runs / "test.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
