@@ -5,7 +5,6 @@ N rows of a dataset, S rows of a sample, H hidden size of the encoder.
 """
 
 import logging
-import math
 import time
 from functools import partial
 
@@ -19,6 +18,7 @@ from mmbert_core.runtime.errors import Stopped, phase
 from mmbert_core.runtime.progress import Progress, slow_step
 from mmbert_core.training.head_fit import HeadFit, HeadRows, StoppedFit, fit_head, head_parameters
 from mmbert_core.training.run import Run, save
+from mmbert_core.training.run_log import finite_or_none
 from mmbert_core.training.validation import evaluate
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,3 @@ def record(run: Run, fit: HeadFit, num_train: int, num_val: int, seconds: float)
     if fit.loss_before is not None and fit.loss is not None:
         line += f"; loss of {num_val:,} validation rows {fit.loss_before:.4f} before, {fit.loss:.4f} after"
     run.log.say(line)
-
-
-def finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -31,6 +31,7 @@ from mmbert_core.training.optim import optimizer_step
 from mmbert_core.training.results import Results
 from mmbert_core.training.run import Run, save
 from mmbert_core.training.run_folder import already_finished, locked_folder
+from mmbert_core.training.run_log import finite_or_none
 from mmbert_core.training.start import start_run
 from mmbert_core.training.validation import is_validation_due, validate
 
@@ -267,7 +268,3 @@ def log_step(run: Run, figures: dict[str, float]) -> None:
             }
         )
         window.clear()
-
-
-def finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -5,6 +5,7 @@ Only rank 0 writes; on the other ranks every method does nothing.
 
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -117,6 +118,11 @@ def _open_tensorboard(folder: Path, purge_step: int | None) -> Any:
     if getattr(threading.excepthook, "func", None) is not _on_thread_error:
         threading.excepthook = partial(_on_thread_error, threading.excepthook)
     return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """A number as JSON can hold it: None where it is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _on_thread_error(previous_hook: Callable[[Any], object], failure: Any) -> None:

@@ -14,7 +14,6 @@ from mmbert_core.data.prepare import prepare
 from mmbert_core.export import exporter
 from mmbert_core.predictor import Predictor
 from mmbert_core.serve.page import form_fields
-from mmbert_core.training import loop
 from tests.support import tiny
 
 KEYS = {
@@ -79,17 +78,7 @@ def test_predictions_are_the_same_bytes_on_any_number_of_processes(runs):
 def test_a_killed_run_resumes_to_the_same_bits(runs, monkeypatch):
     saved = json.loads((runs / "run1" / "config.json").read_text())["config"]
     config = config_from_dict(saved | {"model_path": str(runs / "resumed"), "save_every": 1})
-    save = loop.save
-
-    def interrupted_save(run):
-        save(run)
-        if run.state.step == 15:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "save", interrupted_save)
-        tiny.train(config)
-    tiny.train(config)
+    tiny.train_in_two_starts(config, monkeypatch, step=15)
     assert losses(runs / "resumed") == losses(runs / "run1")
     for name in ("model.safetensors", "features.json"):
         assert (runs / "resumed" / name).read_bytes() == (runs / "run1" / name).read_bytes(), name

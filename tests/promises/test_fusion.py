@@ -14,7 +14,6 @@ from mmbert_core.config_reader import config_from_dict
 from mmbert_core.export import exporter
 from mmbert_core.predictor import Predictor
 from mmbert_core.runtime.errors import InputError
-from mmbert_core.training import loop
 from tests.support import tiny
 
 FUSIONS = ("gate", "cross_attention", "moe", "tabm")
@@ -82,17 +81,7 @@ def test_losses_are_the_same_on_three_processes(run):
 
 def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch):
     config = config_from_dict(saved_settings(run) | {"model_path": str(run / "resumed"), "save_every": 1})
-    save = loop.save
-
-    def interrupted_save(running):
-        save(running)
-        if running.state.step == 15:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "save", interrupted_save)
-        tiny.train(config)
-    tiny.train(config)
+    tiny.train_in_two_starts(config, monkeypatch, step=15)
     assert losses(run / "resumed") == losses(run / "run")
     assert (run / "resumed" / "model.safetensors").read_bytes() == (run / "run" / "model.safetensors").read_bytes()
 

@@ -10,6 +10,7 @@ from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -17,7 +18,9 @@ from mmbert_core.config import Config
 from mmbert_core.runtime.ranks import DistContext, read_context
 from mmbert_core.storage.files import sha256_of
 from mmbert_core.storage.manifest import MANIFEST
+from mmbert_core.training import loop
 from mmbert_core.training.results import Results
+from mmbert_core.training.run import Run
 from mmbert_core.training.train import kept_torch_settings, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +110,21 @@ def train(config: Config, context: DistContext | None = None) -> Results:
     """Train as the command does: in this process or, inside a process group, on every rank."""
     with kept_torch_settings():
         return run_training(config, context or read_context())
+
+
+def train_in_two_starts(config: Config, monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
+    """Train until the checkpoint of `step` is written, stop as a kill does, and train again to the end."""
+    save = loop.save
+
+    def interrupted_save(run: Run) -> None:
+        save(run)
+        if run.state.step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save", interrupted_save)
+        train(config)
+    train(config)
 
 
 def metrics_lines(folder: Path) -> list[dict[str, Any]]:
