@@ -26,6 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from mmbert_core.cli_arguments import add_config_arguments, overrides_from
 from mmbert_core.config import Config
 from mmbert_core.config_reader import read_config
+from mmbert_core.config_recipe import ORIGINAL
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data, prepare
 from mmbert_core.inference.model_folder import build_model
@@ -58,7 +59,11 @@ def parser(description: str) -> argparse.ArgumentParser:
 def opened(arguments: argparse.Namespace) -> Iterator[tuple[Config, Data, DistContext]]:
     """Config and data of a run in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="mmbert-benchmark-") as folder:
-        config = read_config(arguments.config, {**overrides_from(arguments), "model_path": f"{folder}/run"})
+        named = {
+            "recipe": ORIGINAL,
+            **overrides_from(arguments),
+        }  # the steps that the peers take, and no others
+        config = read_config(arguments.config, {**named, "model_path": f"{folder}/run"})
         context = read_context()
         set_threads(config.num_threads, context)
         if config.max_chunks > 1 or not config.text_name:

@@ -78,7 +78,7 @@ class Rows:
     resample: int
     seed: int  # of a candidate's own randomness
     folder: Path
-    sha: str  # of the set, the limits and the source files
+    sha: str  # of the set, the limits of rows and the source files
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.csv"
@@ -138,9 +138,9 @@ def _table_set(path: Path, name: str, values: dict[str, Any]) -> TableSet:
 def write_rows(table_set: TableSet, limits: Limits, folder: Path) -> list[Rows]:
     """The divisions of a set below `folder`, written unless they are there already."""
     sources = [getattr(table_set, name) for name in FILES]
-    sha = sha_of(
-        {**asdict(table_set), **asdict(limits), "files": [sha256_of(Path(path)) for path in sources]} | _NO_PATHS
-    )
+    # Not how often: each division is the same, whether others follow it or not.
+    size_limits = {"small": limits.small, "max_train_rows": limits.max_train_rows}
+    sha = sha_of({**asdict(table_set), **size_limits, "files": [sha256_of(Path(path)) for path in sources]} | _NO_PATHS)
     tables = [read_cells(path, table_set.columns) for path in sources]
     sizes = [len(table[table_set.label]) for table in tables]
     ids = [f"{name}-{row}" for name, size in zip(FILES, sizes) for row in range(1, size + 1)]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from mmbert_core.config import SETTINGS, Config
 from mmbert_core.config_file import MAX_DIGITS, MAX_MESSAGE
 from mmbert_core.config_reader import ALIASES
+from mmbert_core.config_recipe import defaults_in_words
 from mmbert_core.config_synonyms import nearest_name
 from mmbert_core.export.exporter import CHECKED_ROWS, MODEL_FILES
 from mmbert_core.runtime.errors import InputError, format_for_message, shorten
@@ -300,13 +301,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         bounds = f"; {setting.range_in_words}" if setting.range_in_words else ""
-        default = setting.default_in_words if setting.is_required else f"default: {setting.default_in_words}"
+        default, original = defaults_in_words(name, setting)
+        words = "required" if setting.is_required else f"default: {default}"
+        words += f"; recipe original: {original}" if original != default else ""
         groups[setting.group].add_argument(
             f"--{name}",
             nargs="*" if is_list(hints[name]) else None,
             default=argparse.SUPPRESS,
             metavar=placeholder(name, hints[name]),
-            help=f"{setting.meaning}{bounds} ({default})".replace("%", "%%"),
+            help=f"{setting.meaning}{bounds} ({words})".replace("%", "%%"),
         )
     groups["model"].add_argument(
         "--tokenizer", default=argparse.SUPPRESS, metavar="NAME", help="the original's name of --encoder"

@@ -168,7 +168,7 @@ class Config:
     recipe: Literal["original", "recommended"] | None = setting(
         None,
         "recommended: every key that is not set gets the value that was measured best, printed; original: the default "
-        "in this table; none: original. Applied to config files and flags",
+        "in this table; none: recommended, in JSON and with keys of the original: original. For config files and flags",
         group="optimisation",
         may_change_on_resume=True,
     )
@@ -343,7 +343,7 @@ class Config:
         0, "decides order, dropout, initial weights, sampling and split", group="run", at_least=0, at_most=2**63 - 1
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU", group="run"
+        "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU; bf16 by name there, too", group="run"
     )
     deterministic: bool = setting(False, "bit-equal reruns on CUDA too, slower", group="run")
     timeout_seconds: int = setting(

@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mmbert_core.config_recipe import RECOMMENDED, RECOMMENDED_VALUES
 from mmbert_core.config_setting import Setting
 from mmbert_core.runtime.errors import InputError, format_for_message
 
@@ -21,6 +22,9 @@ def check_values(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> 
     check_columns(values)
     check_classes(values, settings["class_weights"])
     check_schedule(values["schedule"], values["run_scheduler"], are_both_named=not values["run_scheduler"])
+    if values["recipe"] == RECOMMENDED and all(values[key] != value for key, value in RECOMMENDED_VALUES.items()):
+        found = "Config(recipe='recommended'), which sets no other key"
+        raise InputError(f"recipe: expected read_config(None, {{...}}) for the recommended recipe, found {found}")
     metric = values["early_stop_metric"]
     if metric != "val_loss" and not metric.startswith("val/"):
         raise InputError(f"early_stop_metric: expected val_loss or val/<metric>, found {format_for_message(metric)}")

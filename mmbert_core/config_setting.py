@@ -66,7 +66,7 @@ def setting(
         at_most=at_most,
         may_change_on_resume=may_change_on_resume,
         may_differ_between_nodes=may_differ_between_nodes,
-        default_in_words=default_in_words or _in_words(default),
+        default_in_words=default_in_words or in_words(default),
     )
     return field(default=declared.default, metadata={"setting": declared})
 
@@ -76,7 +76,8 @@ def setting_of(item: Field) -> Setting:
     return item.metadata["setting"]
 
 
-def _in_words(default: Any) -> str:
+def in_words(default: Any) -> str:
+    """A default as --help and the documentation write it."""
     if default is ...:
         return "required"
     if isinstance(default, tuple):

@@ -48,9 +48,9 @@ def test_help_shows_every_key_with_meaning_and_default(capsys, monkeypatch):
         "--tokenizer",
         "--fp16",
         "auto|pooler|cls|mean",
-        "(default: accuracy f1_score; two classes, ",
-        "; 0 to 100 (default: 2e-05)",
-        "(default: 2e-05)",
+        "(default: auroc average_precision f1_score accuracy; more than two classes: auroc f1_macro accuracy; recipe ",
+        "; 0 to 100 (default: auto; recipe original: 2e-05)",
+        "(default: 32)",
     ):
         assert any(words in line for line in lines)
 

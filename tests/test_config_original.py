@@ -8,6 +8,7 @@ import pytest
 from mmbert_core import cli
 from mmbert_core.config import Config
 from mmbert_core.config_reader import config_from_dict, read_config
+from mmbert_core.config_recipe import RECOMMENDED_VALUES
 from tests.support import tiny
 from tests.support.configs import REQUIRED, write
 
@@ -99,6 +100,7 @@ def test_fp16_is_a_precision(fp16, precision):
 
 # ---- the metric that chooses the best step ----
 
+RECOMMENDED_METRIC = RECOMMENDED_VALUES["early_stop_metric"]
 RANKING = ("val/auroc", ("auroc", "average_precision", "f1_score", "accuracy"))
 F1 = ("val/f1_score", ("accuracy", "f1_score"))
 
@@ -150,7 +152,7 @@ def test_a_config_in_python_has_the_same_default():
     ("changes", "expected"),
     [
         ({}, "val/f1_score"),
-        ({"resume": "never"}, "val/auroc"),
+        ({"resume": "never"}, RECOMMENDED_METRIC),
         ({"early_stop_metric": "val/mcc"}, "val/mcc"),
         ({"metric_choices": ["auroc"]}, "val/f1_score"),
     ],
@@ -163,13 +165,12 @@ def test_a_run_that_began_with_other_defaults_continues_with_them(tmp_path, chan
         json.dumps({"config": {"metric_choices": ["accuracy", "f1_score"], "early_stop_metric": "val/f1_score"}}),
         "config.json",
     )
-    assert read_config(None, {**values, "resume": "auto"}).early_stop_metric == (
-        expected if "metric" in str(changes) else "val/auroc"
-    )  # no checkpoint
+    of_a_new_run = changes.get("early_stop_metric", RECOMMENDED_METRIC)
+    assert read_config(None, {**values, "resume": "auto"}).early_stop_metric == of_a_new_run  # no checkpoint
     (tmp_path / "run" / "checkpoints").mkdir()
     assert read_config(None, values).early_stop_metric == expected
     write(tmp_path / "run", "[]", "config.json")
-    assert read_config(None, {**REQUIRED, "model_path": str(tmp_path / "run")}).early_stop_metric == "val/auroc"
+    assert read_config(None, {**REQUIRED, "model_path": str(tmp_path / "run")}).early_stop_metric == RECOMMENDED_METRIC
 
 
 def test_a_flag_of_the_originals_says_nothing_of_the_file(tmp_path, caplog):

@@ -6,28 +6,31 @@ from typing import get_type_hints
 
 from mmbert_core.cli_arguments import placeholder
 from mmbert_core.config import SETTINGS, Config
+from mmbert_core.config_recipe import defaults_in_words
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data-and-config.md"
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 
 
 def config_table() -> str:
-    """One table per group: key, values, default, range, whether it may change on resume, meaning."""
+    """One table per group: key, values, default, the original's where it is another, range, resume, meaning."""
     hints, tables = get_type_hints(Config), []
     for group in dict.fromkeys(setting.group for setting in SETTINGS.values()):
         rows = [
             (
                 f"`{name}`",
                 _cell(placeholder(name, hints[name])),
-                _cell(setting.default_in_words),
+                _cell(default),
+                _cell(original if original != default else ""),
                 setting.range_in_words,
                 "yes" if setting.may_change_on_resume else "",
                 _cell(setting.meaning),
             )
             for name, setting in SETTINGS.items()
             if setting.group == group
+            for default, original in [defaults_in_words(name, setting)]
         ]
-        head = ("key", "value", "default", "range", "may change on resume", "meaning")
+        head = ("key", "value", "default", "recipe: original", "range", "may change on resume", "meaning")
         lines = [head, ("---",) * len(head), *rows]
         tables.append("\n".join([f"### {group.capitalize()}", "", *(f"| {' | '.join(line)} |" for line in lines)]))
     return "\n\n".join(tables)

@@ -332,11 +332,27 @@ def test_gradients_that_no_loss_scale_helps_stop_the_run():
 # ---- precision ----
 
 
-@pytest.mark.parametrize("asked", ("auto", "fp32", "bf16", "fp16"))
-def test_the_cpu_trains_in_fp32_and_says_so_when_asked_for_less(asked, caplog):
-    assert resolve_precision(asked, CPU) == "fp32"
-    expected = [f"precision {asked} asked for, but there is no GPU: fp32 is used"] if asked in ("bf16", "fp16") else []
-    assert warnings_in(caplog) == expected
+NO_BF16 = "precision bf16 asked for, but this CPU has no bf16 instructions: fp32 is used"
+NO_GPU = "precision fp16 asked for, but there is no GPU: fp32 is used"
+
+
+@pytest.mark.parametrize(
+    ("asked", "capabilities", "used", "warned"),
+    [
+        ("auto", {"avx512_bf16": True}, "fp32", []),
+        ("fp32", {"avx512_bf16": True}, "fp32", []),
+        ("bf16", {"avx512_bf16": True}, "bf16", []),
+        ("bf16", {"amx_bf16": True}, "bf16", []),
+        ("bf16", {"avx512_bf16": False, "avx512_f": True}, "fp32", [NO_BF16]),
+        ("fp16", {"avx512_bf16": True}, "fp32", [NO_GPU]),
+    ],
+)
+def test_the_cpu_trains_in_fp32_unless_it_has_the_bf16_asked_for(
+    asked, capabilities, used, warned, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert resolve_precision(asked, CPU) == used
+    assert warnings_in(caplog) == warned
 
 
 @pytest.mark.parametrize(
