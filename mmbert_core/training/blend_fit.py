@@ -14,9 +14,20 @@ from mmbert_core.config import Config
 from mmbert_core.data.dataset import Dataset
 from mmbert_core.data.prepare import Data
 from mmbert_core.evaluation import blending
-from mmbert_core.evaluation.blending import COLUMNS, NETWORK, WORDS, BlendRecord, Member, member_names, of_labels
+from mmbert_core.evaluation.blending import (
+    COLUMNS,
+    NETWORK,
+    READ_COLUMNS,
+    READ_WORDS,
+    WORDS,
+    WORDS_AND_COLUMNS,
+    BlendRecord,
+    Member,
+    member_names,
+    of_labels,
+)
 from mmbert_core.evaluation.calibration import fit_temperature
-from mmbert_core.evaluation.convex_fit import LinearModel, assign_folds, fit_cross_fitted, fit_validated, log_loss
+from mmbert_core.evaluation.convex_fit import assign_folds, fit_cross_fitted, fit_validated, log_loss
 from mmbert_core.inference.column_modules import build_blend, build_linear_column_features, tensor_name
 from mmbert_core.model import bag_of_words
 from mmbert_core.model.blend import Blend
@@ -164,7 +175,7 @@ class SimpleMembers:
 
     def __init__(self, data: Data, config: Config, names: Sequence[str], class_weights: np.ndarray) -> None:
         rows, labels = sample(data.train, config.seed, config.num_classes)
-        val_rows, val_labels = sample(data.val, config.seed, config.num_classes)
+        self.names = list(names)
         self.columns = build_linear_column_features(data.features)
         if config.text_name:
             cells = bag_of_words.word_cells(*data.train.token_chunks(rows))
@@ -172,36 +183,42 @@ class SimpleMembers:
             self.used = np.flatnonzero(self.idf.numpy())  # features of the words that may have a weight
         folds = _folds(data.train, rows, config.seed)
         is_cross_fitted = len(data.train) < MAX_CROSS_FITTED_ROWS and folds.max() > 0
-        self.models, self.val, out_of_fold = list[LinearModel](), list[np.ndarray](), list[np.ndarray]()
-        for name in names:
-            train = (self.features(name, data.train, rows), labels, class_weights[labels])
-            if is_cross_fitted:
-                fit = fit_cross_fitted(train[0], labels, folds, train[2], config.num_classes)
-                out_of_fold.append(fit.probabilities)
-            else:
-                val = (self.features(name, data.val, val_rows), val_labels, class_weights[val_labels])
-                fit = fit_validated(train, val, config.num_classes)
-            self.models.append(fit.model)
-            self.val.append(self.probabilities(name, fit.model, data.val))
-        self.names = list(names)
+        train = self.features(data.train, rows)
+        if is_cross_fitted:
+            row_weights = class_weights[labels]
+            fits = [fit_cross_fitted(train[name], labels, folds, row_weights, config.num_classes) for name in names]
+        else:
+            val_rows, val_labels = sample(data.val, config.seed, config.num_classes)
+            val = self.features(data.val, val_rows)
+            of_train, of_val = (labels, class_weights[labels]), (val_labels, class_weights[val_labels])
+            fits = [fit_validated((train[name], *of_train), (val[name], *of_val), config.num_classes) for name in names]
+        self.models = [fit.model for fit in fits]
+        out_of_fold = [fit.probabilities for fit in fits]
         self.out_of_fold = of_labels(out_of_fold, labels, class_weights[labels]) if is_cross_fitted else None
+        self.val = self.probabilities(data.val)
 
-    def features(self, name: str, dataset: Dataset, positions: np.ndarray) -> torch.Tensor:
-        """Sparse CSR [N, F] of a member; of words and columns, the words come first."""
-        blocks = []
-        if name != COLUMNS:
+    def features(self, dataset: Dataset, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        """Sparse CSR [N, F] of each member; of words and columns, the words come first."""
+        found = {}
+        if set(READ_WORDS) & set(self.names):
             cells = bag_of_words.word_cells(*dataset.token_chunks(positions))
-            blocks.append(WORDS_SCALE * bag_of_words.design_matrix(cells, self.idf, self.used, len(positions)))
-        if name != WORDS:
-            columns = self.columns.design_matrix(*dataset.columns(positions))
-            blocks.append(columns if name == COLUMNS else COLUMNS_SCALE * columns)
-        return blocks[0] if len(blocks) == 1 else _joined(*blocks)
+            words = bag_of_words.design_matrix(cells, self.idf, self.used, len(positions))
+            found[WORDS] = WORDS_SCALE * words
+        if set(READ_COLUMNS) & set(self.names):
+            found[COLUMNS] = self.columns.design_matrix(*dataset.columns(positions))
+        if WORDS_AND_COLUMNS in self.names:
+            found[WORDS_AND_COLUMNS] = _joined(found[WORDS], COLUMNS_SCALE * found[COLUMNS])
+        return found
 
-    def probabilities(self, name: str, model: LinearModel, dataset: Dataset) -> np.ndarray:
-        """Of all rows of a dataset, [N, K]."""
-        starts = range(0, len(dataset), CHUNK_ROWS)
-        chunks = [np.arange(start, min(start + CHUNK_ROWS, len(dataset))) for start in starts]
-        return np.concatenate([model.probabilities(self.features(name, dataset, rows)) for rows in chunks])
+    def probabilities(self, dataset: Dataset) -> list[np.ndarray]:
+        """Of all rows of a dataset, [N, K] of each member."""
+        by_chunk = []
+        for start in range(0, len(dataset), CHUNK_ROWS):
+            features = self.features(dataset, np.arange(start, min(start + CHUNK_ROWS, len(dataset))))
+            by_chunk.append(
+                [model.probabilities(features[name]) for name, model in zip(self.names, self.models, strict=True)]
+            )
+        return [np.concatenate(of_member) for of_member in zip(*by_chunk, strict=True)]
 
     def tensors(self, blend: Blend) -> dict[str, torch.Tensor]:
         """The state of `blend` with the members' weights."""
