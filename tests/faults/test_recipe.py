@@ -11,7 +11,7 @@ from tests.faults.runs import count_rows, differences, reference_run
 pytestmark = pytest.mark.fault
 OTHERWISE = ("max_length", "max_epochs")  # of a tiny encoder and a short test
 EVERYTHING = {key: value for key, value in RECOMMENDED_VALUES.items() if key not in OTHERWISE}
-EVERYTHING |= {"fusion": "gate", "ema_decay": 0.9, "layer_decay": 0.9}
+EVERYTHING |= {"head_first": "always", "fusion": "gate", "ema_decay": 0.9, "layer_decay": 0.9}
 KILLS = [
     PlannedKill("data", 0.2, rank=0),
     PlannedKill("head first", 0.1, rank=1),
