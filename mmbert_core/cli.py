@@ -1,8 +1,9 @@
-"""The commands and their exit codes: `train` (also `train.py`), `predict`, `evaluate`, `serve` and others.
+"""The commands and their exit codes: `init`, `train` (also `train.py`), `predict`, `evaluate`, `serve` and others.
 
     torchrun --standalone --nproc_per_node=4 train.py run.yaml --lr 3e-5
     python train.py run.yaml                                   # one process
     python train.py                                            # built-in sample, no download
+    mmbert init data/train.csv --label NAME                    # writes a first run.yaml
     mmbert predict MODEL_PATH new.csv predictions.tsv          # `mmbert` is also `python -m mmbert_core`
     mmbert evaluate MODEL_PATH labelled.csv                    # also: ablate inspect report export
     mmbert serve MODEL_PATH                                    # a web page and JSON, for this machine
@@ -40,6 +41,7 @@ from mmbert_core.demo import run as demo
 from mmbert_core.export.exporter import check_request, export_model
 from mmbert_core.inference.model_folder import load_model_folder
 from mmbert_core.inference.output_file import STANDARD
+from mmbert_core.init.run import why_unchecked, write_first_config
 from mmbert_core.predictor import Predictor
 from mmbert_core.report.build import PAGE, render_again
 from mmbert_core.report.model_card import describe as describe_model
@@ -96,7 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-# ---- train ----
+# ---- init, train ----
+
+
+def init(arguments: argparse.Namespace, context: DistContext) -> int:
+    if context.world_size > 1:
+        raise InputError(f"init: expected one process, found {context.world_size}; start it without torchrun")
+    ranks.set_threads("auto", context)
+    written = write_first_config(
+        arguments.table,
+        arguments.output,
+        label=arguments.label,
+        encoder=arguments.encoder,
+        tsv_quoting=arguments.tsv_quoting,
+        overwrite=arguments.force,
+    )
+    if reason := why_unchecked(written):
+        logger.warning("%s", reason)
+        return 0
+    return check(read_config(arguments.output), context)
 
 
 def train(arguments: argparse.Namespace, context: DistContext) -> int:
@@ -245,6 +265,7 @@ def export(arguments: argparse.Namespace, context: DistContext) -> int:
 # ---- the process ----
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
+    "init": init,
     "train": train,
     "predict": predict,
     "evaluate": evaluate,

@@ -26,6 +26,13 @@ minute. torchrun starts several processes; the steps are the same for any number
 
 Below, N is a whole number, X a number, [...] any number of words. `--KEY null` takes a file's value back.
 """
+INIT_DESCRIPTION = """\
+Read a labelled table once and write a first config for it: each column's role with the reason as a comment, the task,
+the class of interest, metrics, and what is left out and why. Then check it as `mmbert train --check` does. It is a
+proposal: read it and change what you know better. Nothing is guessed when a model is trained.
+
+  mmbert init data/train.csv --label verdict --encoder models/bert --output run.yaml
+"""
 PREDICT_DESCRIPTION = """\
 Score every row of INPUT once, in its order. Needs the columns that the model was trained on, in any order; other
 columns are ignored, labels are not needed. Of two classes, prob is the probability of class 1: the label that
@@ -83,6 +90,7 @@ def build_parser() -> Parser:
         prog="mmbert", description="Fine-tune a pretrained BERT together with tabular columns into a classifier."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    add_init_command(commands)
     add_training_commands(commands)
     add_scoring_commands(commands)
     add_other_commands(commands)
@@ -93,6 +101,19 @@ def add_model_command(commands: Any, name: str, **texts: str) -> argparse.Argume
     parser = commands.add_parser(name, **texts)
     parser.add_argument("model_path", metavar="MODEL_PATH", help="folder that train has written")
     return parser
+
+
+def add_init_command(commands: Any) -> None:
+    parser = commands.add_parser("init", help="write a first config for a table", description=INIT_DESCRIPTION)
+    parser.add_argument(
+        "table", metavar="TRAIN", help="training rows: a file or quoted glob: .csv .tsv .jsonl .parquet"
+    )
+    parser.add_argument("--label", metavar="NAME", help="label column (default: the one column called label or target)")
+    parser.add_argument("--encoder", metavar="NAME", help="pretrained encoder: a folder, or a name on the hub")
+    parser.add_argument("--output", metavar="FILE", default="run.yaml", help="YAML file to write (default: run.yaml)")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    choices = [AUTO, STANDARD, NONE]
+    parser.add_argument("--tsv_quoting", choices=choices, help="quotes in .tsv files, as the key of that name")
 
 
 def add_training_commands(commands: Any) -> None:

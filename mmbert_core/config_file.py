@@ -5,6 +5,7 @@ huge one.
 """
 
 import json
+import re
 from typing import Any
 
 import yaml
@@ -26,6 +27,9 @@ SIGNATURES = {
     b"\x1f\x8b": "a file packed by gzip",
     b"%PDF": "a PDF file",
 }
+# A text that YAML reads as itself without quotes, such as a name or a path, and texts that it reads as another type.
+PLAIN_IN_YAML = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w ./-]*\w|[A-Za-z_]", re.ASCII)
+YAML_WORDS = frozenset("yes no on off true false y n null none".split())
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".xls", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 ADVICE = "a config has lines such as `train_path: train.csv`, or give the table as --train_path"
 
@@ -181,6 +185,15 @@ class _Loader(yaml.SafeLoader):
             reason = f" ({error})" if type(error) is ValueError else ""
             problem = f"{value} cannot be read as {kind}{reason}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+def yaml_scalar(text: str) -> str:
+    """A text as YAML that is read back as this text: plain where possible, else in quotes on one line."""
+    if PLAIN_IN_YAML.fullmatch(text) and text.lower() not in YAML_WORDS:
+        return text
+    escapes = {'"': '\\"', "\\": "\\\\"}
+    letters = (escapes.get(letter) or (letter if letter.isprintable() else f"\\U{ord(letter):08x}") for letter in text)
+    return f'"{"".join(letters)}"'
 
 
 def _error(event: yaml.Event, problem: str) -> yaml.composer.ComposerError:

@@ -4,10 +4,10 @@
 `positive_label`.
 """
 
-import json
 import re
 from collections.abc import Sequence
 
+from mmbert_core.config_file import yaml_scalar
 from mmbert_core.runtime.errors import format_for_message
 
 FEW_ROWS = 50  # training rows of a class, below which metrics and the best step vary much by chance
@@ -22,8 +22,6 @@ ORDERED_PAIRS = {
     ("neg", "pos"),
     ("absent", "present"),
 }
-PLAIN_IN_YAML = re.compile(r"[A-Za-z_][\w -]*\w|[A-Za-z_]", re.ASCII)
-YAML_WORDS = frozenset("yes no on off true false y n null none".split())  # not read as text by YAML
 
 
 def positive_class_line(class_names: Sequence[str], share: float | None) -> str:
@@ -41,11 +39,11 @@ def positive_class_warning(class_names: Sequence[str], counts: Sequence[int], po
     if positive_label is not None or len(class_names) != 2 or counts[1] <= counts[0] or is_ordered(class_names):
         return []
     first, second = class_names
-    is_plain = PLAIN_IN_YAML.fullmatch(first) and first.lower() not in YAML_WORDS
-    value = first if is_plain else json.dumps(first, ensure_ascii=False)
     share = format_share(counts[1] / sum(counts))
     choice = f"class 1 is {format_for_message(second)} ({share} of the training rows), as the second in order"
-    return [f"{choice}; if {format_for_message(first)} is the class of interest, add: positive_label: {value}"]
+    return [
+        f"{choice}; if {format_for_message(first)} is the class of interest, add: positive_label: {yaml_scalar(first)}"
+    ]
 
 
 def is_ordered(class_names: Sequence[str]) -> bool:

@@ -106,10 +106,7 @@ def _column_findings(train: Dataset, labels: Labels) -> Iterator[str]:
             yield f"column {name!r}: a different value in each of {len(rows)} training rows: is it an id?"
         elif not is_number and (line := _nearly_unique(name, cells)):
             yield line
-        found = [_most_separated_class(cells if is_number else codes, classes, len(labels.names), is_number=is_number)]
-        if is_number and len(values) <= MAX_CODES:  # the order of codes has no meaning
-            found.append(_most_separated_class(codes, classes, len(labels.names), is_number=False))
-        index, area = max(found, key=lambda item: item[1])
+        index, area = most_separated_class(cells, codes, len(values), classes, len(labels.names))
         if area >= MIN_AUROC:
             separated = f"class {labels.names[index]!r} from the rest with an AUROC of {area:.4f}"
             yield f"column {name!r} alone separates {separated}: is it known before the label is?"
@@ -125,9 +122,22 @@ def _nearly_unique(name: str, cells: Sequence[str]) -> str | None:
     return f"column {name!r}: {different}, too rare to learn from: is it an id or a date?"
 
 
-def _most_separated_class(
-    cells: np.ndarray, classes: np.ndarray, num_classes: int, *, is_number: bool
+def most_separated_class(
+    cells: Sequence[str] | np.ndarray, codes: np.ndarray, num_codes: int, classes: np.ndarray, num_classes: int
 ) -> tuple[int, float]:
+    """The class [0, num_classes) that a column alone separates best from the others, and the AUROC.
+
+    `cells` are numbers [N] float64, or else categories, whose order says nothing; `codes` [N] number their `num_codes`
+    distinct values, and `classes` [N] is the label. Numbers of few values are also compared as categories.
+    """
+    is_number = isinstance(cells, np.ndarray) and cells.dtype.kind == "f"
+    found = [_separation(cells if is_number else codes, classes, num_classes, is_number=is_number)]
+    if is_number and num_codes <= MAX_CODES:
+        found.append(_separation(codes, classes, num_classes, is_number=False))
+    return max(found, key=lambda item: item[1])
+
+
+def _separation(cells: np.ndarray, classes: np.ndarray, num_classes: int, *, is_number: bool) -> tuple[int, float]:
     """The class that this column alone separates best from the others, and the AUROC.
 
     A category's score is the share of the class among its rows in one half of the rows; the AUROC is computed on the
