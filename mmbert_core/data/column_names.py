@@ -3,6 +3,7 @@
 import re
 
 IDENTIFIER_WORDS = frozenset("id ids uid uuid guid identifier key".split())
+ENTITY_WORDS = frozenset("user username customer client author session thread conversation dialogue visitor".split())
 INDEX_NAMES = frozenset("index idx no nr".split())  # as the whole name
 JOINED_IDENTIFIER = re.compile(
     r"(user|customer|client|member|account|order|item|product|session|message|tweet|post|thread|dialog|dialogue|case|"
@@ -30,11 +31,11 @@ def words_of_name(name: str) -> list[str]:
 
 
 def is_identifier(name: str) -> bool:
-    """Whether a column is called an id of something: order_id, userId, uuid."""
+    """Whether a column is called an id of something, or what has one: order_id, userId, uuid, thread."""
     words = words_of_name(name)
     if not words:
         return False
-    last_says_so = words[-1] in IDENTIFIER_WORDS or JOINED_IDENTIFIER.fullmatch(words[-1]) is not None
+    last_says_so = words[-1] in IDENTIFIER_WORDS | ENTITY_WORDS or JOINED_IDENTIFIER.fullmatch(words[-1]) is not None
     return last_says_so or (len(words) == 1 and words[0] in INDEX_NAMES)
 
 

@@ -46,8 +46,10 @@ MIN_VARYING_ROWS = 10  # rows that differ from a column's most frequent cell
 MIN_ROWS_UNIQUE = 50  # rows; in fewer, all values of a column may differ by chance
 UNIQUE_SHARE = 0.95  # distinct values per cell, from which values hardly repeat
 FREE_SHARE = 0.5  # distinct values per cell, from which they are no categories
+MIN_REPEATED_SHARE = 0.5  # of the values of a group without a name that says so
 MAX_CODES = 50  # distinct values of an identifier that may be categories, such as the ids of ten shops
 MIN_TEXT_WORDS, LONG_TEXT_WORDS, LONG_TEXT_CHARACTERS = 1.8, 12, 80
+MAX_WORD_CHARACTERS = 64  # of cells of one word; longer ones are encoded data
 MANY_TEXTS, FEW_TEMPLATES = 5_000, 100  # distinct values of several words: texts, even if many repeat; categories
 MATCHING_SHARE = 0.9  # of a column's cells that have a pattern
 PATTERNS = {
@@ -224,9 +226,14 @@ def _role_of_strings(column: ColumnStatistics) -> ColumnRole:
     if column.mean_words >= MIN_TEXT_WORDS:
         if share >= FREE_SHARE or column.num_distinct > MANY_TEXTS:
             return ColumnRole(TEXT, _text_words(column))
+    elif column.mean_characters > MAX_WORD_CHARACTERS:
+        words = f"long cells without spaces, {column.mean_characters:.0f} characters on average"
+        return ColumnRole(LEFT_OUT, f"{words}: {_values_words(column)}")
     elif _is_unique(column):
         return ColumnRole(ID, "a different value of one word in every row")
     elif share >= FREE_SHARE and column.num_present >= MIN_ROWS_UNIQUE:
+        if column.values.num_repeated >= MIN_REPEATED_SHARE * len(column.values.counts):
+            return ColumnRole(GROUP, f"free identifiers, most of which repeat: {_values_words(column)}")
         return ColumnRole(LEFT_OUT, f"a free identifier, too rare to learn from: {_values_words(column)}")
     return ColumnRole(CATEGORY, _category_words(column))
 

@@ -5,7 +5,7 @@ N rows of a chunk, V kept values of a column, S rows of the sample.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,8 +22,9 @@ MAX_KEPT_VALUES = 4096  # distinct values of a column that are counted; of more,
 MAX_VALUE_CHARACTERS = 200  # of a kept value
 MAX_SAMPLE_ROWS, MAX_SAMPLE_CELLS, MAX_SAMPLE_CHARACTERS = 20_000, 2_000_000, 2**26
 MAX_SAMPLED_CELL = 20_000  # characters of a cell in the sample
+BLOCK_ROWS = 8192  # after each so many, columns that are no numbers (dates) are not read as such further
 MAX_DATE_CHARACTERS = 50
-MAX_BAD_SHARE = 0.1  # of a column's cells: with more that are no numbers (dates), it is not examined as such further
+MAX_BAD_SHARE = 0.1  # of a column's cells: with more that are no numbers (dates), it is another kind of column
 WIDE_LETTERS = range(0x3040, 0xA000)  # Chinese and Japanese: written without spaces, about two letters a word
 
 
@@ -102,7 +103,7 @@ class NumberStatistics:
     maximum: float = -math.inf
     are_whole: bool = True
     are_increasing: bool = True  # each number is larger than that of the row before
-    is_refuted: bool = False  # too many other cells: the column has not been read to its end
+    is_refuted: bool = False  # too many cells are none: the column has not been read to its end
 
     def update(self, cells: Sequence[str], rows: Callable[[int], str]) -> None:
         """Read non-empty `cells`; `rows(i)` is file and row of cell i, for messages."""
@@ -117,6 +118,9 @@ class NumberStatistics:
             self.minimum = min(self.minimum, float(numbers.min()))
             self.maximum = max(self.maximum, float(numbers.max()))
             self.num_numbers += len(numbers)
+
+    def refute(self) -> None:
+        """Stop to read the column as numbers if too many cells are none."""
         self.is_refuted = self.bad.count > MAX_BAD_SHARE * (self.num_numbers + self.bad.count)
 
     def _parse(self, cells: Sequence[str], rows: Callable[[int], str]) -> np.ndarray:
@@ -153,6 +157,9 @@ class DateStatistics:
             return
         for cell, count in Counter(cells).items():
             self._read(cell, count, row=lambda cell=cell: rows(cells.index(cell)))
+
+    def refute(self) -> None:
+        """Stop to read the column as dates if too many cells are none."""
         self.is_refuted = self.bad.count > MAX_BAD_SHARE * (self.num_dates + self.bad.count)
 
     def _read(self, cell: str, count: int, row: Callable[[], str]) -> None:
@@ -203,12 +210,13 @@ class ColumnStatistics:
 
     @property
     def num_distinct(self) -> int:
-        return self.values.num_distinct
+        """Distinct values, without the empty cell; see `DistinctValues.num_distinct`."""
+        return min(self.values.num_distinct, self.num_present)
 
     @property
     def distinct_share(self) -> float:
         """Distinct values per non-empty cell, 0..1."""
-        return min(1.0, self.num_distinct / max(1, self.num_present))
+        return self.num_distinct / max(1, self.num_present)
 
     @cached_property
     def present_sample(self) -> list[str]:
@@ -314,11 +322,37 @@ def gather_statistics(chunks: Iterable[Chunk], *, seed: int = 0) -> TableStatist
     for chunk in chunks:
         columns = columns or {name: ColumnStatistics(name) for name in chunk.cells}
         sample = sample or RowSample(len(columns), seed)
-        for name, column in columns.items():
-            column.update(chunk.cells[name], chunk.row_location)
+        for start, end in _blocks(num_rows, len(chunk)):
+            for name, column in columns.items():
+                column.update(chunk.cells[name][start:end], partial(_location, chunk, start))
+            if (num_rows + end) % BLOCK_ROWS == 0:
+                _refute(columns)
         sample.update(list(chunk.cells.values()))
         num_rows += len(chunk)
+    _refute(columns)
     if sample is not None:
         for column, cells in zip(columns.values(), sample.columns(), strict=False):
             column.sample = cells
     return TableStatistics(num_rows, columns)
+
+
+def _blocks(first_row: int, num_rows: int) -> Iterator[tuple[int, int]]:
+    """(start, end) in a chunk that begins at row `first_row`: its blocks end at multiples of BLOCK_ROWS of the table.
+
+    What is found out about a column then does not depend on the chunks.
+    """
+    start = 0
+    while start < num_rows:
+        end = min(num_rows, start + BLOCK_ROWS - (first_row + start) % BLOCK_ROWS)
+        yield start, end
+        start = end
+
+
+def _location(chunk: Chunk, start: int, index: int) -> str:
+    return chunk.row_location(start + index)
+
+
+def _refute(columns: Mapping[str, ColumnStatistics]) -> None:
+    for column in columns.values():
+        column.numbers.refute()
+        column.dates.refute()

@@ -1,6 +1,6 @@
 """The text of a first config: YAML whose comments say why."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmbert_core.config import SETTINGS
@@ -17,6 +17,7 @@ BALANCED_SHARE = 0.3  # of the rarer of two classes, from which accuracy says so
 LARGE_SHARE, SMALL_SHARE = 0.5, 0.1  # of the most and the least frequent of several classes, beyond which it does not
 RARE_METRICS = ("average_precision", "auroc", "f1_score", "recall", "precision", "mcc")
 UNEVEN_METRICS = ("f1_macro", "auroc", "mcc", "log_loss")
+MAX_LEFT_OUT_LINES = 20
 COMMENT_COLUMN = 32  # where the comments of short lines begin
 ENCODER_NEEDS = "a folder with config.json, model.safetensors and a tokenizer, or a name on the hub"
 
@@ -163,19 +164,23 @@ def line(text: str, reason: str) -> str:
 
 def comment(text: str) -> str:
     """One line, whatever the text holds."""
-    return "# " + "".join(letter if letter.isprintable() else "?" for letter in text)
+    return f"# {printable(text)}"
 
 
-def summary_lines(config: FirstConfig, max_left_out: int = 20) -> Iterable[str]:
+def printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def summary_lines(config: FirstConfig) -> Iterator[str]:
     """What was proposed, in lines for the terminal."""
     task = config.task
     kind = "two classes" if task.is_binary else f"{len(task.counts)} classes"
-    yield f"{config.num_rows:,} rows; label {config.label}: {kind}, {imbalance_words(task)}"
+    yield printable(f"{config.num_rows:,} rows; label {config.label}: {kind}, {imbalance_words(task)}")
     for role in (*INPUTS, ID, GROUP):
         if columns := config.roles.columns(role):
-            yield f"{role}: {', '.join(columns)}"
+            yield printable(f"{role}: {', '.join(columns)}")
     left_out = config.roles.columns(LEFT_OUT)
-    for name, reason in list(left_out.items())[:max_left_out]:
-        yield f"{LEFT_OUT}: {name}: {reason}"
-    if len(left_out) > max_left_out:
-        yield f"{LEFT_OUT}: {len(left_out) - max_left_out} more columns, see {config.output}"
+    for name, reason in list(left_out.items())[:MAX_LEFT_OUT_LINES]:
+        yield printable(f"{LEFT_OUT}: {name}: {reason}")
+    if len(left_out) > MAX_LEFT_OUT_LINES:
+        yield f"{LEFT_OUT}: {len(left_out) - MAX_LEFT_OUT_LINES} more columns, see {config.output}"
