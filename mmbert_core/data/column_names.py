@@ -14,6 +14,7 @@ PERSONAL_WORDS = frozenset(
     "email mail phone telephone mobile fax surname username handle address street url ip".split()
 )
 NAMED_PERSON = frozenset("first last full user customer client seller buyer author sender contact person".split())
+TIME_WORDS = frozenset("time timestamp ts date datetime at created updated deadline launched utc epoch".split())
 # Words for what exists only once the label does. Those of events (refund, payment) are not here: past ones are inputs.
 LATE_WORDS = frozenset(
     """
@@ -50,6 +51,11 @@ def is_personal(name: str) -> bool:
     return any(word in PERSONAL_WORDS for word in words) or (
         words[-1:] == ["name"] and any(word in NAMED_PERSON for word in words[:-1])
     )
+
+
+def is_time(name: str) -> bool:
+    """Whether a column is called a time: created_at, timestamp."""
+    return any(word in TIME_WORDS for word in words_of_name(name))
 
 
 def follows_label_by_name(name: str) -> bool:

@@ -25,6 +25,7 @@ from mmbert_core.data.column_names import (
     is_code,
     is_identifier,
     is_personal,
+    is_time,
 )
 from mmbert_core.data.column_statistics import ColumnStatistics, TableStatistics
 from mmbert_core.data.dates import EPOCH
@@ -46,7 +47,8 @@ MIN_VARYING_ROWS = 10  # rows that differ from a column's most frequent cell
 MIN_ROWS_UNIQUE = 50  # rows; in fewer, all values of a column may differ by chance
 UNIQUE_SHARE = 0.95  # distinct values per cell, from which values hardly repeat
 FREE_SHARE = 0.5  # distinct values per cell, from which they are no categories
-MIN_REPEATED_SHARE = 0.5  # of the values of a group without a name that says so
+# Of a group without a name that says so: rows with a value, and values of several rows.
+MIN_GROUPED_SHARE, MIN_REPEATED_SHARE = 0.9, 0.5
 MAX_CODES = 50  # distinct values of an identifier that may be categories, such as the ids of ten shops
 MIN_TEXT_WORDS, LONG_TEXT_WORDS, LONG_TEXT_CHARACTERS = 1.8, 12, 80
 MAX_WORD_CHARACTERS = 64  # of cells of one word; longer ones are encoded data
@@ -59,6 +61,9 @@ PATTERNS = {
     "web addresses": re.compile(r"(https?://|www\.)\S+"),
     "IP addresses": re.compile(r"([0-9]{1,3}\.){3}[0-9]{1,3}"),
 }
+PERSONAL_PATTERNS = ("e-mail addresses", "web addresses", "IP addresses")  # never the id, which predictions hold
+AMOUNT = re.compile(r"[-+]?[^\w\s]?\s?[-+]?[0-9][0-9.,' ]*\s?([%€$£¥]|[A-Za-z]{1,3})?")  # such as $1,234.50 and 12 kg
+UNIX_TIMES = (3e8, 2.2e9)  # seconds: years 1979 to 2039
 LEADING_ZERO = re.compile(r"0[0-9]+")
 
 
@@ -141,6 +146,8 @@ def _role_of_cells(column: ColumnStatistics, date_order: str, date_evidence: str
     if not numbers.is_refuted and numbers.num_numbers:
         if numbers.bad.count == 0:
             return _role_of_numbers(column)
+        if numbers.are_whole and column.num_distinct <= MAX_CODES and column.distinct_share < FREE_SHARE:
+            return ColumnRole(CATEGORY, f"numbers and words: {_category_words(column)}")
         found = f"{format_for_message(numbers.bad.first)} in {numbers.bad.first_row}"
         count = f"{numbers.bad.count:,} cells are none, first {found}"
         return ColumnRole(LEFT_OUT, f"numbers, but {count}: empty or correct them, then add it to tab_field_list")
@@ -200,16 +207,24 @@ def _role_of_numbers(column: ColumnStatistics) -> ColumnRole:
     if numbers.are_whole:
         if has_leading_zeros(column):
             return _codes(column, "digits with leading zeros: codes, no amounts")
+        if is_time(column.name) and UNIX_TIMES[0] <= numbers.minimum and numbers.maximum <= UNIX_TIMES[1]:
+            times = f"seconds since 1970, by name and range ({low} to {high})"
+            return ColumnRole(LEFT_OUT, f"{times}: write dates such as 2024-09-24, then add it to date_field_list")
         is_dense = numbers.maximum - numbers.minimum < 1.5 * column.num_present
-        if _is_unique(column) and (is_identifier(column.name) or numbers.are_increasing or is_dense):
+        if (
+            _is_unique(column)
+            and column.num_empty == 0
+            and (is_identifier(column.name) or numbers.are_increasing or is_dense)
+        ):
             return ColumnRole(ID, f"a different whole number in every row, {low} to {high}")
         if is_identifier(column.name):
             return _role_of_identifier(column)
         if is_code(column.name):
             return _codes(column, f"by its name a code, {low} to {high}")
     kind = "whole numbers" if numbers.are_whole else "numbers"
-    few = f", {column.num_distinct} of them different" if column.values.is_exact and column.num_distinct <= 20 else ""
-    return ColumnRole(NUMBER, f"{kind} from {low} to {high}{few}{_empty_share(column)}")
+    few = f", {column.num_distinct} different ones" if column.num_distinct <= 20 else ""
+    found = "0 and 1 (true and false)" if (low, high, numbers.are_whole) == ("0", "1", True) else ""
+    return ColumnRole(NUMBER, f"{found or f'{kind} from {low} to {high}{few}'}{_empty_share(column)}")
 
 
 def _role_of_strings(column: ColumnStatistics) -> ColumnRole:
@@ -223,16 +238,20 @@ def _role_of_strings(column: ColumnStatistics) -> ColumnRole:
     share = column.distinct_share
     if is_personal(column.name) and share >= FREE_SHARE:
         return ColumnRole(LEFT_OUT, f"by its name it identifies somebody or something: {_values_words(column)}")
+    if not is_code(column.name) and _matches(column, AMOUNT):
+        amount = f"numbers with signs, units or separators, such as {format_for_message(column.present_sample[0])}"
+        return ColumnRole(LEFT_OUT, f"{amount}: write plain numbers such as 1234.5, then add it to tab_field_list")
     if column.mean_words >= MIN_TEXT_WORDS:
         if share >= FREE_SHARE or column.num_distinct > MANY_TEXTS:
             return ColumnRole(TEXT, _text_words(column))
     elif column.mean_characters > MAX_WORD_CHARACTERS:
         words = f"long cells without spaces, {column.mean_characters:.0f} characters on average"
         return ColumnRole(LEFT_OUT, f"{words}: {_values_words(column)}")
-    elif _is_unique(column):
+    elif _is_unique(column) and column.num_empty == 0:
         return ColumnRole(ID, "a different value of one word in every row")
     elif share >= FREE_SHARE and column.num_present >= MIN_ROWS_UNIQUE:
-        if column.values.num_repeated >= MIN_REPEATED_SHARE * len(column.values.counts):
+        is_known = column.num_present >= MIN_GROUPED_SHARE * column.num_rows
+        if is_known and column.values.num_repeated >= MIN_REPEATED_SHARE * len(column.values.counts):
             return ColumnRole(GROUP, f"free identifiers, most of which repeat: {_values_words(column)}")
         return ColumnRole(LEFT_OUT, f"a free identifier, too rare to learn from: {_values_words(column)}")
     return ColumnRole(CATEGORY, _category_words(column))
@@ -241,7 +260,7 @@ def _role_of_strings(column: ColumnStatistics) -> ColumnRole:
 def _role_of_identifier(column: ColumnStatistics, pattern: str | None = None) -> ColumnRole:
     """The id, the group or the category of a column that identifies something, by its name or its cells."""
     kind = pattern or "identifiers (by the column's name)"
-    if _is_unique(column) and column.num_empty == 0:
+    if column.values.num_repeated == 0 and column.num_empty == 0 and pattern not in PERSONAL_PATTERNS:
         return ColumnRole(ID, f"{kind}: a different one in every row")
     if column.distinct_share >= UNIQUE_SHARE:
         return ColumnRole(LEFT_OUT, f"{kind}: {_values_words(column)}")
@@ -277,11 +296,12 @@ def _is_long_text(column: ColumnStatistics) -> bool:
 
 def _pattern(column: ColumnStatistics) -> str | None:
     """The kind of identifiers that nearly all cells are, by their form."""
+    return next((name for name, pattern in PATTERNS.items() if _matches(column, pattern)), None)
+
+
+def _matches(column: ColumnStatistics, pattern: re.Pattern[str]) -> bool:
     cells = column.present_sample
-    for name, pattern in PATTERNS.items():
-        if sum(pattern.fullmatch(cell.strip()) is not None for cell in cells) >= MATCHING_SHARE * len(cells):
-            return name
-    return None
+    return sum(pattern.fullmatch(cell.strip()) is not None for cell in cells) >= MATCHING_SHARE * len(cells)
 
 
 def _without_leak(column: ColumnStatistics, proposed: ColumnRole, label: SampledLabel, date_order: str) -> ColumnRole:

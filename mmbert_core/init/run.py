@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from mmbert_core.config import SETTINGS
@@ -22,7 +23,7 @@ from mmbert_core.tables.table import Chunk, check_path, expand_paths, read_chunk
 
 logger = logging.getLogger(__name__)
 
-RUNS = Path("runs")
+RUNS, CACHE = Path("runs"), "cache"
 
 
 def write_first_config(
@@ -103,12 +104,17 @@ def read_statistics(table_path: str, tsv_quoting: str = AUTO) -> TableStatistics
 
 
 def new_run_folder(label: str) -> Path:
-    """A folder for the run, named after the label, that does not exist yet."""
+    """A folder for the run, named after the label, that holds no run yet."""
     name = re.sub(r"\W+", "_", label).strip("_").lower()[:50] or "run"
-    number = 1
-    while os.path.lexists(RUNS / (name if number == 1 else f"{name}_{number}")):
-        number += 1
-    return RUNS / (name if number == 1 else f"{name}_{number}")
+    paths = (RUNS / (name if number == 1 else f"{name}_{number}") for number in count(1))
+    return next(path for path in paths if _is_unused(path))
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether nothing is there, or only the token cache that a check leaves."""
+    if not os.path.lexists(path):
+        return True
+    return path.is_dir() and all(entry.name == CACHE for entry in path.iterdir())
 
 
 def _lengths(table: TableStatistics, roles: ProposedRoles, encoder: str) -> TextLengths | None:

@@ -71,7 +71,8 @@ def test_the_file_is_read_as_proposed_and_checked(folder, capsys):
 
 
 def test_an_existing_file_is_kept_unless_forced(folder, capsys):
-    Path("runs/verdict").mkdir(parents=True)
+    Path("runs/verdict/checkpoints").mkdir(parents=True)
+    Path("runs/verdict_2/cache").mkdir(parents=True)  # of an earlier check
     Path("run.yaml").write_text("mine")
     command = ["init", "train.csv", "--label", "verdict", "--encoder", "models/tiny"]
     assert cli.main(command) == 2 and Path("run.yaml").read_text() == "mine"
