@@ -43,6 +43,7 @@ CONFIG_KEYS = {
     LABEL: "label_name",
 }
 
+MIN_WORD_SHARE = 0.01  # of the cells of a column of codes that are words; fewer are mistakes in a column of numbers
 MIN_VARYING_ROWS = 10  # rows that differ from a column's most frequent cell
 MIN_ROWS_UNIQUE = 50  # rows; in fewer, all values of a column may differ by chance
 UNIQUE_SHARE = 0.95  # distinct values per cell, from which values hardly repeat
@@ -146,7 +147,8 @@ def _role_of_cells(column: ColumnStatistics, date_order: str, date_evidence: str
     if not numbers.is_refuted and numbers.num_numbers:
         if numbers.bad.count == 0:
             return _role_of_numbers(column)
-        if numbers.are_whole and column.num_distinct <= MAX_CODES and column.distinct_share < FREE_SHARE:
+        are_words = numbers.bad.count >= MIN_WORD_SHARE * column.num_present
+        if are_words and numbers.are_whole and column.num_distinct <= min(MAX_CODES, column.num_present / 2):
             return ColumnRole(CATEGORY, f"numbers and words: {_category_words(column)}")
         found = f"{format_for_message(numbers.bad.first)} in {numbers.bad.first_row}"
         count = f"{numbers.bad.count:,} cells are none, first {found}"
