@@ -1,7 +1,7 @@
 """A role for each column of a table, with the reason in words: a proposal, from statistics and the column's name.
 
-The rules look at, in this order: what holds nothing or is known after the label, what the cells
-are (numbers, dates, texts, categories, identifiers), and how well an input alone predicts the label.
+The rules look at, in this order: what holds nothing or is known after the label; what the cells are (dates, numbers,
+texts, identifiers, categories); how well an input alone predicts the label.
 """
 
 import re

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mmbert_core.data.class_messages import format_share
 from mmbert_core.data.column_names import is_label_name
 from mmbert_core.data.column_statistics import ColumnStatistics, TableStatistics
-from mmbert_core.runtime.errors import InputError, format_for_message
+from mmbert_core.runtime.errors import InputError, format_for_message, list_for_message
 from mmbert_core.tables.cells import normal_form
 
 MAX_CANDIDATES, MAX_CANDIDATE_CLASSES, MAX_EMPTY_SHARE = 10, 20, 0.05  # of columns that could be the label
@@ -41,8 +41,8 @@ def find_label(table: TableStatistics, asked: str | None, *, source: str) -> str
     """
     if asked is not None:
         if asked not in table.columns:
-            names = ", ".join(map(format_for_message, list(table.columns)[:40]))
-            raise InputError(f"--label: {source} has no column {format_for_message(asked)}; columns are {names}")
+            names = list_for_message(list(table.columns), 40)
+            raise InputError(f"{source}: label column {format_for_message(asked)} not found; columns are {names}")
         return asked
     named = [name for name in table.columns if is_label_name(name)]
     if len(named) == 1:

@@ -28,6 +28,7 @@ class FirstConfig:
 
     train_path: str
     num_rows: int
+    num_unlabelled: int
     label: str
     task: Task
     roles: ProposedRoles
@@ -72,6 +73,8 @@ class FirstConfig:
         task = self.task
         yield ""
         yield line(f"label_name: {yaml_scalar(self.label)}", imbalance_words(task))
+        if self.num_unlabelled:
+            yield comment(f"{self.num_unlabelled:,} rows have no label: remove them, a training refuses them")
         if task.is_binary:
             other = next(name for name in task.counts if name != task.rarest)
             rarer = f"class 1 (prob, F1, threshold): the rarer of the two, {format_share(task.share(task.rarest))}"

@@ -19,7 +19,7 @@ from mmbert_core.runtime.progress import Progress, slow_step
 from mmbert_core.storage.files import write_text
 from mmbert_core.tables.csv_reader import AUTO
 from mmbert_core.tables.readers import header_of, lengths_of
-from mmbert_core.tables.table import Chunk, check_path, expand_paths, read_chunks
+from mmbert_core.tables.table import Chunk, check_path, expand_paths, read_chunks, resolve_columns
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ def write_first_config(
     """
     check_output(output, overwrite=overwrite)
     if encoder is not None:
-        load_tokenizer(encoder)  # a wrong name is noticed before the table is read
+        load_tokenizer(encoder)  # a wrong name is noticed before all rows are read
+    if label is not None:  # so is a wrong column
+        resolve_columns([table_path], [label], tsv_quoting=tsv_quoting or AUTO)
     table = read_statistics(table_path, tsv_quoting or AUTO)
     label = find_label(table, label, source=table_path)
     task = task_of(table.columns[label], source=table_path)
@@ -50,6 +52,7 @@ def write_first_config(
     config = FirstConfig(
         train_path=table_path,
         num_rows=table.num_rows,
+        num_unlabelled=table.columns[label].num_empty,
         label=label,
         task=task,
         roles=roles,

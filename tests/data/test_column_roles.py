@@ -186,7 +186,7 @@ def test_the_label_is_named_or_clear():
     frame = table()
     statistics = gather_statistics([frame_to_chunk(frame, list(frame.columns))])
     assert find_label(statistics, "is_abuse", source="a.csv") == "is_abuse"
-    with pytest.raises(InputError, match="no column 'abuse'"):
+    with pytest.raises(InputError, match="label column 'abuse' not found"):
         find_label(statistics, "abuse", source="a.csv")
     with pytest.raises(InputError, match=r"could be it: 'verdict_text' \(2 values\).*'is_abuse' \(2 values\)"):
         find_label(statistics, None, source="a.csv")

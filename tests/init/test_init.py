@@ -92,7 +92,7 @@ def test_without_an_encoder_the_file_says_what_to_set(folder, capsys):
     ("arguments", "problem"),
     [
         (["train.csv"], "columns of few values, which could be it: 'kind' (2 values), 'verdict' (2 values)"),
-        (["train.csv", "--label", "verdicts"], "has no column 'verdicts'"),
+        (["train.csv", "--label", "verdicts"], "column 'verdicts' not found; nearest is 'verdict'"),
         (["train.csv", "--label", LONG_NAME], "regression is not supported yet"),
         (["train.csv", "--label", "outcome"], "expected two classes or more, every row has 'x'"),
         (["train.csv", "--label", "verdict", "--encoder", "models/none"], "no such folder, not in the local cache"),
@@ -108,6 +108,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(folder, capsys, arguments, pro
     printed = capsys.readouterr().err
     assert problem in printed and printed.count("\n") == 1
     assert not Path("run.yaml").exists() and not Path("run.json").exists()
+
+
+def test_rows_without_a_label_are_counted_and_refused(folder, capsys):
+    with open("train.csv", "a", encoding="utf-8") as stream:
+        stream.write("120,t99,pay," + "1," * (1 + len(ODD_TEXTS)) + "a,2024-01-01,x,\n")
+    assert cli.main(["init", "train.csv", "--label", "verdict", "--encoder", "models/tiny"]) == 2
+    assert "column 'verdict': expected a label, found an empty cell" in capsys.readouterr().err
+    assert "# 1 rows have no label: remove them, a training refuses them" in Path("run.yaml").read_text()
 
 
 def test_several_classes_and_columns_alone(folder):
