@@ -74,7 +74,7 @@ class FirstConfig:
         yield ""
         yield line(f"label_name: {yaml_scalar(self.label)}", imbalance_words(task))
         if self.num_unlabelled:
-            yield comment(f"{self.num_unlabelled:,} rows have no label: remove them, a training refuses them")
+            yield comment(f"rows without a label: {self.num_unlabelled:,}; remove them: a training refuses them")
         if task.is_binary:
             other = next(name for name in task.counts if name != task.rarest)
             rarer = f"class 1 (prob, F1, threshold): the rarer of the two, {format_share(task.share(task.rarest))}"

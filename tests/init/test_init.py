@@ -115,7 +115,7 @@ def test_rows_without_a_label_are_counted_and_refused(folder, capsys):
         stream.write("120,t99,pay," + "1," * (1 + len(ODD_TEXTS)) + "a,2024-01-01,x,\n")
     assert cli.main(["init", "train.csv", "--label", "verdict", "--encoder", "models/tiny"]) == 2
     assert "column 'verdict': expected a label, found an empty cell" in capsys.readouterr().err
-    assert "# 1 rows have no label: remove them, a training refuses them" in Path("run.yaml").read_text()
+    assert "# rows without a label: 1; remove them" in Path("run.yaml").read_text()
 
 
 def test_several_classes_and_columns_alone(folder):
