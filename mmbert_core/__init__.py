@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmbert_core.comparison import compare_runs
     from mmbert_core.config import Config
     from mmbert_core.config_reader import read_config
     from mmbert_core.predictor import Predictor
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from mmbert_core.training.train import train
 
 __version__ = "0.2.0"
-__all__ = ["Config", "InputError", "Predictor", "Results", "RunError", "__version__", "read_config", "train"]
+__all__ = [
+    "Config",
+    "InputError",
+    "Predictor",
+    "Results",
+    "RunError",
+    "__version__",
+    "compare_runs",
+    "read_config",
+    "train",
+]
 
 _MODULES = {
     "Config": "mmbert_core.config",
@@ -29,6 +40,7 @@ _MODULES = {
     "Predictor": "mmbert_core.predictor",
     "Results": "mmbert_core.training.results",
     "RunError": "mmbert_core.runtime.errors",
+    "compare_runs": "mmbert_core.comparison",
     "read_config": "mmbert_core.config_reader",
     "train": "mmbert_core.training.train",
 }

@@ -5,7 +5,7 @@
     python train.py                                            # built-in sample, no download
     mmbert init data/train.csv --label NAME                    # writes a first run.yaml
     mmbert predict MODEL_PATH new.csv predictions.tsv          # `mmbert` is also `python -m mmbert_core`
-    mmbert evaluate MODEL_PATH labelled.csv                    # also: ablate inspect report export
+    mmbert evaluate MODEL_PATH labelled.csv                    # also: ablate compare inspect report export
     mmbert serve MODEL_PATH                                    # a web page and JSON, for this machine
 
 Exit codes of a process: 0 done, 1 failure, 2 bad config or input (one line says what), 75 stopped by a signal with
@@ -27,10 +27,12 @@ from typing import NoReturn
 import mmbert_core.runtime.startup as startup  # before what imports torch
 from mmbert_core.ablation import run_ablation, table
 from mmbert_core.cli_arguments import overrides_from, parse
+from mmbert_core.comparison import COMPARISON, compare_runs, render_comparison_again, write_comparison
 from mmbert_core.config import Config
 from mmbert_core.config_reader import read_config
 from mmbert_core.console import (
     error_prefix,
+    print_comparison,
     print_error,
     print_failure,
     print_figures,
@@ -196,7 +198,7 @@ def input_path(arguments: argparse.Namespace) -> Iterator[str]:
             raise type(error)(str(error).replace(str(path), "standard input")) from None
 
 
-# ---- evaluate, ablate, inspect, report ----
+# ---- evaluate, ablate, compare, inspect, report ----
 
 
 def evaluate(arguments: argparse.Namespace, context: DistContext) -> int:
@@ -226,6 +228,16 @@ def ablate(arguments: argparse.Namespace, context: DistContext) -> int:
     return 0
 
 
+def compare(arguments: argparse.Namespace, context: DistContext) -> int:
+    if arguments.output is not None:
+        check_folder("--output", arguments.output)
+    if context.is_main:
+        comparison = compare_runs(arguments.runs, against=arguments.against)
+        print_comparison(comparison)
+        logger.info("page: %s", write_comparison(comparison, arguments.output))
+    return 0
+
+
 def inspect(arguments: argparse.Namespace, context: DistContext) -> int:
     lines = describe_model(Path(arguments.model_path))
     if context.is_main:
@@ -235,7 +247,9 @@ def inspect(arguments: argparse.Namespace, context: DistContext) -> int:
 
 def report(arguments: argparse.Namespace, context: DistContext) -> int:
     if context.is_main:
-        logger.info("report: %s", render_again(Path(arguments.folder)))
+        folder = Path(arguments.folder)
+        is_comparison = (folder / COMPARISON).is_file()
+        logger.info("report: %s", render_comparison_again(folder) if is_comparison else render_again(folder))
     return 0
 
 
@@ -270,6 +284,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, DistContext], int]] = {
     "predict": predict,
     "evaluate": evaluate,
     "ablate": ablate,
+    "compare": compare,
     "inspect": inspect,
     "report": report,
     "serve": serve,

@@ -52,6 +52,20 @@ multimodal_bert-<time> in MODEL_PATH or --output. The same under torchrun.
 
   mmbert evaluate runs/reviews newer_labelled.csv --slices country
 """
+COMPARE_DESCRIPTION = """\
+Compare finished runs on the same test rows. Prints each metric of each run with its difference to the first one and a
+paired bootstrap interval of the difference (the same resamples of the rows for all runs: what makes rows hard for all
+of them cancels out), the settings that differ, and the rows on which the runs disagree most. Writes compare.html, with
+the curves of all runs in one picture, and compare.json. A RUN is the folder of a run, whose newest test counts, or the
+folder of one test inside it. Nothing is computed with the models.
+
+  mmbert compare runs/base runs/large
+  mmbert compare runs/seed-* --against runs/seed-0 --output comparisons/seeds
+  mmbert compare runs/abuse/multimodal_bert-2026-01-31-12-00-00 runs/new
+
+Runs with other test rows or other classes are refused: `mmbert evaluate` first gives both a test on the same file. The
+interval is about the choice of the test rows; another seed of the same settings changes the figures too.
+"""
 ABLATE_DESCRIPTION = """\
 Train on text only, on columns only and on both, with the same settings and seeds, and print mean and spread of the
 test metrics. Takes what `mmbert train` takes. After a stop, the same command continues.
@@ -189,8 +203,28 @@ def add_scoring_commands(commands: Any) -> None:
 def add_other_commands(commands: Any) -> None:
     add_model_command(commands, "inspect", help="what a model needs and was trained on, and its metrics")
 
-    report_parser = commands.add_parser("report", help="write report.html again from the report.json next to it")
-    report_parser.add_argument("folder", metavar="FOLDER", help="multimodal_bert-<time> of a test or of evaluate")
+    report_parser = commands.add_parser(
+        "report", help="write report.html or compare.html again from the .json next to it"
+    )
+    report_parser.add_argument(
+        "folder", metavar="FOLDER", help="multimodal_bert-<time> of a test or of evaluate, or a folder of compare"
+    )
+
+    compare_parser = commands.add_parser(
+        "compare",
+        help="differences of finished runs on the same test rows, with intervals",
+        usage="mmbert compare RUN RUN ... [--against RUN] [--output FOLDER]",
+        description=COMPARE_DESCRIPTION,
+    )
+    compare_parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of one of its tests")
+    compare_parser.add_argument(
+        "--against", metavar="RUN", help="the run with which the others are compared (default: the first)"
+    )
+    compare_parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="where compare.html and compare.json go (default: a new folder comparison-<time> here)",
+    )
 
     serve_parser = add_model_command(
         commands, "serve", help="score rows over HTTP, and a page to try them by hand", description=SERVE_DESCRIPTION

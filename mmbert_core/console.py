@@ -9,13 +9,20 @@ import torch
 import transformers
 
 from mmbert_core.config import Config
+from mmbert_core.report.comparison_page import outcome
+from mmbert_core.report.comparison_schema import Comparison
+from mmbert_core.report.formatting import decimals, interval, short, signed
 from mmbert_core.report.results import NOT_BETTER, TRY, listed_figures, verdict
+from mmbert_core.report.typed_json import Missing
 from mmbert_core.runtime.errors import RunError
 from mmbert_core.runtime.log_handler import log_to_stderr
 from mmbert_core.runtime.ranks import DistContext
 from mmbert_core.training.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+MAX_NAME, MAX_SETTING = 40, 60  # characters of a run, id or class, and of a setting's value
+MAX_ROWS, MAX_TEXT = 5, 100  # rows on which runs disagree, and characters of their texts
 
 
 def print_failure(error: Exception, context: DistContext) -> None:
@@ -86,3 +93,53 @@ def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = Tru
         print(line := verdict(figures, "test", config))
         if advice and line.startswith(NOT_BETTER):
             print(TRY)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print the metrics of each run next to the reference's, the settings that differ, and rows of disagreement."""
+    width = max(len(short(name, MAX_NAME)) for name in comparison.names) + 2
+    print(f"{comparison.num_rows:,} test rows, the same in all runs")
+    for run in comparison.runs:
+        print(f"{short(run.name, MAX_NAME):<{width}} {run.folder}, test {run.test_folder}")
+    print(*comparison.notes, sep="\n", end="\n" if comparison.notes else "")
+    for name in comparison.others:
+        _print_differences(comparison, name)
+    print("", *comparison.metrics.verdicts, sep="\n")
+    print("\nsettings that differ" if comparison.settings else "\nno settings differ")
+    for setting in comparison.settings:
+        print(f"  {setting.key}")
+        for name in comparison.names:
+            print(f"    {short(name, MAX_NAME):<{width}} {short(setting.values[name], MAX_SETTING)}")
+    _print_disputed_rows(comparison, width)
+
+
+def _print_differences(comparison: Comparison, name: str) -> None:
+    """A table of all metrics of the reference and of one other run."""
+    heads = [short(title, 20) for title in (comparison.reference, name)]
+    print(f"\n{'':34} {heads[0]:>20} {heads[1]:>20} {'difference':>11}  95 % interval")
+    of_run = comparison.metrics.runs
+    for metric in comparison.metrics.names:
+        value = of_run[name][metric]
+        values = (of_run[comparison.reference][metric].value, value.value)
+        cells = "".join(f" {'undefined' if each is None else decimals(each):>20}" for each in values)
+        difference = "" if value.difference is None else signed(value.difference)
+        words = f"{interval(value.interval):<20} {outcome(metric, value)}"
+        print(f"{metric:34}{cells} {difference:>11}  {words}".rstrip())
+
+
+def _print_disputed_rows(comparison: Comparison, width: int) -> None:
+    section = comparison.disputed_rows
+    if isinstance(section, Missing):
+        print(f"\nno rows on which the runs disagree: {section.reason}")
+        return
+    print("\nrows on which the runs disagree most: the probability of the row's own label in each run")
+    if section.without_texts:
+        print(f"  {section.without_texts}")
+    for row in section.rows[:MAX_ROWS]:
+        named = "" if row.id is None else f", id {short(row.id, MAX_NAME)}"
+        print(f"  {row.location or f'row {row.row}'}{named}, label {short(row.label, MAX_NAME)}")
+        if row.text:
+            print(f"    {short(' '.join(row.text.split()), MAX_TEXT)}")
+        for name in comparison.names:
+            line = f"{decimals(row.probabilities[name])}, predicted {short(row.preds[name], MAX_NAME)}"
+            print(f"    {short(name, MAX_NAME):<{width}} {line}")

@@ -52,10 +52,29 @@ def bootstrap_intervals(
     There is no interval for the metrics of WITHOUT, for those that would take too long or are undefined in more than
     MAX_UNDEFINED of the draws, and where all draws are equal, which does not prove that the metric is certain.
     """
+    values = metric_draws(preds, labels, names, class_names=class_names, threshold=threshold, draws=draws, seed=seed)
+    return {name: interval_of(values[name], level) if name in values else None for name in names}
+
+
+def metric_draws(
+    preds: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    class_names: Sequence[str],
+    threshold: float = BINARY_THRESHOLD,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Metric -> its values [D] in draws of row weights, nan where undefined; arguments as of `bootstrap_intervals`.
+
+    Without the metrics that have no draws: those of WITHOUT and those that would take too long. Weights, metrics and D
+    follow from labels, names and seed alone, so the draws of two models on the same rows are paired.
+    """
     if len(labels) == 0:
-        return dict.fromkeys(names)
+        return {}
     values_of = _draws_of_many_classes if len(class_names) > FEW_CLASSES else _draws_of_few_classes
-    values = values_of(
+    return values_of(
         np.asarray(preds),
         np.asarray(labels, dtype=np.int64),
         [name for name in names if name not in WITHOUT],
@@ -64,13 +83,24 @@ def bootstrap_intervals(
         draws,
         seed,
     )
-    intervals: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
-    for name, column in values.items():
-        defined = column[~np.isnan(column)]
-        if len(defined) >= (1 - MAX_UNDEFINED) * len(column) and defined.min() < defined.max():
-            low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-            intervals[name] = (float(low), float(high))
-    return intervals
+
+
+def interval_of(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+    """Percentile interval of the values [D] of draws, nan where undefined; None where there is no interval."""
+    defined = values[~np.isnan(values)]
+    if len(defined) < (1 - MAX_UNDEFINED) * len(values) or defined.min() == defined.max():
+        return None
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_interval(values: np.ndarray, reference: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+    """Percentile interval of the difference `values` - `reference`, both [D], of two models on the same rows.
+
+    In each draw both have the same row weights (`metric_draws` with the same labels, names and seed), so that what
+    makes a draw easy or hard for both cancels out. None as for `interval_of`.
+    """
+    return interval_of(values - reference, level)
 
 
 # ---- up to FEW_CLASSES: metrics one by one ----

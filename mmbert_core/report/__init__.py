@@ -2,5 +2,5 @@
 
 Modules, each importing only those before it: typed_json, report_schema, thinning, formatting, svg, charts,
 confusion_chart, curves, plots, page_quality, page_probabilities, page_details, page, results, evaluated_rows,
-run_sections, wrong_rows, blend_members, build, model_card.
+run_sections, wrong_rows, blend_members, build, model_card, comparison_schema, comparison_page.
 """

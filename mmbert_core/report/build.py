@@ -42,6 +42,7 @@ from mmbert_core.runtime.errors import InputError
 from mmbert_core.runtime.progress import slow_step
 from mmbert_core.runtime.versions import VERSIONS
 from mmbert_core.storage.files import read_json, write_json, write_text
+from mmbert_core.storage.schema import Check
 from mmbert_core.tables.cells import BOOLEANS
 from mmbert_core.tables.table import read_chunks
 
@@ -79,20 +80,26 @@ def render_again(folder: Path) -> Path:
     Raises `InputError` for a missing or invalid report.json.
     """
     try:
-        report = report_of(read_json(folder / REPORT, check_report))
+        return render_from_json(folder / REPORT, folder / PAGE, check_report, lambda value: render(report_of(value)))
     except FileNotFoundError:
         raise InputError(
             f"{folder}: expected the folder of a test or of `mmbert evaluate`, found no {REPORT}"
         ) from None
+
+
+def render_from_json(path: Path, page: Path, check: Check, render_value: Callable[[Any], str]) -> Path:
+    """Write `page`, rendered from the values of the JSON file `path`; returns `page`.
+
+    Raises `InputError` for an invalid file and for values that cannot be rendered, `FileNotFoundError`.
+    """
+    value = read_json(path, check)
     try:
-        page = render(report)
+        html = render_value(value)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(
-            f"{folder / REPORT}: expected a report that can be drawn, found one that cannot ({reason})"
-        ) from None
-    write_text(folder / PAGE, page)
-    return folder / PAGE
+        raise InputError(f"{path}: expected a report that can be drawn, found one that cannot ({reason})") from None
+    write_text(page, html)
+    return page
 
 
 def build_report(evaluated: EvaluatedRows) -> Report:

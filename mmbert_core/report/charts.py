@@ -144,12 +144,18 @@ def reliability(series: Mapping[str, Sequence[Bin]], texts: Texts, *, x_label: s
 Interval = Sequence[float] | None
 
 
-def interval_dots(rows: Sequence[tuple[str, float, Interval]], texts: Texts, *, label: str) -> Markup:
-    """`rows` of (name, value, interval or None) in a column on one scale, each value written next to its name."""
+def interval_dots(
+    rows: Sequence[tuple[str, float, Interval]], texts: Texts, *, label: str, dashed_at: float | None = None
+) -> Markup:
+    """`rows` of (name, value, interval or None) in a column on one scale, each value written next to its name.
+
+    `dashed_at`: a value with a dashed line through all rows.
+    """
     row_height, height = 40, len(rows) * 40 + BOTTOM
-    low, high = range_of([bound for _, value, ends in rows for bound in (value, *(ends or ()))])
+    known = [bound for _, value, ends in rows for bound in (value, *(ends or ()))]
+    low, high = range_of(known, around=[] if dashed_at is None else [dashed_at])
     x_of = Frame(Axis(label, low, high), Axis(""), WIDTH, height, left=RIGHT).x_of
-    drawn = []
+    drawn = [] if dashed_at is None else [path(f"M{length(x_of(dashed_at))} 4V{height - BOTTOM}", class_="guide")]
     for index, (name, value, ends) in enumerate(rows):
         middle, style = index * row_height + 30, min(index, 1)
         words, kind = f"{short(name, 34)}: {decimals(value)}", "strong" if index == 0 else ""

@@ -63,11 +63,11 @@ def _table_row(preds: np.ndarray, labels: np.ndarray, value: float) -> Threshold
 def calibration_section(preds: np.ndarray, labels: np.ndarray, decision: Decision) -> Calibration:
     """The temperature, and bins of predicted probability and share of rows of the class, before and after scaling."""
     calibration = decision.calibration
-    bins, calibrated_bins = _bins(preds, labels), _bins(calibration.apply(preds), labels)
+    bins, calibrated_bins = bins_of(preds, labels), bins_of(calibration.apply(preds), labels)
     return Calibration(**calibration.to_json(), bins=bins, calibrated_bins=calibrated_bins)
 
 
-def _bins(preds: np.ndarray, labels: np.ndarray) -> list[Bin]:
+def bins_of(preds: np.ndarray, labels: np.ndarray) -> list[Bin]:
     """Bins by the probability of class 1, or, with several classes, by that of the predicted class."""
     confidence, hit = (preds, labels == 1) if preds.ndim == 1 else (preds.max(axis=1), preds.argmax(axis=1) == labels)
     bin_of_row = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)

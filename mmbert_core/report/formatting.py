@@ -74,6 +74,12 @@ def decimals(value: Any, digits: int = 4) -> str:
     return written.lstrip("-") if not written.strip("-0.,") else written
 
 
+def signed(value: Any, digits: int = 4) -> str:
+    """+0.0123, -0.0123; a value that rounds to zero has no sign."""
+    written = decimals(value, digits)
+    return f"+{written}" if is_number(value) and value > 0 and written.strip("0.") else written
+
+
 def count(value: Any) -> str:
     """12,345"""
     return f"{round(value):,}" if is_number(value) else NO_VALUE

@@ -1,6 +1,6 @@
 """A report as one HTML page that needs no network, no script and no other file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,13 +20,15 @@ from mmbert_core.report.formatting import (
     name,
     percent,
     short,
+    signed,
 )
 from mmbert_core.report.report_schema import Report
 from mmbert_core.report.typed_json import Missing
 from mmbert_core.runtime.templates import environment
 
 # Title, key of the report, template with the macro of that name, and the function that prepares the macro's values.
-SECTIONS: tuple[tuple[str, str, str, Callable[[Any, Report], dict[str, Any]]], ...] = (
+Sections = Sequence[tuple[str, str, str, Callable[[Any, Any], dict[str, Any]]]]
+SECTIONS: Sections = (
     ("Headline", "metrics", "quality", page_quality.headline),
     ("Warnings", "warnings", "quality", page_quality.warnings),
     ("Baselines", "baselines", "quality", page_quality.baselines),
@@ -65,24 +67,31 @@ class PageSection:
 
 def render(report: Report) -> str:
     """The page as HTML; a section without figures shows its reason. The same report gives the same page."""
-    sections = []
-    for title, key, template, prepare in SECTIONS:
+    return render_sections("page.html", report, SECTIONS, optional=OPTIONAL)
+
+
+def render_sections(page: str, report: Any, sections: Sections, *, optional: Sequence[str]) -> str:
+    """The page of the template `page`, which extends layout.html: a title and the sections of `report`.
+
+    A section of `optional` that is not in the report is left out.
+    """
+    views = []
+    for title, key, template, prepare in sections:
         section = getattr(report, key)
-        if key in OPTIONAL and section == Missing():
+        if key in optional and section == Missing():
             continue
         if isinstance(section, Missing):
-            sections.append(PageSection(title, key, template, section.reason, {}))
+            views.append(PageSection(title, key, template, section.reason, {}))
         else:
-            sections.append(PageSection(title, key, template, None, prepare(section, report)))
-    page = templates().get_template("page.html")
-    return page.render(report=report, sections=sections)
+            views.append(PageSection(title, key, template, None, prepare(section, report)))
+    return templates().get_template(page).render(report=report, sections=views)
 
 
 @cache
 def templates() -> Environment:
     """The templates of this package, which replace control characters in every text, then escape it."""
     loaded = environment(__package__, finalize=finalize)
-    formats = (brief, count, decimals, figure, interval, name, percent, short)
+    formats = (brief, count, decimals, figure, interval, name, percent, short, signed)
     loaded.filters |= {function.__name__: function for function in formats}
     loaded.tests["number"] = is_number  # replaces Jinja's own, which is true for NaN
     loaded.globals["NO_VALUE"] = NO_VALUE

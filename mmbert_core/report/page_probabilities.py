@@ -36,7 +36,7 @@ def threshold(section: Threshold, report: Report) -> View:
         "cards": [*cards, ("alerts per 1,000 rows", decimals(chosen.alerts_per_1000, 1))],
         "on_validation": ", ".join(f"{key} {decimals(value)}" for key, value in on_validation if is_number(value)),
         "is_every_row": is_number(section.value) and section.value < 0,
-        "positive": positive_class(report),
+        "positive": positive_class(report.class_names),
         "chart": threshold_chart(rows, section.value) if rows else None,
         "rows": [(threshold_words(row.threshold, figure), row) for row in reversed(rows)],
     }
@@ -62,12 +62,19 @@ def calibration(section: Calibration, report: Report) -> View:
     series = {title: bins for title, bins in series.items() if bins}
     cards = [("temperature", figure(section.temperature, 4)), ("ece before", decimals(section.ece_before))]
     cards += [("ece after", decimals(section.ece_after)), ("validation rows", count(section.rows))]
+    about = probability_words(report.task, report.class_names)
+    heads = ["" if title == "uncalibrated" else title for title in series]
+    return {"section": section, "cards": cards, **calibration_view(series, about, heads)}
+
+
+def calibration_view(series: Mapping[str, Sequence[Bin]], about: str, heads: Sequence[str]) -> View:
+    """The bins of each series in one chart and a table with `heads`. `about`: what is predicted, in words."""
     rows = []
     for bins in zip_longest(*series.values()):
         first = next(bin_ for bin_ in bins if bin_)
         rows.append((f"{decimals(first.low, 2)}–{decimals(first.high, 2)}", bins))
-    chart = calibration_chart(series, probability_words(report)) if series else None
-    return {"section": section, "cards": cards, "chart": chart, "num_series": len(series), "rows": rows}
+    chart = calibration_chart(series, about) if series else None
+    return {"chart": chart, "heads": heads, "rows": rows}
 
 
 def calibration_chart(series: Mapping[str, Sequence[Bin]], about: str) -> Chart:
@@ -81,7 +88,7 @@ def scores(section: Scores, report: Report) -> View:
     """Rows by probability, one histogram for each class (or for right and wrong)."""
     chosen = None if isinstance(report.threshold, Missing) else report.threshold.value
     has_threshold = is_number(chosen)
-    label = probability_words(report)
+    label = probability_words(report.task, report.class_names)
     desc = "; ".join(f"{short(title)}: {count(sum(column))} rows" for title, column in section.counts.items())
     texts, dashed_at = Texts("Rows by probability", desc), max(chosen, 0) if has_threshold else None
     svg = charts.histograms(section.edges, section.counts, texts, label=label, dashed_at=dashed_at)
@@ -99,37 +106,47 @@ def scores(section: Scores, report: Report) -> View:
 
 
 def roc(section: Curves, report: Report) -> View:
-    lines = [Line(title, curve.x, curve.y, style) for style, (title, curve) in enumerate(section.curves.items())]
-    texts = Texts("True and false positive rate", areas(section.curves))
+    return {**roc_view(section.curves, "class"), **left_out(section, report)}
+
+
+def roc_view(curves: Mapping[str, Curve], head: str) -> View:
+    """The curves in one chart and a table; `head`: what has a curve, as the table's first column."""
+    lines = [Line(title, curve.x, curve.y, style) for style, (title, curve) in enumerate(curves.items())]
+    texts = Texts("True and false positive rate", areas(curves))
     x, y = Axis("false positive rate"), Axis("true positive rate")
     svg = charts.plot(lines, x, y, texts, guides=[Guide((0, 0), (1, 1))])
-    legend = charts.legend(lines, [f"area {decimals(curve.area)}" for curve in section.curves.values()])
+    legend = charts.legend(lines, [f"area {decimals(curve.area)}" for curve in curves.values()])
     rows = []
-    for title, curve in section.curves.items():
+    for title, curve in curves.items():
         found = [highest(curve, lambda x, rate=rate: x <= rate) for rate in FALSE_RATES]
         rows.append((title, curve, found))
     heads = [f"{rate:.0%}" for rate in FALSE_RATES]
-    return {"chart": Chart(texts.title, svg, legend), "rows": rows, "heads": heads, **left_out(section, report)}
+    return {"chart": Chart(texts.title, svg, legend), "rows": rows, "heads": heads, "head": head, "num_drawn": None}
 
 
 def precision_recall(section: Curves, report: Report) -> View:
+    return {**precision_recall_view(section.curves, "class"), **left_out(section, report)}
+
+
+def precision_recall_view(curves: Mapping[str, Curve], head: str) -> View:
+    """As `roc_view`."""
     lines = []
-    for style, (title, curve) in enumerate(section.curves.items()):
+    for style, (title, curve) in enumerate(curves.items()):
         # From high recall to low: each precision is drawn down to the next lower recall, as average precision sums it.
         points = sorted(zip(*_points(curve.x, curve.y), strict=True), key=lambda point: -point[0])
         lines.append(Line(title, [x for x, _ in points], [y for _, y in points], style, step=True))
-    curves = section.curves.values()
-    share = next(iter(curves)).share if len(curves) == 1 else None
+    shares = {curve.share for curve in curves.values()}
+    share = next(iter(shares)) if len(shares) == 1 else None
     guides = [Guide((0, share), (1, share), "share of rows")] if is_number(share) else []
-    texts = Texts("Precision by recall", areas(section.curves))
+    texts = Texts("Precision by recall", areas(curves))
     svg = charts.plot(lines, Axis("recall"), Axis("precision"), texts, guides=guides)
-    words = [f"area {decimals(curve.area)}, {percent(curve.share)} of rows" for curve in curves]
+    words = [f"area {decimals(curve.area)}, {percent(curve.share)} of rows" for curve in curves.values()]
     rows = []
-    for title, curve in section.curves.items():
+    for title, curve in curves.items():
         found = [highest(curve, lambda x, recall=recall: x >= recall) for recall in RECALLS]
         rows.append((title, curve, found))
     chart, heads = Chart(texts.title, svg, charts.legend(lines, words)), [f"{recall:.0%}" for recall in RECALLS]
-    return {"chart": chart, "rows": rows, "heads": heads, **left_out(section, report)}
+    return {"chart": chart, "rows": rows, "heads": heads, "head": head, "num_drawn": None}
 
 
 def highest(curve: Curve, is_allowed: Callable[[float], bool]) -> float | None:
@@ -150,14 +167,14 @@ def left_out(section: Curves, report: Report) -> View:
 # ---- words and points ----
 
 
-def positive_class(report: Report) -> str:
+def positive_class(class_names: Sequence[str]) -> str:
     """The name of class 1, whose probability a binary model predicts."""
-    return (report.class_names or ["0", "1"])[-1]
+    return (class_names or ["0", "1"])[-1]
 
 
-def probability_words(report: Report) -> str:
-    is_binary = report.task == "binary"
-    return f"probability of {short(positive_class(report))}" if is_binary else "probability of the chosen class"
+def probability_words(task: str | None, class_names: Sequence[str]) -> str:
+    is_binary = task == "binary"
+    return f"probability of {short(positive_class(class_names))}" if is_binary else "probability of the chosen class"
 
 
 def _points(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[float], list[float]]:
