@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 COMPARISON, PAGE = "compare.json", "compare.html"
 FOLDER = "comparison"  # and the time, where no folder is given
+ALWAYS_DEFINED = "accuracy"  # the metric of a second verdict, where the main one has no interval
 MAX_ROWS = 20  # rows on which the runs disagree
 OWN_SETTINGS = ("model_path",)  # differ in all runs, and are in the list of runs
 
@@ -254,7 +255,12 @@ def metrics_of(
         name: {metric: compared_value(metric, result, results[reference]) for metric in names}
         for name, result in results.items()
     }
-    verdicts = [verdict(name, reference, main, values[main]) for name, values in of_runs.items() if name != reference]
+    verdicts = []
+    for name, values in of_runs.items():
+        if name != reference:
+            verdicts.append(verdict(name, reference, main, values[main]))
+            if values[main].difference and values[main].interval is None and main != ALWAYS_DEFINED:
+                verdicts.append(verdict(name, reference, ALWAYS_DEFINED, values[ALWAYS_DEFINED]))
     return ComparedMetrics(main=main, names=names, runs=of_runs, verdicts=verdicts)
 
 

@@ -143,7 +143,13 @@ def class_cell(of_run: ClassOfRun) -> tuple[ClassOfRun, str]:
 
 
 def agreement(section: dict[str, Agreement], comparison: Comparison) -> View:
-    return {"reference": comparison.reference, "num_rows": comparison.num_rows, "rows": list(section.items())}
+    heads = ["right in both", f"only in {short(comparison.reference)}", "only in this run", "wrong in both"]
+    return {
+        "reference": comparison.reference,
+        "heads": [*heads, "another class predicted"],
+        "num_rows": comparison.num_rows,
+        "rows": list(section.items()),
+    }
 
 
 def disputed_rows(section: DisputedRows, comparison: Comparison) -> View:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from mmbert_core.report.report_schema import FORMAT_VERSION, Bin, Count, Curves, Interval, Number
 from mmbert_core.report.typed_json import Missing, check_of, from_json, left_out
-from mmbert_core.storage.schema import Check, anything, constant, record, whole
+from mmbert_core.storage.schema import Check, anything, array, constant, nullable, record, text, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ComparedMetrics:
     main: str  # the metric of the verdicts
     names: list[str]
     runs: dict[str, dict[str, ComparedValue]]  # by run and metric
-    verdicts: list[str] = field(default_factory=list)  # one for each run but the reference
+    verdicts: list[str] = field(default_factory=list)  # on each run but the reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +146,17 @@ def check_comparison(value: Any) -> None:
     names = [run["name"] for run in value["runs"]]
     of_runs = _with_keys(names)
     of_others = _with_keys([name for name in names if name != value["reference"]])
-    _with_keys([value["reference"]])(dict.fromkeys(names))
-    record({"runs": of_runs}, others=True)(value["metrics"])
-    for setting in value["settings"]:
-        record({"values": of_runs}, others=True)(setting)
-    record({"bins": of_runs}, others=True)(value["calibration"])
-    of_others(value["agreement"])
-    for key, inner in (("classes", ("runs",)), ("disputed_rows", ("probabilities", "preds"))):
-        for row in (value.get(key) or {}).get("rows", []):
-            record(dict.fromkeys(inner, of_runs), others=True)(row)
+    rows_of_classes = array(_containing(runs=of_runs))
+    disputed = array(_containing(probabilities=of_runs, preds=of_runs))
+    _containing(
+        reference=text(choices=names),
+        metrics=_containing(runs=of_runs),
+        settings=array(_containing(values=of_runs)),
+        calibration=_containing(bins=of_runs),
+        agreement=of_others,
+    )(value)
+    optional = {"classes": _rows(rows_of_classes), "disputed_rows": _rows(disputed)}
+    record({}, optional, others=True)(value)
 
 
 def comparison_of(value: dict[str, Any]) -> Comparison:
@@ -164,4 +166,14 @@ def comparison_of(value: dict[str, Any]) -> Comparison:
 
 def _with_keys(keys: list[str]) -> Check:
     """An object that has all of `keys`, and may have more."""
-    return record(dict.fromkeys(keys, anything), others=True)
+    return _containing(**dict.fromkeys(keys, anything))
+
+
+def _containing(**checks: Check) -> Check:
+    """An object that has these keys, and may have more."""
+    return record(checks, others=True)
+
+
+def _rows(rows: Check) -> Check:
+    """A section with rows; one that has only a reason has none."""
+    return nullable(record({}, {"rows": rows}, others=True))
