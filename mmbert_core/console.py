@@ -107,7 +107,7 @@ def print_comparison(comparison: Comparison) -> None:
     print("", *comparison.metrics.verdicts, sep="\n")
     print("\nsettings that differ" if comparison.settings else "\nno settings differ")
     for setting in comparison.settings:
-        print(f"  {setting.key}")
+        print(f"  {short(setting.key, MAX_TEXT)}")
         for name in comparison.names:
             print(f"    {short(name, MAX_NAME):<{width}} {short(setting.values[name], MAX_SETTING)}")
     _print_disputed_rows(comparison, width)

@@ -303,7 +303,7 @@ def test_several_classes_have_figures_by_class_instead_of_curves(tmp_path):
     assert second.right == (is_right & (labels == 1)).sum() and second.recall == pytest.approx(second.right / 50)
     assert second.average_precision.difference is not None and second.average_precision.interval
     sections = sections_of(render_comparison(comparison))
-    assert list(sections) == ["runs", "metrics", "settings", "calibration", "classes", "agreement", "rows"]
+    assert list(sections) == ["runs", "metrics", "settings", "calibration", "classes", "agreement", "disagreement"]
     assert row_of(sections["classes"], "b")[1] == "50"
 
 

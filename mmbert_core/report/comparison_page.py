@@ -173,6 +173,6 @@ SECTIONS: Sections = (
     ("Calibration", "calibration", "comparison", calibration),
     ("Classes", "classes", "comparison", classes),
     ("Agreement", "agreement", "comparison", agreement),
-    ("Rows", "disputed_rows", "comparison", disputed_rows),
+    ("Disagreement", "disputed_rows", "comparison", disputed_rows),
 )
 OPTIONAL = ("roc", "precision_recall", "classes")  # each for two classes or for several
