@@ -23,8 +23,8 @@ import transformers
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
-from mmbert_core.cli_arguments import add_config_arguments, overrides_from
 from mmbert_core.config import Config
+from mmbert_core.config_arguments import add_config_arguments, overrides_from
 from mmbert_core.config_reader import read_config
 from mmbert_core.config_recipe import ORIGINAL
 from mmbert_core.data.dataset import Dataset

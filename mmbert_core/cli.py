@@ -26,9 +26,10 @@ from typing import NoReturn
 
 import mmbert_core.runtime.startup as startup  # before what imports torch
 from mmbert_core.ablation import run_ablation, table
-from mmbert_core.cli_arguments import overrides_from, parse
+from mmbert_core.cli_arguments import parse
 from mmbert_core.comparison import COMPARISON, compare_runs, render_comparison_again, write_comparison
 from mmbert_core.config import Config
+from mmbert_core.config_arguments import overrides_from
 from mmbert_core.config_reader import read_config
 from mmbert_core.console import (
     error_prefix,

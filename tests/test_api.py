@@ -75,9 +75,9 @@ def test_the_package_imports_nothing_until_a_name_is_used():
 
 
 def test_public_names():
-    assert sorted(mmbert_core.__all__) == sorted(
-        ["Config", "InputError", "Predictor", "Results", "RunError", "__version__", "read_config", "train"]
-    )
+    functions = ["compare_runs", "read_config", "train"]
+    classes = ["Config", "InputError", "Predictor", "Results", "RunError"]
+    assert sorted(mmbert_core.__all__) == sorted(["__version__", *functions, *classes])
     for name in mmbert_core.__all__:
         assert getattr(mmbert_core, name) is not None and name in dir(mmbert_core)
     assert issubclass(InputError, ValueError) and issubclass(RunError, RuntimeError)

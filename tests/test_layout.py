@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "config_checks",
             "config",
             "config_reader",
+            "config_arguments",
         ),
         ("model",),
         ("evaluation",),

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import get_type_hints
 
-from mmbert_core.cli_arguments import placeholder
 from mmbert_core.config import SETTINGS, Config
+from mmbert_core.config_arguments import placeholder
 from mmbert_core.config_recipe import defaults_in_words
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data-and-config.md"
