@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmbert_core.comparison import compare_runs
     from mmbert_core.config import Config
     from mmbert_core.config_reader import read_config
+    from mmbert_core.estimator.classifier import MultimodalClassifier
     from mmbert_core.predictor import Predictor
     from mmbert_core.runtime.errors import InputError, RunError
     from mmbert_core.training.results import Results
@@ -25,6 +26,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Config",
     "InputError",
+    "MultimodalClassifier",
     "Predictor",
     "Results",
     "RunError",
@@ -37,6 +39,7 @@ __all__ = [
 _MODULES = {
     "Config": "mmbert_core.config",
     "InputError": "mmbert_core.runtime.errors",
+    "MultimodalClassifier": "mmbert_core.estimator.classifier",
     "Predictor": "mmbert_core.predictor",
     "Results": "mmbert_core.training.results",
     "RunError": "mmbert_core.runtime.errors",

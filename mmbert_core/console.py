@@ -12,7 +12,7 @@ from mmbert_core.config import Config
 from mmbert_core.report.comparison_page import outcome
 from mmbert_core.report.comparison_schema import Comparison
 from mmbert_core.report.formatting import decimals, interval, short, signed
-from mmbert_core.report.results import NOT_BETTER, TRY, listed_figures, verdict
+from mmbert_core.report.results import NOT_BETTER, TRY, figures_table
 from mmbert_core.report.typed_json import Missing
 from mmbert_core.runtime.errors import RunError
 from mmbert_core.runtime.log_handler import log_to_stderr
@@ -69,30 +69,11 @@ def warn_of_idle_gpus(context: DistContext) -> None:
 
 def print_figures(figures: dict[str, Any], config: Config, *, advice: bool = True) -> None:
     """Print metrics with intervals and baselines, and the conclusion; with `advice` also what to try in training."""
-    listed, num_left_out = listed_figures(figures, "test", config)
-    baselines = listed.get("baselines", {})
-    if baselines:
-        print(f"{'':34} {'model':>10}  {'95 % interval':<17}" + "".join(f"{name:>21}" for name in baselines))
-    intervals = figures.get("intervals", {})
-    for name, value in listed.items():
-        if not name.startswith("test"):
-            continue
-        formatted = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
-        line = f"{name:34} {formatted:>10}  "
-        if name in intervals:
-            interval = "{:.4f} - {:.4f}".format(*intervals[name]) if intervals[name] else ""
-            line += f"{interval:<17}"
-            of_baselines = (values.get(name) for values in baselines.values())
-            line += "".join(f"{'' if value is None else format(value, '.4f'):>21}" for value in of_baselines)
-        print(line.rstrip())
-    if num_left_out:
-        print(
-            f"... {num_left_out:,} more classes in test_metrics.json; the ones above have the lowest average precision"
-        )
-    if baselines:
-        print(line := verdict(figures, "test", config))
-        if advice and line.startswith(NOT_BETTER):
-            print(TRY)
+    line = ""
+    for line in figures_table(figures, config):
+        print(line)
+    if advice and line.startswith(NOT_BETTER):
+        print(TRY)
 
 
 def print_comparison(comparison: Comparison) -> None:

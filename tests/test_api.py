@@ -76,7 +76,7 @@ def test_the_package_imports_nothing_until_a_name_is_used():
 
 def test_public_names():
     functions = ["compare_runs", "read_config", "train"]
-    classes = ["Config", "InputError", "Predictor", "Results", "RunError"]
+    classes = ["Config", "InputError", "MultimodalClassifier", "Predictor", "Results", "RunError"]
     assert sorted(mmbert_core.__all__) == sorted(["__version__", *functions, *classes])
     for name in mmbert_core.__all__:
         assert getattr(mmbert_core, name) is not None and name in dir(mmbert_core)

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("report",),),
     (("hooks",),),
     (("training",), ("file_evaluation", "predictor")),
-    (("export",), ("serve",), ("ablation",), ("compared_runs", "comparison"), ("demo",), ("init",)),
+    (("export",), ("serve",), ("ablation",), ("compared_runs", "comparison"), ("demo",), ("init",), ("estimator",)),
     (("cli_arguments", "console", "cli", "__main__", "train"),),  # train: train.py, next to the package
 )
 MAX_FILE_LINES = 400

@@ -131,7 +131,7 @@ def check_manifest(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from None
     present = set(prediction_files(folder))
-    known = {*present, *PREDICTION_FILES, *(name for name in entries if _is_encoder_file(name))}
+    known = {*present, *PREDICTION_FILES, *(name for name in entries if is_encoder_file(name))}
     if unknown := sorted(set(entries) - known):
         raise InputError(f"{folder / MANIFEST}: expected files of a model folder, found {unknown[0]!r:.100}")
     if not {CONFIG, FEATURES, LABELS, WEIGHTS} <= set(entries):
@@ -153,7 +153,7 @@ def check_manifest(folder: Path) -> None:
         raise InputError(f"{folder / name}: is not as it was written with the model ({reason}): {advice}{option}")
 
 
-def _is_encoder_file(name: str) -> bool:
+def is_encoder_file(name: str) -> bool:
     """Whether a name in a manifest can be that of an encoder's file, inside the folder."""
     return name.startswith(f"{ENCODER}/") and name.endswith(ENCODER_SUFFIXES) and ".." not in name.split("/")
 

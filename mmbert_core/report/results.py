@@ -1,7 +1,7 @@
 """The figures of an evaluation: metrics with intervals, metrics of the baselines, and a verdict that compares both."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mmbert_core.storage.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+STAGE = "test/"  # prefix of the metrics' names in the files
 MAX_LISTED = 10  # classes in pages and printed tables, where there are more than FEW_CLASSES
 CHUNK_ROWS = 8_192  # rows whose sparse features are in memory at a time
 NOT_BETTER = "The model does not beat its baselines"
@@ -133,6 +134,47 @@ def listed_figures(figures: Mapping[str, Any], stage: str, config: Config) -> tu
     inner = {key: listed(figures[key]) for key in ("undefined", "intervals") if key in figures}
     inner["baselines"] = {name: listed(values) for name, values in figures.get("baselines", {}).items()}
     return listed(figures) | inner, len(left_out)
+
+
+def figures_without_stage(figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`metrics`, `intervals`, `undefined` and `baselines` of test_metrics.json, with names such as auroc."""
+    intervals = _without_stage(figures.get("intervals", {}))
+    return {
+        "metrics": _without_stage(figures),
+        "intervals": {name: pair and tuple(pair) for name, pair in intervals.items()},
+        "undefined": _without_stage(figures.get("undefined", {})),
+        "baselines": {name: _without_stage(values) for name, values in figures.get("baselines", {}).items()},
+    }
+
+
+def _without_stage(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries whose names begin with `test/`, without that prefix."""
+    return {name.removeprefix(STAGE): value for name, value in figures.items() if name.startswith(STAGE)}
+
+
+def figures_table(figures: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """The lines of a table of metrics with intervals and baselines, for a terminal, and the verdict."""
+    listed, num_left_out = listed_figures(figures, "test", config)
+    baselines = listed.get("baselines", {})
+    if baselines:
+        yield f"{'':34} {'model':>10}  {'95 % interval':<17}" + "".join(f"{name:>21}" for name in baselines)
+    intervals = figures.get("intervals", {})
+    for name, value in listed.items():
+        if not name.startswith("test"):
+            continue
+        formatted = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+        line = f"{name:34} {formatted:>10}  "
+        if name in intervals:
+            interval = "{:.4f} - {:.4f}".format(*intervals[name]) if intervals[name] else ""
+            line += f"{interval:<17}"
+            of_baselines = (values.get(name) for values in baselines.values())
+            line += "".join(f"{'' if value is None else format(value, '.4f'):>21}" for value in of_baselines)
+        yield line.rstrip()
+    if num_left_out:
+        lowest = "the ones above have the lowest average precision"
+        yield f"... {num_left_out:,} more classes in test_metrics.json; {lowest}"
+    if baselines:
+        yield verdict(figures, "test", config)
 
 
 def baseline_predictions(models: Baselines, dataset: Dataset) -> dict[str, np.ndarray]:

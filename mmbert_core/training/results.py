@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGE = "test/"  # prefix of the metrics' names in the files
+from mmbert_core.report.results import figures_without_stage
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,12 @@ class Results:
         figures = record["test_metrics"] or {}
         same_name = {name: record.get(name) for name in cls.__dataclass_fields__}
         test_folder = record.get("test_folder")
-        intervals = _without_stage(figures.get("intervals", {}))
-        metrics = _without_stage(figures)
+        values = figures_without_stage(figures)
         converted = {
             "folder": Path(folder),
             "test_folder": Path(test_folder) if test_folder else None,
             "test_loss": figures.get("test_loss"),
-            "test_rows": metrics.pop("num_rows", None),
-            "metrics": metrics,
-            "intervals": {name: pair and tuple(pair) for name, pair in intervals.items()},
-            "undefined": _without_stage(figures.get("undefined", {})),
-            "baselines": {name: _without_stage(values) for name, values in figures.get("baselines", {}).items()},
+            "test_rows": values["metrics"].pop("num_rows", None),
+            **values,
         }
         return cls(**(same_name | converted))
-
-
-def _without_stage(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries whose names begin with `test/`, without that prefix."""
-    return {name.removeprefix(STAGE): value for name, value in figures.items() if name.startswith(STAGE)}

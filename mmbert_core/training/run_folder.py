@@ -47,6 +47,7 @@ WRITTEN = (
     RESULTS,
     "tensorboard",
     "cache",
+    "rows",
     LOCK,
     CLAIM,
 )
