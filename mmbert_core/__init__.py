@@ -6,6 +6,8 @@
     print(results.metrics["auroc"])
     Predictor.from_folder(results.folder).predict(frame)
 
+    model = MultimodalClassifier(text=["message"]).fit(frame, label="is_abuse")  # scikit-learn's protocol
+
 Names are imported when they are first used: `import mmbert_core` alone imports no torch.
 """
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import pandas as pd
 from mmbert_core.config import SETTINGS, Config
 from mmbert_core.config_reader import read_config
 from mmbert_core.config_recipe import RECOMMENDED
-from mmbert_core.data.column_roles import CONFIG_KEYS, LABEL, ColumnRole, ProposedRoles
+from mmbert_core.data.column_roles import LABEL, ColumnRole
 from mmbert_core.estimator.classes import Classes
 from mmbert_core.estimator.evaluation import Evaluation
 from mmbert_core.estimator.frame_files import (
@@ -24,7 +25,7 @@ from mmbert_core.estimator.frame_files import (
     labelled_rows,
     written_rows,
 )
-from mmbert_core.estimator.frame_roles import GIVEN, ROLES, given_columns, log_inferred, roles_of
+from mmbert_core.estimator.frame_roles import GIVEN, ROLES, config_columns, given_columns, log_inferred, roles_of
 from mmbert_core.estimator.parameters import ADVICE, ROLE_KEYS, Parameters, check_names
 from mmbert_core.estimator.stored import (
     TemporaryFolder,
@@ -39,6 +40,7 @@ from mmbert_core.runtime import ranks
 from mmbert_core.runtime.errors import InputError
 from mmbert_core.runtime.log_handler import visible_lines
 from mmbert_core.tables.table import Roles
+from mmbert_core.training.results import Results
 from mmbert_core.training.run_folder import check_folder, check_no_links
 from mmbert_core.training.train import train
 
@@ -88,11 +90,17 @@ class MultimodalEstimator(Parameters):
             rows = labelled_rows(X, y, label)
             validation = labelled_eval_set(eval_set, rows.label)
             classes = self._fit_classes(rows.labels)
-            roles = self._roles(rows, classes)
+            parameters = self.get_params()
+            given, date_order = given_columns(parameters), parameters.get("date_order")
+            roles = roles_of(rows.frame, rows.label, classes.cells(rows.labels), given, date_order=date_order)
             log_inferred(roles)
             temporary = TemporaryFolder() if self.model_path is None else None
             folder = Path(self.model_path) if temporary is None else temporary.path
-            results = self._train(rows, validation, classes, roles, folder)
+            values = self.config_values() | self._task_values(classes) | config_columns(roles, given)
+            values |= {"date_order": roles.date_order, "label_name": rows.label, "model_path": str(folder)}
+            with frames_in_errors({}):
+                config = read_config(None, values)
+            results = train_on_frames(config, {"train": rows, "val": validation}, classes)
             write_estimator(folder, classes, [str(name) for name in rows.frame.columns], roles.roles)
             if temporary is not None:
                 for name in ("checkpoints", "cache"):
@@ -101,54 +109,6 @@ class MultimodalEstimator(Parameters):
             self._load(folder, temporary)
             self.results_ = results
         return self
-
-    def _roles(self, rows: LabelledRows, classes: Classes) -> ProposedRoles:
-        parameters = self.get_params()
-        return roles_of(
-            rows.frame,
-            rows.label,
-            classes.cells(rows.labels),
-            given_columns(parameters),
-            date_order=parameters.get("date_order"),
-        )
-
-    def _train(
-        self,
-        rows: LabelledRows,
-        validation: LabelledRows | None,
-        classes: Classes,
-        roles: ProposedRoles,
-        folder: Path,
-    ) -> Any:
-        columns = {role: list(roles.columns(role)) for role in ROLES.values()}
-        one_each = {name: next(iter(columns[ROLES[name]]), None) for name in ("id", "group")}
-        for name, column in one_each.items():  # a given id or group may also be an input
-            one_each[name] = next(iter(given_columns(self.get_params())[name] or ()), column)
-        values = self.config_values() | self._task_values(classes)
-        values |= {CONFIG_KEYS[role]: names for role, names in columns.items()}
-        values |= {ROLE_KEYS[name]: column for name, column in one_each.items()}
-        values |= {"date_order": roles.date_order, "label_name": rows.label, "model_path": str(folder)}
-        with frames_in_errors({}):
-            config = read_config(None, values)
-        check_folder("model_path", config.model_path)
-        check_no_links(folder)
-        of_config = Roles.from_config(config)
-        group = [of_config.group] * (of_config.group is not None)
-        splits = {"train": rows, "val": validation}
-        texts = {
-            name: csv_of(
-                split.frame,
-                dict.fromkeys([*of_config.inputs(), *(group if name == "train" else [])]),
-                group,
-                {rows.label: classes.cells(split.labels)},
-            )
-            for name, split in splits.items()
-            if split is not None
-        }
-        with written_rows(folder, texts) as paths:
-            files = {f"{name}_path": [str(path)] for name, path in paths.items()}
-            with frames_in_errors({path: {"train": "X", "val": "eval_set"}[name] for name, path in paths.items()}):
-                return train(read_config(None, values | files))
 
     # ---- the trained model ----
 
@@ -261,6 +221,25 @@ class MultimodalEstimator(Parameters):
             self._load(temporary.path, temporary)
         if state["results"] is not None:
             self.results_ = state["results"]
+
+
+def train_on_frames(config: Config, splits: Mapping[str, LabelledRows | None], classes: Classes) -> Results:
+    """`train` on files of the rows of `train` and `val`, which are in the run's folder while it reads them.
+
+    Raises `InputError` and `RunError`, about the frames.
+    """
+    check_folder("model_path", config.model_path)
+    check_no_links(Path(config.model_path))
+    inputs, group = Roles.from_config(config).inputs(), [config.group_name] * (config.group_name is not None)
+    texts, names = {}, {"train": "X", "val": "eval_set"}
+    for name, rows in splits.items():
+        if rows is not None:
+            needed = dict.fromkeys([*inputs, *(group if name == "train" else [])])
+            texts[name] = csv_of(rows.frame, needed, group, {rows.label: classes.cells(rows.labels)})
+    with written_rows(Path(config.model_path), texts) as paths:
+        files = {f"{name}_path": (str(path),) for name, path in paths.items()}
+        with frames_in_errors({path: names[name] for name, path in paths.items()}):
+            return train(replace(config, **files))
 
 
 def roles_in_config(config: Config) -> dict[str, ColumnRole]:

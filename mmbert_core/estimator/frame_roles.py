@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from mmbert_core.tables.table import Chunk, frame_to_chunk
 logger = logging.getLogger(__name__)
 
 ROLES = {"text": TEXT, "numbers": NUMBER, "categories": CATEGORY, "dates": DATE, "id": ID, "group": GROUP}
+ONE_COLUMN = ("id", "group")
 GIVEN = "given"  # the reason of a role that was given
 MAX_LINES = 40
 
@@ -46,7 +48,7 @@ def given_columns(parameters: Mapping[str, object]) -> dict[str, list[str] | Non
         if value is not None and not is_list:
             raise InputError(f"{name}: expected names of columns, found {format_for_message(value)}")
         given[name] = None if value is None else [str(column) for column in names]
-        if name in ("id", "group") and len(given[name] or ()) > 1:
+        if name in ONE_COLUMN and len(given[name] or ()) > 1:
             raise InputError(f"{name}: expected one column, found {len(given[name])}")
     return given
 
@@ -83,6 +85,15 @@ def roles_of(
     roles = {name: named.get(name) or roles[name] for name in names}
     has_dates = any(column_role.role == DATE for column_role in roles.values())
     return ProposedRoles(roles, date_order or (proposed.date_order if has_dates else "unambiguous"))
+
+
+def config_columns(roles: ProposedRoles, given: Given) -> dict[str, Any]:
+    """The keys of the config that name columns; those that were given keep their order, in which texts are joined."""
+    columns = {
+        ROLE_KEYS[argument]: list(roles.columns(ROLES[argument]) if names is None else names)
+        for argument, names in given.items()
+    }
+    return columns | {ROLE_KEYS[name]: next(iter(columns[ROLE_KEYS[name]]), None) for name in ONE_COLUMN}
 
 
 def _unless_given(proposed: ColumnRole, given: Given) -> ColumnRole:

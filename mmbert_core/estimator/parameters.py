@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from mmbert_core.config import SETTINGS
 from mmbert_core.config_synonyms import nearest_name
 from mmbert_core.runtime.errors import InputError, format_for_message
@@ -75,8 +73,8 @@ def check_names(parameters: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value of numpy or pathlib, also inside a list, as Python's own."""
-    if isinstance(value, (np.generic, np.ndarray)):
+    """A value of numpy, pandas or pathlib, also inside a list, as Python's own."""
+    if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
