@@ -103,7 +103,7 @@ def labels_of(y: Any, num_rows: int, name: str = "y") -> np.ndarray:
         raise InputError(f"{name}: expected {num_rows} labels, one for each row of the frame, found {len(labels)}")
     is_missing = pd.isna(labels)
     if labels.dtype.kind in "OU":
-        is_missing |= labels == ""
+        is_missing[~is_missing] = labels[~is_missing] == ""
     if is_missing.any():
         found = f"found none in {is_missing.sum()} of {num_rows}, first in row {np.argmax(is_missing) + 1}"
         raise InputError(f"{name}: expected a label in every row, {found}")

@@ -165,6 +165,7 @@ def test_mistakes_are_one_line_each(encoder, frame, fitted, folder):
         ({}, {"X": X, "label": "is_abuse"}, "column 'is_abuse' not found"),
         ({}, {"X": X, "y": y[1:]}, "expected 120 labels"),
         ({}, {"X": X, "y": y.where(y.index != 4)}, "found none in 1 of 120, first in row"),
+        ({}, {"X": X, "y": y.astype("boolean").mask(y.index == 4)}, "found none in 1 of 120, first in row"),
         ({}, {"X": X, "y": np.zeros(120)}, "expected two classes or more, found only 0.0"),
         ({}, {"X": X, "y": np.arange(120) / 7}, "expected classes .*, found 0.142857"),
         ({}, {"X": X, "y": np.array([1, "a"] * 60, dtype=object)}, "one type, found int, str"),
