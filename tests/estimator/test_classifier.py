@@ -12,6 +12,7 @@ import pytest
 from mmbert_core import InputError, MultimodalClassifier, Predictor, cli, read_config, train
 from mmbert_core.estimator.classes import Classes
 from mmbert_core.estimator.stored import model_file_names
+from mmbert_core.training import loop
 from tests.estimator.conftest import QUICK, frame_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,6 +138,23 @@ def test_model_path_is_the_folder_of_the_run_without_the_rows(encoder, frame, fo
     with pytest.raises(InputError, match="model_path: the run in this folder has other rows"):
         MultimodalClassifier(encoder=encoder, model_path="run", **QUICK).fit(frame[20:], label="is_abuse")
     assert model.report(frame).folder.parent == model.folder_
+
+
+def test_an_interrupted_fit_resumes(encoder, frame, fitted, folder, monkeypatch):
+    model = MultimodalClassifier(encoder=encoder, model_path="run", save_every=2, **QUICK)
+    save = loop.save
+
+    def interrupted_save(run):
+        save(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save", interrupted_save)
+        model.fit(frame, label="is_abuse")
+    assert not (folder / "run/rows").exists() and any((folder / "run/checkpoints").iterdir())
+    model.fit(frame, label="is_abuse")
+    assert model.results_.steps == fitted.results_.steps
+    np.testing.assert_array_equal(model.predict_proba(frame), fitted.predict_proba(frame))
 
 
 def test_several_classes_as_texts_with_validation_rows(encoder, folder):
