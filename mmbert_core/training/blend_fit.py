@@ -183,7 +183,7 @@ class SimpleMembers:
             self.used = np.flatnonzero(self.idf.numpy())  # features of the words that may have a weight
         folds = _folds(data.train, rows, config.seed)
         is_cross_fitted = len(data.train) < MAX_CROSS_FITTED_ROWS and folds.max() > 0
-        train = self.features(data.train, rows)
+        train = self.features(data.train, rows, cells if config.text_name else None)
         if is_cross_fitted:
             row_weights = class_weights[labels]
             fits = [fit_cross_fitted(train[name], labels, folds, row_weights, config.num_classes) for name in names]
@@ -197,11 +197,13 @@ class SimpleMembers:
         self.out_of_fold = of_labels(out_of_fold, labels, class_weights[labels]) if is_cross_fitted else None
         self.val = self.probabilities(data.val)
 
-    def features(self, dataset: Dataset, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        """Sparse CSR [N, F] of each member; of words and columns, the words come first."""
+    def features(
+        self, dataset: Dataset, positions: np.ndarray, cells: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Sparse CSR [N, F] of each member; of words and columns, the words come first. `cells`: of the words."""
         found = {}
         if set(READ_WORDS) & set(self.names):
-            cells = bag_of_words.word_cells(*dataset.token_chunks(positions))
+            cells = cells or bag_of_words.word_cells(*dataset.token_chunks(positions))
             words = bag_of_words.design_matrix(cells, self.idf, self.used, len(positions))
             found[WORDS] = WORDS_SCALE * words
         if set(READ_COLUMNS) & set(self.names):

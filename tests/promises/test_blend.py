@@ -27,12 +27,6 @@ KINDS = {  # what a model may have and lack
 }
 
 
-def command(num_processes: int, *arguments: str) -> None:
-    start = tiny.run_command if num_processes == 1 else lambda args, **more: tiny.torchrun(num_processes, args, **more)
-    done = start(["-m", "mmbert_core", *arguments], timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 def probabilities(path: Path) -> list[float]:
     return [float(line.split("\t")[1]) for line in path.read_text().splitlines()[1:]]
 
@@ -49,7 +43,7 @@ def runs(tmp_path_factory) -> Path:
         path = str(folder / f"run{num_processes}")
         settings = tiny.settings(folder, num_rows=200, model_path=path, blend="auto", max_epochs=1)
         (folder / "config.json").write_text(json.dumps(settings))
-        command(num_processes, "train", str(folder / "config.json"))
+        tiny.mmbert(num_processes, "train", str(folder / "config.json"))
     return folder
 
 
@@ -64,7 +58,7 @@ def test_every_rank_predicts_with_the_blend(runs):
     np.testing.assert_allclose(*map(probabilities, tested), atol=1e-4)
     for num_processes in (1, 2, 3):
         paths = [str(path) for path in (runs / "run1", runs / "test.csv", runs / f"by{num_processes}.tsv")]
-        command(num_processes, "predict", *paths, "--num_threads", "1")
+        tiny.mmbert(num_processes, "predict", *paths, "--num_threads", "1")
         assert (runs / f"by{num_processes}.tsv").read_bytes() == (runs / "by1.tsv").read_bytes()
     np.testing.assert_allclose(probabilities(tested[0]), probabilities(runs / "by1.tsv"), atol=1e-6)
 

@@ -32,12 +32,6 @@ def add_dates(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def command(num_processes: int, *arguments: str) -> None:
-    start = tiny.run_command if num_processes == 1 else lambda args, **more: tiny.torchrun(num_processes, args, **more)
-    done = start(["-m", "mmbert_core", *arguments], timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 def losses(folder: Path) -> list[float]:
     return [line["train_loss"] for line in tiny.metrics_lines(folder) if "train_loss" in line]
 
@@ -56,7 +50,7 @@ def runs(tmp_path_factory) -> Path:
     for num_processes in (1, 2):
         settings = tiny.settings(folder, num_rows=90, model_path=str(folder / f"run{num_processes}"), **KEYS)
         (folder / "config.json").write_text(json.dumps(settings))
-        command(num_processes, "train", str(folder / "config.json"))
+        tiny.mmbert(num_processes, "train", str(folder / "config.json"))
     return folder
 
 
@@ -69,7 +63,7 @@ def test_predictions_are_the_same_bytes_on_any_number_of_processes(runs):
     for num_processes in (1, 2):
         output = runs / f"by{num_processes}.tsv"
         paths = [str(path) for path in (runs / "run1", runs / "test.csv", output)]
-        command(num_processes, "predict", *paths, "--num_threads", "1")
+        tiny.mmbert(num_processes, "predict", *paths, "--num_threads", "1")
     assert (runs / "by1.tsv").read_bytes() == (runs / "by2.tsv").read_bytes()
     [tested] = (runs / "run1").glob("multimodal_bert-*/test_result_0.tsv")
     np.testing.assert_allclose(probabilities_of(runs / "by1.tsv"), probabilities_of(tested), atol=1e-6)

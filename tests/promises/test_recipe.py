@@ -37,12 +37,6 @@ def with_dates(path: Path) -> None:
         writer.writerows(rows)
 
 
-def command(num_processes: int, *arguments: str) -> None:
-    start = tiny.run_command if num_processes == 1 else lambda args, **more: tiny.torchrun(num_processes, args, **more)
-    done = start(["-m", "mmbert_core", *arguments], timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """The same YAML config on 1 to 4 processes, in run1 to run4."""
@@ -54,7 +48,7 @@ def runs(tmp_path_factory) -> Path:
     for num_processes in RANKS:
         config = named | MORE | {"model_path": str(folder / f"run{num_processes}")}
         (folder / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        command(num_processes, "train", str(folder / "run.yaml"))
+        tiny.mmbert(num_processes, "train", str(folder / "run.yaml"))
     return folder
 
 
@@ -82,7 +76,7 @@ def test_any_number_of_processes_trains_the_same(runs, num_processes):
 def test_predictions_are_the_same_bytes_on_any_number_of_processes(runs):
     for num_processes in (1, 2, 3):
         paths = [str(runs / "run1"), str(runs / "test.csv"), str(runs / f"by{num_processes}.tsv")]
-        command(num_processes, "predict", *paths, "--num_threads", "1")
+        tiny.mmbert(num_processes, "predict", *paths, "--num_threads", "1")
         assert (runs / f"by{num_processes}.tsv").read_bytes() == (runs / "by1.tsv").read_bytes()
     tested = next((runs / "run1").glob("multimodal_bert-*/test_result_0.tsv"))
     np.testing.assert_allclose(probabilities(tested), probabilities(runs / "by1.tsv"), atol=1e-6)

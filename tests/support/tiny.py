@@ -167,3 +167,10 @@ def torchrun(num_processes: int, arguments: list[str], **options: Any) -> subpro
     return run_command(
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *arguments], **options
     )
+
+
+def mmbert(num_processes: int, *arguments: str) -> None:
+    """Run an `mmbert` command on so many processes; it must succeed."""
+    start = run_command if num_processes == 1 else lambda args, **more: torchrun(num_processes, args, **more)
+    done = start(["-m", "mmbert_core", *arguments], timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
